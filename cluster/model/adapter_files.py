@@ -21,12 +21,13 @@ from cluster.model.checkpoint import (
     ADAPTER_WEIGHTS,
     Checkpoint,
     hash_parts,
+    open_checkpoint,
     read_json_object,
 )
 from cluster.model.safetensors import read_shard
 from cluster.model.weight_versions import read_recorded_versions
 
-__all__ = ["AdapterConfig", "holds_adapter", "open_adapter", "read_adapter_config"]
+__all__ = ["AdapterConfig", "holds_adapter", "open_adapter", "open_folder", "read_adapter_config"]
 
 READ_BYTES: Final = 1 << 22
 
@@ -46,6 +47,11 @@ class AdapterConfig:
 def holds_adapter(folder: Path) -> bool:
     """Return whether the folder has an adapter. A folder with a config.json has a model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Return the model or the adapter in ``folder``. Raises as ``open_checkpoint`` or ``open_adapter``."""
+    return open_adapter(folder) if holds_adapter(folder) else open_checkpoint(folder)
 
 
 def open_adapter(folder: Path) -> Checkpoint:

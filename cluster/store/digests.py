@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Event
 
 from cluster.core.errors import MacpipeError
-from cluster.model.checkpoint import TensorInfo, open_checkpoint
+from cluster.model.adapter_files import open_folder
+from cluster.model.checkpoint import TensorInfo
 from cluster.store.append_log import AppendLog
 from cluster.store.limits import HASH_THREADS
 from cluster.store.partial_checkpoint import hash_range
@@ -20,11 +21,12 @@ Stopped = Callable[[], bool]
 
 
 def digests(home: Path, folder: Path, names: Iterable[str], stop: Event) -> dict[str, str]:
-    """Return the SHA-256 in hex by name of these tensors of the checkpoint in ``folder``; fewer if ``stop`` is set.
+    """Return the SHA-256 in hex, by name, of these tensors of the model or the adapter in ``folder``.
 
-    Raise what ``open_checkpoint`` raises, and KeyError for a tensor that the model does not have.
+    If ``stop`` is set, return those of fewer tensors. Raise what ``open_folder`` raises, and KeyError for a tensor that
+    is not there.
     """
-    tensors = open_checkpoint(folder).tensors
+    tensors = open_folder(folder).tensors
     asked = [tensors[name] for name in names]
     cache = _Cache(home, folder, {tensor.file for tensor in asked})
     unknown = [tensor for tensor in asked if tensor.name not in cache.known]

@@ -7,8 +7,9 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from cluster.model.checkpoint import FETCHED, WEIGHTS
+from cluster.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FETCHED, WEIGHTS
 
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -29,7 +30,7 @@ class StoredFile:
 
     @property
     def weights(self) -> bool:
-        return fnmatch.fnmatchcase(self.name, WEIGHTS)
+        return self.name == ADAPTER_WEIGHTS or fnmatch.fnmatchcase(self.name, WEIGHTS)
 
     def matches(self, content: bytes) -> bool:
         """Return whether ``content`` has the file's size and hash."""
@@ -65,7 +66,7 @@ def _stored_file(noted: object) -> StoredFile:
             "sha256": str(sha256),
             "blob": str(blob),
             "edition": str(edition),
-        } if is_wanted(name) and size >= 0:
+        } if is_stored(name) and size >= 0:
             return StoredFile(name, size, sha256, blob, edition)
     raise ValueError("invalid record of a file")
 
@@ -73,6 +74,11 @@ def _stored_file(noted: object) -> StoredFile:
 def is_wanted(name: str) -> bool:
     """Return whether a file belongs to a model. Names that are hidden, contain a folder or odd characters do not."""
     return bool(_PLAIN.fullmatch(name)) and any(fnmatch.fnmatchcase(name, pattern) for pattern in FETCHED)
+
+
+def is_stored(name: str) -> bool:
+    """Return whether a file belongs to a model or to an adapter."""
+    return is_wanted(name) or name in ADAPTER_FILES
 
 
 def is_digest(text: str) -> bool:

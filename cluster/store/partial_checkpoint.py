@@ -1,4 +1,4 @@
-"""A partial checkpoint: a model folder that mlx-lm opens like any other, but that holds only some tensors' bytes.
+"""A partial checkpoint: a model or adapter folder that mlx-lm opens like any other, but with only some tensors' bytes.
 
 The safetensors files have their full length and their real headers. The rest is holes until ranges are written; APFS,
 ext4 and similar file systems allocate no blocks for holes. This module knows which bytes are present and verified, and
@@ -19,7 +19,8 @@ from threading import RLock
 
 from cluster.core.errors import BadCheckpoint
 from cluster.core.limits import MIB
-from cluster.model.checkpoint import TensorInfo, open_checkpoint
+from cluster.model.adapter_files import open_folder
+from cluster.model.checkpoint import TensorInfo
 from cluster.model.weight_versions import ORIGIN, RECORDS
 from cluster.platform.private_files import create_private_file, make_private_folder, not_written, write_all
 from cluster.store.append_log import AppendLog, Entry
@@ -36,7 +37,7 @@ class PartialCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_folder(folder)
         self.fingerprint, self.tensors = checkpoint.fingerprint, checkpoint.tensors
         self.origin = read_origin(folder)
         self._journal = AppendLog(folder / RECORDS / "journal.jsonl")
@@ -241,7 +242,7 @@ def _fill(made: Path, origin: ModelFiles, read: Read) -> str:
         if file.weights:
             journal.append([["got", file.name, 0, len(content)]])
     _write_file(made / RECORDS / ORIGIN, json.dumps(asdict(origin)).encode())
-    return open_checkpoint(made).fingerprint
+    return open_folder(made).fingerprint
 
 
 def _write_file(path: Path, content: bytes, size: int = 0) -> None:

@@ -25,7 +25,7 @@ from cluster.store.limits import (
     MAX_TENSORS_NAMED,
     PEER_CALL_TIMEOUT_S,
 )
-from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
+from cluster.store.model_files import ModelFiles, StoredFile, is_stored
 from cluster.transport.grpc_setup import data_channel
 from cluster.transport.rich_errors import from_rpc_error
 from cluster.v1 import store_pb2 as pb
@@ -74,7 +74,7 @@ class Peer:
         if (count := len(answer.files)) > MAX_MODEL_FILES:
             raise BadCheckpoint(f"{self.label} names {count} files of one model; at most {MAX_MODEL_FILES} are allowed")
         files = tuple(StoredFile(file.name, file.size, file.sha256, edition=file.edition) for file in answer.files)
-        strange = [file.name for file in files if not is_wanted(file.name)]
+        strange = [file.name for file in files if not is_stored(file.name)]
         if strange:
             raise BadCheckpoint(f"{self.label} offers {strange[0][:200]!r}, which is not a file of a model")
         return ModelFiles(files, answer.repo, answer.commit)

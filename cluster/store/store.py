@@ -12,9 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cluster.core.errors import BadCheckpoint, FetchFailed, HubUnreachable, MacpipeError, ModelDiffers, ModelNotFound
+from cluster.core.adapter import AdapterRef
+from cluster.core.errors import (
+    BadCheckpoint,
+    FetchFailed,
+    HubUnreachable,
+    MacpipeError,
+    ModelDiffers,
+    ModelNotFound,
+    ModelUnsupported,
+)
 from cluster.core.limits import KIB
 from cluster.core.plan import ModelRef
+from cluster.model.adapter_files import open_folder
 from cluster.model.checkpoint import BUNDLED, open_checkpoint, resolve_model
 from cluster.platform.json_file import read_json, write_json
 from cluster.store.hub import Hub, HubName, look_up
@@ -95,6 +105,22 @@ class Store:
         with contextlib.suppress(ModelNotFound):
             if found := _match_folder(resolve_model(model.name), model, strict=False):
                 return found
+        return self._find_or_place(model, peers)
+
+    def find_adapter(self, adapter: AdapterRef, peers: Sequence[Peer]) -> FoundModel:
+        """Return where this worker has the coordinator's adapter, or can put a part of it, as for a model.
+
+        Another adapter at the coordinator's path is none. Raise FetchFailed or the last peer's error.
+        """
+        known = ModelRef(adapter.name, adapter.path, adapter.fingerprint)
+        folder = Path(adapter.path)
+        with contextlib.suppress(ModelUnsupported):
+            if folder.is_dir() and (found := _match_folder(folder, known, strict=False)):
+                return found
+        return self._find_or_place(known, peers)
+
+    def _find_or_place(self, model: ModelRef, peers: Sequence[Peer]) -> FoundModel:
+        """Return the partial checkpoint of a model or an adapter, which is created if there is none."""
         if not is_digest(model.fingerprint):
             raise BadCheckpoint(f"invalid model fingerprint {model.fingerprint[:80]!r}")
         folder = self._models / model.fingerprint
@@ -140,7 +166,7 @@ def _open_found(folder: Path) -> FoundModel:
 def _match_folder(folder: Path, model: ModelRef, *, strict: bool) -> FoundModel | None:
     """Return the folder if it holds that model, else None; with ``strict``, raise ModelDiffers for another model."""
     try:
-        fingerprint = open_checkpoint(folder).fingerprint
+        fingerprint = open_folder(folder).fingerprint
     except (BadCheckpoint, ModelNotFound):
         return None
     if fingerprint == model.fingerprint:

@@ -19,10 +19,11 @@ import grpc
 
 from cluster.core.errors import Busy, InvalidRequest, MacpipeError, ModelNotFound
 from cluster.core.limits import RETRY_AFTER_S
-from cluster.model.checkpoint import Checkpoint, open_checkpoint
+from cluster.model.adapter_files import holds_adapter, open_folder
+from cluster.model.checkpoint import Checkpoint
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.limits import MAX_TENSORS_NAMED, PEER_CHUNK_BYTES, STORE_READERS
-from cluster.store.model_files import ModelFiles, StoredFile, is_wanted
+from cluster.store.model_files import ADAPTER_FILES, ModelFiles, StoredFile, is_wanted
 from cluster.store.partial_checkpoint import PartialCheckpoint, read_origin
 from cluster.store.store import Store
 from cluster.transport.rich_errors import abort
@@ -37,7 +38,10 @@ Range: TypeAlias = tuple[str, int, int]
 
 @dataclass
 class SharedModel:
-    """One shared model. ``partial`` is None if its folder is complete. ``coming`` names the tensors being fetched."""
+    """One shared model or adapter. ``partial`` is None if its folder is complete.
+
+    ``coming`` names the tensors that are being fetched.
+    """
 
     checkpoint: Checkpoint
     partial: PartialCheckpoint | None
@@ -54,7 +58,11 @@ class SharedModel:
     def files(self) -> ModelFiles:
         if self.partial is not None:
             return read_origin(self.checkpoint.path)
-        found = sorted(path for path in self.checkpoint.path.iterdir() if path.is_file() and is_wanted(path.name))
+        folder = self.checkpoint.path
+        if holds_adapter(folder):
+            found = [folder / name for name in ADAPTER_FILES]
+        else:
+            found = sorted(path for path in folder.iterdir() if path.is_file() and is_wanted(path.name))
         editions = self.checkpoint.editions
         return ModelFiles(tuple(StoredFile(p.name, p.stat().st_size, edition=editions.get(p.name, "")) for p in found))
 
@@ -69,13 +77,13 @@ class StoreServer(StoreServiceServicer):
         self._checks: set[asyncio.Task[None]] = set()
 
     def share(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:
-        """Share this model's bytes with other Macs from now on. Blocks; raises as ``open_checkpoint`` does."""
+        """Share a model's or an adapter's bytes with other Macs from now on. Blocks; raises as ``open_folder``."""
         item = self._open_model(folder, partial)
         self._items[item.checkpoint.fingerprint] = item
         return item
 
     def _open_model(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_folder(folder)
         return SharedModel(checkpoint, partial, DigestManifest(self._store.home, checkpoint.fingerprint))
 
     async def DescribeModel(self, request: pb.DescribeModelRequest, context: Context) -> pb.DescribeModelResponse:
