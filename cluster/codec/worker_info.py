@@ -10,6 +10,7 @@ import math
 from dataclasses import fields
 from typing import Any, Final, TypeAlias
 
+from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.errors import WorkerLost
 from cluster.core.limits import KEPT_CORRECTIONS, MAX_FACT_CHARS, MAX_LAG_S, MAX_SENTENCE_CHARS
 from cluster.core.plan import LayerRange, Profile, valid_verify_costs
@@ -36,6 +37,7 @@ def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float)
         fingerprint=info.fingerprint,
         kv_bits=info.kv_bits,
         weight_bits=info.weight_bits,
+        adapters=info.adapters,
         owner=info.owner,
         holder=info.live_owner,
         holder_instance=info.live_owner_process,
@@ -69,6 +71,7 @@ def decode_info(answer: worker_pb2.DescribeResponse, address: str, clock_ahead_s
         fingerprint=answer.fingerprint,
         kv_bits=answer.kv_bits,
         weight_bits=answer.weight_bits,
+        adapters=tuple(answer.adapters),
         owner=answer.owner,
         live_owner=answer.holder,
         live_owner_process=answer.holder_instance,
@@ -130,8 +133,9 @@ def _require_plausible(answer: worker_pb2.DescribeResponse, address: str) -> Non
     """Raise ``WorkerLost`` for an implausible description: its values are printed to terminals and used in plans."""
     a = answer
     own = [value for name in _SHARED if isinstance(value := getattr(a, name), str)]
-    texts = (*own, a.cluster, a.fingerprint, a.instance, a.holder, a.owner, a.holder_instance)
+    texts = (*own, *a.adapters, a.cluster, a.fingerprint, a.instance, a.holder, a.owner, a.holder_instance)
     valid = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
+    valid = valid and len(a.adapters) <= MAX_ADAPTERS
     if not valid or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
         raise WorkerLost(f"the process at {address} sent an invalid worker description; is it macpipe?")
 

@@ -57,6 +57,8 @@ class WorkerInfo(WorkerSummary):
     fingerprint: str = ""
     kv_bits: int = 0
     weight_bits: int = 0
+    adapters: tuple[str, ...] = ()
+    """Keys of the adapters that its stage holds."""
     owner: str = ""
     """Id of the coordinator that owns its stage, even if it has been silent."""
     live_owner: str = ""

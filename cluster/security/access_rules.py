@@ -24,6 +24,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "Describe": _INSPECTORS,
         "LoadStage": _COORDINATORS,
         "LinkStage": _COORDINATORS,
+        "SetAdapters": _COORDINATORS,
         "UnloadStage": _COORDINATORS,
         "OpenPrefixes": _COORDINATORS,
         "ReadPrefix": _COORDINATORS,

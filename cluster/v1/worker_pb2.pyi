@@ -97,6 +97,7 @@ class DescribeResponse(_message.Message):
     PREFIX_DISK_LIMIT_FIELD_NUMBER: _builtins.int
     PREFIX_DISK_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_DISK_EVICTIONS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -162,6 +163,10 @@ class DescribeResponse(_message.Message):
     def profile(self) -> Global___Profile:
         """Measured speed of its engine; absent if unknown."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of the adapters that its stage holds: NAME@SHA-256."""
+
     def __init__(
         self,
         *,
@@ -206,10 +211,11 @@ class DescribeResponse(_message.Message):
         prefix_disk_limit: _builtins.int = ...,
         prefix_disk_bytes: _builtins.int = ...,
         prefix_disk_evictions: _builtins.int = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -720,6 +726,104 @@ class ReadPrefixResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReadPrefixResponse: _TypeAlias = ReadPrefixResponse  # noqa: Y015
+
+@_typing.final
+class StageAdapter(_message.Message):
+    """An adapter of a stage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    path: _builtins.str
+    """Its folder on the coordinator's Mac, which may be on this one too."""
+    fingerprint: _builtins.str
+    """SHA-256 of its content in hex."""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of its tensors that are for the stage's layers."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        tensors: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "path", b"path", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageAdapter: _TypeAlias = StageAdapter  # noqa: Y015
+
+@_typing.final
+class SetAdaptersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    coordinator: _builtins.str
+    """Id of the calling coordinator, and of its process. Refused while another's heartbeat holds the stage."""
+    instance: _builtins.str
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageAdapter]: ...
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___StorePeer]:
+        """Macs that may have their bytes."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___StageAdapter] | None = ...,
+        peers: _abc.Iterable[Global___StorePeer] | None = ...,
+        coordinator: _builtins.str = ...,
+        instance: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "peers", b"peers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAdaptersRequest: _TypeAlias = SetAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class SetAdaptersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    done_bytes: _builtins.int
+    """The bytes of one adapter after the other."""
+    total_bytes: _builtins.int
+    ready: _builtins.bool
+    """True in the last message."""
+    def __init__(
+        self,
+        *,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        ready: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "ready", b"ready", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAdaptersResponse: _TypeAlias = SetAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class UnloadStageRequest(_message.Message):

@@ -49,6 +49,11 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.LinkStageRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.LinkStageResponse.FromString,
                 _registered_method=True)
+        self.SetAdapters = channel.unary_stream(
+                '/cluster.v1.WorkerService/SetAdapters',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.SetAdaptersRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.SetAdaptersResponse.FromString,
+                _registered_method=True)
         self.UnloadStage = channel.unary_unary(
                 '/cluster.v1.WorkerService/UnloadStage',
                 request_serializer=cluster_dot_v1_dot_worker__pb2.UnloadStageRequest.SerializeToString,
@@ -115,6 +120,14 @@ class WorkerServiceServicer:
 
     def LinkStage(self, request, context):
         """LinkStage connects a loaded stage to the previous one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAdapters(self, request, context):
+        """SetAdapters lets the loaded stage hold just these adapters: it fetches and loads those that it lacks, and drops all
+        others. Frames may name them once the stream ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -201,6 +214,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.LinkStage,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.LinkStageRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.LinkStageResponse.SerializeToString,
+            ),
+            'SetAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.SetAdapters,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.SetAdaptersRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.SetAdaptersResponse.SerializeToString,
             ),
             'UnloadStage': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadStage,
@@ -329,6 +347,33 @@ class WorkerService:
             '/cluster.v1.WorkerService/LinkStage',
             cluster_dot_v1_dot_worker__pb2.LinkStageRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.LinkStageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cluster.v1.WorkerService/SetAdapters',
+            cluster_dot_v1_dot_worker__pb2.SetAdaptersRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.SetAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

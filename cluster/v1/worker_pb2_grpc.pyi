@@ -41,6 +41,10 @@ class WorkerServiceStub:
     """LoadStage loads a slice into the engine in place of the present one."""
     LinkStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]
     """LinkStage connects a loaded stage to the previous one."""
+    SetAdapters: _grpc.UnaryStreamMultiCallable[_worker_pb2.SetAdaptersRequest, _worker_pb2.SetAdaptersResponse]
+    """SetAdapters lets the loaded stage hold just these adapters: it fetches and loads those that it lacks, and drops all
+    others. Frames may name them once the stream ends.
+    """
     UnloadStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnloadStageRequest, _worker_pb2.UnloadStageResponse]
     """UnloadStage frees everything of the epoch. For an older epoch it does nothing."""
     OpenPrefixes: _grpc.UnaryUnaryMultiCallable[_worker_pb2.OpenPrefixesRequest, _worker_pb2.OpenPrefixesResponse]
@@ -71,6 +75,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """LoadStage loads a slice into the engine in place of the present one."""
     LinkStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]  # type: ignore[assignment]
     """LinkStage connects a loaded stage to the previous one."""
+    SetAdapters: _aio.UnaryStreamMultiCallable[_worker_pb2.SetAdaptersRequest, _worker_pb2.SetAdaptersResponse]  # type: ignore[assignment]
+    """SetAdapters lets the loaded stage hold just these adapters: it fetches and loads those that it lacks, and drops all
+    others. Frames may name them once the stream ends.
+    """
     UnloadStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnloadStageRequest, _worker_pb2.UnloadStageResponse]  # type: ignore[assignment]
     """UnloadStage frees everything of the epoch. For an older epoch it does nothing."""
     OpenPrefixes: _aio.UnaryUnaryMultiCallable[_worker_pb2.OpenPrefixesRequest, _worker_pb2.OpenPrefixesResponse]  # type: ignore[assignment]
@@ -116,6 +124,16 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.LinkStageResponse, _abc.Awaitable[_worker_pb2.LinkStageResponse]]:
         """LinkStage connects a loaded stage to the previous one."""
+
+    @_abc_1.abstractmethod
+    def SetAdapters(
+        self,
+        request: _worker_pb2.SetAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.SetAdaptersResponse], _abc.AsyncIterator[_worker_pb2.SetAdaptersResponse]]:
+        """SetAdapters lets the loaded stage hold just these adapters: it fetches and loads those that it lacks, and drops all
+        others. Frames may name them once the stream ends.
+        """
 
     @_abc_1.abstractmethod
     def UnloadStage(

@@ -45,6 +45,7 @@ from cluster.worker.pipe_messages import (
     Progress,
     ReadPrefix,
     Reported,
+    SetAdapters,
     Unload,
     pack,
     read,
@@ -55,7 +56,7 @@ from cluster.worker.settings import prefix_folder
 from cluster.worker.stage_host import StageHost, Throttle, describe_error
 
 Job = Callable[[], None]
-_Queued = Load | LinkStage | OpenPrefixes | Unload | Measure
+_Queued = Load | LinkStage | SetAdapters | OpenPrefixes | Unload | Measure
 """The commands that the MLX thread runs."""
 
 
@@ -156,6 +157,8 @@ class Engine:
             self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
         elif isinstance(command, LinkStage):
             self._host.link(command.epoch, command.pull_from, command.peer)
+        elif isinstance(command, SetAdapters):
+            self._host.set_adapters(command.epoch, command.refs)
         elif isinstance(command, OpenPrefixes):
             owners = command.owners.split("\n")
             found = self._host.open_prefixes(command.epoch, command.edition, owners, anonymous=command.anonymous)

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import msgpack
 
+from cluster.core.adapter import AdapterRef
 from cluster.core.errors import BadFrame
 from cluster.core.limits import MAX_ENGINE_MESSAGE_BYTES, MAX_VERIFIED
 from cluster.core.plan import LayerRange, ModelRef, Profile, StageSpec, valid_verify_costs
@@ -99,6 +100,21 @@ class ReadPrefix:
     adapter: str
     node: bytes
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetAdapters:
+    """Hold just these adapters: their names, their folders on this machine, and their fingerprints."""
+
+    call: int
+    epoch: int
+    names: tuple[str, ...]
+    folders: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+
+    @property
+    def refs(self) -> list[AdapterRef]:
+        return [AdapterRef(*fields) for fields in zip(self.names, self.folders, self.fingerprints, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +215,7 @@ class Reported:
     prefix_disk_evictions: int = 0
 
 
-Command = Load | LinkStage | OpenPrefixes | ReadPrefix | Unload | GetReport | Measure
+Command = Load | LinkStage | SetAdapters | OpenPrefixes | ReadPrefix | Unload | GetReport | Measure
 Event = Hello | Progress | Done | CommandFailed | Reported | Measured | PrefixesOpened
 _KINDS = (Begin, *get_args(Command), *get_args(Event))
 _TYPES = {t.__name__: t for t in _KINDS}
@@ -207,7 +223,7 @@ _PLAIN: Mapping[str, tuple[type, ...]] = {
     "int": (int,), "float": (float, int), "str": (str,), "bytes": (bytes,), "bool": (bool,)
 }  # fmt: skip
 """Types of the fields' annotations."""
-_FLOATS = "tuple[float, ...]"
+_LISTS: Mapping[str, tuple[type, ...]] = {"tuple[float, ...]": (float, int), "tuple[str, ...]": (str,)}
 
 
 def pack(message: Begin | Command | Event) -> bytes:
@@ -243,6 +259,6 @@ def _message(item: object) -> Begin | Command | Event:
 
 
 def _has_type(value: object, annotation: str) -> bool:
-    if annotation == _FLOATS:
-        return isinstance(value, list) and all(type(v) in _PLAIN["float"] for v in value)
+    if annotation in _LISTS:
+        return isinstance(value, list) and all(type(v) in _LISTS[annotation] for v in value)
     return type(value) in _PLAIN[annotation]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from cluster.core.adapter import AdapterRef
 from cluster.core.errors import (
     BadFrame,
     LinkFailed,
@@ -147,6 +148,12 @@ class StageHost:
         if self._disk is None or self._stage is None:
             raise PrefixMissing("this worker keeps no prefixes on disk")
         return self._disk.open(self._stage, edition, owners, anonymous=anonymous)
+
+    def set_adapters(self, epoch: int, adapters: Sequence[AdapterRef]) -> None:
+        """Let the stage hold just these adapters. Raises ``StaleEpoch``, and as ``Stage.set_adapters``."""
+        self._require_epoch(epoch, "set the adapters of")
+        if self._stage:
+            self._stage.set_adapters({adapter.key: adapter for adapter in adapters})
 
     def _require_epoch(self, epoch: int, what: str) -> None:
         if epoch != self.epoch:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
+from cluster.core.adapter import AdapterRef
 from cluster.core.futures import ignore_error
 from cluster.core.limits import FETCH_TICK_S, MAX_ANSWER_BYTES
 from cluster.core.plan import ModelRef
@@ -44,7 +46,7 @@ class StageLoader:
 
         Raises what ``Fetch.run``, ``Store.meant`` and the engine raise. Closing the generator ends the fetch.
         """
-        job = _LoadJob(self._store, self._trust, self.store_server, request)
+        job = _LoadJob(self._store, self._trust, self.store_server, _wanted_weights(request))
         task = _run_on_thread(job.fetch)
         try:
             async for fetched in _watch_job(task, job):
@@ -61,12 +63,62 @@ class StageLoader:
         finally:
             job.stop.set()
 
+    async def adapters(
+        self, request: pb.SetAdaptersRequest
+    ) -> AsyncGenerator[pb.SetAdaptersResponse | Sequence[AdapterRef], None]:
+        """Fetch what is missing of a stage's adapters. Yield progress, and at last where the adapters are on this Mac.
+
+        Raises what ``Fetch.run`` and ``Store.find_adapter`` raise. Closing the generator ends the fetch.
+        """
+        refs: list[AdapterRef] = []
+        for adapter in request.adapters:
+            ref = AdapterRef(adapter.name, adapter.path, adapter.fingerprint)
+            wanted = _wanted_adapter(ref, adapter.tensors, request.peers)
+            job = _LoadJob(self._store, self._trust, self.store_server, wanted)
+            task = _run_on_thread(job.fetch)
+            try:
+                async for fetched in _watch_job(task, job):
+                    done, total = (fetched.done, fetched.total) if fetched else (0, 0)
+                    yield pb.SetAdaptersResponse(done_bytes=done, total_bytes=total)
+                refs.append(replace(ref, path=str((await task).folder)))
+            finally:
+                job.stop.set()
+        yield refs
+
+
+@dataclass(frozen=True, slots=True)
+class _WantedBytes:
+    """The tensors of a model or an adapter that a load needs, and where they may be.
+
+    ``model`` is ``adapter`` in the form of a model, if it is one. ``deferred`` are fetched by another worker first.
+    """
+
+    model: ModelRef
+    what: str
+    tensors: tuple[str, ...]
+    peers: Sequence[pb.StorePeer]
+    deferred: frozenset[str] = frozenset()
+    repo: str = ""
+    commit: str = ""
+    adapter: AdapterRef | None = None
+
+
+def _wanted_weights(r: pb.LoadStageRequest) -> _WantedBytes:
+    what = f"{r.model} (layers {r.start_layer}-{r.end_layer - 1})"
+    model, deferred = ModelRef(r.model, r.path, r.fingerprint), frozenset(r.deferred)
+    return _WantedBytes(model, what, tuple(r.tensors), r.peers, deferred, r.repo, r.commit)
+
+
+def _wanted_adapter(ref: AdapterRef, tensors: Sequence[str], peers: Sequence[pb.StorePeer]) -> _WantedBytes:
+    model = ModelRef(ref.name, ref.path, ref.fingerprint)
+    return _WantedBytes(model, f"the adapter {ref.name}", tuple(tensors), peers, adapter=ref)
+
 
 class _LoadJob:
     """One load's fetch and hashing; ``fetch`` and ``hash_tensors`` run on threads."""
 
-    def __init__(self, store: Store, trust: Trust, store_server: StoreServer, request: pb.LoadStageRequest) -> None:
-        self._store, self._trust, self._store_server, self._request = store, trust, store_server, request
+    def __init__(self, store: Store, trust: Trust, store_server: StoreServer, wanted: _WantedBytes) -> None:
+        self._store, self._trust, self._store_server, self._wanted = store, trust, store_server, wanted
         self._running: Fetch | None = None
         self.stop = Event()
 
@@ -76,24 +128,26 @@ class _LoadJob:
         return self._running.progress if self._running else None
 
     def fetch(self) -> FoundModel:
-        """Bring the slice's tensors to this Mac and return their place."""
-        r = self._request
+        """Bring the wanted tensors to this Mac and return their place."""
+        w = self._wanted
+        model, adapter = w.model, w.adapter
         with ExitStack() as stack:
-            peers = [stack.enter_context(Peer(self._trust, p.name, p.address, r.fingerprint, p.party)) for p in r.peers]
-            found = self._store.find_for_worker(ModelRef(r.model, r.path, r.fingerprint), peers)
+            peers = [
+                stack.enter_context(Peer(self._trust, p.name, p.address, model.fingerprint, p.party)) for p in w.peers
+            ]
+            found = self._store.find_adapter(adapter, peers) if adapter else self._store.find_for_worker(model, peers)
             item = self._store_server.share(found.folder, found.partial)
             if found.partial:
-                hub = Hub(r.repo, r.commit) if r.repo else None
-                deferred = frozenset(r.deferred)
-                item.coming = frozenset(r.tensors) - deferred
+                hub = Hub(w.repo, w.commit) if w.repo else None
+                item.coming = frozenset(w.tensors) - w.deferred
                 self._running = Fetch(
                     found.partial,
                     item.manifest,
-                    Wanted(tuple(r.tensors), deferred),
+                    Wanted(w.tensors, w.deferred),
                     peers=peers,
                     hub=hub,
                     stop=self.stop,
-                    what=f"{r.model} (layers {r.start_layer}-{r.end_layer - 1})",
+                    what=w.what,
                 )
                 try:
                     self._running.run()
@@ -105,8 +159,8 @@ class _LoadJob:
         """Return the SHA-256 (hex) of each of the slice's tensors by name."""
         if found.partial:
             verified = found.partial.verified
-            return {name: verified[name] for name in self._request.tensors}
-        return digests(self._store.home, found.folder, self._request.tensors, self.stop)
+            return {name: verified[name] for name in self._wanted.tensors}
+        return digests(self._store.home, found.folder, self._wanted.tensors, self.stop)
 
 
 def _run_on_thread(work: Callable[[], Result]) -> asyncio.Task[Result]:

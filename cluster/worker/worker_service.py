@@ -6,7 +6,7 @@ import math
 import platform
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,9 @@ import grpc
 
 from cluster import __version__
 from cluster.codec.worker_info import encode_info
+from cluster.core.adapter import MAX_ADAPTER_KEY_CHARS, MAX_ADAPTERS, AdapterRef
 from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
-from cluster.core.limits import HOLD_S, MAX_PATH_CHARS, MAX_STAGE_PEERS, OVERLOADED_S, RESTART_S
+from cluster.core.limits import HOLD_S, LOAD_STALL_S, MAX_PATH_CHARS, MAX_STAGE_PEERS, OVERLOADED_S, RESTART_S
 from cluster.core.plan import LayerRange
 from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
 from cluster.core.worker import WorkerInfo
@@ -40,6 +41,7 @@ from cluster.worker.pipe_messages import (
     Progress,
     ReadPrefix,
     Reported,
+    SetAdapters,
     Unload,
 )
 from cluster.worker.profile_file import ProfileFile
@@ -57,7 +59,7 @@ _SAME_ID = (
     "it with --home or MACPIPE_HOME set to a folder of its own"
 )
 CoordinatorRequest: TypeAlias = (
-    pb.LoadStageRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest
+    pb.LoadStageRequest | pb.SetAdaptersRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest
 )
 _RELEASE_INTERVAL_S = 0.05
 """Interval of checks whether a coordinator still needs a worker that stops."""
@@ -78,6 +80,8 @@ class WorkerServicer(WorkerServiceServicer):
     lag: Lag = no_lag
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
     loaded: pb.LoadStageRequest | None = None
+    adapters: tuple[str, ...] = ()
+    """Keys of the adapters that the stage holds."""
     draining: bool = False
     stopping: bool = False
     removed: anyio.Event = field(default_factory=anyio.Event)
@@ -128,6 +132,7 @@ class WorkerServicer(WorkerServiceServicer):
             fingerprint=held.fingerprint,
             kv_bits=held.kv_bits,
             weight_bits=held.weight_bits,
+            adapters=self.adapters if held.epoch else (),
             owner=held.coordinator,
             live_owner=self._live_owner(),
             live_owner_process=held.instance if self._owner_was_heard() else "",
@@ -177,13 +182,13 @@ class WorkerServicer(WorkerServiceServicer):
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
         await _require_names(context, request.model, request.path, request.fingerprint, request.repo, request.commit)
         await _require_names(context, request.coordinator, request.instance)
-        if len(request.peers) > MAX_STAGE_PEERS:
-            why = f"a stage's bytes may come from at most {MAX_STAGE_PEERS} Macs, not {len(request.peers)}"
-            await abort(context, InvalidRequest(why, field="peers"))
+        await _require_few_peers(context, request.peers)
         await self._refuse_others(request, context)
         if (held := self._loaded_request()) and request.epoch < held.epoch:
             why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
             await abort(context, StaleEpoch(why, epoch=str(held.epoch)))
+        if held is None or _slice_of(held) != _slice_of(request):
+            self.adapters = ()
         self.loaded = None
         try:
             async with aclosing(self.loader.stage(request, lambda path: self._read(request, path))) as events:
@@ -193,6 +198,33 @@ class WorkerServicer(WorkerServiceServicer):
             await abort(context, e)
         self.loaded, self._loading_engine, self._heard = request, self.supervisor.hello, time.monotonic()
         yield pb.LoadStageResponse(ready=True)
+
+    async def SetAdapters(
+        self, request: pb.SetAdaptersRequest, context: Context
+    ) -> AsyncIterator[pb.SetAdaptersResponse]:
+        await self._refuse_others(request, context)
+        if len(request.adapters) > MAX_ADAPTERS:
+            await abort(context, InvalidRequest(f"a stage has at most {MAX_ADAPTERS} adapters", field="adapters"))
+        await _require_names(context, *(a.path for a in request.adapters))
+        await _require_few_peers(context, request.peers)
+        if any(len(a.name) + len(a.fingerprint) >= MAX_ADAPTER_KEY_CHARS for a in request.adapters):
+            await abort(context, InvalidRequest("an adapter's name or fingerprint is too long", field="adapters"))
+        try:
+            async with aclosing(self.loader.adapters(request)) as events:
+                async for event in events:
+                    if isinstance(event, pb.SetAdaptersResponse):
+                        yield event
+                    else:
+                        await self._hold_adapters(request.epoch, event)
+        except MacpipeError as e:
+            await abort(context, e)
+        yield pb.SetAdaptersResponse(ready=True)
+
+    async def _hold_adapters(self, epoch: int, refs: Sequence[AdapterRef]) -> None:
+        names, folders = tuple(ref.name for ref in refs), tuple(ref.path for ref in refs)
+        fingerprints = tuple(ref.fingerprint for ref in refs)
+        await self.supervisor.ask(lambda call: SetAdapters(call, epoch, names, folders, fingerprints), LOAD_STALL_S)
+        self.adapters = tuple(ref.key for ref in refs)
 
     def _read(self, request: pb.LoadStageRequest, folder: Path) -> AsyncIterator[Progress]:
         return self.supervisor.events(lambda call: _load(call, request, folder))
@@ -311,9 +343,21 @@ async def _require_names(context: Context, *names: str) -> None:
         await abort(context, InvalidRequest(f"names and paths have at most {MAX_PATH_CHARS} characters"))
 
 
+async def _require_few_peers(context: Context, peers: Collection[pb.StorePeer]) -> None:
+    """Abort the call if it names too many Macs to ask for bytes."""
+    if len(peers) > MAX_STAGE_PEERS:
+        why = f"a stage's bytes may come from at most {MAX_STAGE_PEERS} Macs, not {len(peers)}"
+        await abort(context, InvalidRequest(why, field="peers"))
+
+
 def _caller(request: CoordinatorRequest | pb.DescribeRequest) -> tuple[str, str]:
     """Return the calling coordinator's id and the id of its process."""
     return request.coordinator, request.instance
+
+
+def _slice_of(r: pb.LoadStageRequest) -> tuple[str, int, int, int]:
+    """Return what a loaded stage must have to serve another epoch as it is, with its adapters."""
+    return r.fingerprint, r.start_layer, r.end_layer, r.kv_bits
 
 
 def _load(call: int, r: pb.LoadStageRequest, folder: Path) -> Load:

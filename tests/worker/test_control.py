@@ -15,6 +15,7 @@ from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_sta
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.snapshot import describe_workers
 from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.limits import KEPT_CORRECTIONS, MAX_PATH_CHARS, MAX_STAGE_PEERS
 from cluster.core.plan import Profile
@@ -35,6 +36,10 @@ PEERS = [pb.StorePeer(name="a", address="127.0.0.1:1")] * (MAX_STAGE_PEERS + 1)
 REFUSED = [
     ("LoadStage", pb.LoadStageRequest(peers=PEERS)),
     *(("LoadStage", pb.LoadStageRequest(**{name: LONG})) for name in ("model", "path", "fingerprint", "instance")),
+    ("SetAdapters", pb.SetAdaptersRequest(peers=PEERS)),
+    ("SetAdapters", pb.SetAdaptersRequest(adapters=[pb.StageAdapter()] * (MAX_ADAPTERS + 1))),
+    ("SetAdapters", pb.SetAdaptersRequest(adapters=[pb.StageAdapter(path=LONG)])),
+    ("SetAdapters", pb.SetAdaptersRequest(adapters=[pb.StageAdapter(name="a" * 65, fingerprint="b" * 64)])),
     ("LearnRatio", pb.LearnRatioRequest(fingerprint=LONG, ratio=2.0)),
     ("MeasureLink", pb.MeasureLinkRequest(worker="a", address=LONG)),
 ]
@@ -58,7 +63,7 @@ async def test_long_names_and_too_many_places_are_refused_and_not_kept(tmp_path:
         for method, request in REFUSED:
             call = getattr(stub, method)(request)
             with pytest.raises(grpc.RpcError) as caught:
-                await (anext(aiter(call)) if method == "LoadStage" else call)
+                await (anext(aiter(call)) if method in ("LoadStage", "SetAdapters") else call)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, method
         await stub.LearnRatio(pb.LearnRatioRequest(fingerprint="f", ratio=2.0))
     await server.stop(None)

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgpack
@@ -59,6 +59,7 @@ def engine_messages() -> Prepared:
         messages.Load(1, 7, 0, 2, "m", "/m", "ab" * 32, 0, 4, 4096, 8),
         messages.LinkStage(2, 7, "127.0.0.1:7000", "ab" * 8),
         messages.Unload(3, 7),
+        messages.SetAdapters(6, 7, ("legal",), ("/legal",), ("ab" * 32,)),
         messages.GetReport(4),
         messages.Measure(5),
         messages.OpenPrefixes(6, 7, "ab" * 16, "key-ab\nopen-cd", True),
@@ -92,7 +93,8 @@ def sandbox_messages() -> Prepared:
 
 def coordinator_journals() -> Prepared:
     plain = Request("a", (1, 2, 3), SamplingParams(seed=5, logit_bias=((3, 1.0),)), 16, ("stop",), False, None, "c", 3)
-    kept = [coordinator_journal.JournaledRequest(plain, 1e9, [[4, 5]])]
+    adapted = replace(plain, id="b", adapter="legal@" + "ab" * 32)
+    kept = [coordinator_journal.JournaledRequest(request, 1e9, [[4, 5]]) for request in (plain, adapted)]
     old = [msgpack.packb((0, "a", 1e9, as_data(plain), [[4, 5]])), msgpack.packb((1, "a", 6)), msgpack.packb((2, "a"))]
     new = [HEADER, *map(coordinator_journal._pack_opened, kept), pack_record(1, "a", 6, 0), pack_record(2, "a")]
     path = scratch("journal")
