@@ -198,6 +198,7 @@ def _request(
         samples=max(params.samples, 1),
         stage_timings=params.stage_timings,
         speculate=params.speculate,
+        adapter=model_info.adapter.key if model_info.adapter else "",
     )
 
 

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from cluster import __version__
+from cluster.cli.adapter import adapter
 from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.convert import convert
@@ -69,6 +70,7 @@ for command in (
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")
 app.add_typer(key)
+app.add_typer(adapter)
 for command in (members, remove):
     app.command(cls=Command)(command)
 app.command(cls=Command, context_settings={"allow_extra_args": True})(launch)

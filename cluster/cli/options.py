@@ -35,6 +35,11 @@ Home = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+TopK = Annotated[int | None, typer.Option(min=0, metavar="N", help="Sample from this many most likely tokens.")]
+AdapterName = Annotated[str, typer.Option(metavar="NAME", help="Answer with this adapter of the model.")]
+Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", help="Deadline of the answer.")]
+
+
 def _range(name: str) -> dict[str, Any]:
     """Return the arguments of ``typer.Option`` for a number within the range of the sampling parameter ``name``."""
     least, most = SAMPLING_RANGES[name]
@@ -56,9 +61,7 @@ def answer_options(
         float | None,
         typer.Option(**_range("top_p"), help="Sample from the most likely tokens of this total probability."),
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Sample from this many most likely tokens.")
-    ] = None,
+    top_k: TopK = None,
     min_p: Annotated[
         float | None, typer.Option(**_range("min_p"), help="Drop tokens below this fraction of the top probability.")
     ] = None,
@@ -82,7 +85,8 @@ def answer_options(
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text. Repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-sequence token.")] = False,
     model: Annotated[str, typer.Option(metavar="MODEL", help="Require this model.")] = "",
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Deadline of the answer.")] = None,
+    adapter: AdapterName = "",
+    timeout: Timeout = None,
 ) -> "Options":
     """Return the command line's options for the client."""
     return {
@@ -99,6 +103,7 @@ def answer_options(
         "stop": stop or (),
         "ignore_eos": ignore_eos,
         "model": model,
+        "adapter": adapter,
         "timeout_s": timeout,
     }
 

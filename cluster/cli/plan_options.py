@@ -2,15 +2,39 @@
 
 # No "from __future__ import annotations": ``takes_options`` moves evaluated annotations to other modules.
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import typer
 
+from cluster.core.adapter import parse_adapter
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import MAX_PREFILL_CHUNK
 from cluster.core.plan import Objective, Route
 from cluster.core.quantization import MODES
 from cluster.core.text import parse_layers
+
+Acceptance = Annotated[
+    float,
+    typer.Option(metavar="SHARE", help="Plan for one user whose guessed tokens are right this often, from 0 to 1."),
+]
+Lanes = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Number of batches in the pipeline at once.", show_default="one per stage"),
+]
+Bits = Annotated[
+    int,
+    typer.Option(
+        metavar="BITS",
+        help="Each Mac quantizes its layers to this many bits while it loads them.",
+        show_default="as published",
+    ),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FOLDER", help="Serve an adapter of mlx-lm too, as the model BASE:NAME. Repeatable."),
+]
 
 
 class PlanOptions(TypedDict):
@@ -25,6 +49,7 @@ class PlanOptions(TypedDict):
     prefill_chunk: int | None
     objective: Objective
     acceptance: float
+    adapters: dict[str, str]
 
 
 def plan_options(
@@ -42,12 +67,7 @@ def plan_options(
     route: Annotated[
         Route, typer.Option(help="Send activations directly between workers, or relay them through the coordinator.")
     ] = Route.DIRECT,
-    lanes: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Number of batches in the pipeline at once.", show_default="one per stage"
-        ),
-    ] = None,
+    lanes: Lanes = None,
     kv_bits: Annotated[
         int,
         typer.Option(
@@ -56,14 +76,7 @@ def plan_options(
             show_default="not quantized",
         ),
     ] = 0,
-    quantize: Annotated[
-        int,
-        typer.Option(
-            metavar="BITS",
-            help="Each Mac quantizes its layers to this many bits while it loads them.",
-            show_default="as published",
-        ),
-    ] = 0,
+    quantize: Bits = 0,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
@@ -77,12 +90,10 @@ def plan_options(
     objective: Annotated[
         Objective, typer.Option(help="Optimize for one user's speed, or for many users' total speed.")
     ] = Objective.LATENCY,
-    acceptance: Annotated[
-        float,
-        typer.Option(metavar="SHARE", help="Plan for one user whose guessed tokens are right this often, from 0 to 1."),
-    ] = 0.0,
+    acceptance: Acceptance = 0.0,
+    adapter: Adapters = None,
 ) -> PlanOptions:
-    """Return the options. Raise InvalidOption for layers or bits that cannot be."""
+    """Return the options. Raise InvalidOption for layers, bits or adapters that cannot be."""
     if layers:
         parse_layers(layers)
     return {
@@ -95,14 +106,30 @@ def plan_options(
         "prefill_chunk": prefill_chunk,
         "objective": objective,
         "acceptance": acceptance,
+        "adapters": parse_adapters(adapter or ()),
     }
 
 
 def order_options(options: PlanOptions) -> dict[str, Any]:
     """Return the same options as keyword arguments of ``LoadOrder``."""
     layers = parse_layers(options["layers"]) if options["layers"] else None
-    rest = {name: value for name, value in options.items() if name not in {"workers", "layers"}}
-    return {"worker_count": options["workers"], "layers": layers, **rest}
+    rest = {name: value for name, value in options.items() if name not in {"workers", "layers", "adapters"}}
+    adapters = tuple(options["adapters"].items())
+    return {"worker_count": options["workers"], "layers": layers, "adapters": adapters, **rest}
+
+
+def parse_adapters(written: Iterable[str]) -> dict[str, str]:
+    """Return the folders by name of ``NAME=FOLDER``. A folder of this machine gets its absolute path.
+
+    Raise InvalidOption, also for a name that is given twice.
+    """
+    adapters: dict[str, str] = {}
+    for name, folder in map(parse_adapter, written):
+        if name in adapters:
+            raise InvalidOption(f"--adapter names {name} twice; give each adapter a name of its own", field="adapter")
+        here = Path(folder).expanduser()
+        adapters[name] = str(here.absolute()) if here.is_dir() else folder
+    return adapters
 
 
 def check_kv_bits(bits: int) -> int:

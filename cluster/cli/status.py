@@ -127,6 +127,8 @@ def headline(state: ClusterState) -> list[str]:
             f"{state.layers} layers in {len(state.stages)} stages ({state.route});"
             f" up to {state.max_sequences} answers of {state.max_context} tokens at once"
         )
+    if state.adapters:
+        lines.append(f"adapters: {', '.join(adapter.name for adapter in state.adapters)}")
     if state.speculation is not Speculation.OFF:
         draft = f", draft model on {state.draft_worker}" if state.draft_worker else ""
         lines.append(f"speculation ({state.speculation}{draft}): {describe_guesses(state)}")

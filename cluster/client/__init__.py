@@ -26,6 +26,7 @@ from cluster.client.results import (
 )
 from cluster.client.streams import Loading, Stream
 from cluster.core.cluster_state import (
+    AdapterState,
     ClusterState,
     GuessCounts,
     LiveRequest,
@@ -50,6 +51,7 @@ from cluster.core.worker import WorkerState
 
 __all__ = [
     "AcceptedRequest",
+    "AdapterState",
     "AsyncClient",
     "AsyncLoading",
     "AsyncStream",

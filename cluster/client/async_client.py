@@ -21,9 +21,9 @@ from cluster.client.proto_decoding import decode_models, decode_tokens
 from cluster.client.proto_encoding import PromptInput
 from cluster.client.results import Completion, Model, Tokens
 from cluster.client.training_encoding import encode_training
-from cluster.codec.cluster_state import decode_cluster_state
+from cluster.codec.cluster_state import decode_adapter, decode_cluster_state
 from cluster.codec.plan import decode_plan
-from cluster.core.cluster_state import ClusterState, ModelPlan
+from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
 
@@ -97,7 +97,7 @@ class AsyncClient:
         return decode_tokens(await self._ask(lambda to: to.inference.Tokenize, request))
 
     async def models(self) -> tuple[Model, ...]:
-        """Return the served models: zero or one."""
+        """Return the served model, and then it with each of its adapters; nothing if no model is served."""
         return decode_models(await self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
 
     async def abort(self, request_id: str) -> None:
@@ -145,6 +145,21 @@ class AsyncClient:
     async def unload(self) -> None:
         """Unload the model: end live requests and free the workers' memory."""
         await self._ask(lambda to: to.cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
+
+    async def add_adapter(self, name: str, folder: str) -> AdapterState:
+        """Load an adapter of mlx-lm for the served model, from a folder on the coordinator's Mac.
+
+        Requests name it with ``adapter=name``. Others go on meanwhile. There is no deadline.
+        """
+        request = encoding.encode_add_adapter(name, folder)
+        reply = await self._connection.ask(lambda to: to.cluster.AddAdapter, request, None)
+        return decode_adapter(reply.adapter)
+
+    async def remove_adapter(self, name: str) -> int:
+        """Remove an adapter, and end its live requests. Return how many. Raise ModelNotFound if there is none."""
+        request = encoding.encode_remove_adapter(name)
+        reply = await self._ask(lambda to: to.cluster.RemoveAdapter, request, PLAN_TIMEOUT_S)
+        return reply.ended_requests
 
     async def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
         """Move a worker's layers to other workers without interrupting requests. It gets no layers until ``undo``.

@@ -22,9 +22,9 @@ from cluster.client.results import Completion, Model, Tokens
 from cluster.client.streams import Loading, Stream
 from cluster.client.training import Training
 from cluster.client.training_encoding import encode_training
-from cluster.codec.cluster_state import decode_cluster_state
+from cluster.codec.cluster_state import decode_adapter, decode_cluster_state
 from cluster.codec.plan import decode_plan
-from cluster.core.cluster_state import ClusterState, ModelPlan
+from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.v1 import cluster_pb2, inference_pb2
 
@@ -96,7 +96,7 @@ class Client:
         return decode_tokens(self._ask(lambda to: to.inference.Tokenize, request))
 
     def models(self) -> tuple[Model, ...]:
-        """Return the served models: zero or one."""
+        """Return the served model, and then it with each of its adapters; nothing if no model is served."""
         return decode_models(self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
 
     def abort(self, request_id: str) -> None:
@@ -144,6 +144,21 @@ class Client:
     def unload(self) -> None:
         """Unload the model: end live requests and free the workers' memory."""
         self._ask(lambda to: to.cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
+
+    def add_adapter(self, name: str, folder: str) -> AdapterState:
+        """Load an adapter of mlx-lm for the served model, from a folder on the coordinator's Mac.
+
+        Requests name it with ``adapter=name``. Others go on meanwhile. There is no deadline.
+        """
+        request = encoding.encode_add_adapter(name, folder)
+        reply = self._connection.ask(lambda to: to.cluster.AddAdapter, request, None)
+        return decode_adapter(reply.adapter)
+
+    def remove_adapter(self, name: str) -> int:
+        """Remove an adapter, and end its live requests. Return how many. Raise ModelNotFound if there is none."""
+        request = encoding.encode_remove_adapter(name)
+        reply = self._ask(lambda to: to.cluster.RemoveAdapter, request, PLAN_TIMEOUT_S)
+        return reply.ended_requests
 
     def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
         """Move a worker's layers to other workers without interrupting requests. It gets no layers until ``undo``.

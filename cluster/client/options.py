@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     ``json_object``, ``regex`` and ``lark`` constrains the answer. ``priority`` (0 to 9) moves a request ahead in the
     fair queue. ``stage_timings`` adds the stages' timings to every token. ``prediction`` is text that the answer may
     repeat: it saves time and changes no token. ``speculate`` False lets no token be guessed before it is sampled.
+    ``adapter`` names the adapter that answers, as a ``model`` of the form ``BASE:NAME`` does.
     ``timeout_s`` is the deadline of the whole answer; it overrides the client's ``timeout_s``.
     """
 
@@ -59,6 +60,7 @@ class Options(TypedDict, total=False):
     stage_timings: bool
     prediction: str
     speculate: bool | None
+    adapter: str
 
 
 class GenerateKeywords(Options, total=False):
@@ -98,7 +100,8 @@ class LoadOptions(TypedDict, total=False):
     the tokens of a prompt chunk while nobody decodes; the default follows from measured cost and memory.
     ``take_back`` returns a lost worker's layers to it when it comes back. ``acceptance`` (0 to 1) plans for one user
     whose guessed tokens are right this often. ``speculate`` (``off``, ``auto``, ``ngram`` or ``draft``) says what
-    guesses tokens before they are sampled, and ``draft`` names the draft model.
+    guesses tokens before they are sampled, and ``draft`` names the draft model. ``adapters`` maps
+    names to folders on the coordinator's Mac, each with an adapter of mlx-lm.
     """
 
     workers: int | None
@@ -115,6 +118,7 @@ class LoadOptions(TypedDict, total=False):
     draft: str
     take_back: bool
     acceptance: float
+    adapters: Mapping[str, str]
 
 
 def encode_sampling(options: Options) -> pb.SamplingOptions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -40,6 +40,7 @@ def encode_generate(prompt: PromptInput, options: GenerateKeywords) -> inference
     request = inference_pb2.GenerateRequest(
         request_id=check_text("request_id", options.get("request_id") or ""),
         model=check_text("model", options.get("model") or ""),
+        adapter=check_text("adapter", options.get("adapter") or ""),
         sampling=encode_sampling(options),
         stop=encode_stop(options),
         priority=check_whole_number("priority", options.get("priority") or 0),
@@ -64,6 +65,7 @@ def encode_chat(messages: Iterable[Turn], options: ChatKeywords) -> inference_pb
     request = inference_pb2.ChatRequest(
         request_id=check_text("request_id", options.get("request_id") or ""),
         model=check_text("model", options.get("model") or ""),
+        adapter=check_text("adapter", options.get("adapter") or ""),
         messages=encode_messages(messages),
         sampling=encode_sampling(options),
         stop=encode_stop(options),
@@ -94,6 +96,7 @@ def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReques
     return cluster_pb2.LoadModelRequest(
         model=check_text("model", model),
         layers=check_text("layers", options.get("layers") or ""),
+        adapters=_adapters(options.get("adapters") or {}),
         route=ROUTES[_route(options.get("route") or Route.DIRECT)],
         max_step_ms=check_number("max_step_ms", options.get("max_step_ms") or 0.0),
         workers=check_whole_number("workers", options.get("workers") or 0),
@@ -125,7 +128,26 @@ def encode_plan(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
         prefill_chunk=load.prefill_chunk,
         objective=load.objective,
         acceptance=load.acceptance,
+        adapters=load.adapters,
     )
+
+
+def encode_add_adapter(name: str, folder: str) -> cluster_pb2.AddAdapterRequest:
+    """Encode ``add_adapter``. Raise InvalidRequest naming a field that cannot be sent."""
+    (adapter,) = _adapters({name: folder})
+    return cluster_pb2.AddAdapterRequest(adapter=adapter)
+
+
+def encode_remove_adapter(name: str) -> cluster_pb2.RemoveAdapterRequest:
+    """Encode ``remove_adapter``. Raise InvalidRequest for a name that cannot be sent."""
+    return cluster_pb2.RemoveAdapterRequest(name=check_text("name", name))
+
+
+def _adapters(given: Mapping[str, str]) -> list[cluster_pb2.AdapterFolder]:
+    return [
+        cluster_pb2.AdapterFolder(name=check_text("adapters", name), folder=check_text("adapters", str(folder)))
+        for name, folder in given.items()
+    ]
 
 
 def encode_resume(request_id: str, offset: int | Sequence[int]) -> inference_pb2.ResumeRequest:

@@ -109,7 +109,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model. ``max_context`` counts the tokens of prompt and answer together."""
+    """A served model, or it with an adapter (``BASE:NAME``). ``max_context`` is in tokens of prompt and answer."""
 
     id: str
     layers: int

@@ -17,7 +17,15 @@ from cluster.codec.plan import (
     encode_stage,
 )
 from cluster.codec.worker_info import decode_worker, encode_worker
-from cluster.core.cluster_state import ClusterState, GuessCounts, LiveRequest, Repair, RequestState, ServingState
+from cluster.core.cluster_state import (
+    AdapterState,
+    ClusterState,
+    GuessCounts,
+    LiveRequest,
+    Repair,
+    RequestState,
+    ServingState,
+)
 from cluster.v1 import cluster_pb2 as pb
 
 _SERVING_STATES: Final = {
@@ -73,6 +81,7 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         guesses=map(_encode_counts, state.guesses),
         guesses_without_room=state.guesses_without_room,
         draft_worker=state.draft_worker,
+        adapters=map(encode_adapter, state.adapters),
     )
     encode_explanation(reply, state.objective, state.forecast, state.spares, state.reasons)
     return reply
@@ -113,10 +122,21 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         warnings=tuple(reply.warnings),
         lag_seconds=reply.lag_seconds,
         speculation=decode_speculation(reply.speculation),
+        adapters=tuple(map(decode_adapter, reply.adapters)),
         guesses=tuple(GuessCounts(g.source, g.guessed, g.accepted, g.voided) for g in reply.guesses),
         guesses_without_room=reply.guesses_without_room,
         draft_worker=reply.draft_worker,
     )
+
+
+def encode_adapter(adapter: AdapterState) -> pb.Adapter:
+    """Encode an adapter of the served model."""
+    return pb.Adapter(name=adapter.name, fingerprint=adapter.fingerprint, bytes=adapter.nbytes)
+
+
+def decode_adapter(message: pb.Adapter) -> AdapterState:
+    """Decode an adapter of the served model."""
+    return AdapterState(message.name, message.fingerprint, message.bytes)
 
 
 def _encode_counts(counts: GuessCounts) -> pb.GuessCounts:

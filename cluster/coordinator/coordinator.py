@@ -10,21 +10,19 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import PurePath
 
 import anyio
 
 from cluster import __version__
 from cluster.coordinator.adoption import adopt_held_slices
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft, require_matching_draft
-from cluster.coordinator.engine_loop import EngineLoop
+from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft, read_draft
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.journal import Journal, continue_request
 from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.loop_view import LoopView
-from cluster.coordinator.model_reader import ModelInfo, ModelReader
+from cluster.coordinator.model_reader import ModelInfo, ModelReader, choose_model
 from cluster.coordinator.planner import Links, make_plan
 from cluster.coordinator.prefix_disks import OwnersOf, PrefixOwners
 from cluster.coordinator.recovery import ServiceDeps
@@ -34,16 +32,15 @@ from cluster.coordinator.request_timings import LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.snapshot import describe_workers, with_plan, with_requests
+from cluster.coordinator.snapshot import describe_adapters, describe_workers, with_plan, with_requests
 from cluster.coordinator.training_run import TrainingHost, TrainingMode, TrainingRequest
 from cluster.coordinator.weight_distribution import WeightDistribution
+from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
-    InvalidOption,
     MacpipeError,
-    ModelNotFound,
     NotServing,
     RequestNotFound,
     StaleEpoch,
@@ -155,33 +152,21 @@ class Coordinator:
         order.check()
         model_info = await self._reader.read(order)
         try:
-            await self._replace_with(model_info, order, report, await self._read_draft(model_info, order))
+            await self._replace_with(model_info, order, report, await read_draft(self._reader, model_info, order))
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await model_info.close()
             raise
-
-    async def _read_draft(self, target: ModelInfo, order: LoadOrder) -> ModelInfo | None:
-        """Read the draft model of an order, if it has one. Raises ``InvalidOption`` if it does not fit the target."""
-        if not order.draft:
-            return None
-        try:
-            draft = await self._reader.read(LoadOrder(order.draft, max_context=target.shape.max_context))
-        except InvalidOption:  # its own limit is lower, so longer requests get no drafts
-            draft = await self._reader.read(LoadOrder(order.draft))
-        await draft.close()  # nobody sends it text
-        require_matching_draft(target, draft)
-        return draft
 
     async def _replace_with(
         self, model_info: ModelInfo, order: LoadOrder, report: LoadReporter, draft_info: ModelInfo | None
     ) -> None:
         if self._service:
             await self._service.send_step_times()  # the next plan uses the step times measured here
-        gathered = await self._gather_workers(order, model_info.shape, report)
-        found, order = await adopt_held_slices(model_info.shape, order, gathered, self._roster)
+        gathered = await self._gather_workers(order, model_info.placed_shape, report)
+        found, order = await adopt_held_slices(model_info.placed_shape, order, gathered, self._roster)
         number = self._epochs.next(m.info.epoch for m in self._roster.members)
-        plan = await self._make_plan(number, model_info.shape, found, order)
+        plan = await self._make_plan(number, model_info.placed_shape, found, order)
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
@@ -242,7 +227,8 @@ class Coordinator:
             host = TrainingHost(
                 self._reader, self._deps(), self._gather_workers, self._make_plan, self._close, self.changed
             )
-            await self._training.run(host, request, tell, BothReporters(self._report, follower), self._order)
+            order = self._service.adapters.adjust_order(self._order) if self._service and self._order else self._order
+            await self._training.run(host, request, tell, BothReporters(self._report, follower), order)
 
     async def _gather_workers(
         self, order: LoadOrder, shape: ModelShape, report: LoadReporter
@@ -314,13 +300,9 @@ class Coordinator:
 
     # Serving
 
-    def served_model(self, model: str) -> ModelInfo:
-        """Return the served model. Raises ``NotServing``, or ``ModelNotFound`` if ``model`` is another name."""
-        service = self._require_service()
-        name = service.plan.model.name
-        if model and model not in (name, PurePath(name).name):
-            raise ModelNotFound(f"model {model} is not served here; the served model is {name}", field="model")
-        return service.model_info
+    def served_model(self, model: str, adapter: str = "") -> ModelInfo:
+        """Return the served model, with an adapter if one is named. Raises ``NotServing``, and as ``choose_model``."""
+        return choose_model(self._require_service().model_info, model, adapter)
 
     @property
     def speculates(self) -> bool:
@@ -356,9 +338,9 @@ class Coordinator:
         another model was loaded in the meantime.
         """
         service = self._require_service()
-        if service.model_info is not model_info:
+        if not service.model_info.is_same_load(model_info):
             raise NotServing("another model was loaded while the prompt was tokenized; send the request again")
-        answer = _create_answer(service.loop, request)
+        answer = _create_answer(service, request)
         service.loop.submit(request, answer)
         return answer
 
@@ -378,9 +360,18 @@ class Coordinator:
         request = kept.request
         if skip[0]:  # the client has tokens, and so the prompt's log-probabilities, which come first
             request = replace(request, prompt_logprobs=None)
-        answer = _create_answer(service.loop, request)
+        answer = _create_answer(service, request)
         service.loop.submit(request, answer, tokens, skip)
         return request, answer
+
+    async def add_adapter(self, name: str, folder: str) -> Adapter:
+        """Serve the adapter in ``folder``. Raises as ``ModelReader.read_adapter`` and ``AdapterChanges.add``."""
+        service = self._require_service()
+        return await service.adapters.add(await self._reader.read_adapter(name, folder, service.model_info))
+
+    async def remove_adapter(self, name: str) -> int:
+        """Remove an adapter. Raises ``NotServing``, and as ``AdapterChanges.remove``."""
+        return await self._require_service().adapters.remove(name)
 
     def forget_client(self, client: str) -> None:
         """Drop what is kept of a client's earlier answers. Its live requests go on; end them first."""
@@ -447,7 +438,9 @@ class Coordinator:
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
         if service and (epoch := service.epoch):
-            state = replace(with_plan(state, epoch.plan, epoch.stages, loop), speculation=service.speculation)
+            state = with_plan(state, service.adapters.adjust(epoch.plan), epoch.stages, loop)
+            adapters = describe_adapters(service.model_info.adapters.served)
+            state = replace(state, speculation=service.speculation, adapters=adapters)
             state = with_requests(state, loop) if loop else state
         return state
 
@@ -487,6 +480,11 @@ class Coordinator:
         return None
 
 
-def _create_answer(loop: EngineLoop, request: Request) -> AnswerQueue:
-    """Create an answer queue that ends its request if the client stops reading."""
-    return AnswerQueue(loop.post, lambda: loop.end(request.id, Aborted("the client disconnected")), request.samples)
+def _create_answer(service: ModelService, request: Request) -> AnswerQueue:
+    """Create an answer queue that ends its request if the client stops reading.
+
+    Raises ``ModelNotFound`` if the request's adapter is not served.
+    """
+    service.model_info.adapters.require(request.adapter)
+    loop, error = service.loop, Aborted("the client disconnected")
+    return AnswerQueue(loop.post, lambda: loop.end(request.id, error), request.samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.planner import make_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidOption, MacpipeError, NoPlan
@@ -21,6 +21,19 @@ class DraftAssignment:
     plan: Plan
     worker: WorkerInfo
     target_vocabulary: int
+
+
+async def read_draft(reader: ModelReader, target: ModelInfo, order: LoadOrder) -> ModelInfo | None:
+    """Read the draft model of an order, if it has one. Raises ``InvalidOption`` if it does not fit the target."""
+    if not order.draft:
+        return None
+    try:
+        draft = await reader.read(LoadOrder(order.draft, max_context=target.shape.max_context))
+    except InvalidOption:  # its own limit is lower, so longer requests get no drafts
+        draft = await reader.read(LoadOrder(order.draft))
+    await draft.close()  # nobody sends it text
+    require_matching_draft(target, draft)
+    return draft
 
 
 def require_matching_draft(target: ModelInfo, draft: ModelInfo) -> None:

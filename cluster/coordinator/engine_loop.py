@@ -39,6 +39,7 @@ from cluster.membership.slowness import extra_s
 from cluster.platform.overload import Lag, no_lag
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.disk_prefixes import DiskContents, DiskRead, ReadOutcome
+from cluster.scheduler.kv_cost import Cost
 from cluster.scheduler.outcome import Outcome
 from cluster.scheduler.scheduler import Scheduler
 from cluster.wire.frame_codec import decode, encode
@@ -120,6 +121,28 @@ class EngineLoop:
     def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
         """End a request with an error. The future resolves to whether the request was live."""
         return self._inbox.ask(lambda: self.answers.end(request_id, error))
+
+    def end_adapter(self, adapter: str, error: MacpipeError) -> Future[int]:
+        """End the requests of an adapter with an error, and drop its prefixes. The future has their number."""
+        return self._inbox.ask(lambda: self._end_adapter(adapter, error))
+
+    def _end_adapter(self, adapter: str, error: MacpipeError) -> int:
+        ended = self.answers.end_adapter(adapter, error)
+        self._scheduler.adapters.forget(adapter)
+        self._flush()
+        return ended
+
+    def take_adapter_memory(self, epoch: int, taken: Cost) -> Future[bool]:
+        """Take bytes of each stage's caches for adapters. The future has False if live requests need them.
+
+        It also has False if another epoch has begun.
+        """
+        return self._inbox.ask(lambda: self._plan.epoch == epoch and self._take_adapter_memory(taken))
+
+    def _take_adapter_memory(self, taken: Cost) -> bool:
+        fits = self._scheduler.adapters.take(taken)
+        self._flush()
+        return fits
 
     def on_message(self, message: bytes) -> None:
         """Queue a frame from the last stage."""

@@ -20,6 +20,7 @@ from cluster.core.limits import UNLOAD_TIMEOUT_S
 from cluster.core.plan import FetchOrder, LoadProgress, Plan
 from cluster.core.prefix_keys import edition_key
 from cluster.core.worker import WorkerInfo
+from cluster.platform.process import first_error
 from cluster.transport.streams import Dialer, Received
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class EpochBuilder:
         selected_controls = [controls[i] for i in selected]
         if only is not None and not missing:
             await load_slices(stages, selected_controls, [_NOTHING] * len(selected), self.progress)
+            await self._load_adapters(plan, workers, selected)
             return
         async with self.weights.delivery(plan, self.model_info, workers) as delivery:
             orders = [delivery.orders[i] if i in missing else _NOTHING for i in selected]
@@ -80,8 +82,25 @@ class EpochBuilder:
             new_delivery = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
             await new_delivery.check(new_digests, lambda: self._report_all(plan, "hashing"))
             self.edition = self._edition_of(plan, delivery)
+        await self._load_adapters(plan, workers, selected)
         if read_bytes := sum(plan.stages[i].weight_bytes for i in missing):
             self.rate = read_bytes / max(time.monotonic() - began, 1e-3)
+
+    async def _load_adapters(self, plan: Plan, workers: Sequence[WorkerInfo], selected: Sequence[int]) -> None:
+        """Let the selected stages hold the model's adapters, if there are any or a worker holds some."""
+        if self.model_info.adapters.loaded or any(workers[i].adapters for i in selected):
+            chosen = replace(plan, stages=tuple(plan.stages[i] for i in selected))
+            await self.set_adapters(chosen, [workers[i] for i in selected])
+
+    async def set_adapters(self, plan: Plan, workers: Sequence[WorkerInfo]) -> None:
+        """Let the loaded stages of a plan hold just the model's adapters. Raises ``MacpipeError``."""
+        adapters = self.model_info.adapters.loaded
+        try:
+            async with self.weights.adapter_delivery(adapters, workers) as peers, anyio.create_task_group() as tasks:
+                for stage, control, own_peers in zip(plan.stages, self._controls(workers), peers, strict=True):
+                    tasks.start_soon(control.set_adapters, plan.epoch, stage.layers, adapters, own_peers)
+        except* MacpipeError as group:
+            raise first_error(group) from None
 
     def _edition_of(self, plan: Plan, delivery: WeightDelivery) -> str:
         known = delivery.manifest.known

@@ -137,6 +137,11 @@ class LiveAnswers:
         for request_id in (*self._requests, *self._resumed):
             self.end(request_id, error)
 
+    def end_adapter(self, adapter: str, error: MacpipeError) -> int:
+        """End every live request that an adapter answers. Return how many there were."""
+        live = (*(r.request for r in self._requests.values()), *(r.request for r in self._resumed.values()))
+        return sum(self.end(request.id, error) for request in live if request.adapter == adapter)
+
     def begin_epoch(self, stages: Sequence[PlannedStage]) -> None:
         """Continue on the stages of a new epoch. End requests that have lost ``MAX_REPLAYS`` rings in a row."""
         for live in tuple(self._samples.values()):

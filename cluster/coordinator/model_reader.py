@@ -8,17 +8,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 import anyio
 
+from cluster.coordinator.served_adapters import ServedAdapters
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import InvalidGrammar, InvalidOption
+from cluster.core.adapter import Adapter, count_adapters, require_adapter_name
+from cluster.core.errors import InvalidGrammar, InvalidOption, InvalidRequest, ModelNotFound
 from cluster.core.limits import MIN_CONTEXT
 from cluster.core.plan import ModelShape
 from cluster.core.request import Grammar
+from cluster.model.adapters import read_adapter
 from cluster.model.device import close_thread
 from cluster.model.model_shape import read_shape
 from cluster.model.tensor_map import TensorMap, tensor_map
@@ -36,6 +39,8 @@ class ModelInfo:
 
     ``tokenizer`` decodes the model's output. Text from clients goes to ``text`` instead, which bounds the cost. The
     tokenizer may know fewer ids than the model has logits; clients may send only ids that it knows.
+
+    ``adapters`` are those of the served model; all copies share them. ``adapter`` is the one that a request chose.
     """
 
     shape: ModelShape
@@ -43,6 +48,17 @@ class ModelInfo:
     tensors: TensorMap
     found: FoundModel
     text: TextService
+    adapters: ServedAdapters = field(default_factory=ServedAdapters)
+    adapter: Adapter | None = None
+
+    @property
+    def placed_shape(self) -> ModelShape:
+        """The model's shape with the adapters that its stages hold."""
+        return count_adapters(self.shape, self.adapters.loaded)
+
+    def is_same_load(self, other: ModelInfo) -> bool:
+        """Return whether both describe the same load of a model, whatever adapters they chose."""
+        return self.text is other.text
 
     @property
     def vocabulary(self) -> int:
@@ -90,18 +106,24 @@ class ModelReader:
                 await process.stop()
             raise
         try:
-            return await self._on_thread(_load_info, found, shape, text)
+            return await self._on_thread(_load_info, found, shape, text, order)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await text.close()
             raise
 
     async def read_shape(self, order: LoadOrder) -> ModelShape:
-        """Read only a model's shape, from its headers: tokenizer and weights may be elsewhere.
+        """Read only a model's shape with its adapters, from headers: tokenizer and weights may be elsewhere.
 
         Raises the errors of ``read``.
         """
-        return (await self._on_thread(_find_model, self._store, order))[1]
+        return await self._on_thread(_find_placed_shape, self._store, order)
+
+    async def read_adapter(self, name: str, folder: str, model_info: ModelInfo) -> Adapter:
+        """Read an adapter of a model that was read. Raises the errors of ``adapters.read_adapter``."""
+        require_adapter_name(name)
+        found = model_info.found.folder
+        return await self._on_thread(read_adapter, name, adapter_folder(folder), found, model_info.shape)
 
     async def _on_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.wrap_future(self._pool.submit(work, *arguments))
@@ -117,9 +139,15 @@ def _find_model(store: Store, order: LoadOrder) -> tuple[FoundModel, ModelShape]
     return found, _measure_shape(found, order)
 
 
-def _load_info(found: FoundModel, shape: ModelShape, text: TextService) -> ModelInfo:
+def _find_placed_shape(store: Store, order: LoadOrder) -> ModelShape:
+    found, shape = _find_model(store, order)
+    return count_adapters(shape, read_order_adapters(found.folder, order, shape))
+
+
+def _load_info(found: FoundModel, shape: ModelShape, text: TextService, order: LoadOrder) -> ModelInfo:
+    adapters = ServedAdapters(read_order_adapters(found.folder, order, shape))
     tensors = tensor_map(found.folder, shape.shared)
-    return ModelInfo(shape, load_tokenizer(found.folder), tensors, found, text)
+    return ModelInfo(shape, load_tokenizer(found.folder), tensors, found, text, adapters)
 
 
 def _measure_shape(found: FoundModel, order: LoadOrder) -> ModelShape:
@@ -127,11 +155,57 @@ def _measure_shape(found: FoundModel, order: LoadOrder) -> ModelShape:
         raise InvalidOption(
             f"max_context is {order.max_context} tokens; it must be at least {MIN_CONTEXT}", field="max_context"
         )
-    return read_order_shape(found.folder, order)
+    return _read_base_shape(found.folder, order)
 
 
 def read_order_shape(folder: Path, order: LoadOrder) -> ModelShape:
-    """Return the shape of an order's checkpoint, which is in ``folder``. Raises the errors of ``read_shape``."""
+    """Return the shape of an order's checkpoint, which is in ``folder``, with the adapters of the order.
+
+    Raises the errors of ``read_shape`` and ``read_order_adapters``.
+    """
+    shape = _read_base_shape(folder, order)
+    return count_adapters(shape, read_order_adapters(folder, order, shape))
+
+
+def read_order_adapters(folder: Path, order: LoadOrder, shape: ModelShape) -> list[Adapter]:
+    """Return the adapters of an order for the model in ``folder``. Raises the errors of ``adapters.read_adapter``."""
+    for name, _ in order.adapters:
+        require_adapter_name(name)
+    return [read_adapter(name, adapter_folder(place), folder, shape) for name, place in order.adapters]
+
+
+def choose_model(model_info: ModelInfo, model: str, adapter: str) -> ModelInfo:
+    """Return the model with the adapter that ``model`` (``BASE:NAME``) or ``adapter`` names; "" for the one served.
+
+    Raises ``ModelNotFound`` if there is no such model or adapter, and ``InvalidRequest`` if the two name different
+    adapters.
+    """
+    name = model_info.shape.model.name
+    names = (name, PurePath(name).name)
+    base, _, chosen = ("", "", "") if not model or model in names else model.rpartition(":")
+    if (base or chosen) and base not in names:
+        raise ModelNotFound(f"model {model} is not served here; the served model is {name}", field="model")
+    if chosen and adapter and chosen != adapter:
+        raise InvalidRequest(f"model {model} and adapter {adapter} are two adapters; name one", field="adapter")
+    return choose_adapter(model_info, adapter or chosen)
+
+
+def choose_adapter(model_info: ModelInfo, name: str) -> ModelInfo:
+    """Return the model with the adapter of that name chosen; "" for none. Raises ``ModelNotFound``."""
+    if not name:
+        return model_info
+    if adapter := model_info.adapters.find(name):
+        return replace(model_info, adapter=adapter)
+    served = ", ".join(a.ref.name for a in model_info.adapters.served) or "none"
+    raise ModelNotFound(f"the adapter {name[:64]} is not served here; served are: {served}", field="adapter")
+
+
+def adapter_folder(written: str) -> Path:
+    """Return the absolute path of an adapter's folder on this Mac."""
+    return Path(written).expanduser().absolute()
+
+
+def _read_base_shape(folder: Path, order: LoadOrder) -> ModelShape:
     return read_shape(
         folder,
         order.model,

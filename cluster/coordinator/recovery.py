@@ -125,7 +125,8 @@ class EpochChange(ABC):
         plan = self._epoch.plan
         number = context.deps.epochs.next(m.info.epoch for m in members)
         last = (context.draft_worker(),)
-        return reassign_layers(number, plan, context.model_info.shape, context.order, members, self._without, last)
+        shape = context.model_info.placed_shape
+        return reassign_layers(number, plan, shape, context.order, members, self._without, last)
 
     async def _open(self, chosen: Assignment) -> Epoch:
         context = self._context

@@ -22,8 +22,8 @@ HEADER: Final = b"macpipe journal 2\n"
 _PREFIX: Final = struct.Struct(">II")
 """Precedes each record: the length of its msgpack body in bytes, and the CRC-32 of the body."""
 _DEFAULTS = SamplingParams()
-_NEWER: Final[tuple[Any, ...]] = (None, True)
-"""The values of ``prompt_logprobs`` and ``speculate`` in records that have none."""
+_NEWER: Final[tuple[Any, ...]] = (None, True, "")
+"""The values of ``prompt_logprobs``, ``speculate`` and ``adapter`` in records that have none."""
 
 
 class DamagedJournal(ValueError):
@@ -90,16 +90,17 @@ def as_data(r: Request) -> tuple[Any, ...]:
         parsing,
         r.prompt_logprobs,
         r.speculate,
+        r.adapter,
     )
 
 
 def from_data(data: Any) -> Request:
     """Return the request from the output of ``as_data`` after a round trip through msgpack.
 
-    An older record lacks the last or the last two fields. Raises ``TypeError`` or ``ValueError``.
+    An older record lacks up to three of the last fields. Raises ``TypeError`` or ``ValueError``.
     """
     request_id, prompt, sampling, max_tokens, stop, ignore_eos, client, priority, samples, parsing, *newer = data
-    prompt_logprobs, speculate = tuple(newer) + _NEWER[len(newer) :]
+    prompt_logprobs, speculate, adapter = tuple(newer) + _NEWER[len(newer) :]
     request = Request(
         id=request_id,
         prompt=tuple(prompt),
@@ -113,6 +114,7 @@ def from_data(data: Any) -> Request:
         parsing=_read_parsing(*parsing) if parsing else None,
         prompt_logprobs=prompt_logprobs,
         speculate=speculate,
+        adapter=adapter,
     )
     if not _has_valid_types(request):
         raise TypeError("a field of the request has the wrong type")
@@ -130,7 +132,7 @@ def token_ids(tokens: Iterable[Any]) -> list[int]:
 def _has_valid_types(r: Request) -> bool:
     """Return whether each field has the right type. Grammar and parsing were already checked when they were built."""
     token_ids(r.prompt)
-    texts = (r.id, r.client, *r.stop)
+    texts = (r.id, r.client, r.adapter, *r.stop)
     counts = (r.max_tokens, r.priority, r.samples)
     p = r.sampling
     return (

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import anyio
 
+from cluster.coordinator.adapter_changes import AdapterChanges
 from cluster.coordinator.canary import run_canary
 from cluster.coordinator.draft_assignment import DraftAssignment
 from cluster.coordinator.draft_service import DraftService
@@ -152,6 +153,7 @@ class ModelService:
             self._disks,
             lambda: self.draft_worker,
         )
+        self.adapters = AdapterChanges(self.model_info, self.loop, builder, self._steady_epoch)
         plan, workers = self._first.plan, self._first.workers
         try:
             await builder.load(plan, workers)
@@ -181,6 +183,10 @@ class ModelService:
         if self._draft:
             await self._draft.close()
         await unload_workers(self._deps.epochs.last, [self._deps.roster.control(a) for a in self._contacted])
+
+    def _steady_epoch(self) -> Epoch | None:
+        """Return the epoch that serves; None during a recovery or a move."""
+        return None if self.recovery or self.move else self._epoch
 
     def _control(self, address: str) -> WorkerClient:
         self._contacted.add(address)
@@ -398,7 +404,9 @@ class ModelService:
         next_number = self._deps.epochs.next
         reason = "workers that were lost are back and take their layers again"
         try:
-            assignment = restore_plan(next_number, self._first, self.plan, self.model_info.shape, self._order, steady)
+            assignment = restore_plan(
+                next_number, self._first, self.plan, self.model_info.placed_shape, self._order, steady
+            )
             if assignment and self._epoch:
                 await self._carry_out(PlannedMove(self._context, self._epoch, reason), assignment)
         except MacpipeError as e:

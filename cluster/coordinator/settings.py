@@ -26,7 +26,7 @@ class LoadOrder:
     ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``quantize`` is the bits to which each worker quantizes its weights
     while it loads them; 0 leaves them. ``acceptance`` is the share of guessed tokens that the
     plan expects to be right, from 0 to 1. ``speculation`` says what guesses tokens before they are sampled;
-    ``draft`` is the draft model, "" if there is none.
+    ``draft`` is the draft model, "" if there is none. ``adapters`` are names and folders.
     """
 
     model: str
@@ -45,6 +45,7 @@ class LoadOrder:
     acceptance: float = 0.0
     speculation: Speculation = Speculation.OFF
     draft: str = ""
+    adapters: tuple[tuple[str, str], ...] = ()
 
     def check(self) -> None:
         """Raise ``InvalidOption`` for options that contradict each other."""

@@ -9,7 +9,8 @@ from dataclasses import fields, replace
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import RosterEntry
-from cluster.core.cluster_state import ClusterState, ModelPlan, RequestState, StageState
+from cluster.core.adapter import Adapter
+from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan, RequestState, StageState
 from cluster.core.plan import Plan, PlannedStage, Route
 from cluster.core.worker import WorkerState, WorkerSummary
 from cluster.membership.suspicion import Belief, Standing
@@ -67,6 +68,11 @@ def with_requests(state: ClusterState, loop: LoopView) -> ClusterState:
         disk_misses=sum(count for outcome, count in loop.disk_reads.items() if outcome != ReadOutcome.HIT),
         disk_tokens=loop.disk_tokens,
     )
+
+
+def describe_adapters(adapters: Sequence[Adapter]) -> tuple[AdapterState, ...]:
+    """Describe the adapters of the served model."""
+    return tuple(AdapterState(a.ref.name, a.ref.fingerprint, a.nbytes) for a in adapters)
 
 
 def describe_workers(members: Sequence[RosterEntry], beliefs: Sequence[Belief]) -> tuple[WorkerState, ...]:

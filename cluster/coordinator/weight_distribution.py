@@ -11,12 +11,14 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Event
 
 import anyio
 
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.roster import Roster
+from cluster.core.adapter import Adapter
 from cluster.core.errors import ModelDiffers
 from cluster.core.futures import ignore_error
 from cluster.core.limits import HEARTBEAT_S
@@ -110,13 +112,41 @@ class WeightDistribution:
         async with AsyncExitStack() as stack:
             stack.callback(own.cancel)
             stack.callback(stop.set)
-            hosts = [await anyio.to_thread.run_sync(_host_towards, worker.control_address) for worker in workers]
-            ports = {host: await self._open_port(stack, host) for host in sorted(set(hosts))}
-            peers = [self._peers(workers, w, ports[host]) for w, host in zip(workers, hosts, strict=True)]
+            peers = await self._open_ports(stack, workers)
             orders_with_peers = [
                 replace(order, peers=own_peers) for order, own_peers in zip(orders, peers, strict=True)
             ]
             yield WeightDelivery(tuple(orders_with_peers), item.manifest, own)
+
+    @asynccontextmanager
+    async def adapter_delivery(
+        self, adapters: Sequence[Adapter], workers: Sequence[WorkerInfo]
+    ) -> AsyncIterator[list[tuple[StorePlace, ...]]]:
+        """Share the adapters' folders until the context ends. Yield where each worker may fetch them from.
+
+        Raises ``ModelDiffers`` if a folder has changed since the adapter was added.
+        """
+        for adapter in adapters:
+            await anyio.to_thread.run_sync(self._share_adapter, adapter)
+        async with AsyncExitStack() as stack:
+            yield await self._open_ports(stack, workers) if adapters else [() for _ in workers]
+
+    def _share_adapter(self, adapter: Adapter) -> None:
+        folder = Path(adapter.ref.path)
+        item = self._store_server.share(folder, None)
+        if item.checkpoint.fingerprint != adapter.ref.fingerprint:
+            raise ModelDiffers(
+                f"the files of the adapter {adapter.ref.name} in {str(folder)!r} have changed since it was added; "
+                "remove it and add it again"
+            )
+        names = [tensor.name for tensor in adapter.tensors]
+        item.manifest.learn(digests(self._store.home, folder, names, Event()).items(), f"{COORDINATOR}'s folder")
+
+    async def _open_ports(self, stack: AsyncExitStack, workers: Sequence[WorkerInfo]) -> list[tuple[StorePlace, ...]]:
+        """Open the coordinator's store until ``stack`` unwinds. Return where each worker may fetch from."""
+        hosts = [await anyio.to_thread.run_sync(_host_towards, worker.control_address) for worker in workers]
+        ports = {host: await self._open_port(stack, host) for host in sorted(set(hosts))}
+        return [self._peers(workers, w, ports[host]) for w, host in zip(workers, hosts, strict=True)]
 
     def _own_digests(self, found: FoundModel, names: Sequence[str], stop: Event) -> dict[str, str]:
         return {} if found.partial else digests(self._store.home, found.folder, names, stop)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import grpc
 
 from cluster.codec.worker_info import decode_info
+from cluster.core.adapter import Adapter
 from cluster.core.errors import (
     DeadlineExceeded,
     OtherParty,
@@ -28,7 +29,7 @@ from cluster.core.limits import (
     LOAD_STALL_S,
     LOAD_STUCK_S,
 )
-from cluster.core.plan import FetchOrder, Link, LoadProgress, StageDigests, StageSpec
+from cluster.core.plan import FetchOrder, LayerRange, Link, LoadProgress, StageDigests, StageSpec, StorePlace
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
 from cluster.core.worker import WorkerInfo
@@ -43,6 +44,7 @@ from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 if TYPE_CHECKING:
     from cluster.v1.worker_pb2_grpc import WorkerServiceAsyncStub
 
+Message = TypeVar("Message", pb.LoadStageResponse, pb.SetAdaptersResponse)
 _SERIAL_BYTES = 20
 """Maximum size of a certificate's serial number."""
 _RETIRED = 4
@@ -163,6 +165,21 @@ class WorkerClient:
                 )
         yield StageDigests(self.name, tuple(digests))
 
+    async def set_adapters(
+        self, epoch: int, layers: LayerRange, adapters: Sequence[Adapter], peers: Sequence[StorePlace]
+    ) -> None:
+        """Let the worker's stage, of these layers, hold just these adapters. Raises as ``load``."""
+        request = pb.SetAdaptersRequest(
+            epoch=epoch,
+            adapters=[_stage_adapter(adapter, layers) for adapter in adapters],
+            peers=_store_peers(peers),
+            coordinator=self._coordinator,
+            instance=self._instance,
+        )
+        async with self._map_errors():
+            async for _ in _read_with_stall_limit(self._stub.SetAdapters(request), self.name):
+                pass
+
     async def link(self, epoch: int, before: WorkerInfo | None) -> None:
         """Tell the worker to pull its input from the stage ``before``; with None, the coordinator feeds it."""
         async with self._map_errors():
@@ -273,21 +290,19 @@ async def _map_rpc_errors(name: str, address: str) -> AsyncIterator[None]:
         raise named from e
 
 
-async def _read_with_stall_limit(
-    call: grpc.aio.UnaryStreamCall[pb.LoadStageRequest, pb.LoadStageResponse], worker: str
-) -> AsyncIterator[pb.LoadStageResponse]:
+async def _read_with_stall_limit(call: grpc.aio.UnaryStreamCall[Any, Message], worker: str) -> AsyncIterator[Message]:
     """Yield the call's messages.
 
     Raises ``WorkerLost`` on a stall: no message for ``LOAD_STALL_S``, or no changed message for ``LOAD_STUCK_S``.
     """
-    last = pb.LoadStageResponse()
+    last: Message | None = None
     changed_at = time.monotonic()
     while True:
         try:
-            message = await asyncio.wait_for(call.read(), LOAD_STALL_S)
+            message: Any = await asyncio.wait_for(call.read(), LOAD_STALL_S)
         except TimeoutError:
             raise _stalled(worker, LOAD_STALL_S) from None
-        if not isinstance(message, pb.LoadStageResponse):
+        if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # its typing stub lacks it
             return
         if message != last:
             last = message
@@ -318,10 +333,19 @@ def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str, instance
         instance=instance,
         tensors=order.tensors,
         deferred=order.deferred,
-        peers=[pb.StorePeer(name=p.name, address=p.address, party=p.party) for p in order.peers],
+        peers=_store_peers(order.peers),
         repo=order.repo,
         commit=order.commit,
     )
+
+
+def _stage_adapter(adapter: Adapter, layers: LayerRange) -> pb.StageAdapter:
+    ref, tensors = adapter.ref, [tensor.name for tensor in adapter.tensors_of(layers)]
+    return pb.StageAdapter(name=ref.name, path=ref.path, fingerprint=ref.fingerprint, tensors=tensors)
+
+
+def _store_peers(peers: Iterable[StorePlace]) -> list[pb.StorePeer]:
+    return [pb.StorePeer(name=p.name, address=p.address, party=p.party) for p in peers]
 
 
 def _party_of(worker_id: str) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cluster.core.errors import InvalidOption
-from cluster.core.plan import LayerRange
+from cluster.core.plan import LayerRange, ModelShape, SharedWeight
 
-MAX_ADAPTERS: Final = 32
+MAX_ADAPTERS: Final = 16
 """Adapters of one model at once. Each may have as many lanes as the plan."""
 MAX_ADAPTER_KEY_CHARS: Final = 129
 """A name, "@" and a SHA-256 in hex."""
@@ -68,6 +68,22 @@ class Adapter:
 def stage_bytes(adapters: Iterable[Adapter], layers: LayerRange) -> int:
     """Return the bytes that a stage with these layers holds of the adapters."""
     return sum(tensor.nbytes for adapter in adapters for tensor in adapter.tensors_of(layers))
+
+
+def count_adapters(shape: ModelShape, adapters: Iterable[Adapter]) -> ModelShape:
+    """Return the shape of a model whose stages hold the adapters too. The predicted times do not count them."""
+    tensors = [tensor for adapter in adapters for tensor in adapter.tensors]
+    layer_bytes = list(shape.layer_bytes)
+    for tensor in tensors:
+        if len(tensor.layers) == 1:
+            layer_bytes[tensor.layers[0]] += tensor.nbytes
+    shared = (SharedWeight(t.name, t.nbytes, t.layers, lookup_bytes=0) for t in tensors if len(t.layers) > 1)
+    return replace(
+        shape,
+        layer_bytes=tuple(layer_bytes),
+        shared=(*shape.shared, *shared),
+        active_bytes=shape.active_bytes or shape.layer_bytes,
+    )
 
 
 def require_adapter_name(name: str) -> str:

@@ -107,6 +107,15 @@ class GuessCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterState:
+    """An adapter of the served model: the hex SHA-256 of its content, and its bytes on all stages together."""
+
+    name: str
+    fingerprint: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
     """A snapshot of workers, stages and live requests. ``model`` is empty if no model is loaded."""
 
@@ -144,6 +153,7 @@ class ClusterState:
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     """Options that are not in effect although the cluster serves; one sentence each."""
+    adapters: tuple[AdapterState, ...] = ()
     speculation: Speculation = Speculation.OFF
     guesses: tuple[GuessCounts, ...] = ()
     guesses_without_room: int = 0

@@ -62,6 +62,8 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "UnloadModel": _ADMINS,
         "Drain": _ADMINS,
         "Train": _ADMINS,
+        "AddAdapter": _ADMINS,
+        "RemoveAdapter": _ADMINS,
         "RenewCertificate": _CALLERS,
     },
     "grpc.health.v1.Health": {"Check": _CALLERS, "List": _CALLERS, "Watch": _CALLERS},

@@ -64,6 +64,16 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.TrainRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.TrainResponse.FromString,
                 _registered_method=True)
+        self.AddAdapter = channel.unary_unary(
+                '/cluster.v1.ClusterService/AddAdapter',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.AddAdapterRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.AddAdapterResponse.FromString,
+                _registered_method=True)
+        self.RemoveAdapter = channel.unary_unary(
+                '/cluster.v1.ClusterService/RemoveAdapter',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.RemoveAdapterRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.RemoveAdapterResponse.FromString,
+                _registered_method=True)
         self.RenewCertificate = channel.unary_unary(
                 '/cluster.v1.ClusterService/RenewCertificate',
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateRequest.SerializeToString,
@@ -117,6 +127,20 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddAdapter(self, request, context):
+        """AddAdapter loads an adapter for the served model. It returns once requests can name it; others go on meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveAdapter(self, request, context):
+        """RemoveAdapter ends the live requests of an adapter and frees its memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RenewCertificate(self, request, context):
         """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller.
         """
@@ -156,6 +180,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Train,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.TrainRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.TrainResponse.SerializeToString,
+            ),
+            'AddAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddAdapter,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.AddAdapterRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.AddAdapterResponse.SerializeToString,
+            ),
+            'RemoveAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveAdapter,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.RemoveAdapterRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.RemoveAdapterResponse.SerializeToString,
             ),
             'RenewCertificate': grpc.unary_unary_rpc_method_handler(
                     servicer.RenewCertificate,
@@ -325,6 +359,60 @@ class ClusterService:
             '/cluster.v1.ClusterService/Train',
             cluster_dot_v1_dot_cluster__pb2.TrainRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.TrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/AddAdapter',
+            cluster_dot_v1_dot_cluster__pb2.AddAdapterRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.AddAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/RemoveAdapter',
+            cluster_dot_v1_dot_cluster__pb2.RemoveAdapterRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.RemoveAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,10 @@ class ClusterServiceStub:
     """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
     The first message begins the run, the others bring its data. Ending the call ends the run.
     """
+    AddAdapter: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.AddAdapterRequest, _cluster_pb2.AddAdapterResponse]
+    """AddAdapter loads an adapter for the served model. It returns once requests can name it; others go on meanwhile."""
+    RemoveAdapter: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RemoveAdapterRequest, _cluster_pb2.RemoveAdapterResponse]
+    """RemoveAdapter ends the live requests of an adapter and frees its memory."""
     RenewCertificate: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RenewCertificateRequest, _cluster_pb2.RenewCertificateResponse]
     """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
 
@@ -65,6 +69,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
     The first message begins the run, the others bring its data. Ending the call ends the run.
     """
+    AddAdapter: _aio.UnaryUnaryMultiCallable[_cluster_pb2.AddAdapterRequest, _cluster_pb2.AddAdapterResponse]  # type: ignore[assignment]
+    """AddAdapter loads an adapter for the served model. It returns once requests can name it; others go on meanwhile."""
+    RemoveAdapter: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RemoveAdapterRequest, _cluster_pb2.RemoveAdapterResponse]  # type: ignore[assignment]
+    """RemoveAdapter ends the live requests of an adapter and frees its memory."""
     RenewCertificate: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RenewCertificateRequest, _cluster_pb2.RenewCertificateResponse]  # type: ignore[assignment]
     """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
 
@@ -118,6 +126,22 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
         The first message begins the run, the others bring its data. Ending the call ends the run.
         """
+
+    @_abc_1.abstractmethod
+    def AddAdapter(
+        self,
+        request: _cluster_pb2.AddAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.AddAdapterResponse, _abc.Awaitable[_cluster_pb2.AddAdapterResponse]]:
+        """AddAdapter loads an adapter for the served model. It returns once requests can name it; others go on meanwhile."""
+
+    @_abc_1.abstractmethod
+    def RemoveAdapter(
+        self,
+        request: _cluster_pb2.RemoveAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RemoveAdapterResponse, _abc.Awaitable[_cluster_pb2.RemoveAdapterResponse]]:
+        """RemoveAdapter ends the live requests of an adapter and frees its memory."""
 
     @_abc_1.abstractmethod
     def RenewCertificate(

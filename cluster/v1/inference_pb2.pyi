@@ -299,6 +299,7 @@ class GenerateRequest(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
     SPECULATE_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, for Abort; empty: the server creates one."""
     model: _builtins.str
@@ -318,6 +319,8 @@ class GenerateRequest(_message.Message):
     """Text that is expected of the answer, such as a file that it rewrites. It saves time and changes no token."""
     speculate: _builtins.bool
     """False: guess no token of the answer before it is sampled. Unset means true, where the coordinator speculates."""
+    adapter: _builtins.str
+    """Name of the adapter that answers, as after the colon of a model `BASE:NAME`; empty: the one in `model`, or none."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -342,10 +345,11 @@ class GenerateRequest(_message.Message):
         prompt_logprobs: _builtins.int | None = ...,
         prediction: _builtins.str = ...,
         speculate: _builtins.bool | None = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_speculate", b"_speculate", "grammar", b"grammar", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "speculate", b"speculate", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_speculate", b"_speculate", "grammar", b"grammar", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "speculate", b"speculate", "stage_timings", b"stage_timings", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_speculate", b"_speculate", "adapter", b"adapter", "grammar", b"grammar", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "speculate", b"speculate", "stage_timings", b"stage_timings", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
@@ -609,6 +613,7 @@ class ChatRequest(_message.Message):
     STAGE_TIMINGS_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
     SPECULATE_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     priority: _builtins.int
@@ -617,6 +622,7 @@ class ChatRequest(_message.Message):
     prediction: _builtins.str
     """Fields are as in GenerateRequest."""
     speculate: _builtins.bool
+    adapter: _builtins.str
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
     @_builtins.property
@@ -644,10 +650,11 @@ class ChatRequest(_message.Message):
         stage_timings: _builtins.bool = ...,
         prediction: _builtins.str = ...,
         speculate: _builtins.bool | None = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_speculate", b"_speculate", "grammar", b"grammar", "sampling", b"sampling", "speculate", b"speculate", "stop", b"stop", "template", b"template"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_speculate", b"_speculate", "grammar", b"grammar", "messages", b"messages", "model", b"model", "prediction", b"prediction", "priority", b"priority", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "speculate", b"speculate", "stage_timings", b"stage_timings", "stop", b"stop", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_speculate", b"_speculate", "adapter", b"adapter", "grammar", b"grammar", "messages", b"messages", "model", b"model", "prediction", b"prediction", "priority", b"priority", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "speculate", b"speculate", "stage_timings", b"stage_timings", "stop", b"stop", "template", b"template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__speculate: _TypeAlias = _typing.Literal["speculate"]  # noqa: Y015
     _WhichOneofArgType__speculate: _TypeAlias = _typing.Literal["_speculate", b"_speculate"]  # noqa: Y015

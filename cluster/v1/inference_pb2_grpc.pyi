@@ -40,7 +40,7 @@ class InferenceServiceStub:
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize returns the token ids that the model would read for a text or messages."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
-    """ListModels returns the served models."""
+    """ListModels returns the served model, and then it with each of its adapters."""
     Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
     """Resume continues an answer that a coordinator with a journal started before it died. The stream has one
     `prompt`, the `token`s from `offset` on, and one `finish` per sample; in a chat also reasoning and calls.
@@ -60,7 +60,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize returns the token ids that the model would read for a text or messages."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """ListModels returns the served models."""
+    """ListModels returns the served model, and then it with each of its adapters."""
     Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Resume continues an answer that a coordinator with a journal started before it died. The stream has one
     `prompt`, the `token`s from `offset` on, and one `finish` per sample; in a chat also reasoning and calls.
@@ -101,7 +101,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]:
-        """ListModels returns the served models."""
+        """ListModels returns the served model, and then it with each of its adapters."""
 
     @_abc_1.abstractmethod
     def Resume(

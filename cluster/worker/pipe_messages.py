@@ -213,6 +213,8 @@ class Reported:
     busy_ms: int = 0
     prefix_disk_bytes: int = 0
     prefix_disk_evictions: int = 0
+    adapters: tuple[str, ...] = ()
+    """Keys of the adapters that the stage holds."""
 
 
 Command = Load | LinkStage | SetAdapters | OpenPrefixes | ReadPrefix | Unload | GetReport | Measure

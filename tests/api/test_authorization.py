@@ -74,7 +74,7 @@ class Idle(WorkerlessCoordinator):
         self.forgotten: set[str] = set()
         self.forgot = asyncio.Event()
 
-    def served_model(self, name: str) -> ModelInfo:
+    def served_model(self, name: str, adapter: str = "") -> ModelInfo:
         raise NotServing("no model is loaded")
 
     async def accept(self, request: Asking, model_info: ModelInfo) -> Answering:

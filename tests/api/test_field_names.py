@@ -74,9 +74,10 @@ class Served:
     text: Any = property(lambda self: self)
     tokenizer = None
     vocabulary = 10
+    adapter = None
     shape = type("Shape", (), {"max_context": 100})
 
-    def served_model(self, model: str) -> Any:
+    def served_model(self, model: str, adapter: str = "") -> Any:
         return self
 
     async def accept(self, request: Any, model_info: Any) -> NoReturn:

@@ -53,7 +53,7 @@ class Waiting:
         self.loop = EngineLoop(Plan(1, MODEL, (stage,), Route.RELAY, 64, 1, 1, 1), scheduler, decoder, print)
         self.loop.start(ring)
 
-    def served_model(self, name: str) -> ModelInfo:
+    def served_model(self, name: str, adapter: str = "") -> ModelInfo:
         return served()
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:

@@ -67,7 +67,7 @@ class ManyTokens:
         self.texts = Texts(model.tokenizer)
         self.model = replace(model, tokenizer=self.texts)  # type: ignore[arg-type]
 
-    def served_model(self, model: str) -> ModelInfo:
+    def served_model(self, model: str, adapter: str = "") -> ModelInfo:
         return self.model
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:

@@ -63,7 +63,7 @@ class OneToken:
     def __init__(self) -> None:
         self.answers: list[WatchedQueue] = []
 
-    def served_model(self, model: str) -> ModelInfo:
+    def served_model(self, model: str, adapter: str = "") -> ModelInfo:
         return served()
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:

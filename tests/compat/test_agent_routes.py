@@ -14,6 +14,7 @@ import pytest
 
 from cluster.api.http.model_names import ModelNames
 from cluster.client import Client
+from cluster.coordinator.served_adapters import ServedAdapters
 from cluster.core.errors import ModelNotFound
 from cluster.core.plan import ModelRef
 from compat.conftest import Served
@@ -74,7 +75,7 @@ def test_a_folder_is_listed_and_found_by_its_last_part(served: Served) -> None:
 def test_the_last_part_of_any_name_is_a_name() -> None:
     def names(name: str, path: str) -> ModelNames:
         model = ModelRef(name, path, "0")
-        model_info = SimpleNamespace(shape=SimpleNamespace(model=model))
+        model_info = SimpleNamespace(shape=SimpleNamespace(model=model), adapters=ServedAdapters(), adapter=None)
         return ModelNames(SimpleNamespace(served_model=lambda _: model_info))  # type: ignore[arg-type]
 
     hub = names("mlx-community/Qwen3-4bit", "/cache/models--mlx-community--Qwen3-4bit/snapshots/1")

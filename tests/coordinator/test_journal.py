@@ -187,18 +187,27 @@ def test_what_may_have_ended_an_answer_is_computed_anew_and_so_are_log_probabili
 def test_a_request_for_its_prompts_log_probabilities_comes_back_and_older_records_have_none() -> None:
     asked = replace(request("a"), deadline=None, prompt_logprobs=0)
     assert from_data(as_data(asked)) == asked
-    assert from_data(as_data(asked)[:-2]) == replace(asked, prompt_logprobs=None)
+    assert from_data(as_data(asked)[:-3]) == replace(asked, prompt_logprobs=None)
     for wrong in ("2", 1.5, True):
         with pytest.raises(TypeError):
-            from_data((*as_data(asked)[:-2], wrong))
+            from_data((*as_data(asked)[:-3], wrong))
 
 
 def test_a_request_without_speculation_comes_back_so_and_older_records_allow_it() -> None:
     asked = replace(request("a"), deadline=None, prompt_logprobs=1, speculate=False)
     assert from_data(as_data(asked)) == asked
-    assert from_data(as_data(asked)[:-1]) == replace(asked, speculate=True)
+    assert from_data(as_data(asked)[:-2]) == replace(asked, speculate=True)
     assert from_data(as_data(replace(asked, prediction=(1, 2)))) == asked
     for wrong in (None, 0, "no"):
+        with pytest.raises(TypeError):
+            from_data((*as_data(asked)[:-2], wrong))
+
+
+def test_a_request_to_an_adapter_comes_back_so_and_older_records_have_none() -> None:
+    asked = replace(request("a"), deadline=None, adapter="legal@" + 64 * "a")
+    assert from_data(as_data(asked)) == asked
+    assert from_data(as_data(asked)[:-1]) == replace(asked, adapter="")
+    for wrong in (None, 0, ("legal",)):
         with pytest.raises(TypeError):
             from_data((*as_data(asked)[:-1], wrong))
 

@@ -14,11 +14,12 @@ import anyio
 import grpc
 
 from cluster.api.grpc.training_stream import train
-from cluster.codec.cluster_state import encode_cluster_state
+from cluster.codec.cluster_state import encode_adapter, encode_cluster_state
 from cluster.codec.plan import decode_objective, decode_route, decode_speculation, encode_plan, encode_progress
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.snapshot import describe_plan
+from cluster.coordinator.snapshot import describe_adapters, describe_plan
+from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_PREFILL_CHUNK, MAX_STEP_MS
 from cluster.core.plan import LoadProgress, Plan, Speculation
@@ -96,6 +97,21 @@ class ClusterServicer(ClusterServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
 
+    async def AddAdapter(self, request: pb.AddAdapterRequest, context: Context) -> pb.AddAdapterResponse:
+        try:
+            adapter = await self._coordinator.add_adapter(request.adapter.name, request.adapter.folder)
+        except MacpipeError as e:
+            await abort(context, e)
+        (state,) = describe_adapters([adapter])
+        return pb.AddAdapterResponse(adapter=encode_adapter(state))
+
+    async def RemoveAdapter(self, request: pb.RemoveAdapterRequest, context: Context) -> pb.RemoveAdapterResponse:
+        try:
+            ended = await self._coordinator.remove_adapter(request.name)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.RemoveAdapterResponse(ended_requests=ended)
+
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context
     ) -> pb.RenewCertificateResponse:
@@ -148,7 +164,14 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
         speculation=decode_speculation(r.speculation) if isinstance(r, pb.LoadModelRequest) else Speculation.OFF,
         draft=r.draft if isinstance(r, pb.LoadModelRequest) else "",
+        adapters=_adapters(r.adapters),
     )
+
+
+def _adapters(given: Sequence[pb.AdapterFolder]) -> tuple[tuple[str, str], ...]:
+    if len(given) > MAX_ADAPTERS:
+        raise InvalidRequest(f"{len(given)} adapters were given; at most {MAX_ADAPTERS} are loaded", field="adapters")
+    return tuple((a.name, a.folder) for a in given)
 
 
 def _max_step_ms(value: float) -> float:

@@ -65,7 +65,7 @@ class InferenceServicer(InferenceServiceServicer):
     ) -> AsyncIterator[RunningRequest]:
         """Submit the request of a message, and end it with the block. An error in the block ends the call."""
         async with _errors_sent(context):
-            model_info = self._coordinator.served_model(message.model)
+            model_info = self._coordinator.served_model(message.model, message.adapter)
             with rename_fields(field_names(message)):
                 size = message.ByteSize()
                 params = await PARSING.run(size, decode, message)
@@ -116,16 +116,21 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         try:
-            shape = self._coordinator.served_model("").shape
+            model_info = self._coordinator.served_model("")
         except MacpipeError:
             return pb.ListModelsResponse()
-        model = pb.Model(
-            id=shape.model.name,
-            layers=shape.layers,
-            max_context=shape.max_context,
-            fingerprint=shape.model.fingerprint,
-        )
-        return pb.ListModelsResponse(models=[model])
+        shape = model_info.shape
+        names = [shape.model.name, *(f"{shape.model.name}:{a.ref.name}" for a in model_info.adapters.served)]
+        models = [
+            pb.Model(
+                id=name,
+                layers=shape.layers,
+                max_context=shape.max_context,
+                fingerprint=shape.model.fingerprint,
+            )
+            for name in names
+        ]
+        return pb.ListModelsResponse(models=models)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         async with _errors_sent(context):
@@ -143,7 +148,9 @@ async def _errors_sent(context: Context) -> AsyncIterator[None]:
 
 
 def _prompt_info(running: RunningRequest) -> pb.PromptInfo:
-    return proto_encoding.prompt_info(running.request, running.model_info.shape.model.name)
+    name = running.model_info.shape.model.name
+    adapter = running.request.adapter.partition("@")[0]
+    return proto_encoding.prompt_info(running.request, f"{name}:{adapter}" if adapter else name)
 
 
 def _opening(running: RunningRequest) -> Iterator[pb.GenerateResponse]:

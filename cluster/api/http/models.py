@@ -40,7 +40,8 @@ class Models:
         return Json(self._model(self.names.shown_name(name, model_info), model_info))
 
     def _model(self, name: str, model_info: ModelInfo) -> dict[str, Any]:
-        shape = model_info.shape
+        shape, base = model_info.shape, model_id(model_info)
+        parent = {"parent": base} if self.names.resolve(name).adapter else {}
         return {
             "id": name,
             "object": "model",
@@ -51,8 +52,9 @@ class Models:
             "owned_by": "macpipe",
             "context_length": shape.max_context,
             "max_model_len": shape.max_context,
-            "root": model_id(model_info),
+            "root": base,
             "layers": shape.layers,
+            **parent,
         }
 
 

@@ -87,7 +87,7 @@ class _Answers(Coordinator):
     late: Request | None = None
     speaking: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def served_model(self, name: str) -> ModelInfo:
+    def served_model(self, name: str, adapter: str = "") -> ModelInfo:
         return self.model
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:

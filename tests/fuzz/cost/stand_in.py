@@ -57,7 +57,7 @@ class Coordinator(WorkerlessCoordinator):
 
     speculates = True
 
-    def served_model(self, name: str) -> ModelInfo:
+    def served_model(self, name: str, adapter: str = "") -> ModelInfo:
         return served()
 
     async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:

@@ -169,7 +169,7 @@ SEEDS: dict[str, tuple[dict[str, Any], ...]] = {
 class _Nobody(WorkerlessCoordinator):
     """A coordinator that serves a model, and takes nothing."""
 
-    def served_model(self, name: str) -> ModelInfo:
+    def served_model(self, name: str, adapter: str = "") -> ModelInfo:
         return served()
 
     def __getattr__(self, name: str) -> Any:
@@ -253,7 +253,9 @@ async def _asked(app: Any, request: h11.Request, body: bytes | None) -> int:
 
 
 GENERATE = inference_pb2.GenerateRequest(request_id="r", text="hello", sampling=SAMPLING, stop=STOP, grammar=GRAMMAR)
-GENERATE_IDS = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenIds(ids=[1, 2, 3]), samples=2, speculate=False)
+GENERATE_IDS = inference_pb2.GenerateRequest(
+    tokens=inference_pb2.TokenIds(ids=[1, 2, 3]), samples=2, speculate=False, adapter="legal"
+)
 GENERATES = (GENERATE, GENERATE_IDS)
 CHAT_PROTO = inference_pb2.ChatRequest(messages=TURNS, sampling=SAMPLING, stop=STOP, template=TEMPLATE)
 CHAT_PLAIN = inference_pb2.ChatRequest(
@@ -270,6 +272,7 @@ LOAD = cluster_pb2.LoadModelRequest(
     quantize=4,
     prefill_chunk=16,
     acceptance=0.5,
+    adapters=[cluster_pb2.AdapterFolder(name="legal", folder="/legal")],
 )
 PLAN = cluster_pb2.PlanRequest(model="faq", workers=2, layers="0-1,2-3")
 

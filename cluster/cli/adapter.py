@@ -1,0 +1,81 @@
+"""``macpipe adapter add|list|remove``: changes the adapters of a running coordinator's model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.help import Command
+from cluster.cli.options import Cluster, Coordinator, Json
+from cluster.cli.plan_options import parse_adapters
+from cluster.core.limits import MIB
+
+adapter = typer.Typer(name="adapter", help="Add, list and remove adapters of the served model.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
+
+
+@adapter.command(cls=Command)
+def add(
+    written: Annotated[
+        str,
+        typer.Argument(metavar="NAME=FOLDER", help="A name, and a folder with adapter_config.json on the coordinator."),
+    ],
+    coordinator: Coordinator = None,
+    cluster: Cluster = None,
+    json: Json = False,
+) -> None:
+    """Load an adapter beside the served model.
+
+    Requests choose it with the model BASE:NAME, or with --adapter NAME. Others go on meanwhile.
+    """
+    from cluster.client import Client
+
+    with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
+        ((name, folder),) = parse_adapters([written]).items()
+        added = client.add_adapter(name, folder)
+        if json:
+            from cluster.cli.json_output import print_json
+
+            print_json(added)
+            return
+        sys.stdout.write(f"added {added.name} ({added.nbytes / MIB:.1f} MiB)\n")
+
+
+@adapter.command("list", cls=Command)
+def list_adapters(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
+    """List the adapters of the served model."""
+    from cluster.client import Client
+
+    with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
+        state = client.cluster()
+        if json:
+            from cluster.cli.json_output import print_json
+
+            print_json({"model": state.model or None, "adapters": state.adapters})
+            return
+        for one in state.adapters:
+            sys.stdout.write(f"{state.model}:{one.name}  {one.nbytes / MIB:.1f} MiB  {one.fingerprint[:12]}\n")
+        if not state.adapters:
+            sys.stderr.write(f"{state.model} has no adapters\n" if state.model else "no model is loaded\n")
+
+
+@adapter.command(cls=Command)
+def remove(name: Name, coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
+    """Remove an adapter.
+
+    Ends its running answers and frees its memory.
+    """
+    from cluster.client import Client
+
+    with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
+        ended = client.remove_adapter(name)
+        if json:
+            from cluster.cli.json_output import print_json
+
+            print_json({"removed": name, "ended_requests": ended})
+            return
+        requests = f", ended {ended} request{'s' * (ended != 1)}" if ended else ""
+        sys.stdout.write(f"removed {name}{requests}\n")

@@ -1,0 +1,137 @@
+"""Add adapters to a served model and remove them while requests run.
+
+The stages are told the whole set each time. A recovery or a move loads the same set on its own, so a change that meets
+one of them is refused, or fails and can be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TypeVar
+
+from cluster.coordinator.engine_loop import EngineLoop
+from cluster.coordinator.epoch import Epoch, EpochBuilder
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.adapter import Adapter, stage_bytes
+from cluster.core.errors import Busy, DoesNotFit, MacpipeError, NotServing
+from cluster.core.limits import CONTROL_TIMEOUT_S, GIB, RETRY_AFTER_S
+from cluster.core.plan import Plan, PlannedStage
+
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+class AdapterChanges:
+    """Changes the adapters of ``model_info``, one change at a time.
+
+    ``steady_epoch`` returns the epoch that serves; None while another one is being opened.
+    """
+
+    def __init__(
+        self, model_info: ModelInfo, loop: EngineLoop, builder: EpochBuilder, steady_epoch: Callable[[], Epoch | None]
+    ) -> None:
+        self._model_info, self._loop, self._builder = model_info, loop, builder
+        self._steady_epoch = steady_epoch
+        self._changing = asyncio.Lock()
+
+    async def add(self, adapter: Adapter) -> Adapter:
+        """Load an adapter on all stages and serve it. Return it.
+
+        Raises ``InvalidOption`` for a name that is taken, ``DoesNotFit``, ``Busy`` if live requests need its memory,
+        ``NotServing`` during a recovery or a move, and the errors of the workers. Nothing has changed then.
+        """
+        async with self._changing:
+            epoch = self._require_steady()
+            self._model_info.adapters.load(adapter)
+            try:
+                await self._take_memory(epoch, adapter.ref.name)
+                await self._builder.set_adapters(epoch.plan, epoch.workers)
+                if self._steady_epoch() is not epoch:
+                    raise _moving()
+            except BaseException:
+                self._model_info.adapters.remove(adapter.ref.name)
+                self._loop.take_adapter_memory(epoch.plan.epoch, self._taken(epoch))
+                raise
+            self._model_info.adapters.serve(adapter)
+        return adapter
+
+    async def remove(self, name: str) -> int:
+        """Remove an adapter, and end its live requests. Return how many. Raises ``ModelNotFound``.
+
+        A worker that cannot be told keeps the adapter's memory until its adapters are set again.
+        """
+        async with self._changing:
+            removed = self._model_info.adapters.remove(name)
+            ending = self._loop.end_adapter(removed.key, NotServing(f"the adapter {name} was removed"))
+            ended = await _wait_for_loop(ending)
+            if epoch := self._steady_epoch():
+                try:
+                    await self._builder.set_adapters(epoch.plan, epoch.workers)
+                except MacpipeError as e:
+                    log.warning("adapters: not removed everywhere reason=%s adapter=%s", e.sentence, name)
+                self._loop.take_adapter_memory(epoch.plan.epoch, self._taken(epoch))
+            return ended
+
+    def adjust_order(self, order: LoadOrder) -> LoadOrder:
+        """Return an order of the same model with the adapters that are served now."""
+        served = self._model_info.adapters.served
+        return replace(order, adapters=tuple((adapter.ref.name, adapter.ref.path) for adapter in served))
+
+    def adjust(self, plan: Plan) -> Plan:
+        """Return a plan whose sizes count the adapters that are loaded now."""
+        return replace(plan, stages=tuple(map(self._adjust_stage, plan.stages)))
+
+    def _adjust_stage(self, stage: PlannedStage) -> PlannedStage:
+        more = self._more_bytes(stage)
+        return replace(stage, weight_bytes=stage.weight_bytes + more, cache_bytes=stage.cache_bytes - more)
+
+    def _require_steady(self) -> Epoch:
+        epoch = self._steady_epoch()
+        if epoch is None:
+            raise _moving()
+        return epoch
+
+    async def _take_memory(self, epoch: Epoch, name: str) -> None:
+        shape, taken = self._model_info.shape, self._taken(epoch)
+        for stage, more in zip(epoch.plan.stages, taken, strict=True):
+            if stage.cache_bytes - more < shape.stage_cache_bytes(stage.layers):
+                raise DoesNotFit(
+                    f"the adapter {name} does not fit: worker {stage.worker} has {stage.cache_bytes / GIB:.3g} GiB for "
+                    f"caches and adapters, of which a context of {shape.max_context} tokens needs "
+                    f"{shape.stage_cache_bytes(stage.layers) / GIB:.3g} GiB and the adapters would need "
+                    f"{more / GIB:.3g} GiB; remove another adapter, or load the model with a smaller --max-context",
+                    worker=stage.worker,
+                )
+        if not await _wait_for_loop(self._loop.take_adapter_memory(epoch.plan.epoch, taken)):
+            raise Busy(
+                f"the live requests need the memory that the adapter {name} would take; add it once they have ended",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def _taken(self, epoch: Epoch) -> tuple[int, ...]:
+        """Return the bytes per stage of the loaded adapters beyond those that the epoch's plan counts."""
+        return tuple(map(self._more_bytes, epoch.plan.stages))
+
+    def _more_bytes(self, stage: PlannedStage) -> int:
+        counted = stage.weight_bytes - self._model_info.shape.stage_bytes(stage.layers)
+        return stage_bytes(self._model_info.adapters.loaded, stage.layers) - counted
+
+
+async def _wait_for_loop(asked: Future[Result]) -> Result:
+    """Return the engine loop's answer. Raises ``NotServing`` if the loop has ended, or does not answer in time."""
+    try:
+        async with asyncio.timeout(CONTROL_TIMEOUT_S):
+            return await asyncio.wrap_future(asked)
+    except TimeoutError:
+        raise NotServing("the engine loop is stuck; load the model again") from None
+
+
+def _moving() -> NotServing:
+    return NotServing(
+        "layers are moving to other Macs; change the adapters once that is done", retry_after_s=RETRY_AFTER_S
+    )
