@@ -7,6 +7,7 @@ coordinator's folder and known digests. It moves no bytes itself.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,7 +20,7 @@ import anyio
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.roster import Roster
 from cluster.core.adapter import Adapter
-from cluster.core.errors import ModelDiffers
+from cluster.core.errors import MacpipeError, ModelDiffers
 from cluster.core.futures import ignore_error
 from cluster.core.limits import HEARTBEAT_S
 from cluster.core.plan import FetchOrder, Plan, StageDigests, StorePlace
@@ -32,6 +33,8 @@ from cluster.store.store import FoundModel, Store
 from cluster.store.store_server import StoreServer
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
+
+log = logging.getLogger(__name__)
 
 COORDINATOR = "the coordinator"
 
@@ -124,10 +127,13 @@ class WeightDistribution:
     ) -> AsyncIterator[list[tuple[StorePlace, ...]]]:
         """Share the adapters' folders until the context ends. Yield where each worker may fetch them from.
 
-        Raises ``ModelDiffers`` if a folder has changed since the adapter was added.
+        A folder that is gone, or has changed since its adapter was added, is not shared: workers may still have it.
         """
         for adapter in adapters:
-            await anyio.to_thread.run_sync(self._share_adapter, adapter)
+            try:
+                await anyio.to_thread.run_sync(self._share_adapter, adapter)
+            except MacpipeError as e:
+                log.warning("adapters: folder not shared reason=%s adapter=%s", e.sentence, adapter.ref.name)
         async with AsyncExitStack() as stack:
             yield await self._open_ports(stack, workers) if adapters else [() for _ in workers]
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -123,7 +124,8 @@ class Engine:
             busy_ms = 0 if began is None else int((time.monotonic() - began) * 1e3)
             used, peak = device.memory_used(), device.memory_peak()
             on_disk = (self._disk.nbytes, self._disk.evictions) if self._disk else (0, 0)
-            self._send(Reported(command.call, used, self._host.sequences, peak, busy_ms, *on_disk))
+            report = Reported(command.call, used, self._host.sequences, peak, busy_ms, *on_disk)
+            self._send(replace(report, adapters=self._host.adapters))
         elif isinstance(command, ReadPrefix):
             self._read_prefix(command)
         else:

@@ -104,6 +104,11 @@ class StageHost:
         return self._ports.urgent.epoch if self._ports else 0
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The keys of the adapters that the stage holds. Any thread may ask."""
+        return tuple(self._stage.adapters) if self._stage else ()
+
+    @property
     def sequences(self) -> int:
         return self._stage.sequences if self._stage else 0
 

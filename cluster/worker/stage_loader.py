@@ -6,7 +6,7 @@ It knows the store and the messages of a load; of an engine it knows only the pr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,15 +64,19 @@ class StageLoader:
             job.stop.set()
 
     async def adapters(
-        self, request: pb.SetAdaptersRequest
+        self, request: pb.SetAdaptersRequest, held: Collection[str]
     ) -> AsyncGenerator[pb.SetAdaptersResponse | Sequence[AdapterRef], None]:
         """Fetch what is missing of a stage's adapters. Yield progress, and at last where the adapters are on this Mac.
 
-        Raises what ``Fetch.run`` and ``Store.find_adapter`` raise. Closing the generator ends the fetch.
+        Those with the keys ``held`` are in the engine already, so their files are not needed. Raises what ``Fetch.run``
+        and ``Store.find_adapter`` raise. Closing the generator ends the fetch.
         """
         refs: list[AdapterRef] = []
         for adapter in request.adapters:
             ref = AdapterRef(adapter.name, adapter.path, adapter.fingerprint)
+            if ref.key in held:
+                refs.append(ref)
+                continue
             wanted = _wanted_adapter(ref, adapter.tensors, request.peers)
             job = _LoadJob(self._store, self._trust, self.store_server, wanted)
             task = _run_on_thread(job.fetch)

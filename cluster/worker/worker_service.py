@@ -80,8 +80,6 @@ class WorkerServicer(WorkerServiceServicer):
     lag: Lag = no_lag
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
     loaded: pb.LoadStageRequest | None = None
-    adapters: tuple[str, ...] = ()
-    """Keys of the adapters that the stage holds."""
     draining: bool = False
     stopping: bool = False
     removed: anyio.Event = field(default_factory=anyio.Event)
@@ -132,7 +130,7 @@ class WorkerServicer(WorkerServiceServicer):
             fingerprint=held.fingerprint,
             kv_bits=held.kv_bits,
             weight_bits=held.weight_bits,
-            adapters=self.adapters if held.epoch else (),
+            adapters=report.adapters if held.epoch else (),
             owner=held.coordinator,
             live_owner=self._live_owner(),
             live_owner_process=held.instance if self._owner_was_heard() else "",
@@ -187,8 +185,6 @@ class WorkerServicer(WorkerServiceServicer):
         if (held := self._loaded_request()) and request.epoch < held.epoch:
             why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
             await abort(context, StaleEpoch(why, epoch=str(held.epoch)))
-        if held is None or _slice_of(held) != _slice_of(request):
-            self.adapters = ()
         self.loaded = None
         try:
             async with aclosing(self.loader.stage(request, lambda path: self._read(request, path))) as events:
@@ -210,7 +206,8 @@ class WorkerServicer(WorkerServiceServicer):
         if any(len(a.name) + len(a.fingerprint) >= MAX_ADAPTER_KEY_CHARS for a in request.adapters):
             await abort(context, InvalidRequest("an adapter's name or fingerprint is too long", field="adapters"))
         try:
-            async with aclosing(self.loader.adapters(request)) as events:
+            held = (await self.supervisor.report()).adapters
+            async with aclosing(self.loader.adapters(request, held)) as events:
                 async for event in events:
                     if isinstance(event, pb.SetAdaptersResponse):
                         yield event
@@ -224,7 +221,6 @@ class WorkerServicer(WorkerServiceServicer):
         names, folders = tuple(ref.name for ref in refs), tuple(ref.path for ref in refs)
         fingerprints = tuple(ref.fingerprint for ref in refs)
         await self.supervisor.ask(lambda call: SetAdapters(call, epoch, names, folders, fingerprints), LOAD_STALL_S)
-        self.adapters = tuple(ref.key for ref in refs)
 
     def _read(self, request: pb.LoadStageRequest, folder: Path) -> AsyncIterator[Progress]:
         return self.supervisor.events(lambda call: _load(call, request, folder))
@@ -353,11 +349,6 @@ async def _require_few_peers(context: Context, peers: Collection[pb.StorePeer]) 
 def _caller(request: CoordinatorRequest | pb.DescribeRequest) -> tuple[str, str]:
     """Return the calling coordinator's id and the id of its process."""
     return request.coordinator, request.instance
-
-
-def _slice_of(r: pb.LoadStageRequest) -> tuple[str, int, int, int]:
-    """Return what a loaded stage must have to serve another epoch as it is, with its adapters."""
-    return r.fingerprint, r.start_layer, r.end_layer, r.kv_bits
 
 
 def _load(call: int, r: pb.LoadStageRequest, folder: Path) -> Load:

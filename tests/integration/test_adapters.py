@@ -172,6 +172,14 @@ def test_a_drained_workers_layers_move_with_their_adapters(served: Client, tuned
         served.drain(worker, undo=True)
 
 
+def test_guesses_change_no_token_of_an_adapter(client: Client, tuned: Tuned) -> None:
+    folders = {name: str(folder) for name, folder in tuned.folders.items()}
+    serve_model(client, tuned.model, 2, adapters=folders, speculate="ngram")
+    for name in ("one", "", "one"):  # the second answer of a client is guessed from its first one
+        answer = client.generate(PROMPT, max_tokens=60, ignore_eos=True, adapter=name)
+        assert answer.tokens == tuned.expected(name, tokens=60)
+
+
 @pytest.mark.skipif(bool(no_root()), reason=no_root())
 def test_workers_fetch_their_part_and_adapters_outlive_engines_and_coordinators(
     cluster: Cluster, tuned: Tuned, tmp_path: Path
@@ -207,6 +215,10 @@ def test_workers_fetch_their_part_and_adapters_outlive_engines_and_coordinators(
                 os.kill(children(workers["eve"].process.pid)[0], signal.SIGKILL)
         assert tuple(said) == expected
         assert client.cluster().recoveries == 1
+        (folder / "adapters.safetensors").rename(tmp_path / "away")  # the workers have their parts
+        os.kill(children(workers["fay"].process.pid)[0], signal.SIGKILL)
+        assert ask(client, "one") == expected[:TOKENS]
+        (tmp_path / "away").rename(folder / "adapters.safetensors")
         models = over_http(options[3], "GET", "/v1/models")
         assert [m["id"] for m in models["data"]] == ["model", "model:one"]
         assert [m.get("parent") for m in models["data"]] == [None, "model"]
