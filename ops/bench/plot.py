@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
-OURS, THEIRS, BARE = "#1f5fa8", "#9aa5b1", "#cfd6dd"
+OURS, PALE, THEIRS, BARE = "#1f5fa8", "#7fa8d6", "#9aa5b1", "#cfd6dd"
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -73,22 +73,33 @@ def bars(axes: Axes, what: Bars) -> None:
     axes.set_xticks(range(len(what)), [f"{figure(rounds)}\n{label}" for label, _, rounds in what])
 
 
-def two_gpus(found: dict[str, Any]) -> None:
-    """Draw tokens/s of 1, 8 and 16 users, and the time to the first token."""
-    rounds, users = found["rounds"], (1, 8, 16)
-    _, (rate, first) = plt.subplots(1, 2, figsize=(8.6, 3.6), width_ratios=(2.4, 1.2), layout="constrained")
+def gpus(four: dict[str, Any]) -> None:
+    """Draw tokens/s of 1, 8 and 16 users on one, two and four GPUs, and the time to the first token.
+
+    The first round is left out of the prompts: it prepares attention for their lengths.
+    """
+    two, prompts = newest("llama70b-2xh200"), newest("llama70b_prompts-2xh200")
+    assert two
+    assert prompts
+    users = (1, 8, 16)
+    sides = (
+        ("mlx-lm, one GPU", THEIRS, two["rounds"], "single_decode"),
+        ("macpipe, two GPUs", PALE, two["rounds"], "decode"),
+        ("macpipe, four GPUs", OURS, four["rounds"], "decode"),
+    )
+    _, (rate, first) = plt.subplots(1, 2, figsize=(9.6, 3.6), width_ratios=(2.6, 1.5), layout="constrained")
     for at, n in enumerate(users):
-        once = at == 0
-        bar(rate, at - 0.2, 0.36, OURS, rounds[f"decode{n}"], "macpipe, two GPUs" if once else None)
-        bar(rate, at + 0.2, 0.36, THEIRS, rounds[f"single_decode{n}"], "mlx-lm, one GPU" if once else None)
-        for side, key in ((-0.2, "decode"), (0.2, "single_decode")):
-            rate.annotate(
-                figure(rounds[f"{key}{n}"]), (at + side, 0), (0, -12), textcoords="offset points", ha="center"
-            )
+        for i, (label, colour, rounds, key) in enumerate(sides):
+            place = at + 0.27 * (i - 1)
+            bar(rate, place, 0.24, colour, rounds[f"{key}{n}"], label if at == 0 else None)
+            text = figure(rounds[f"{key}{n}"])
+            rate.annotate(text, (place, 0), (0, -12), textcoords="offset points", ha="center")
     rate.set_xticks(range(len(users)), [f"\n{n} user{'s' * (n > 1)}" for n in users])
     rate.legend(loc="upper left")
     tidy(rate, "Llama 3.3 70B's shapes in 4 bits: decoding, all users together", "tokens/s")
-    bars(first, [("macpipe,\ntwo GPUs", OURS, rounds["ttft"]), ("mlx-lm,\none GPU", THEIRS, rounds["single_ttft"])])
+    single, pair = two["rounds"]["single_ttft_2048"][1:], prompts["rounds"]["ttft_2048_before"][1:]
+    ours = [("mlx-lm,\none GPU", THEIRS, single), ("two GPUs", PALE, pair)]
+    bars(first, [*ours, ("four GPUs", OURS, four["rounds"]["ttft_2048"])])
     tidy(first, "Prompt of 2,048 tokens:\nfirst token", "seconds")
 
 
@@ -128,7 +139,7 @@ def hop(found: dict[str, Any]) -> None:
 
 
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
-    "two-gpus": ("llama70b", two_gpus),
+    "gpus": ("llama70b-4xh200", gpus),
     "lanes": ("throughput", lanes),
     "hop": ("hop", hop),
 }
