@@ -35,7 +35,7 @@ def install(package: str, target: Path) -> None:
 
 def convert(file: Path, model: Path) -> None:
     """Convert a GGUF file into the folder ``model``, with progress on standard error. Raise CalledProcessError."""
-    command = [sys.executable, "-m", "cluster.cli.main", "convert", str(file), str(model)]
+    command = [sys.executable, "-m", "cluster", "convert", str(file), str(model)]
     subprocess.run(command, stdout=sys.stderr, cwd=ROOT, check=True)
 
 

