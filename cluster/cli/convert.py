@@ -56,13 +56,17 @@ def convert(
     where it stopped when it is started again. The tensors are those of mlx_lm.convert.
     """
     from cluster.cli.json_output import print_json
-    from cluster.cli.screen import format_bytes
+    from cluster.cli.screen import format_bytes, note
 
     with errors_in_json(json):
         wanted = None
         if quantize or any(given is not None for given in (bits, group_size, q_mode, quant_predicate)):
             wanted = choose_weight_quantization(q_mode or "affine", bits, group_size)
-        converted = convert_model(source, folder, wanted, quant_predicate or "", dtype or "", dequantize, home)
+        try:
+            converted = convert_model(source, folder, wanted, quant_predicate or "", dtype or "", dequantize, home)
+        except KeyboardInterrupt:
+            note("stopped; the same command continues from here")
+            raise
         if json:
             print_json(converted)
             return

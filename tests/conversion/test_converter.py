@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mlx_lm import convert as convert_with_mlx_lm
 from mlx_lm.utils import load
 
 from architectures import architectures
-from checkpoints import make, split, split_experts, write
+from checkpoints import EXPERTS, hollow, make, split, split_experts, write
 from cluster.conversion import converter
 from cluster.conversion.converter import ConversionProgress, Converted, convert_checkpoint
 from cluster.conversion.work_folder import open_work_folder
@@ -26,6 +27,7 @@ from cluster.core.quantization import MODES, RECIPES, Quantization, choose_weigh
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.weight_conversion import Conversion, weight_dtypes
 from disks import FailingDisk
+from model.memory import settled_memory
 
 FOUR_BITS = Conversion(Quantization(4, 32))
 
@@ -115,6 +117,20 @@ def test_back_from_four_bits(tmp_path: Path) -> None:
     convert_both(source, tmp_path, Conversion(dequantize=True), dequantize=True)
     model, tokenizer = load(str(tmp_path / "ours"))
     assert model(mx.array([tokenizer.encode("the")])).shape[-1] == 320
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Two of the largest layer are enough, also where mlx-lm stacks experts that are published one by one."""
+    config = {**architectures()["qwen3_moe"].config, "num_hidden_layers": 8, "hidden_size": 128}
+    source = hollow({**config, "moe_intermediate_size": 64}, tmp_path / "source", mx.bfloat16, names=EXPERTS)
+    layers: Counter[str] = Counter()
+    for name, tensor in open_checkpoint(source).tensors.items():
+        layers[name.partition(".layers.")[2].partition(".")[0]] += tensor.nbytes
+    largest = max(size for layer, size in layers.items() if layer)
+    held = settled_memory()
+    mx.reset_peak_memory()
+    convert_checkpoint(source, tmp_path / "out", Conversion(Quantization(4, 64)), ignore)
+    assert mx.get_peak_memory() - held <= 2 * largest
 
 
 def test_a_converted_model_is_split_into_files_as_large_ones_are(tmp_path: Path) -> None:

@@ -17,8 +17,11 @@ import pytest
 
 from checkpoints import make, split, tune
 from cluster.client import Client
+from cluster.conversion.converter import convert_checkpoint
 from cluster.core.errors import DiskFull, ModelDiffers
+from cluster.core.quantization import Quantization
 from cluster.model.checkpoint import open_checkpoint
+from cluster.model.weight_conversion import Conversion
 from fake_hub import FakeHub
 from integration.daemons import Cluster, Daemon, Launch, bound, free_port, wait_serving, watchdog_pipe
 from integration.reference import greedy
@@ -102,17 +105,32 @@ def answer(client: Client) -> tuple[int, ...]:
     return client.generate(PROMPT, max_tokens=6, ignore_eos=True).tokens
 
 
+def file_bytes(folder: Path) -> int:
+    """Return the bytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def quantize_while_loading(client: Client, hub: FakeHub, folder: Path) -> None:
+    """Load another model of the hub so: each worker fetches its slice as published, and nothing else."""
+    source = make("llama_untied", folder / "wide", hidden_size=64, intermediate_size=128)
+    hub.folders["owner/wide"] = source
+    before = hub.weight_bytes
+    client.load("owner/wide", workers=2, layers="0-1,2-3", quantize=4).wait()
+    assert hub.weight_bytes - before == file_bytes(source)
+    convert_checkpoint(source, folder / "converted", Conversion(Quantization(4, 64)), lambda _: None)
+    assert answer(client) == greedy(folder / "converted", PROMPT, 6)
+
+
 def test_each_worker_fetches_its_slice_and_the_hub_is_asked_once(
-    cluster: Cluster, hub: FakeHub, published: Path, started: Callable[..., Daemon]
+    cluster: Cluster, hub: FakeHub, published: Path, started: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     ada, bob = started("ada"), started("bob")
     daemon, address = serve(cluster, hub, NAME, 2, "--layers", "0-1,2-3")
     wait_serving(address, daemon)
     tensors = open_checkpoint(published).tensors
-    whole = sum(t.nbytes for t in tensors.values())
-    headers = sum(min(t.offset for t in tensors.values() if t.file == f) for f in {t.file for t in tensors.values()})
-    print(f"asked of the hub: {hub.weight_bytes} bytes; the checkpoint's files: {whole + headers}")
-    assert hub.weight_bytes == whole + headers
+    size = file_bytes(published)
+    print(f"asked of the hub: {hub.weight_bytes} bytes; the checkpoint's files: {size}")
+    assert hub.weight_bytes == size
     assert hub.asked_twice() == 0
     assert "from the hub" in daemon.said()
     assert "from other Macs" in daemon.said(), "the tied embedding went from worker to worker"
@@ -125,9 +143,10 @@ def test_each_worker_fetches_its_slice_and_the_hub_is_asked_once(
             file.touch()
         client.load(NAME, workers=2, layers="0-2,3-3").wait()
         assert answer(client) == expected
+        assert hub.weight_bytes == size + tensors[moved].nbytes, "the rest of the layer came from bob"
+        quantize_while_loading(client, hub, tmp_path)
     assert f"store server: damaged tensor counts as missing tensor={moved}" in bob.said()
     assert f"ada: worker bob reports that its copy of the tensor {moved} is damaged" in daemon.said()
-    assert hub.weight_bytes == whole + headers + tensors[moved].nbytes, "the rest of the layer came from bob"
     assert "Traceback" not in daemon.said() + ada.said() + bob.said()
 
 
