@@ -11,6 +11,7 @@ Errors are subclasses of MacpipeError, in ``cluster.core.errors``.
 
 from cluster.client.async_client import AsyncClient
 from cluster.client.async_streams import AsyncLoading, AsyncStream
+from cluster.client.async_training import AsyncTraining
 from cluster.client.client import Client
 from cluster.client.options import ChatKeywords, GenerateKeywords, Options
 from cluster.client.results import (
@@ -25,6 +26,7 @@ from cluster.client.results import (
     Tokens,
 )
 from cluster.client.streams import Loading, Stream
+from cluster.client.training import Training
 from cluster.core.cluster_state import (
     AdapterState,
     ClusterState,
@@ -47,14 +49,17 @@ from cluster.core.request import (
     TopLogprob,
     Usage,
 )
+from cluster.core.training_events import AdapterFile, TrainingNotice, TrainingReport
 from cluster.core.worker import WorkerState
 
 __all__ = [
     "AcceptedRequest",
+    "AdapterFile",
     "AdapterState",
     "AsyncClient",
     "AsyncLoading",
     "AsyncStream",
+    "AsyncTraining",
     "ChatKeywords",
     "ChatMessage",
     "Choice",
@@ -91,6 +96,9 @@ __all__ = [
     "ToolCall",
     "ToolCallDelta",
     "TopLogprob",
+    "Training",
+    "TrainingNotice",
+    "TrainingReport",
     "Usage",
     "WorkerState",
 ]
