@@ -174,4 +174,4 @@ def test_data_and_adapters_that_do_not_fit_are_refused_while_the_model_is_served
         assert client.cluster().state == "serving"
     done = lora(trainers, *flags(BASE), "--data", str(tmp_path / "nowhere"))
     assert done.returncode == 2, done.stderr
-    assert f"there is no {tmp_path / 'nowhere' / 'train.jsonl'}" in json.loads(done.stdout)["error"]["message"]
+    assert f"there is no {tmp_path / 'nowhere' / 'train.jsonl'}" in done.stderr
