@@ -36,7 +36,7 @@ def _few_lengths(tokens: float) -> int:
     """Return the power of two that is nearest to ``tokens`` by ratio, and at least half a block.
 
     CUDA prepares attention for each new length of a chunk and of its context, which takes longer than the chunk. With
-    these few lengths it soon knows them. A length that is wrong by a factor of 1.4 makes a prompt slower by a fiftieth.
+    these few lengths it soon knows them. The rounding makes a prompt slower by a few hundredths at most.
     """
     return max(CHUNK_BLOCK // 2, 1 << round(log2(max(tokens, 1.0))))
 

@@ -137,6 +137,7 @@ def measure(asked: Namespace, stack: ExitStack, record: Record) -> None:
     record.keep()
     rounds.play(pair.all(), asked.rounds, first=2)
     record.facts["tokens_differ"] = pair.one.differ
+    record.facts["recoveries"] = pair.client.cluster().recoveries
     record.facts["memory"] = memory(pair.client)
     record.facts["simulated"] = simulate(pair, asked.rounds, stages)
     record.keep()
