@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from cluster.client import Client, Speculation
@@ -11,6 +13,7 @@ from integration.daemons import serve_model
 pytestmark = [pytest.mark.xdist_group("session-cluster"), pytest.mark.timeout(180)]
 
 QUESTION = [("user", "What is a hop?")]
+MOVE_S = 60.0
 TRIES = 400
 """The policy may hold guesses back while the machine is loaded. One try is enough otherwise."""
 
@@ -32,6 +35,17 @@ def test_a_draft_guesses_and_changes_no_token(client: Client) -> None:
     assert counts.source == "draft"
     assert counts.guessed >= counts.accepted > 0
     assert client.cluster().warnings == ()
+    drained = client.cluster().draft_worker
+    client.drain(drained)
+    try:
+        deadline = time.monotonic() + MOVE_S
+        while (state := client.cluster()).draft_worker in ("", drained):
+            assert time.monotonic() < deadline, state
+            time.sleep(0.05)
+        assert state.draft_worker not in [stage.worker for stage in state.stages]
+        assert client.chat(QUESTION, max_tokens=48, ignore_eos=True, temperature=0.0).tokens == plain[0]
+    finally:
+        client.drain(drained, undo=True)
 
 
 def test_a_draft_that_does_not_fit_is_refused_and_the_model_goes_on(client: Client) -> None:
