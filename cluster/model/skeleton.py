@@ -52,7 +52,7 @@ def open_model(path: Path) -> tuple[Module, dict[str, Any]]:
 
 def _quantize(model: Module, config: dict[str, Any], weight_bits: int) -> Module:
     conversion = Conversion(choose_weight_quantization("affine", weight_bits))
-    if config.get("quantization") or config.get("quantization_config"):
+    if config.get("quantization"):  # a quantization_config alone may be of numbers that mlx-lm dequantizes
         raise InvalidOption(
             "the model is quantized already; load it without quantization, or load its unquantized version",
             field="quantize",

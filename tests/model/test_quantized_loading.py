@@ -51,6 +51,13 @@ def test_a_stage_with_other_bits_is_loaded_again(source: Path) -> None:
     stage.close()
 
 
+def test_weights_that_mlx_lm_dequantizes_are_quantized(tmp_path: Path) -> None:
+    """A config of 8-bit floats stays in the model's config after mlx-lm has opened it."""
+    source = make("llama", tmp_path / "floats", **WIDE, quantization_config={"quant_method": "fp8"})
+    plain, quantized = (read_shape(source, "floats", None, weight_bits=bits) for bits in (0, 4))
+    assert sum(quantized.layer_bytes) < 0.3 * sum(plain.layer_bytes)
+
+
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     quantized = make("llama_4bit", tmp_path / "quantized")
     with pytest.raises(InvalidOption, match="the model is quantized already"):
