@@ -157,6 +157,11 @@ class _StateCollector(Collector):
                 "Guessed tokens that were of no use, by source.",
                 attrgetter("voided"),
             ),
+            (
+                "macpipe_guessed_rows",
+                "Guessed tokens behind another token in one frame, by source.",
+                attrgetter("rows"),
+            ),
         ):
             yield _counter(name, text, ["source"], [([one.source], float(count(one))) for one in loop.guesses])
 

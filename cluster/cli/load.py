@@ -6,9 +6,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Cluster, Coordinator, Json, takes_options
+from cluster.cli.options import Cluster, Coordinator, Json, Switch, takes_options
 from cluster.cli.plan_options import plan_options
-from cluster.cli.serve import Draft, MaxContext, MaxStepMs, Model, Speculate, TakeBack
+from cluster.cli.serve import Draft, Exact, MaxContext, MaxStepMs, Model, Speculate, TakeBack
 from cluster.core.limits import MAX_STEP_MS
 from cluster.core.plan import Speculation
 
@@ -24,6 +24,7 @@ def load(
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     speculate: Speculate = Speculation.OFF,
     draft: Draft = "",
+    exact: Exact = Switch.ON,
     take_back: TakeBack = False,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
@@ -42,6 +43,7 @@ def load(
             max_step_ms=max_step_ms,
             speculate=speculate,
             draft=draft,
+            exact=exact is Switch.ON,
             take_back=take_back,
             **options,
         )

@@ -6,6 +6,7 @@ This module does not import ``annotations`` from ``__future__``, because
 
 import inspect
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,14 @@ from cluster.platform.logs import LEVEL_VARIABLE, LogLevel
 
 if TYPE_CHECKING:
     from cluster.client import Options
+
+
+class Switch(StrEnum):
+    """The values of an option that is on or off."""
+
+    ON = "on"
+    OFF = "off"
+
 
 Coordinator = Annotated[
     str | None,

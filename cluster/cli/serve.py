@@ -10,7 +10,7 @@ import typer
 
 from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.options import Home, Level, takes_options
+from cluster.cli.options import Home, Level, Switch, takes_options
 from cluster.cli.plan_options import order_options, plan_options
 from cluster.coordinator.journal import Fsync
 from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
@@ -83,6 +83,13 @@ Draft = Annotated[
         metavar="MODEL", help="Draft model for --speculate auto or draft, on a spare Mac.", show_default="none"
     ),
 ]
+Exact = Annotated[
+    Switch,
+    typer.Option(
+        help="off: a step may compute several guesses where that is measured to be cheap. Tokens then may differ where "
+        "two nearly tie."
+    ),
+]
 MaxSchemaBytes = Annotated[
     int,
     typer.Option(
@@ -143,6 +150,7 @@ def serve(
     max_step_ms: MaxStepMs = MAX_STEP_MS,
     speculate: Speculate = Speculation.OFF,
     draft: Draft = "",
+    exact: Exact = Switch.ON,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     strict: Strict = False,
     take_back: TakeBack = False,
@@ -162,6 +170,7 @@ def serve(
             take_back=take_back,
             speculation=speculate,
             draft=draft,
+            exact=exact is Switch.ON,
             wait_s=wait,
             **order_options(options),
         ),

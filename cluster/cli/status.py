@@ -147,6 +147,7 @@ def describe_guesses(state: ClusterState) -> str:
     """Describe for each source how many of its guesses were right, and how many frames are sent ahead now."""
     shown = [
         f"{one.source} {one.accepted} of {one.guessed} guesses right ({one.accepted / one.guessed:.0%})"
+        + (f", {one.rows} in rows" if one.rows else "")
         for one in state.guesses
         if one.guessed
     ]

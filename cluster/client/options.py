@@ -100,7 +100,8 @@ class LoadOptions(TypedDict, total=False):
     the tokens of a prompt chunk while nobody decodes; the default follows from measured cost and memory.
     ``take_back`` returns a lost worker's layers to it when it comes back. ``acceptance`` (0 to 1) plans for one user
     whose guessed tokens are right this often. ``speculate`` (``off``, ``auto``, ``ngram`` or ``draft``) says what
-    guesses tokens before they are sampled, and ``draft`` names the draft model. ``adapters`` maps
+    guesses tokens before they are sampled, and ``draft`` names the draft model. ``exact`` False lets a
+    frame verify several guesses where that is cheap: tokens may then differ where two nearly tie. ``adapters`` maps
     names to folders on the coordinator's Mac, each with an adapter of mlx-lm.
     """
 
@@ -116,6 +117,7 @@ class LoadOptions(TypedDict, total=False):
     objective: Objective | str
     speculate: Speculation | str
     draft: str
+    exact: bool
     take_back: bool
     acceptance: float
     adapters: Mapping[str, str]

@@ -12,6 +12,7 @@ from cluster.client.options import (
     ChatKeywords,
     GenerateKeywords,
     LoadOptions,
+    check_bool,
     check_names,
     check_number,
     check_text,
@@ -110,6 +111,7 @@ def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReques
         objective=OBJECTIVES[_objective(options.get("objective") or Objective.LATENCY)],
         draft=check_text("draft", options.get("draft") or ""),
         speculation=SPECULATIONS[_speculation(options.get("speculate") or Speculation.OFF)],
+        inexact=options.get("exact") is not None and not check_bool("exact", options["exact"]),
     )
 
 

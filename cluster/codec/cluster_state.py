@@ -123,7 +123,7 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         lag_seconds=reply.lag_seconds,
         speculation=decode_speculation(reply.speculation),
         adapters=tuple(map(decode_adapter, reply.adapters)),
-        guesses=tuple(GuessCounts(g.source, g.guessed, g.accepted, g.voided) for g in reply.guesses),
+        guesses=tuple(GuessCounts(g.source, g.guessed, g.accepted, g.voided, g.rows) for g in reply.guesses),
         guesses_without_room=reply.guesses_without_room,
         draft_worker=reply.draft_worker,
     )
@@ -140,7 +140,13 @@ def decode_adapter(message: pb.Adapter) -> AdapterState:
 
 
 def _encode_counts(counts: GuessCounts) -> pb.GuessCounts:
-    return pb.GuessCounts(source=counts.source, guessed=counts.guessed, accepted=counts.accepted, voided=counts.voided)
+    return pb.GuessCounts(
+        source=counts.source,
+        guessed=counts.guessed,
+        accepted=counts.accepted,
+        voided=counts.voided,
+        rows=counts.rows,
+    )
 
 
 def _encode_repair(repair: Repair) -> pb.Repair:

@@ -66,7 +66,8 @@ class LoopView:
             busy_s=occupancy.busy_s,
             active_s=occupancy.active_s,
             guesses=tuple(
-                GuessCounts(source, c.guessed, c.accepted, c.voided) for source, c in sorted(counts.by_source.items())
+                GuessCounts(source, c.guessed, c.accepted, c.voided, c.rows)
+                for source, c in sorted(counts.by_source.items())
             ),
             guesses_without_room=counts.without_room,
             wasted_s=tuple(counts.wasted_s),

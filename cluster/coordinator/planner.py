@@ -11,14 +11,27 @@ from cluster.core.limits import (
     LANE_ROWS,
     MAX_SCORED_LOGITS,
     MAX_STAGES,
+    MAX_VERIFIED,
     MEMORY_MARGIN,
     PREFILL_CHUNK,
     PREFIX_SHARE,
 )
-from cluster.core.plan import CHUNK_BLOCK, Link, ModelShape, Objective, Plan, PlannedStage, Route, StageSpec
+from cluster.core.plan import (
+    CHUNK_BLOCK,
+    LayerRange,
+    Link,
+    ModelShape,
+    Objective,
+    Plan,
+    PlannedStage,
+    Profile,
+    Route,
+    StageSpec,
+)
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.memory_split import WorkerMemory
+from cluster.placement.predicted_step_time import verify_s
 from cluster.placement.propose import PlanRequest, Proposal, propose
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.kv_cost import Cost
@@ -86,8 +99,8 @@ def _stages(epoch: int, shape: ModelShape, proposal: Proposal, order: LoadOrder)
     return tuple(stages)
 
 
-def capacity(plan: Plan, shape: ModelShape, order: LoadOrder) -> Capacity:
-    """Return the limits within which the scheduler may load the plan's stages."""
+def capacity(plan: Plan, shape: ModelShape, order: LoadOrder, workers: Sequence[WorkerInfo]) -> Capacity:
+    """Return the limits within which the scheduler may load the plan's stages, which ``workers`` hold, in order."""
     layers = [s.layers for s in plan.stages]
 
     @lru_cache(maxsize=4096)
@@ -112,7 +125,30 @@ def capacity(plan: Plan, shape: ModelShape, order: LoadOrder) -> Capacity:
         fixed_chunk=order.prefill_chunk is not None,
         scored_chunk=max(MAX_SCORED_LOGITS // max(shape.vocabulary, 1), 1),
         max_step_ms=order.max_step_ms,
+        verify_costs={} if order.exact else verify_costs(plan, shape, [worker.profile for worker in workers]),
     )
+
+
+def verify_costs(plan: Plan, shape: ModelShape, profiles: Sequence[Profile]) -> dict[int, tuple[float, ...]]:
+    """Return, for each number of tokens in a frame, how often it takes each stage's time of one token.
+
+    A number is left out if a worker did not measure it. Caches that cannot all be trimmed have none: after a wrong
+    guess they would need their state after every token.
+    """
+    if not shape.trimmable:
+        return {}
+    found = {}
+    for tokens in range(2, MAX_VERIFIED + 1):
+        costs = [_verify_cost(shape, p, s.layers, tokens) for p, s in zip(profiles, plan.stages, strict=True)]
+        if all(costs):
+            found[tokens] = tuple(costs)
+    return found
+
+
+def _verify_cost(shape: ModelShape, profile: Profile, layers: LayerRange, tokens: int) -> float:
+    """Return how often a frame of ``tokens`` takes a stage's time of one token; 0 if that is not known."""
+    several, one = verify_s(shape, profile, layers, tokens), verify_s(shape, profile, layers, 1)
+    return several / one if several and one else 0.0
 
 
 def max_chunk(plan: Plan, shape: ModelShape, context: int) -> int:

@@ -140,7 +140,7 @@ class EpochChange(ABC):
         disk = await context.disks.open(epoch, context.builder.edition)
         ring = await context.builder.connect(epoch)
         self.doing = "replaying live requests"
-        limits = capacity(chosen.plan, context.model_info.shape, context.order)
+        limits = capacity(chosen.plan, context.model_info.shape, context.order, chosen.workers)
         step_times = StepTimes(context.model_info.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
         context.loop.resume(chosen.plan, limits, ring, step_times, disk)
         self._epoch = epoch

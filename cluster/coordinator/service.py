@@ -78,7 +78,7 @@ class ModelService:
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._no_restore_before = 0.0
         self._contacted: set[str] = set()  # control addresses
-        limits = capacity(first.plan, model_info.shape, order)
+        limits = capacity(first.plan, model_info.shape, order, first.workers)
         self._draft = DraftService(model_info, draft, deps, self._control, notify) if draft else None
         scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos, self._guesser(order.speculation))
         tokenizer = model_info.tokenizer

@@ -25,7 +25,8 @@ class LoadOrder:
     ``prefill_chunk`` is the number of tokens of a chunk while nobody decodes; None chooses it by measured cost.
     ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``quantize`` is the bits to which each worker quantizes its weights
     while it loads them; 0 leaves them. ``acceptance`` is the share of guessed tokens that the
-    plan expects to be right, from 0 to 1. ``speculation`` says what guesses tokens before they are sampled;
+    plan expects to be right, from 0 to 1. ``speculation`` says what guesses tokens before they are sampled; with
+    ``exact``, a frame has one of them, so that they change no bit of an answer.
     ``draft`` is the draft model, "" if there is none. ``adapters`` are names and folders.
     """
 
@@ -44,6 +45,7 @@ class LoadOrder:
     take_back: bool = False
     acceptance: float = 0.0
     speculation: Speculation = Speculation.OFF
+    exact: bool = True
     draft: str = ""
     adapters: tuple[tuple[str, str], ...] = ()
 
@@ -53,6 +55,8 @@ class LoadOrder:
             raise InvalidOption("--speculate draft needs a draft model: name it with --draft", field="draft")
         if self.draft and self.speculation not in (Speculation.AUTO, Speculation.DRAFT):
             raise InvalidOption("--draft needs --speculate auto or draft", field="speculate")
+        if not self.exact and self.speculation is Speculation.OFF:
+            raise InvalidOption("--exact off needs guesses: add --speculate auto, ngram or draft", field="exact")
 
     @property
     def stage_count(self) -> int | None:

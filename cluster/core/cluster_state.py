@@ -98,12 +98,16 @@ class LiveRequest:
 
 @dataclass(frozen=True, slots=True)
 class GuessCounts:
-    """Tokens that one source guessed: ``accepted`` were right, ``voided`` were of no use."""
+    """Tokens that one source guessed: ``accepted`` were right, ``voided`` were of no use.
+
+    ``rows`` of them followed another token in one frame.
+    """
 
     source: str
     guessed: int
     accepted: int
     voided: int
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

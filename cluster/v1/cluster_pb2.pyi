@@ -470,6 +470,7 @@ class GuessCounts(_message.Message):
     GUESSED_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
     VOIDED_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """ngram, prediction, grammar or draft."""
     guessed: _builtins.int
@@ -478,6 +479,8 @@ class GuessCounts(_message.Message):
     """Right."""
     voided: _builtins.int
     """Of no use: wrong, or behind a wrong one."""
+    rows: _builtins.int
+    """Of those sent: behind another token in one frame."""
     def __init__(
         self,
         *,
@@ -485,10 +488,11 @@ class GuessCounts(_message.Message):
         guessed: _builtins.int = ...,
         accepted: _builtins.int = ...,
         voided: _builtins.int = ...,
+        rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "guessed", b"guessed", "source", b"source", "voided", b"voided"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "guessed", b"guessed", "rows", b"rows", "source", b"source", "voided", b"voided"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -839,6 +843,7 @@ class LoadModelRequest(_message.Message):
     ACCEPTANCE_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
+    INEXACT_FIELD_NUMBER: _builtins.int
     TAKE_BACK_FIELD_NUMBER: _builtins.int
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
@@ -864,6 +869,10 @@ class LoadModelRequest(_message.Message):
     speculation: Global___Speculation.ValueType
     draft: _builtins.str
     """The draft model of AUTO or DRAFT; empty: none. A Mac that holds no layers of the model holds all of it."""
+    inexact: _builtins.bool
+    """A frame may verify several guesses at once where that is measured to be cheap. Log-probabilities then differ in
+    their last bits, and tokens where two nearly tie.
+    """
     take_back: _builtins.bool
     """Lost workers get their layers back once they return; otherwise they become spares."""
     prefill_chunk: _builtins.int
@@ -889,6 +898,7 @@ class LoadModelRequest(_message.Message):
         acceptance: _builtins.float = ...,
         speculation: Global___Speculation.ValueType = ...,
         draft: _builtins.str = ...,
+        inexact: _builtins.bool = ...,
         take_back: _builtins.bool = ...,
         prefill_chunk: _builtins.int = ...,
         quantize: _builtins.int = ...,
@@ -896,7 +906,7 @@ class LoadModelRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "adapters", b"adapters", "draft", b"draft", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "adapters", b"adapters", "draft", b"draft", "inexact", b"inexact", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

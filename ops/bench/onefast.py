@@ -2,11 +2,13 @@
 
 The guesser replays the answer just given, with a set share of right tokens (``replay_coordinator``), since random
 weights give no honest one. Each speed-up stands beside the formula's, which uses the stage times and the time of a
-token that the same run has measured without guesses. The greedy tokens of all answers are compared.
+token that the same run has measured without guesses. The greedy tokens of all answers are compared. ``rows`` counts the
+guesses that shared a frame with another token: none, unless ``--exact off`` or ``--rows`` asks for them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -67,13 +69,20 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="not two threads of one core, where it has")
+    parser.add_argument("--exact", choices=("on", "off"), default="on", help="off: rows where the workers measure gain")
+    parser.add_argument("--rows", type=int, default=0, help="tokens of every guessed frame, whatever it costs")
     asked = parser.parse_args()
+    os.environ["REPLAY_ROWS"] = str(asked.rows)
+    measured = ("--profile", "kept", "--speculate", "ngram", "--exact", "off") if asked.exact == "off" else ()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-onefast-")))
         model = make_llama(
             folder / "model", asked.width, asked.width * 11 // 4, asked.layers, max(asked.width // 64, 1), 4096, bits=4
         )
-        bench = Bench(start_cluster(stack, model, cores=asked.cores, coordinator=REPLAY), asked.tokens)
+        client = start_cluster(
+            stack, model, *measured[2:], cores=asked.cores, coordinator=REPLAY, worker_options=measured[:2]
+        )
+        bench = Bench(client, asked.tokens)
         first = bench.run(None)
         for rate in RATES:
             bench.run(rate)
@@ -83,6 +92,7 @@ def main() -> int:
                 found.append(bench.run(rate))
             took = (f"{NAMES[rate]} {found[-1].token_ms:.2f}" for rate, found in runs.items())
             print(f"round {number}, ms a token: {', '.join(took)}", file=sys.stderr, flush=True)
+        rows = sum(counts.rows for counts in client.cluster().guesses)
     off = runs[None]
     differ = sum(run.tokens != first.tokens for found in runs.values() for run in found)
     figures = [Figure(NAMES[rate], "ms a token", [run.token_ms for run in found]) for rate, found in runs.items()]
@@ -92,7 +102,8 @@ def main() -> int:
         ratios[f"speedup_{NAMES[rate]}"] = median(before.token_ms / after.token_ms for before, after in pairs)
         ratios[f"formula_{NAMES[rate]}"] = formula(off, rate)
     stage_ms = [round(median(run.stage_ms[i] for run in off), 3) for i in range(len(first.stage_ms))]
-    print_figures("ms_per_token", figures, ratios, asked.json, {"tokens_differ": differ, "stage_ms": stage_ms})
+    facts = {"tokens_differ": differ, "stage_ms": stage_ms, "rows": rows}
+    print_figures("ms_per_token", figures, ratios, asked.json, facts)
     return 1 if differ else 0
 
 

@@ -2,7 +2,8 @@
 
 Arguments are those of ``macpipe``. A request's id says how: ``replay-0.7-...`` is guessed right with probability 0.7.
 All other requests are guessed with the probability that REPLAY_RATE names, and without regard to what it costs; without
-that variable they are not. Every answer is remembered by its prompt.
+that variable they are not. With REPLAY_ROWS, frames have that many tokens where the model's caches can be trimmed,
+again whatever it costs. Every answer is remembered by its prompt.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.cli.main import main
-from cluster.coordinator import service
+from cluster.coordinator import planner, recovery, service
 from cluster.core.lap_times import LapTimes
+from cluster.core.plan import Plan
 from cluster.core.request import Request
 from cluster.scheduler import guess_chains
+from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.guessing import Guess, GuessSource
 from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.verify_length import Depth
 
 OF_ALL = os.environ.get("REPLAY_RATE")
+ROWS = int(os.environ.get("REPLAY_ROWS", "0"))
 RATE = re.compile(r"replay-([0-9.]+)-")
 OTHER = 5
 """What is added to a token to make it a wrong guess."""
@@ -65,6 +71,16 @@ def _most(times: LapTimes, acceptance: float, most: int) -> int:
     return max(1, most)
 
 
+def _longest(steps: Mapping[int, LapTimes], acceptance: float, most: int) -> Depth:
+    """Choose the longest chain of the longest frames, whatever it costs."""
+    return Depth(max(1, most), max(steps))
+
+
+def _capacity_with_rows(plan: Plan, *rest: Any) -> Capacity:
+    found = planner.capacity(plan, *rest)
+    return found if found.mark_cost_of else replace(found, verify_costs={ROWS: (1.0,) * len(plan.stages)})
+
+
 def _guessing_scheduler(epoch: int, capacity: Any, eos: frozenset[int], *_: object) -> Scheduler:
     return Scheduler(epoch, capacity, eos, ReplayGuesser())
 
@@ -73,4 +89,7 @@ if __name__ == "__main__":
     service.Scheduler = _guessing_scheduler  # type: ignore[assignment, misc]
     if OF_ALL:
         guess_chains.choose_window = _most
+    if ROWS:
+        guess_chains.choose_depth = _longest
+        service.capacity = recovery.capacity = _capacity_with_rows
     main()

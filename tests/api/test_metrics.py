@@ -15,11 +15,12 @@ def exposition(**more: object) -> list[str]:
 
 
 def test_guesses_are_counted_by_source_and_waste_by_stage() -> None:
-    counts = (GuessCounts("ngram", 9, 5, 2), GuessCounts("prediction", 7, 7, 0))
+    counts = (GuessCounts("ngram", 9, 5, 2, 4), GuessCounts("prediction", 7, 7, 0))
     lines = exposition(guesses=counts, wasted_s=(0.5,))
     assert 'macpipe_guessed_tokens_total{source="ngram"} 9.0' in lines
     assert 'macpipe_accepted_tokens_total{source="prediction"} 7.0' in lines
     assert 'macpipe_voided_tokens_total{source="ngram"} 2.0' in lines
+    assert 'macpipe_guessed_rows_total{source="ngram"} 4.0' in lines
     assert 'macpipe_wasted_compute_seconds_total{stage="0",worker="ada"} 0.5' in lines
     assert 'macpipe_wasted_compute_seconds_total{stage="1",worker="bob"} 0.0' in lines
 

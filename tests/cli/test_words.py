@@ -153,6 +153,8 @@ def test_guesses_are_shown_with_their_window_and_with_what_they_lack() -> None:
         "speculation (auto): ngram 6 of 8 guesses right (75%); up to 2 frames of a request in flight; "
         "no memory for the marks of guesses 3 times"
     ) in headline(state)
+    rows = replace(state, guesses=(replace(counts[0], rows=4),), requests=(), guesses_without_room=0)
+    assert "speculation (auto): ngram 6 of 8 guesses right (75%), 4 in rows" in headline(rows)
     drafted = replace(state, guesses=(), requests=(), guesses_without_room=0, draft_worker="cyd")
     assert "speculation (auto, draft model on cyd): no guesses yet" in headline(drafted)
 

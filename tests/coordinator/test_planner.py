@@ -9,9 +9,12 @@ import pytest
 from cluster.coordinator.planner import capacity, make_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit, InvalidOption, NoPlan
+from cluster.core.lap_times import LapTimes
 from cluster.core.limits import LANE_ROWS, MEMORY_MARGIN, PREFILL_CHUNK, PREFIX_SHARE
-from cluster.core.plan import LayerRange, ModelRef, ModelShape
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, Profile, Speculation
 from cluster.core.worker import WorkerInfo
+from cluster.placement.predicted_step_time import decode_s
+from cluster.scheduler.verify_length import choose_depth
 
 MODEL = ModelRef("m", "/m", "f")
 SHAPE = ModelShape(
@@ -54,7 +57,7 @@ def test_caches_that_cannot_batch_get_lanes_of_one() -> None:
 
 def test_short_sequences_are_charged_little() -> None:
     plan = make_plan(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
-    limits = capacity(plan, SHAPE, ORDER)
+    limits = capacity(plan, SHAPE, ORDER, ())
     assert [limits.cost_of(n) for n in (1, 10, 11, 100, 101, 1000)] == [(2, 2)] * 2 + [(12, 12)] * 2 + [(100, 100)] * 2
     assert limits.prefix_budget == tuple(int(b * PREFIX_SHARE) for b in limits.budget)
     assert limits.never_fits(1000) == ""
@@ -77,7 +80,7 @@ def test_long_chunks_need_memory_that_the_stages_keep_free() -> None:
 
     def longest(memory: int, context: int, shape: ModelShape = shape) -> int:
         plan = make_plan(7, shape, [worker("a", memory), worker("b", 10 * memory)], order)
-        return capacity(plan, shape, ORDER).max_chunk(context)
+        return capacity(plan, shape, ORDER, ()).max_chunk(context)
 
     assert longest(10**11, 0) == 2048, "what the caches are sized for"
     assert longest(10**8, 0) == PREFILL_CHUNK, "what is usual needs no proof"
@@ -91,7 +94,62 @@ def test_long_chunks_need_memory_that_the_stages_keep_free() -> None:
 
 def test_a_chunk_that_is_asked_for_is_used() -> None:
     plan = make_plan(7, SHAPE, [worker("a", 1000), worker("b", 1000)], ORDER)
-    limits = capacity(plan, SHAPE, replace(ORDER, prefill_chunk=96))
+    limits = capacity(plan, SHAPE, replace(ORDER, prefill_chunk=96), ())
     assert (limits.chunk, limits.max_chunk(5), limits.fixed_chunk) == (96, 96, True)
-    limits = capacity(plan, SHAPE, ORDER)
+    limits = capacity(plan, SHAPE, ORDER, ())
     assert (limits.chunk, limits.max_chunk(5), limits.fixed_chunk) == (PREFILL_CHUNK, PREFILL_CHUNK, False)
+
+
+DENSE = replace(SHAPE, layer_bytes=(10**10,) * 4, cache_bytes=(10**8,) * 4, cache_curve=())
+SPARSE = replace(DENSE, active_bytes=(10**9,) * 4, expert_bytes=(9_800_000_000,) * 4)
+M5_MAX = ((2, 1.05), (3, 1.11), (5, 1.45), (8, 2.2))
+"""Steps of several tokens, as recorded: of a 70B with 4-bit weights; two tokens are in between."""
+CPU = ((2, 1.97), (3, 2.93), (4, 3.86), (8, 7.7))
+H200 = ((2, 2.65), (3, 3.5), (4, 4.3), (5, 5.4), (6, 5.8), (8, 2.5))
+
+
+def row_costs(shape: ModelShape, *curves: tuple[tuple[int, float], ...], exact: bool = False) -> dict[int, list[float]]:
+    """Return the costs of rows on stages whose workers have measured these."""
+    profiles = [Profile(4e11, 1e-5, 1e-4, 1e13, verify_costs=curve) for curve in curves]
+    workers = [replace(worker(f"w{i}", 10**11), profile=profile) for i, profile in enumerate(profiles)]
+    order = replace(ORDER, exact=exact, speculation=Speculation.NGRAM, worker_count=len(workers))
+    plan = make_plan(7, shape, workers, order)
+    return {tokens: list(costs) for tokens, costs in capacity(plan, shape, order, workers).verify_costs.items()}
+
+
+def chosen_tokens(shape: ModelShape, *curves: tuple[tuple[int, float], ...]) -> int:
+    """Return the tokens of a frame where seven of ten guesses are right."""
+    seconds = decode_s(shape, Profile(4e11, 1e-5, 1e-4, 1e13), LayerRange(0, 4 // len(curves)))
+    steps = {1: LapTimes((seconds,) * len(curves), 0.001)}
+    for tokens, costs in row_costs(shape, *curves).items():
+        steps[tokens] = LapTimes(tuple(cost * seconds for cost in costs), 0.001)
+    return choose_depth(steps, 0.7, len(curves)).tokens
+
+
+def test_rows_cost_what_every_worker_has_measured() -> None:
+    costs = row_costs(DENSE, M5_MAX, M5_MAX)
+    assert set(costs) == {2, 3, 5, 8}
+    assert costs[3] == [pytest.approx(1.11, abs=0.01)] * 2
+    assert set(row_costs(DENSE, M5_MAX, CPU)) == {2, 3, 8}
+    assert row_costs(DENSE, M5_MAX, ()) == {}
+
+
+def test_rows_need_caches_that_can_be_trimmed_and_an_operator_who_allows_them() -> None:
+    assert row_costs(DENSE, M5_MAX, exact=True) == {}
+    assert row_costs(replace(DENSE, trimmable=False, mark_curve=((1000, (1,) * 4),)), M5_MAX) == {}
+    with pytest.raises(InvalidOption, match="--exact off needs guesses: add --speculate"):
+        replace(ORDER, exact=False).check()
+    replace(ORDER, exact=False, speculation=Speculation.NGRAM).check()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_frames_have_several_tokens_only_where_such_rows_are_cheap(stages: int) -> None:
+    assert chosen_tokens(DENSE, *[M5_MAX] * stages) == 3
+    assert chosen_tokens(DENSE, *[CPU] * stages) == 1
+    assert chosen_tokens(DENSE, *[H200[:-1]] * stages) == 1
+    assert chosen_tokens(SPARSE, *[M5_MAX] * stages) == 1, "each row reads experts of its own"
+
+
+def test_where_eight_rows_are_cheaper_than_three_eight_are_taken() -> None:
+    """If nothing overlaps. On two stages, frames of one token are faster."""
+    assert [chosen_tokens(DENSE, *[H200] * stages) for stages in (1, 2)] == [8, 1]

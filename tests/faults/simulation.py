@@ -132,15 +132,23 @@ class Caches:
         agreed = self.spec.first or not rows or bytes(frame.tensors[0].data) == bytes(mine.data)
         if not self.spec.last:
             return replace(frame, tensors=(mine,) if rows and agreed else ())
-        samples: tuple[Sample, ...] = ()
+        samples: list[Sample] = []
         if frame.step and frame.step.drafts > 1:
-            samples = self._draft(frame.step)
+            samples += self._draft(frame.step)
         elif frame.step and frame.step.compute is Compute.DECODE:
-            said = [next_token(row) if agreed else 99 for row in rows]  # 99: the stages do not hold the same
-            samples = tuple(Sample(s, 0, t) for s, t in zip(frame.step.sequences, said, strict=True))
-            for sequence, token, row in zip(frame.step.sequences, said, rows, strict=True):
-                self._sampled[sequence] = len(row), token
-        return replace(frame, edits=(), step=None, tensors=(), samples=samples)
+            for sequence, row in zip(frame.step.sequences, rows, strict=True):
+                samples += self._sample(frame.step, sequence, row, agreed)
+        return replace(frame, edits=(), step=None, tensors=(), samples=tuple(samples))
+
+    def _sample(self, step: Step, sequence: int, row: tuple[int, ...], agreed: bool) -> list[Sample]:
+        found: list[Sample] = []
+        for at in range(len(row) - step.sampled + 1, len(row) + 1):
+            token = next_token(row[:at]) if agreed else 99  # the stages do not hold the same
+            found.append(Sample(sequence, 0, token))
+            self._sampled[sequence] = at, token
+            if row[at : at + 1] != (token,):
+                break
+        return found
 
     def _draft(self, step: Step) -> tuple[Sample, ...]:
         """Feed each sample back, but for the last."""
@@ -151,9 +159,10 @@ class Caches:
 
     def _is_void(self, step: Step) -> bool:
         """Whether a guess follows a void one, or is known to be wrong. What is void may arrive as such, or not."""
-        (sequence,), ((token,),) = step.sequences, step.tokens
+        (sequence,), ((token, *_),) = step.sequences, step.tokens
         follows_void = (step.start or 0) > len(self._fed[sequence])
-        return follows_void or (self.spec.last and self._sampled.get(sequence) != (step.start, token))
+        wrong = self.spec.last and self._sampled.get(sequence) != (step.start, token)
+        return step.guessed and (follows_void or wrong)
 
     def _apply(self, edit: Edit) -> None:
         match edit:

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from cluster.coordinator import planner
 from cluster.core.errors import Aborted, NotServing
 from cluster.core.lap_times import LapTimes
+from cluster.core.plan import Plan
 from cluster.core.worker import WorkerInfo
 from cluster.scheduler import guess_chains
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.speculation import LapMeter
+from cluster.scheduler.verify_length import Depth
 from effort import effort
 from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario
 from faults.simulated_time import run_simulated, simulated_now, use_simulated_time
@@ -53,15 +56,27 @@ def test_whatever_goes_wrong_in_the_simulation_the_promise_is_kept(tmp_path: Pat
 
 
 def guess(monkeypatch: pytest.MonkeyPatch) -> list[Scheduler]:
-    """Have every service guess, right and wrong, as far ahead as it may. Return their schedulers."""
+    """Have every service guess, right and wrong, as far ahead as it may. Return their schedulers.
+
+    In every other epoch, frames have up to three tokens.
+    """
     made: list[Scheduler] = []
 
+    def with_rows(epoch: int, capacity: Capacity) -> Capacity:
+        costs = (1.0,) * len(capacity.budget)
+        return replace(capacity, verify_costs={2: costs, 3: costs} if epoch % 2 else {})
+
     def guessing(epoch: int, capacity: Capacity, eos: frozenset[int], *_: object) -> Scheduler:
-        made.append(Scheduler(epoch, capacity, eos, Oracle(random.Random(len(made)), 0.3)))
+        made.append(Scheduler(epoch, with_rows(epoch, capacity), eos, Oracle(random.Random(len(made)), 0.3)))
         return made[-1]
 
+    def next_capacity(plan: Plan, *rest: Any) -> Capacity:
+        return with_rows(plan.epoch, planner.capacity(plan, *rest))
+
+    monkeypatch.setattr("cluster.coordinator.recovery.capacity", next_capacity)
+    monkeypatch.setattr(guess_chains, "choose_depth", lambda steps, _, most: Depth(most, max(steps)))
     monkeypatch.setattr("cluster.coordinator.service.Scheduler", guessing)
-    monkeypatch.setattr(LapMeter, "times", LapTimes((1.0,) * STAGES))
+    monkeypatch.setattr(LapMeter, "times", property(lambda meter: LapTimes((1.0,) * meter._count)))
     monkeypatch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: most)
     return made
 
@@ -78,6 +93,7 @@ def test_whatever_goes_wrong_between_a_guess_and_its_verdict_the_promise_is_kept
     counts = [count for each in schedulers for count in each.speculation.counts.by_source.values()]
     assert sum(count.accepted for count in counts) > len(outcomes)
     assert sum(count.voided for count in counts) > len(outcomes)
+    assert sum(count.rows for count in counts) > len(outcomes)
 
 
 def send_every_guess(monkeypatch: pytest.MonkeyPatch) -> list[Scheduler]:

@@ -165,6 +165,7 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         speculation=decode_speculation(r.speculation) if isinstance(r, pb.LoadModelRequest) else Speculation.OFF,
         draft=r.draft if isinstance(r, pb.LoadModelRequest) else "",
         adapters=_adapters(r.adapters),
+        exact=not (isinstance(r, pb.LoadModelRequest) and r.inexact),
     )
 
 

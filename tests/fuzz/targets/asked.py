@@ -273,6 +273,8 @@ LOAD = cluster_pb2.LoadModelRequest(
     prefill_chunk=16,
     acceptance=0.5,
     adapters=[cluster_pb2.AdapterFolder(name="legal", folder="/legal")],
+    speculation=cluster_pb2.SPECULATION_NGRAM,
+    inexact=True,
 )
 PLAN = cluster_pb2.PlanRequest(model="faq", workers=2, layers="0-1,2-3")
 
