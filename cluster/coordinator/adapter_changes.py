@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
+import anyio
+
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch import Epoch, EpochBuilder
 from cluster.coordinator.model_reader import ModelInfo
@@ -55,7 +57,8 @@ class AdapterChanges:
                     raise _moving()
             except BaseException:
                 self._model_info.adapters.remove(adapter.ref.name)
-                self._loop.take_adapter_memory(epoch.plan.epoch, self._taken(epoch))
+                with anyio.move_on_after(CONTROL_TIMEOUT_S, shield=True):
+                    await self._free(epoch, adapter.ref.name)
                 raise
             self._model_info.adapters.serve(adapter)
         return adapter
@@ -70,12 +73,17 @@ class AdapterChanges:
             ending = self._loop.end_adapter(removed.key, NotServing(f"the adapter {name} was removed"))
             ended = await _wait_for_loop(ending)
             if epoch := self._steady_epoch():
-                try:
-                    await self._builder.set_adapters(epoch.plan, epoch.workers)
-                except MacpipeError as e:
-                    log.warning("adapters: not removed everywhere reason=%s adapter=%s", e.sentence, name)
-                self._loop.take_adapter_memory(epoch.plan.epoch, self._taken(epoch))
+                await self._free(epoch, name)
             return ended
+
+    async def _free(self, epoch: Epoch, name: str) -> None:
+        """Have the workers drop an adapter that was removed, and give its memory back to the caches."""
+        try:
+            await self._builder.set_adapters(epoch.plan, epoch.workers)
+        except MacpipeError as e:
+            log.warning("adapters: not removed everywhere reason=%s adapter=%s", e.sentence, name)
+        finally:
+            self._loop.take_adapter_memory(epoch.plan.epoch, self._taken(epoch))
 
     def adjust_order(self, order: LoadOrder) -> LoadOrder:
         """Return an order of the same model with the adapters that are served now."""
