@@ -50,9 +50,9 @@ class Disks:
         self.close()
         self.begin()
 
-    def persist(self, prefix: int, owner: str = OWNER) -> None:
+    def persist(self, prefix: int, owner: str = OWNER, adapter: str = "") -> None:
         """Have a kept prefix written, and wait until it is."""
-        self.ring.send(Persist(prefix, owner))
+        self.ring.send(Persist(prefix, owner, adapter))
         self.finish_writing()
 
     def finish_writing(self) -> None:
@@ -60,10 +60,12 @@ class Disks:
             assert disk._writer
             disk._writer.flush(WAIT_S)
 
-    def read(self, prefix: int, tokens: tuple[int, ...], owner: str = OWNER) -> list[MacpipeError | None]:
+    def read(
+        self, prefix: int, tokens: tuple[int, ...], owner: str = OWNER, adapter: str = ""
+    ) -> list[MacpipeError | None]:
         """Read the first tokens of a sequence as ``prefix``. -> each stage's error"""
-        ((length, node),) = node_ids(self.edition, owner, "", tokens, [len(tokens)])
-        order = ReadPrefix(0, 1, prefix, owner, "", node, length)
+        ((length, node),) = node_ids(self.edition, owner, adapter, tokens, [len(tokens)])
+        order = ReadPrefix(0, 1, prefix, owner, adapter, node, length)
         answers: list[Future[MacpipeError | None]] = [Future() for _ in self.disks]
         for disk, answer in zip(self.disks, answers, strict=True):
             disk.read(order, answer.set_result)

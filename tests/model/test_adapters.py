@@ -15,13 +15,14 @@ from mlx_lm.utils import load_model
 import checkpoints
 from adapters import make_adapter
 from cluster.core.adapter import AdapterRef, stage_bytes
-from cluster.core.errors import BadFrame, MacpipeError, ModelDiffers, ModelUnsupported
-from cluster.core.frames import Compute, Join, Leave, Restore, Save, Step
+from cluster.core.errors import BadFrame, MacpipeError, ModelDiffers, ModelUnsupported, PrefixMissing
+from cluster.core.frames import Compute, Drop, Join, Leave, Restore, Save, Step
 from cluster.core.plan import LayerRange
 from cluster.core.request import SamplingParams
 from cluster.model.adapter_files import open_adapter
 from cluster.model.adapters import read_adapter
 from cluster.model.model_shape import read_shape
+from model.disks import Disks
 from model.ring import CHUNKS, PROMPT, Ring, tokens
 
 GREEDY = SamplingParams()
@@ -145,6 +146,27 @@ def test_a_prefix_of_another_adapter_is_not_restored(model: Path, folders: dict[
         adapted.ring.send(Join(2, len(PROMPT), GREEDY, adapter=adapted.key("two")), Restore(2, 7, 20))
     adapted.ring.send(Join(3, len(PROMPT), GREEDY, adapter=adapted.key("one")), Restore(3, 7, len(PROMPT) - 1))
     assert tokens(adapted.ring.go_on(3, PROMPT[-1], COUNT)) == with_adapter(model, folders["one"])
+
+
+def test_a_prefix_on_disk_is_read_for_its_own_adapter_alone(
+    model: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    adapted = Adapted(model, 2, **folders)
+    disks = Disks(adapted.ring, tmp_path)
+    adapted.join(1, "one")
+    adapted.ring.prefill(1, PROMPT[:32])
+    adapted.ring.send(Save(1, 7), Leave(1))
+    disks.persist(7, adapter=adapted.key("one"))
+    adapted.ring.send(Drop(7))
+    for other in ("", adapted.key("two")):
+        assert all(isinstance(error, PrefixMissing) for error in disks.read(8, PROMPT[:32], adapter=other))
+    assert disks.read(9, PROMPT[:32], adapter=adapted.key("one")) == [None, None]
+    with pytest.raises(BadFrame, match="another adapter"):
+        adapted.ring.send(Join(2, len(PROMPT), GREEDY), Restore(2, 9, 32))
+    adapted.ring.send(Join(3, len(PROMPT), GREEDY, adapter=adapted.key("one")), Restore(3, 9, 32))
+    adapted.ring.send(step=Step(Compute.PREFILL, (3,), (PROMPT[32:-1],)))
+    assert tokens(adapted.ring.go_on(3, PROMPT[-1], COUNT)) == with_adapter(model, folders["one"])
+    disks.close()
 
 
 def test_a_sequence_keeps_an_adapter_that_is_dropped_and_a_new_one_breaks_alone(
