@@ -94,10 +94,10 @@ def convert_model(
     choose()
     if (file := Path(source).expanduser()).is_file():
         return _convert_file(file, target, conversion)
-    return _convert_folder(source, target, conversion, state_home(home))
+    return convert_folder(source, target, conversion, state_home(home))
 
 
-def _convert_folder(source: str, target: Path, conversion: Conversion, home: Path) -> Converted:
+def convert_folder(source: str, target: Path, conversion: Conversion, home: Path) -> Converted:
     """Convert a folder or a model of the hub, which is fetched first."""
     from cluster.cli.convert_progress import ConversionBar
     from cluster.cli.pull import fetch

@@ -19,6 +19,7 @@ from cluster.cli.convert import convert
 from cluster.cli.demo import demo
 from cluster.cli.drain import drain
 from cluster.cli.error_boundary import FIRST_SIGNAL_CODE, exit_at_once, run_with_error_boundary
+from cluster.cli.fuse import fuse
 from cluster.cli.generate import generate
 from cluster.cli.help import HELP_WIDTH, Command
 from cluster.cli.init import init
@@ -64,7 +65,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
 )
 for command in (
-    *(demo, init, join, worker, plan, serve, pull, convert, generate, chat, status, ps, load, unload, drain),
+    *(demo, init, join, worker, plan, serve, pull, convert, fuse, generate, chat, status, ps, load, unload, drain),
     *(lora, bench),
 ):
     app.command(cls=Command)(command)

@@ -16,15 +16,15 @@ import mlx.core as mx
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from cluster.core.adapter import Adapter, AdapterRef, AdapterTensor
-from cluster.core.errors import BadCheckpoint, ModelDiffers
+from cluster.core.errors import BadCheckpoint, ModelDiffers, ModelUnsupported
 from cluster.core.plan import ModelShape
 from cluster.model.adapter_files import AdapterConfig, open_adapter, read_adapter_config
-from cluster.model.checkpoint import ADAPTER_WEIGHTS, TensorInfo
+from cluster.model.checkpoint import ADAPTER_WEIGHTS, Checkpoint, TensorInfo
 from cluster.model.library_errors import describe_error
 from cluster.model.module_tree import Module, layer_prefixes, named_modules
 from cluster.model.skeleton import open_skeleton
 
-__all__ = ["LoraLayers", "load_adapter", "read_adapter"]
+__all__ = ["LoraLayers", "fuse_adapter", "load_adapter", "read_adapter"]
 
 LEAVES: Final = frozenset({"lora_a", "lora_b", "m"})
 """The names of an adapter's tensors in its modules, as in mlx-lm."""
@@ -114,26 +114,49 @@ def load_adapter(model: Module, folder: Path, fingerprint: str, is_local: Callab
     ``is_local`` tells whether the slice has the module with a path. Raises ModelDiffers if the fingerprint or the model
     is another one, BadCheckpoint if the file cannot be read, and the errors of ``open_adapter``.
     """
+    places = _open_wrappers(model, _open_expected(folder, fingerprint), is_local)
+    loaded = [place.wrapper[leaf] for place in places for leaf in _leaves(place.wrapper)]
+    try:
+        mx.eval(loaded)
+    except RuntimeError as error:  # MLX raises this for a file that vanishes or shrinks during the read
+        raise BadCheckpoint(f"the adapter's file could not be read: {error}") from error
+    return LoraLayers(places, sum(array.nbytes for array in loaded))
+
+
+def fuse_adapter(model: Module, adapter: AdapterRef, *, dequantize: bool) -> None:
+    """Fuse an adapter into a model's weights with mlx-lm's code. The weights stay lazy.
+
+    Raises as ``load_adapter``, and ModelUnsupported if mlx-lm cannot fuse one of its layers.
+    """
+    found = _open_expected(Path(adapter.path), adapter.fingerprint)
+    for place in _open_wrappers(model, found, lambda _path: True):
+        if not hasattr(place.wrapper, "fuse"):
+            raise ModelUnsupported(f"mlx-lm cannot fuse the adapter's layer {place.path}")
+        place.parent[place.name] = place.wrapper.fuse(dequantize=dequantize)
+
+
+def _open_expected(folder: Path, fingerprint: str) -> Checkpoint:
+    """Open an adapter. Raises ModelDiffers if its fingerprint is another one."""
     found = open_adapter(folder)
     if found.fingerprint != fingerprint:
         raise ModelDiffers(
             f"the adapter in {str(folder)!r} differs from the coordinator's (fingerprint {found.fingerprint[:12]}, "
             f"expected {fingerprint[:12]}); copy the coordinator's folder to this machine"
         )
+    return found
+
+
+def _open_wrappers(model: Module, found: Checkpoint, is_local: Callable[[str], bool]) -> list[_WrapperPlace]:
+    """Make the wrappers of an adapter's local modules, with its tensors, which are not read yet."""
     places = _make_wrappers(model, read_adapter_config(found.config), is_local)
-    _require_fit(places, {n: t for n, t in found.tensors.items() if is_local(n.rpartition(".")[0])}, str(folder), "")
-    arrays: Any = mx.load(str(folder / ADAPTER_WEIGHTS))  # a dict, for a file of this kind
-    loaded: list[mx.array] = []
+    local = {name: tensor for name, tensor in found.tensors.items() if is_local(name.rpartition(".")[0])}
+    _require_fit(places, local, str(found.path), "")
+    arrays: Any = mx.load(str(found.path / ADAPTER_WEIGHTS))  # a dict, for a file of this kind
     for place in places:
         for leaf in _leaves(place.wrapper):
             place.wrapper[leaf] = arrays[f"{place.path}.{leaf}"]
-            loaded.append(place.wrapper[leaf])
         place.wrapper.eval()  # no dropout
-    try:
-        mx.eval(loaded)
-    except RuntimeError as error:  # MLX raises this for a file that vanishes or shrinks during the read
-        raise BadCheckpoint(f"the adapter's file could not be read: {error}") from error
-    return LoraLayers(places, sum(array.nbytes for array in loaded))
+    return places
 
 
 def _make_wrappers(model: Module, config: AdapterConfig, is_local: Callable[[str], bool]) -> list[_WrapperPlace]:

@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 from mlx_lm.utils import compute_bits_per_weight, get_total_parameters, save_config
 
 from cluster.core.errors import BadCheckpoint
+from cluster.model.adapters import fuse_adapter
 from cluster.model.module_tree import Module, parameters
 from cluster.model.skeleton import open_model
 from cluster.model.weight_conversion import Conversion, convert_model
@@ -44,11 +45,13 @@ class ConvertedWeights:
     """The weights of the checkpoint in ``path`` after ``conversion``, in the order in which mlx-lm saves them.
 
     ``config`` is the converted model's. Raises ModelUnsupported (mlx-lm does not know the architecture, or cannot
-    convert it so) and BadCheckpoint.
+    convert it so), BadCheckpoint, and the errors of ``fuse_adapter``.
     """
 
     def __init__(self, path: Path, conversion: Conversion) -> None:
         model, config = open_model(path)
+        if conversion.adapter:
+            fuse_adapter(model, conversion.adapter, dequantize=conversion.dequantize)
         model, self.config = convert_model(model, config, conversion)
         self.bits_per_weight = float(compute_bits_per_weight(model))  # type: ignore[no-untyped-call]
         self.parameters = int(get_total_parameters(model))  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, mixed_quant_predicate_builder
 from mlx_lm.utils import dequantize_model, quantize_model
 
+from cluster.core.adapter import AdapterRef
 from cluster.core.errors import InvalidOption, ModelUnsupported
 from cluster.core.quantization import RECIPES, Quantization
 from cluster.model.library_errors import describe_error
@@ -30,12 +31,14 @@ class Conversion:
 
     ``dtype`` is MLX's name of the type for weights that are not quantized; "" means the config's, else the stored one.
     ``recipe`` is one of mlx-lm's recipes of mixed bits, or "". Without ``quantization`` there is no recipe.
+    ``adapter`` is fused into the weights before that, as ``mlx_lm.fuse`` does; they then keep their types.
     """
 
     quantization: Quantization | None = None
     recipe: str = ""
     dtype: str = ""
     dequantize: bool = False
+    adapter: AdapterRef | None = None
 
     def __post_init__(self) -> None:
         if self.quantization and self.dequantize:
@@ -66,7 +69,8 @@ def convert_model(model: Module, config: dict[str, Any], conversion: Conversion)
     """
     try:
         predicate = _predicate(model, conversion)
-        _cast(model, conversion.dtype or _config_dtype(config))
+        if not conversion.adapter:
+            _cast(model, conversion.dtype or _config_dtype(config))
         if conversion.quantization:
             return _quantize(model, config, conversion.quantization, predicate)
         if conversion.dequantize:
