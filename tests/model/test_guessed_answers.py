@@ -159,6 +159,7 @@ def conversation(count: int, max_tokens: int) -> list[Request]:
     return found
 
 
+@pytest.mark.timeout(effort(60, 900))
 @pytest.mark.parametrize("arch", chosen(KINDS, "llama", "llama_sliding", "qwen3_next"))
 def test_any_guesser_leaves_every_sample_bit_for_bit(
     arch: str, rings: Rings, shape: Callable[[str], ModelShape]
