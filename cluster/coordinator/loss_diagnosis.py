@@ -11,31 +11,40 @@ from cluster.coordinator.roster import RosterEntry
 from cluster.core.errors import MacpipeError, WorkerLost
 from cluster.core.plan import Plan, PlannedStage
 from cluster.core.text import with_subject
+from cluster.core.worker import WorkerInfo
 
 
-def diagnose(cause: MacpipeError, plan: Plan, members: Iterable[RosterEntry]) -> MacpipeError:
-    """Return a ``WorkerLost`` naming the workers that no longer hold their stage; ``cause`` if all still do."""
-    found = verdicts(plan, members)
+def diagnose(
+    cause: MacpipeError, plan: Plan, members: Iterable[RosterEntry], before: Iterable[WorkerInfo]
+) -> MacpipeError:
+    """Return a ``WorkerLost`` naming the workers that no longer hold their stage; ``cause`` if all still do.
+
+    ``before`` are the plan's workers as they were when they loaded it.
+    """
+    found = verdicts(plan, members, before)
     if not found:
         return cause
     return WorkerLost("; ".join(found.values()), worker=next(iter(found)))
 
 
-def verdicts(plan: Plan, members: Iterable[RosterEntry]) -> dict[str, str]:
+def verdicts(plan: Plan, members: Iterable[RosterEntry], before: Iterable[WorkerInfo]) -> dict[str, str]:
     """Return a sentence for each worker of a plan that no longer holds its stage, by worker name."""
     known = {m.info.name: m for m in members}
-    found = ((s.worker, _verdict(s, known.get(s.worker))) for s in plan.stages)
+    processes = {worker.name: worker.instance for worker in before}
+    found = ((s.worker, _verdict(s, known.get(s.worker), processes.get(s.worker, ""))) for s in plan.stages)
     return {worker: why for worker, why in found if why}
 
 
-def _verdict(stage: PlannedStage, member: RosterEntry | None) -> str:
+def _verdict(stage: PlannedStage, member: RosterEntry | None, process: str) -> str:
+    """Return why a worker no longer holds its stage, which it loaded in the process with that id; "" if it does."""
     if member is None:
         return f"worker {stage.worker} is missing"
     if member.problem:
         return with_subject(stage.worker, member.problem, f"worker {stage.worker}")
     info = member.info
     if not info.epoch:
-        return f"worker {stage.worker} lost layers {stage.layers}: its engine was restarted"
+        restarted = "it" if process != info.instance else "its engine"
+        return f"worker {stage.worker} lost layers {stage.layers}: {restarted} was restarted"
     if info.epoch > stage.spec.epoch:
         return f"worker {stage.worker} was taken over: another coordinator loaded {info.model} there"
     return ""

@@ -134,6 +134,7 @@ class EpochChange(ABC):
         self._missing_bytes = sum(s.weight_bytes for s in missing)
         loads = ", ".join(f"layers {s.layers} on {s.worker}" for s in missing)
         self.doing = f"loading {loads}" if loads else "linking the stages again"
+        self._on_chosen()
         context.deps.roster.pin(chosen.workers)
         await self._while_all_live(chosen, context.builder.load(chosen.plan, chosen.workers))
         epoch = await context.builder.link(chosen.plan, chosen.workers)
@@ -147,6 +148,10 @@ class EpochChange(ABC):
         wait_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
         await run_canary(context.loop, epoch.plan, context.model_info, context.failures, context.deps.heartbeat, wait_s)
         return epoch
+
+    def _on_chosen(self) -> None:
+        """Report that the next plan is chosen; ``doing`` says what it needs."""
+        log.info("epoch: plan chosen reason=%s step=%s", self.reason, self.doing)
 
     async def _while_all_live(
         self, chosen: Assignment, load: Coroutine[Any, Any, None], check: Callable[[], None] = lambda: None
@@ -170,11 +175,14 @@ class EpochChange(ABC):
 
 
 class Recovery(EpochChange):
-    """One recovery from the loss of a stage. ``cause`` is the loss."""
+    """One recovery from the loss of a stage. ``cause`` is the loss. ``notify`` hears of each plan that is chosen."""
 
-    def __init__(self, context: RecoveryContext, epoch: Epoch, cause: MacpipeError) -> None:
+    def __init__(
+        self, context: RecoveryContext, epoch: Epoch, cause: MacpipeError, notify: Callable[[str], None]
+    ) -> None:
         super().__init__(context, epoch)
         self.cause = cause
+        self._notify = notify
         self._unreachable_once: set[str] = set()
         """Workers whose data port could not be reached once. After a second failure, they get no layers."""
 
@@ -203,11 +211,15 @@ class Recovery(EpochChange):
                 self._on_failed_try(e)
             await asyncio.sleep(RECOVERY_PAUSE_S)
 
+    def _on_chosen(self) -> None:
+        super()._on_chosen()
+        self._notify(f"{self.cause.sentence}; {self.doing}")
+
     async def _find_cause(self) -> None:
         """Ask the workers that held a stage which of them failed. Reset engines that hang, so that they restart."""
         members = await self._ask_workers()
         plan = self._epoch.plan
-        self.cause = diagnose(self.cause, plan, members)
+        self.cause = diagnose(self.cause, plan, members, self._epoch.workers)
         log.warning("recovery: ring lost reason=%s epoch=%d", self.cause.sentence, plan.epoch)
         deadlines = self._context.loop.deadlines
         if deadlines.overdue <= EXCUSES:  # after more overdue frames, even an engine that computes counts as hung

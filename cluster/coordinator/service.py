@@ -263,7 +263,7 @@ class ModelService:
         assert self._epoch
         if self._draft:
             self._draft.stop_loading()
-        self.recovery = recovery = Recovery(self._context, self._epoch, cause)
+        self.recovery = recovery = Recovery(self._context, self._epoch, cause, self._notify)
         self._notify(f"{cause.sentence}; recovering")
         self._epoch = await recovery.run()
         self.recovery = None

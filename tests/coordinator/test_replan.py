@@ -125,18 +125,22 @@ def test_what_fits_nowhere_says_whose_loss_it_was_and_what_is_missing() -> None:
 
 
 def test_the_guilty_are_named_and_not_their_neighbours() -> None:
-    assert diagnose(CAUSE, PLAN, members(*STAGES)) is CAUSE
-    found = diagnose(CAUSE, PLAN, members(*STAGES, ada="worker ada at x does not answer"))
+    assert diagnose(CAUSE, PLAN, members(*STAGES), STAGES) is CAUSE
+    found = diagnose(CAUSE, PLAN, members(*STAGES, ada="worker ada at x does not answer"), STAGES)
     assert found.details == {"worker": "ada"}
     assert found.sentence == "worker ada at x does not answer"
-    assert verdicts(PLAN, members(*STAGES, bob="the engine was ended by SIGKILL")) == {
+    assert verdicts(PLAN, members(*STAGES, bob="the engine was ended by SIGKILL"), STAGES) == {
         "bob": "worker bob: the engine was ended by SIGKILL"
     }
     restarted = (STAGES[0], replace(STAGES[1], epoch=0), STAGES[2])
-    assert "lost layers 2-3" in verdicts(PLAN, members(*restarted))["bob"]
+    assert verdicts(PLAN, members(*restarted), STAGES)["bob"] == (
+        "worker bob lost layers 2-3: its engine was restarted"
+    )
+    anew = (STAGES[0], replace(STAGES[1], epoch=0, instance="another"), STAGES[2])
+    assert verdicts(PLAN, members(*anew), STAGES)["bob"] == "worker bob lost layers 2-3: it was restarted"
     taken = (STAGES[0], replace(STAGES[1], epoch=EPOCH + 5, model="other"), STAGES[2])
-    assert "another coordinator loaded other there" in verdicts(PLAN, members(*taken))["bob"]
-    assert verdicts(PLAN, members(*STAGES[:2])) == {"cyd": "worker cyd is missing"}
+    assert "another coordinator loaded other there" in verdicts(PLAN, members(*taken), STAGES)["bob"]
+    assert verdicts(PLAN, members(*STAGES[:2]), STAGES) == {"cyd": "worker cyd is missing"}
 
 
 def test_who_hangs_is_who_has_been_at_one_step_for_longest() -> None:
