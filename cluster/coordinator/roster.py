@@ -118,10 +118,8 @@ class Roster:
         """Return why a worker that answered cannot be used; "" if it can."""
         if info.cluster != self._cluster:
             return f"{info.name} belongs to the cluster {info.cluster}, not to {self._cluster}"
-        if info.version != __version__:
-            return _other_version(info.name, "macpipe", info.version, __version__)
-        if _mlx_lm_of(info) != MLX_LM:
-            return _other_version(info.name, "mlx-lm", _mlx_lm_of(info), MLX_LM)
+        if differs := _version_difference(info):
+            return _other_version([info.name], *differs)
         if info.live_owner and info.live_owner != self._coordinator:
             return f"{info.name} serves {info.model} for another coordinator"
         if self.is_held_by_other_process(info):
@@ -156,6 +154,7 @@ class Roster:
     ) -> tuple[WorkerInfo, ...]:
         """Wait for at least ``wanted`` usable workers; with None, for one, until no more come for ``SETTLE_S``.
 
+        Do not wait longer where each worker that is found would first have to be started in another way.
         Workers that ``counts`` rejects are not counted towards ``wanted``. Return all usable workers: the plan chooses
         the best of them, and says what is missing if ``wanted`` are there but too few count. Raises ``NoWorkers`` or
         ``VersionMismatch`` after ``wait_s``, and ``DuplicateName`` or ``DuplicateId`` at once. Raises ``DuplicateId``
@@ -178,6 +177,8 @@ class Roster:
                     not wanted and usable and await self._wait_settled()
                 ):
                     return usable
+                elif not usable and self._all_stay_unusable() and await self._wait_settled():
+                    break
                 await self._source.changed(SETTLE_S)
         usable = _usable(self.members, wanted)
         if wanted and len(usable) >= wanted:
@@ -196,10 +197,11 @@ class Roster:
 
     def _too_few_workers(self, wanted: int | None, wait_s: float) -> MacpipeError:
         usable = [m.info.name for m in self.members if not m.problem]
-        others = [m.problem for m in self.members if m.problem]
-        others += [f"{m.info.name} is drained" for m in self.members if m.info.draining]
+        others = self._causes()
         if any(m.problem and _is_other_version(m.info) for m in self.members):
             return VersionMismatch("; ".join(others))
+        if self._all_stay_unusable():
+            return NoWorkers(f"no worker can be used: {'; '.join(others)}")
         found = f"found {', '.join(usable)}" if usable else "found no worker"
         return NoWorkers(
             f"waited {wait_s:.0f} s for {wanted or 1} worker{'s' * ((wanted or 1) != 1)} of cluster {self._cluster}, "
@@ -207,6 +209,26 @@ class Roster:
             "on each Mac with --host set to its network address, that the Macs share a network that lets multicast "
             "through, or name the workers with --peer HOST:PORT"
         )
+
+    def _all_stay_unusable(self) -> bool:
+        """Return whether workers were found, and each is of another version or of another cluster."""
+        return bool(self.members) and all(
+            m.problem and m.reachable and (_is_other_version(m.info) or m.info.cluster != self._cluster)
+            for m in self.members
+        )
+
+    def _causes(self) -> list[str]:
+        """Return why workers cannot be used, in one sentence for all that run the same other version."""
+        old: dict[tuple[str, str, str], list[str]] = {}
+        causes = []
+        for m in self.members:
+            if m.problem and (differs := _version_difference(m.info)) and m.info.cluster == self._cluster:
+                old.setdefault(differs, []).append(m.info.name)
+            elif m.problem:
+                causes.append(m.problem)
+            elif m.info.draining:
+                causes.append(f"{m.info.name} is drained; `macpipe drain {m.info.name} --undo` takes it back")
+        return [_other_version(names, *differs) for differs, names in old.items()] + causes
 
     async def forget_absent(self) -> None:
         """Close the channels to addresses that are no longer announced and hold no stage."""
@@ -266,11 +288,21 @@ def _mlx_lm_of(info: WorkerInfo) -> str:
 
 def _is_other_version(info: WorkerInfo) -> bool:
     """Return whether a worker runs another version; False for a worker that never answered."""
-    return bool(info.version) and (info.version != __version__ or _mlx_lm_of(info) != MLX_LM)
+    return bool(info.version) and _version_difference(info) is not None
 
 
-def _other_version(name: str, what: str, theirs: str, ours: str) -> str:
-    return f"{name} runs {what} {theirs}, this coordinator {ours}; install the same version on both"
+def _version_difference(info: WorkerInfo) -> tuple[str, str, str] | None:
+    """Return the package that differs, the worker's version and this coordinator's; None if both are the same."""
+    if info.version != __version__:
+        return "macpipe", info.version, __version__
+    return None if _mlx_lm_of(info) == MLX_LM else ("mlx-lm", _mlx_lm_of(info), MLX_LM)
+
+
+def _other_version(names: Sequence[str], what: str, theirs: str, ours: str) -> str:
+    one = len(names) == 1
+    where = "both" if one else "all Macs"
+    who = f"{', '.join(names)} run{'s' * one}"
+    return f"{who} {what} {theirs}, this coordinator {ours}; install the same version on {where}"
 
 
 def _unknown_worker(address: str) -> WorkerInfo:

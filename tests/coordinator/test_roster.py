@@ -1,0 +1,85 @@
+"""Which causes an operator reads where no worker can be used, and how soon."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from cluster import __version__
+from cluster.coordinator.roster import MLX_LM, Roster
+from cluster.core.errors import MacpipeError, NoWorkers, VersionMismatch, WorkerLost
+from cluster.core.plan import LoadProgress, Plan
+from cluster.core.worker import WorkerInfo
+from cluster.discovery.static import static_source
+from cluster.security.credentials import LocalTrust
+
+ADA = WorkerInfo("1", "ada", __version__, "127.0.0.1:1", "", "", "", f"0 mlx-lm {MLX_LM}", 1, 1, cluster="c")
+BOB = replace(ADA, id="2", name="bob", control_address="127.0.0.1:2")
+CYD = replace(ADA, id="3", name="cyd", control_address="127.0.0.1:3")
+
+
+class Telling:
+    """A worker that describes itself, or does not answer."""
+
+    def __init__(self, info: WorkerInfo | None) -> None:
+        self._info = info
+
+    async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
+        if self._info is None:
+            raise WorkerLost("worker ada does not answer", worker="ada")
+        return self._info, ""
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
+        """Nothing is shown."""
+
+    def planned(self, plan: Plan) -> None:
+        raise AssertionError(plan)
+
+    def progress(self, progress: LoadProgress) -> None:
+        raise AssertionError(progress)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *workers: WorkerInfo, wait_s: float = 60.0) -> MacpipeError:
+    """Return the error of a wait for workers, of which these are there."""
+    roster = Roster(static_source([w.control_address for w in workers]), "c", "me", LocalTrust())
+    told = {w.control_address: Telling(w if w.version else None) for w in workers}
+    monkeypatch.setattr(roster, "control", lambda address: cast(Any, told[address]))
+    monkeypatch.setattr("cluster.coordinator.roster.SETTLE_S", 0.05)
+    with pytest.raises(MacpipeError) as refused:
+        asyncio.run(roster.gather(None, wait_s, Silent()))
+    return refused.value
+
+
+def test_workers_of_one_other_version_share_a_sentence_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [replace(worker, version="0.0.9") for worker in (ADA, BOB)]
+    error = refusal(monkeypatch, *old, replace(CYD, mlx_version="0 mlx-lm 0.1"))
+    assert isinstance(error, VersionMismatch)
+    assert error.sentence == (
+        f"ada, bob run macpipe 0.0.9, this coordinator {__version__}; install the same version on all Macs; "
+        f"cyd runs mlx-lm 0.1, this coordinator {MLX_LM}; install the same version on both"
+    )
+
+
+def test_workers_of_another_cluster_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = refusal(monkeypatch, replace(ADA, cluster="lab"))
+    assert isinstance(error, NoWorkers)
+    assert error.sentence == "no worker can be used: ada belongs to the cluster lab, not to c"
+
+
+def test_a_worker_that_may_come_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    error = refusal(monkeypatch, replace(ADA, version=""), replace(BOB, cluster="lab"), wait_s=0.3)
+    assert time.monotonic() - began >= 0.3
+    assert "found no worker; worker ada does not answer; bob belongs to the cluster lab" in error.sentence
