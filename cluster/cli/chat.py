@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -12,12 +13,15 @@ from cluster.cli.options import Cluster, Coordinator, Json, answer_options, take
 from cluster.core.errors import InvalidOption, NotServing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from cluster.cli.chat_session import ChatSession
     from cluster.client import Client, ClusterState, Options
 
 PROMPT: Final = "> "
+CONTINUATION: Final = "... "
+PASTE_S: Final = 0.03
+"""Lines that arrive within this time of each other are one paste."""
 BUNDLED: Final = "faq"
 SUGGESTIONS: Final = ("Who are you?", "What can you do?", "What is a hop?")
 
@@ -81,28 +85,56 @@ def _chat_on_terminal(session: ChatSession) -> None:
     from cluster.cli.screen import note
     from cluster.core.errors import MacpipeError
 
-    _edit_lines()
+    is_more = _is_more_pasted if _edit_lines() else lambda: False
     while True:
         try:
-            if not session.handle_line(input(PROMPT)):
+            if not session.handle_line(read_message(input, is_more)):
                 return
         except EOFError:
             note("")
             return
         except KeyboardInterrupt:
             note("\n(Ctrl-D or /quit exits)")
-        except UnicodeDecodeError:
+        except UnicodeError:
             note("macpipe: the input is not UTF-8 text")
         except MacpipeError as error:
             note(f"macpipe: {error.sentence}")
 
 
-def _edit_lines() -> None:
-    """Enable line editing and history for ``input``, if Python was built with readline."""
+def read_message(read: Callable[[str], str], is_more: Callable[[], bool]) -> str:
+    """Read a message: a line, the lines of a paste, or lines that end with a backslash but for the last.
+
+    ``read`` returns a line for a prompt, and ``is_more`` whether a paste goes on after it. Raises UnicodeEncodeError
+    where the line has bytes that are no UTF-8.
+    """
+    lines = [read(PROMPT)]
+    while (continued := lines[-1].endswith("\\")) or is_more():
+        if continued:
+            lines[-1] = lines[-1][:-1]
+        lines.append(read(CONTINUATION))
+    message = "\n".join(lines)
+    message.encode()
+    return message
+
+
+def _edit_lines() -> bool:
+    """Enable line editing and history for ``input``, if Python was built with readline.
+
+    Return whether a paste arrives line by line: libedit, which macOS has, does not know bracketed paste.
+    """
     try:
-        import readline  # noqa: F401
+        import readline
     except ImportError:
-        return
+        return True
+    if "libedit" in (readline.__doc__ or ""):
+        return True
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    return False
+
+
+def _is_more_pasted() -> bool:
+    """Return whether more input is there already, sooner than anybody types."""
+    return bool(select.select([sys.stdin], [], [], PASTE_S)[0])
 
 
 def _read_piped_lines() -> Iterator[str]:

@@ -16,7 +16,8 @@ COMMANDS: Final = """\
 /system TEXT  start over with this system message; without TEXT, with none
 /reset        clear the conversation
 /stats        statistics of the last answer
-/quit         exit (as Ctrl-D does)"""
+/quit         exit (as Ctrl-D does)
+A pasted text is one message. A line that ends with \\ goes on in the next."""
 
 
 class ChatSession:

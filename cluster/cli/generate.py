@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,11 +106,14 @@ def print_stream(stream: Stream) -> None:
 
     The line break is printed after an error too, so that later output starts on a new line.
     """
-    from cluster.cli.screen import write_answer
+    from cluster.cli.screen import printable, write_answer
+    from cluster.cli.word_wrap import WordWrapper
 
+    wrapper = WordWrapper(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
     try:
         for piece in stream.texts():
-            write_answer(piece)
+            write_answer(wrapper.add(printable(piece)) if wrapper else piece)
     finally:
+        write_answer(wrapper.flush() if wrapper else "")
         if stream.text and not stream.text.endswith("\n"):
             write_answer("\n")

@@ -58,6 +58,20 @@ def test_a_chat(terminal: Open, coordinator: Coordinator) -> None:
     assert chat.end()[0] == 0
 
 
+def test_a_pasted_text_is_one_message(terminal: Open, coordinator: Coordinator) -> None:
+    chat = terminal("chat")
+    chat.wait_for("> ")
+    chat.type("\x1b[200~def f():\n    pass\x1b[201~\n")
+    chat.wait_for("Macs pass layers on.")
+    chat.wait_for("> ")
+    chat.type("one\\\n")
+    chat.wait_for("... ")
+    chat.type("two\n")
+    chat.wait_for("Macs pass layers on.")
+    said = [message.content for message in coordinator.script.seen[-1].messages if message.role == "user"]
+    assert said == ["def f():\n    pass", "one\ntwo"]
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_chat(terminal: Open, coordinator: Coordinator) -> None:
     coordinator.script.answer, whole = endless, coordinator.script.answer
     chat = terminal("chat")

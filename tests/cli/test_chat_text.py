@@ -1,0 +1,38 @@
+"""What a person types into a chat, and how the answer is laid out, without a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.cli.chat import read_message
+from cluster.cli.word_wrap import WordWrapper
+
+WRAPPED = [
+    ("one two three four", "one two\nthree four"),
+    ("one two  x", "one two  x"),
+    ("0123456789 ab", "0123456789\nab"),
+    ("0123456789abcdef gh", "0123456789abcdef\ngh"),
+    ("a\n\nbb", "a\n\nbb"),
+    ("日本 日本 日本", "日本 日本\n日本"),
+    ("```py\nx = a_long_name + 1\n```\nand these words", "```py\nx = a_long_name + 1\n```\nand these\nwords"),
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), WRAPPED)
+def test_an_answer_wraps_at_words_however_it_arrives(text: str, shown: str) -> None:
+    for size in (1, 3, len(text)):
+        wrapper = WordWrapper(10)
+        pieces = [wrapper.add(text[i : i + size]) for i in range(0, len(text), size)]
+        assert "".join([*pieces, wrapper.flush()]) == shown
+
+
+def test_a_message_may_have_lines() -> None:
+    def read_all(*typed: str, pasted: int = 0) -> str:
+        lines, more = iter(typed), iter([True] * pasted + [False])
+        return read_message(lambda _: next(lines), lambda: next(more))
+
+    assert read_all("Why?") == "Why?"
+    assert read_all("one\\", "two\\", "three") == "one\ntwo\nthree"
+    assert read_all("def f():", "    pass", pasted=1) == "def f():\n    pass"
+    with pytest.raises(UnicodeError):
+        read_all("\udce4")
