@@ -1,4 +1,4 @@
-"""Parse and format addresses, layer ranges, sizes and durations as people write them."""
+"""Parse and format addresses, layer ranges, sizes, durations and counts as people write them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import Final
 
 from cluster.core.errors import InvalidOption
-from cluster.core.limits import MAX_STAGES
+from cluster.core.limits import GIB, KIB, MAX_STAGES, MIB
 from cluster.core.plan import LayerRange
 
 HIGHEST_PORT = 65_535
@@ -125,6 +125,22 @@ def duration_in_words(seconds: float) -> str:
         if round(seconds / size) >= 2:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def count_in_words(count: int, noun: str) -> str:
+    """Return ``1 stage`` or ``2 stages``."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def figure_in_words(number: float) -> str:
+    """Format with three significant digits, or as an integer from 100 on; never with an exponent of ten."""
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+
+
+def gib_in_words(nbytes: float) -> str:
+    """Format a size in GiB, or in MiB or KiB if it is less than a hundredth of that."""
+    unit, name = next(((u, n) for u, n in ((GIB, "GiB"), (MIB, "MiB")) if nbytes >= u / 100), (KIB, "KiB"))
+    return f"{figure_in_words(nbytes / unit)} {name}"
 
 
 def with_subject(name: str, text: str, label: str = "") -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from cluster.core.limits import FAR_OFF, GIB
+from cluster.core.limits import FAR_OFF
 from cluster.core.plan import LayerRange, ModelShape, Objective, Spare
+from cluster.core.text import figure_in_words, gib_in_words
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.guessed_token_time import guessed_token_s
 from cluster.placement.layout_forecast import forecast, hops_s, token_s
@@ -20,7 +21,7 @@ from cluster.placement.stage_table import StageTable
 
 __all__ = ["Layout", "reasons", "spares", "unknown"]
 
-NOTICEABLE = 1.02
+NOTICEABLE = 1.1
 """Ratio of two times below which their difference is not worth a sentence."""
 
 
@@ -117,19 +118,21 @@ def _explain_guesses(layout: Layout) -> str:
     """Return what guessed tokens gain for one user, if the plan counts on them."""
     if not layout.acceptance:
         return ""
-    without = _figure(1 / layout.token_s)
+    without = figure_in_words(1 / layout.token_s)
     return f"with {layout.acceptance:.0%} of guesses right, one user gets {_rate(layout)} instead of {without}"
 
 
 def _explain_single_worker(layout: Layout, search: Search | None) -> str:
     """Name a single Mac that can hold the whole model and is faster for one user, if there is one."""
     found = search.best(stage_count=1) if search and len(layout.workers) > 1 else None
-    if found is None or layout.of(found).expected_s >= layout.expected_s:
+    if found is None or layout.of(found).expected_s * NOTICEABLE >= layout.expected_s:
         return ""
     alone = layout.of(found)
     sentence = f"{found.workers[0].name} alone would be faster for one user: {_rate(alone)} against {_rate(layout)}"
     many, now = (forecast(one.shape, one.candidates, one.workers, one.ranges).eight_users for one in (alone, layout))
-    return f"{sentence}; and for eight: {_figure(many)} against {_figure(now)}" if many > now else sentence
+    return (
+        f"{sentence}; and for eight: {figure_in_words(many)} against {figure_in_words(now)}" if many > now else sentence
+    )
 
 
 def _explain_better_layout(layout: Layout, search: Search | None) -> str:
@@ -150,7 +153,7 @@ def _explain_memory_limit(layout: Layout) -> str:
     if found is None or not layout.gains(layout.of(found)):
         return ""
     missing = [
-        f"{_gib(needed_bytes(layout.shape, r, 1) - w.memory.usable)} more on {w.name}"
+        f"{gib_in_words(needed_bytes(layout.shape, r, 1) - w.memory.usable)} more on {w.name}"
         for w, r in zip(found.workers, found.ranges, strict=True)
         if needed_bytes(layout.shape, r, 1) > w.memory.usable
     ]
@@ -195,13 +198,13 @@ def _why_spare(layout: Layout, search: Search | None, worker: Candidate) -> str:
         return f"{_others(layout)} hold{'' if some else 's'} the model, and {'are' if some else 'is'} faster or larger"
     found = search.best(including=worker)
     if found is None:
-        return f"no layout fits that uses it with its {_gib(worker.memory.usable)}"
+        return f"no layout fits that uses it with its {gib_in_words(worker.memory.usable)}"
     other = layout.of(found)
     if layout.objective is Objective.THROUGHPUT:
         return f"it would only slow the others down: {other.merit} instead of {layout.merit}"
     enough = f"{_others(layout)} {'are' if len(layout.workers) > 1 else 'is'} enough"
     if other.expected_s < layout.expected_s * NOTICEABLE:
-        return f"{enough}, and it would make no token faster"
+        return f"{enough}, and it would make no token noticeably faster"
     return f"{enough}; with it a token would take {_ms(other.expected_s)} instead of {_ms(layout.expected_s)}"
 
 
@@ -210,16 +213,8 @@ def _others(layout: Layout) -> str:
 
 
 def _rate(layout: Layout) -> str:
-    return f"{_figure(1 / layout.expected_s)} tokens/s"
-
-
-def _figure(number: float) -> str:
-    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+    return f"{figure_in_words(1 / layout.expected_s)} tokens/s"
 
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms"
-
-
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.3g} GiB"

@@ -12,8 +12,9 @@ from itertools import pairwise
 from typing import TypeVar
 
 from cluster.core.errors import DoesNotFit, NoPlan
-from cluster.core.limits import GIB, MEMORY_MARGIN
+from cluster.core.limits import MEMORY_MARGIN
 from cluster.core.plan import LayerRange, ModelShape
+from cluster.core.text import count_in_words, gib_in_words
 
 W = TypeVar("W")
 Placed = TypeVar("Placed")
@@ -129,6 +130,11 @@ def check_cuts(shape: ModelShape, ranges: Sequence[LayerRange]) -> None:
             )
 
 
+def _join_remedies(remedies: Sequence[str]) -> str:
+    *most, last = remedies
+    return f"{', '.join(most)}, or {last}" if most else last
+
+
 def _sum(short: list[tuple[WorkerMemory, int]]) -> int:
     return sum(missing for _, missing in short)
 
@@ -140,7 +146,7 @@ def _join_numbers(numbers: Sequence[int]) -> str:
 def _too_few_cuts(shape: ModelShape, workers: int) -> str:
     most = len(shape.clean_cuts) + 1
     return (
-        f"{shape.model.name} has {shape.layers} layers and can be cut into {most} stage{'s' * (most != 1)} at most, "
+        f"{shape.model.name} has {shape.layers} layers and can be cut into {count_in_words(most, 'stage')} at most, "
         f"but there are {workers} workers; use --workers {most} or fewer"
     )
 
@@ -153,14 +159,14 @@ def _does_not_fit(
     short: list[tuple[WorkerMemory, int]],
 ) -> str:
     total = sum(needed_bytes(shape, layers, sequences) for layers in ranges)
-    names = "; ".join(f"{memory.worker} lacks {_gib(missing)}" for memory, missing in short)
-    raised = "raise --memory-limit, " if any(memory.adjustable for memory in memories) else ""
+    names = "; ".join(f"{memory.worker} lacks {gib_in_words(missing)}" for memory, missing in short)
+    offered = sum(memory.usable for memory in memories)
+    remedies = ["add a worker"]
+    if any(memory.adjustable for memory in memories):
+        remedies.append("raise --memory-limit")
+    if sum(shape.stage_bytes(layers) for layers in ranges) <= offered:
+        remedies.append("lower --max-context")
     return (
-        f"{shape.model.name} does not fit: it needs {_gib(total)} with {sequences} x {shape.max_context} tokens of "
-        f"context, the workers offer {_gib(sum(r.usable for r in memories))}; {names}; "
-        f"add a worker, {raised}or lower --max-context"
+        f"{shape.model.name} does not fit: it needs {gib_in_words(total)} with {sequences} x {shape.max_context} "
+        f"tokens of context, the workers offer {gib_in_words(offered)}; {names}; {_join_remedies(remedies)}"
     )
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.3g} GiB"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from cluster.core.limits import GIB, MAX_QUEUE, PREFILL_CHUNK
+from cluster.core.limits import MAX_QUEUE, PREFILL_CHUNK
+from cluster.core.text import gib_in_words
 from cluster.scheduler.kv_cost import Cost, CostOf
 
 
@@ -48,7 +49,7 @@ class Capacity:
         for stage, (cost, budget) in enumerate(zip(self.cost_of(tokens), budgets, strict=True)):
             if cost > budget:
                 return (
-                    f"{tokens} tokens of prompt and answer need {cost / GIB:.3g} GiB of KV cache on stage {stage}, "
-                    f"which has {budget / GIB:.3g} GiB; shorten the prompt or lower max_tokens"
+                    f"{tokens} tokens of prompt and answer need {gib_in_words(cost)} of KV cache on stage {stage}, "
+                    f"which has {gib_in_words(budget)}; shorten the prompt or lower max_tokens"
                 )
         return ""

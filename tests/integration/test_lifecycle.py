@@ -75,7 +75,7 @@ def test_a_model_that_fits_no_more_is_served_again_once_the_worker_is_back(clust
         tokens = iter(stream)
         next(tokens)
         workers[0].stop(signal.SIGKILL)
-        with pytest.raises(WorkerLost, match=r"one.*lacks .* GiB"):
+        with pytest.raises(WorkerLost, match=r"one.*lacks .* [KM]iB"):
             list(tokens)
         assert client.cluster().state == "failed"
         assert "one" in client.cluster().problem

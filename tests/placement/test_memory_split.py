@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -54,6 +55,16 @@ def test_no_other_cut_leaves_the_fullest_worker_emptier(layers: list[int], sizes
 def test_bigger_macs_get_more_layers() -> None:
     found = solve(shape([100] * 12), [WorkerMemory("a", 1000), WorkerMemory("b", 2000)], 1)
     assert found == (LayerRange(0, 4), LayerRange(4, 12))
+
+
+def test_a_shorter_context_is_advised_only_where_the_weights_fit() -> None:
+    long = replace(shape([GIB] * 4), cache_bytes=(2 * GIB,) * 4)
+    with pytest.raises(DoesNotFit, match=r"add a worker, raise --memory-limit, or lower --max-context$"):
+        solve(long, [WorkerMemory("a", 8 * GIB)], 1)
+    with pytest.raises(DoesNotFit, match=r"; add a worker, or raise --memory-limit$"):
+        solve(long, [WorkerMemory("a", 3 * GIB)], 1)
+    with pytest.raises(DoesNotFit, match=r"; add a worker$"):
+        solve(long, [WorkerMemory("a", 3 * GIB, adjustable=False)], 1)
 
 
 def test_what_does_not_fit_is_refused_with_the_gib_missing() -> None:

@@ -50,7 +50,7 @@ def test_one_mac_that_holds_it_all_is_enough() -> None:
     assert {s.worker for s in made.spares} == {"slow", "twin"}
     said = told(candidates)
     assert "slow: fast is enough; with it a token would take" in said
-    assert "twin: fast is enough, and it would make no token faster" in said
+    assert "twin: fast is enough, and it would make no token noticeably faster" in said
     assert "bound by memory bandwidth" in said
     assert made.forecast
     assert made.forecast.one_user == pytest.approx(1 / (made.decode_s[0] + candidates.ends_s()))
@@ -221,9 +221,9 @@ def test_a_prompt_is_as_long_as_the_context_allows() -> None:
 
 
 def test_an_assumed_mac_has_no_limit_to_be_raised() -> None:
-    with pytest.raises(DoesNotFit, match="add a worker, or lower --max-context"):
+    with pytest.raises(DoesNotFit, match=r"; add a worker$"):
         propose(shape(), assumed_workers("m4-24"), PlanRequest())
-    with pytest.raises(DoesNotFit, match="add a worker, raise --memory-limit, or lower --max-context"):
+    with pytest.raises(DoesNotFit, match=r"; add a worker, or raise --memory-limit$"):
         propose(shape(), Candidates([mac("a", 16)]), PlanRequest())
 
 
