@@ -284,12 +284,13 @@ def test_a_mark_holds_no_more_memory_than_it_counts(arch: str, rings: Rings) -> 
         ring.prefill(1, (PROMPT * 8)[:300], (300,))
         ring.send(*([Mark(1, 300)] if marked else []))
         ring.prefill(1, PROMPT)
-        found = mx.get_active_memory() - before, sum(stage.cache_bytes for stage in ring.stages)
+        found = settled_memory() - before, sum(stage.cache_bytes for stage in ring.stages)
         ring.send(Leave(1))
         return found
 
     plain, marked = held(marked=False), held(marked=True)
-    assert 0 < marked[0] - plain[0] <= 1.1 * (marked[1] - plain[1]) + 8192  # 8 bytes a token of each tracker
+    spare = 16384  # 8 bytes a token of each tracker, and small arrays; a whole chunk's state takes more
+    assert 0 < marked[0] - plain[0] <= 1.1 * (marked[1] - plain[1]) + spare
 
 
 @pytest.mark.parametrize("arch", chosen(KINDS[1:], "llama_sliding", "qwen3_next", "falcon_h1", "deepseek_v41"))
