@@ -10,6 +10,7 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import MAX_QUEUE
+from cluster.core.text import count_in_words
 
 if TYPE_CHECKING:
     from cluster.cli.load_generator import LoadLevel, Trial
@@ -104,10 +105,11 @@ def _announce(trial: Trial, state: ClusterState) -> None:
     from cluster.cli.screen import note
 
     if state.requests:
-        note(f"{len(state.requests)} other requests are live: the results are those of a busy cluster")
+        others = count_in_words(len(state.requests), "other request")
+        note(f"live beside the bench: {others}, so the results are those of a busy cluster")
     note(
-        f"{state.model} on {len(state.stages)} stages: random prompts of {trial.prompt} tokens, answers of"
-        f" {trial.tokens}, {trial.rounds} round{'s' * (trial.rounds != 1)} ..."
+        f"{state.model} on {count_in_words(len(state.stages), 'stage')}: random prompts of {trial.prompt} tokens,"
+        f" answers of {trial.tokens}, {count_in_words(trial.rounds, 'round')} ..."
     )
 
 

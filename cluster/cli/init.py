@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.join_watch import Cluster, JoinHost, JoinPort
-from cluster.cli.options import Home, Json
+from cluster.cli.join_watch import JoinHost, JoinPort
+from cluster.cli.options import ClusterName, Home, Json
 from cluster.platform.paths import short_host_name, state_home
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def init(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="This Mac's name in the cluster.", show_default="the host's name")
     ] = None,
-    cluster: Cluster = "default",
+    cluster: ClusterName = "default",
     wait: Annotated[bool, typer.Option(help="Keep running and admit Macs until all have joined.")] = True,
     host: JoinHost = "",
     join_port: JoinPort = None,

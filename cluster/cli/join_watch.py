@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 LOOK_S: Final = 0.5
 """Interval for polling the tokens' state: another process may be the one that admits."""
 
-Cluster = Annotated[str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="The cluster's name on this Mac.")]
 JoinHost = Annotated[
     str,
     typer.Option(

@@ -14,7 +14,7 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.help import Command
-from cluster.cli.options import Home, Json
+from cluster.cli.options import ClusterName, Home, Json
 from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 BOUNDS: Final = ("requests/min", "tokens/min", "at once")
 key = typer.Typer(name="key", help="Create, list and revoke the cluster's API keys for HTTP.", no_args_is_help=True)
-InCluster = Annotated[
-    str, typer.Option(metavar="NAME", help="The cluster's name on this Mac.", envvar="MACPIPE_CLUSTER")
-]
 RequestBound = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Maximum number of requests per minute.", show_default="no limit"),
@@ -70,7 +67,7 @@ def create(
     requests_per_minute: RequestBound = None,
     tokens_per_minute: TokenBound = None,
     concurrency: LiveBound = None,
-    cluster: InCluster = "default",
+    cluster: ClusterName = "default",
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -93,7 +90,7 @@ def create(
 
 
 @key.command("list", cls=Command)
-def show(cluster: InCluster = "default", home: Home = None, json: Json = False) -> None:
+def show(cluster: ClusterName = "default", home: Home = None, json: Json = False) -> None:
     """List the keys without their secrets."""
     with errors_in_json(json):
         keys = keys_of(cluster, home).all_keys()
@@ -110,7 +107,7 @@ def show(cluster: InCluster = "default", home: Home = None, json: Json = False) 
 @key.command(cls=Command)
 def revoke(
     name: Annotated[str, typer.Argument(metavar="NAME|ID", help="The key's name or id, as in `macpipe key list`.")],
-    cluster: InCluster = "default",
+    cluster: ClusterName = "default",
     home: Home = None,
     json: Json = False,
 ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cluster.cli.options import Json
+from cluster.cli.options import ClusterName, Json
 from cluster.core.errors import InvalidOption, MacpipeError, Unauthenticated, Unreachable
 from cluster.core.limits import CONNECT_TIMEOUT_S
 from cluster.platform.paths import state_home
@@ -73,9 +73,7 @@ def launch(
             help="The coordinator's HTTP address; else MACPIPE_HTTP, else 127.0.0.1:8080.",
         ),
     ] = None,
-    cluster: Annotated[
-        str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="The coordinator's cluster.")
-    ] = "default",
+    cluster: ClusterName = "default",
     run: Annotated[bool, typer.Option("--run", help="Start the client, without needing arguments after --.")] = False,
     json_wanted: Json = False,
 ) -> None:

@@ -11,6 +11,7 @@ from cluster.cli.plan_options import plan_options
 from cluster.cli.serve import Draft, Exact, MaxContext, MaxStepMs, Model, Speculate, TakeBack
 from cluster.core.limits import MAX_STEP_MS
 from cluster.core.plan import Speculation
+from cluster.core.text import count_in_words
 
 if TYPE_CHECKING:
     from cluster.client import ClusterState, Loading
@@ -54,7 +55,7 @@ def load(
             print_json(state)
         else:
             held = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
-            sys.stdout.write(f"serving {state.model} on {len(state.stages)} workers: {held}\n")
+            sys.stdout.write(f"serving {state.model} on {count_in_words(len(state.stages), 'worker')}: {held}\n")
             for spare in state.spares:
                 sys.stdout.write(f"spare: {spare.worker} ({spare.why})\n")
 

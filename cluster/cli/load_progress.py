@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
-from cluster.cli.screen import console, format_bytes, format_number, printable, table
+from cluster.cli.screen import console, format_bytes, format_duration, print_lines, printable, table
 from cluster.client.coordinator_address import DEFAULT_HOST, DEFAULT_PORT
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Plan, Route, Spare
+from cluster.core.text import count_in_words, figure_in_words
 from cluster.core.worker import WorkerInfo
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class LoadBars:
         """Print the stage's new notices, then draw its progress."""
         for notice in [n for n in progress.notices if (progress.worker, n) not in self._noticed]:
             self._noticed.add((progress.worker, notice))
-            self._console.print(printable(f"{progress.worker}: {notice}"), soft_wrap=True)
+            print_lines(self._console, f"{progress.worker}: {notice}")
         sources = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
         received = ", ".join(f"{format_bytes(count)} from {source}" for count, source in sources if count)
         what = f"{progress.worker} layers {progress.layers}"
@@ -126,7 +127,7 @@ class TerminalReport:
         if names == self._found:
             return
         self._found = names
-        some = f"{len(names)} worker{'s' * (len(names) != 1)}"
+        some = count_in_words(len(names), "worker")
         count = f"{len(names)} of {wanted} workers" if wanted and len(names) <= wanted else some
         self._print_line(f"{count}: {', '.join(names)}" if names else f"waiting for {_describe_wanted(wanted)}")
 
@@ -159,7 +160,7 @@ class TerminalReport:
         self._print_line(f"macpipe: {sentence}")
 
     def _print_line(self, line: str) -> None:
-        self._console.print(printable(line), soft_wrap=True)
+        print_lines(self._console, line)
 
 
 def stage_table(stages: Iterable[tuple[str, LayerRange, int, int, float]]) -> Table:
@@ -176,9 +177,9 @@ def describe_forecast(forecast: Forecast | None, spares: Iterable[Spare], reason
     """Yield lines with a plan's predicted speed, its spare workers and its reasons."""
     if forecast:
         yield (
-            f"predicted: {format_number(forecast.one_user)} tokens/s for one user,"
-            f" {format_number(forecast.eight_users)} for eight together; {forecast.prompt_tokens} tokens of prompt take"
-            f" {forecast.first_token_s:.2g} s to the first token"
+            f"predicted: {figure_in_words(forecast.one_user)} tokens/s for one user,"
+            f" {figure_in_words(forecast.eight_users)} for eight together; {forecast.prompt_tokens} tokens of prompt"
+            f" take {format_duration(forecast.first_token_s)} to the first token"
         )
     yield from (f"spare: {spare.worker}: {spare.why}" for spare in spares)
     yield from reasons
@@ -187,4 +188,4 @@ def describe_forecast(forecast: Forecast | None, spares: Iterable[Spare], reason
 def _describe_wanted(wanted: int | None) -> str:
     if wanted is None:
         return "workers (start one with `macpipe worker`)"
-    return f"{wanted} worker{'s' * (wanted != 1)} (start one with `macpipe worker`)"
+    return f"{count_in_words(wanted, 'worker')} (start one with `macpipe worker`)"

@@ -6,7 +6,7 @@ Imports here are light, so that ``--help`` is fast: each command imports the res
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
@@ -21,7 +21,7 @@ from cluster.cli.drain import drain
 from cluster.cli.error_boundary import FIRST_SIGNAL_CODE, exit_at_once, run_with_error_boundary
 from cluster.cli.fuse import fuse
 from cluster.cli.generate import generate
-from cluster.cli.help import HELP_WIDTH, Command
+from cluster.cli.help import HELP_WIDTH, Command, write_examples
 from cluster.cli.init import init
 from cluster.cli.join import join
 from cluster.cli.key import key
@@ -39,6 +39,15 @@ from cluster.cli.token import token
 from cluster.cli.unload import unload
 from cluster.cli.worker import worker
 
+SECTIONS: Final = {
+    "Set up": ("demo", "init", "join", "worker", "token", "members", "remove"),
+    "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain"),
+    "Make a model": ("convert", "lora"),
+    "Send requests": ("generate", "chat", "launch", "key"),
+    "Look at it": ("status", "ps", "bench"),
+}
+"""The commands under their headings on the first help page; others follow under ``More``."""
+
 
 class Commands(TyperGroup):
     """All commands, in the order in which a new user needs them."""
@@ -49,6 +58,21 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write what macpipe is, then two examples."""
+        super().format_help_text(ctx, formatter)
+        write_examples("", formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands in sections."""
+        listed = {name for names in SECTIONS.values() for name in names}
+        more = tuple(name for name in self.commands if name not in listed)
+        for title, names in (*SECTIONS.items(), ("More", more)):
+            rows = [(name, self.commands[name].get_short_help_str(limit=formatter.width)) for name in names]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the commands in the order of their definition, not alphabetically."""

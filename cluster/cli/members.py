@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.join_watch import Cluster
-from cluster.cli.options import Home, Json
+from cluster.cli.options import ClusterName, Home, Json
 from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 def members(
     everyone: Annotated[bool, typer.Option("--all", help="Include removed members.")] = False,
-    cluster: Cluster = "default",
+    cluster: ClusterName = "default",
     json: Json = False,
     home: Home = None,
 ) -> None:

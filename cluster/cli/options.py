@@ -31,9 +31,11 @@ Coordinator = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="The coordinator; else MACPIPE_COORDINATOR, else 127.0.0.1:7700."),
 ]
-Cluster = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The coordinator's cluster; else MACPIPE_CLUSTER, else default.")
-]
+_CLUSTER = {"metavar": "NAME", "envvar": "MACPIPE_CLUSTER", "help": "The cluster's name on this Mac."}
+Cluster = Annotated[str | None, typer.Option(**_CLUSTER, show_default="default")]
+"""For commands that call a coordinator, whose client has the default."""
+ClusterName = Annotated[str, typer.Option(**_CLUSTER)]
+CONTEXT_HELP = "Reserve memory for this many tokens of prompt and answer."
 Level = Annotated[
     LogLevel,
     typer.Option("--log-level", envvar=LEVEL_VARIABLE, case_sensitive=False, help="Log lines of this level and above."),

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Coordinator, Json, takes_options
+from cluster.cli.options import CONTEXT_HELP, ClusterName, Coordinator, Json, takes_options
 from cluster.cli.plan_options import PlanOptions, order_options, plan_options
 from cluster.cli.serve import Model, Peers
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
+from cluster.core.text import count_in_words
 from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
@@ -33,18 +34,11 @@ def plan(
     options: Any = None,
     context: Annotated[
         int | None,
-        typer.Option(
-            "--context", "--max-context", min=1, metavar="N", help="Tokens of prompt and answer.", show_default="4096"
-        ),
+        typer.Option("--max-context", "--context", min=1, metavar="N", help=CONTEXT_HELP, show_default="4096, or less"),
     ] = None,
     coordinator: Coordinator = None,
     peer: Peers = None,
-    cluster: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", envvar="MACPIPE_CLUSTER", help="The cluster; without a coordinator, plan for its workers."
-        ),
-    ] = "default",
+    cluster: ClusterName = "default",
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Search for workers this long.")] = WAIT_S,
     json: Json = False,
 ) -> None:
@@ -109,19 +103,15 @@ def show(made: ModelPlan, json: bool) -> None:
         print_json(made)
         return
     from cluster.cli.load_progress import describe_forecast, stage_table
-    from cluster.cli.screen import console, printable
+    from cluster.cli.screen import console, print_lines
 
     screen = console(sys.stdout)
-    stages = len(made.stages)
-    screen.print(
-        printable(
-            f"{made.model}: {made.layers} layers in {stages} stage{'s' * (stages != 1)}, planned for {made.objective};"
-            f" room for {made.max_sequences} x {made.max_context} tokens of context"
-        ),
-        soft_wrap=True,
+    print_lines(
+        screen,
+        f"{made.model}: {count_in_words(made.layers, 'layer')} in {count_in_words(len(made.stages), 'stage')}, planned"
+        f" for {made.objective}; room for {made.max_sequences} x {made.max_context} tokens of context",
     )
     screen.print()
     screen.print(stage_table((s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.predicted_ms) for s in made.stages))
     screen.print()
-    for line in describe_forecast(made.forecast, made.spares, made.reasons):
-        screen.print(printable(line), soft_wrap=True)
+    print_lines(screen, *describe_forecast(made.forecast, made.spares, made.reasons))

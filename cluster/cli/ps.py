@@ -41,8 +41,8 @@ def _show(state: ClusterState) -> None:
     else:
         screen.print(_table(state.requests))
     if state.stages:
-        lanes = ", ".join(map(str, state.lane_sizes))
-        screen.print(f"\nlanes of {lanes}; {state.queued} queued; {state.prefixes} cached prefixes")
+        lanes = f"lanes of {', '.join(map(str, state.lane_sizes))}; " if state.lane_sizes else ""
+        screen.print(f"\n{lanes}{state.queued} queued; {state.prefixes} cached prefixes")
         screen.print(_stages(state))
 
 
@@ -65,7 +65,9 @@ def _stages(state: ClusterState) -> Table:
 def _table(requests: tuple[LiveRequest, ...]) -> Table:
     from cluster.cli.screen import format_duration, printable, table
 
-    shown = table("request", "state", "prompt", "cached", "answer", "guessed", "window", "lane", "age", right=RIGHT)
+    guesses = any(one.guessed_tokens or one.window > 1 for one in requests)
+    columns = ("guessed", "window") if guesses else ()
+    shown = table("request", "state", "prompt", "cached", "answer", *columns, "lane", "age", right=RIGHT)
     for one in requests:
         prefilled = one.prompt_tokens == one.prefilled_tokens or one.completion_tokens > 0
         shown.add_row(
@@ -74,8 +76,7 @@ def _table(requests: tuple[LiveRequest, ...]) -> Table:
             str(one.prompt_tokens) if prefilled else f"{one.prefilled_tokens} of {one.prompt_tokens}",
             str(one.cached_tokens),
             str(one.completion_tokens),
-            str(one.guessed_tokens),
-            str(one.window),
+            *((str(one.guessed_tokens), str(one.window)) if guesses else ()),
             "-" if one.lane is None else str(one.lane),
             format_duration(one.age_seconds),
         )

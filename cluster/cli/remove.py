@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.join_watch import Cluster
-from cluster.cli.options import Home, Json
+from cluster.cli.options import ClusterName, Home, Json
 from cluster.platform.paths import state_home
 
 
 def remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The member's name, as in `macpipe members`.")],
-    cluster: Cluster = "default",
+    cluster: ClusterName = "default",
     json: Json = False,
     home: Home = None,
 ) -> None:

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Final, TextIO
 
 from cluster.core.limits import GIB, KIB, MIB
+from cluster.core.text import figure_in_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,9 +37,10 @@ def table(*columns: str, right: frozenset[str] = frozenset()) -> Table:
     return made
 
 
-def format_number(number: float) -> str:
-    """Format with three significant digits, or as an integer from 100 on."""
-    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+def print_lines(screen: Console, *lines: str) -> None:
+    """Print lines without control characters. On a terminal they wrap at words; elsewhere each stays one line."""
+    for line in lines:
+        screen.print(printable(line), soft_wrap=not screen.is_terminal)
 
 
 def format_bytes(count: int) -> str:
@@ -49,12 +51,21 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def format_share(part: int, whole: int) -> str:
+    """Format two sizes in the unit of the larger one, like ``1.5 of 16 GiB``."""
+    unit, name = next(((u, n) for u, n in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")) if whole >= u), (1, "B"))
+    return f"{figure_in_words(round(part / unit, 1))} of {figure_in_words(whole / unit)} {name}"
+
+
 def format_duration(seconds: float) -> str:
-    """Format a duration like ``2 h 5 min`` or ``12 s``."""
+    """Format a duration like ``3 d 4 h``, ``2 h 5 min`` or ``12 s``."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = int(seconds // 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def write_answer(text: str) -> None:

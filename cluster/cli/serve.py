@@ -10,7 +10,7 @@ import typer
 
 from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.options import Home, Level, Switch, takes_options
+from cluster.cli.options import CONTEXT_HELP, ClusterName, Home, Level, Switch, takes_options
 from cluster.cli.plan_options import order_options, plan_options
 from cluster.coordinator.journal import Fsync
 from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
@@ -39,7 +39,7 @@ MaxContext = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Reserve memory for this many tokens of prompt and answer.",
+        help=CONTEXT_HELP,
         show_default="4096, or less",
     ),
 ]
@@ -125,9 +125,6 @@ Host = Annotated[
         help="Listen on this address.",
         show_default="127.0.0.1, and in a cluster this Mac's best address too",
     ),
-]
-ClusterName = Annotated[
-    str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="Use workers of this cluster.")
 ]
 
 

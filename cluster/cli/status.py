@@ -9,6 +9,7 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.core.limits import FAR_OFF
 from cluster.core.plan import Speculation
+from cluster.core.text import count_in_words, figure_in_words, gib_in_words
 from cluster.security.limits import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
     from cluster.client import ClusterState, Repair, StageState, WorkerState
 
-RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured"})
+RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured", "step (plan)"})
+WIDE_COLUMNS: Final = 100
+"""On narrower screens the machines are listed below the table, and a step's two times share a column."""
 
 
 def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
@@ -38,23 +41,23 @@ def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json 
 
 def show_state(state: ClusterState) -> None:
     """Print the cluster's state on stdout."""
-    from cluster.cli.screen import console, printable
+    from cluster.cli.screen import console, print_lines
 
     screen = console(sys.stdout)
-    for line in headline(state):
-        screen.print(printable(line), soft_wrap=True)
+    wide = screen.width >= WIDE_COLUMNS
+    print_lines(screen, *headline(state))
     if not state.workers:
         screen.print("no workers; start one with `macpipe worker`")
         return
     screen.print()
-    screen.print(_workers(state))
+    screen.print(_workers(state, wide=wide))
     screen.print()
-    for spare in state.spares:
-        screen.print(printable(f"spare: {spare.worker}: {spare.why}"), soft_wrap=True)
+    if not wide:
+        print_lines(screen, *(f"{worker.name}: {_machine(worker)}" for worker in state.workers))
+    print_lines(screen, *(f"spare: {spare.worker}: {spare.why}" for spare in state.spares))
     for worker in state.workers:
         held = [stage for stage in state.stages if stage.worker == worker.name]
-        for line in (*_describe_disk(worker), *_describe_problems(worker, held)):
-            screen.print(printable(line), soft_wrap=True)
+        print_lines(screen, *_describe_disk(worker), *_describe_problems(worker, held))
 
 
 def _describe_problems(worker: WorkerState, held: list[StageState]) -> list[str]:
@@ -63,7 +66,9 @@ def _describe_problems(worker: WorkerState, held: list[StageState]) -> list[str]
 
     lines = []
     if worker.memory_pressure in ("warning", "critical"):
-        lines.append(f"{worker.name}: memory pressure is {worker.memory_pressure}")
+        lines.append(
+            f"{worker.name}: macOS reports memory pressure ({worker.memory_pressure}); end other programs on it"
+        )
     if worker.lag_seconds:
         lines.append(describe_overload(worker.name, worker.lag_seconds))
     if abs(worker.clock_ahead_seconds) > CLOCKS_DIFFER_S:
@@ -90,18 +95,18 @@ def describe_deviation(worker: str, held: list[StageState]) -> str:
     if not (predicted and measured) or 1 / FAR_OFF <= measured / predicted <= FAR_OFF:
         return ""
     return (
-        f"{worker}: a step takes {measured:.2f} ms, predicted {predicted:.2f} ms: the Mac is busy now, or was when its"
-        " speed was measured; measure again there with `macpipe worker --profile new`"
+        f"{worker}: a step takes {figure_in_words(measured)} ms, predicted {figure_in_words(predicted)} ms: the Mac is"
+        " busy now, or was when its speed was measured; measure again there with `macpipe worker --profile new`"
     )
 
 
 def _describe_disk(worker: WorkerState) -> list[str]:
-    from cluster.cli.screen import format_bytes
+    from cluster.cli.screen import format_share
 
     if not worker.prefix_disk_limit:
         return []
-    used, limit = format_bytes(worker.prefix_disk_bytes), format_bytes(worker.prefix_disk_limit)
-    return [f"{worker.name}: {used} of {limit} of prefixes on disk, {worker.prefix_disk_evictions} evicted"]
+    share = format_share(worker.prefix_disk_bytes, worker.prefix_disk_limit)
+    return [f"{worker.name}: {share} of prefixes on disk, {worker.prefix_disk_evictions} evicted"]
 
 
 def headline(state: ClusterState) -> list[str]:
@@ -110,7 +115,7 @@ def headline(state: ClusterState) -> list[str]:
 
     up = format_duration(state.uptime_seconds)
     lines = [f"cluster {state.cluster}: {state.state}{f' {state.model}' if state.model else ''}, up {up}"]
-    if state.problem:
+    if state.problem and not state.repair:  # else the line about the recovery says it
         lines.append(f"problem: {state.problem}")
     lines += [f"warning: {warning}" for warning in state.warnings]
     if state.lag_seconds:
@@ -124,8 +129,8 @@ def headline(state: ClusterState) -> list[str]:
         lines.append(describe_move(state.move))
     if state.model:
         lines.append(
-            f"{state.layers} layers in {len(state.stages)} stages ({state.route});"
-            f" up to {state.max_sequences} answers of {state.max_context} tokens at once"
+            f"{count_in_words(state.layers, 'layer')} in {count_in_words(len(state.stages), 'stage')} ({state.route});"
+            f" up to {count_in_words(state.max_sequences, 'answer')} of {state.max_context} tokens at once"
         )
     if state.adapters:
         lines.append(f"adapters: {', '.join(adapter.name for adapter in state.adapters)}")
@@ -133,8 +138,8 @@ def headline(state: ClusterState) -> list[str]:
         draft = f", draft model on {state.draft_worker}" if state.draft_worker else ""
         lines.append(f"speculation ({state.speculation}{draft}): {describe_guesses(state)}")
     lines.append(
-        f"{len(state.requests)} live requests, {state.requests_finished} finished,"
-        f" {state.tokens_generated} tokens generated"
+        f"{count_in_words(len(state.requests), 'live request')}, {state.requests_finished} finished,"
+        f" {count_in_words(state.tokens_generated, 'token')} generated"
     )
     if state.disk_hits or state.disk_misses:
         lines.append(
@@ -169,14 +174,17 @@ def _describe_expected(repair: Repair) -> str:
 
 
 def describe_repair(repair: Repair) -> str:
-    """Describe a recovery: elapsed and expected time, attempt, step."""
-    expected = _describe_expected(repair)
-    return f"for {repair.since_seconds:.1f} s{expected}, attempt {repair.attempts}: {repair.doing}"
+    """Describe a recovery: cause, step, elapsed and expected time, and which attempt it is after the first."""
+    again = f", attempt {repair.attempts}" if repair.attempts > 1 else ""
+    how_long = f"for {repair.since_seconds:.1f} s{_describe_expected(repair)}{again}"
+    return f"recovering: {repair.cause}; {repair.doing} ({how_long})"
 
 
 def _describe_standing(worker: WorkerState) -> str:
+    from cluster.cli.screen import format_duration
+
     if worker.standing in ("suspect", "gone"):
-        return f"{worker.standing} for {worker.silent_seconds:.0f} s"
+        return f"{worker.standing} {format_duration(worker.silent_seconds)}"
     if not worker.reachable:
         return "unreachable"
     return "drained" if worker.draining else "reachable"
@@ -187,32 +195,31 @@ def _machine(worker: WorkerState) -> str:
     return f"{chip}, macOS {worker.macos_version}" if worker.macos_version else chip
 
 
-def _workers(state: ClusterState) -> Table:
-    from cluster.cli.screen import format_bytes, printable, table
+def _workers(state: ClusterState, *, wide: bool) -> Table:
+    from cluster.cli.screen import format_share, printable, table
 
-    columns = ("worker", "machine", "layers", "weights", "memory used", "predicted", "measured", "state")
-    shown = table(*columns, right=RIGHT)
+    machine, times = (("machine",), ("predicted", "measured")) if wide else ((), ("step (plan)",))
+    shown = table("worker", *machine, "layers", "weights", "memory used", *times, "state", right=RIGHT)
     for worker in state.workers:
-        used = f"{format_bytes(worker.memory_used)} of {format_bytes(worker.memory_limit)}"
         held = [stage for stage in state.stages if stage.worker == worker.name]
         shown.add_row(
             printable(worker.name),
-            printable(_machine(worker)),
+            *((printable(_machine(worker)),) if wide else ()),
             ", ".join(str(stage.layers) for stage in held) or "-",
-            format_bytes(sum(stage.weight_bytes for stage in held)) if held else "-",
-            used if worker.reachable else "-",
-            *_decode_ms(held),
+            gib_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
+            format_share(worker.memory_used, worker.memory_limit) if worker.reachable else "-",
+            *_decode_ms(held, wide=wide),
             _describe_standing(worker),
         )
     return shown
 
 
-def _decode_ms(held: list[StageState]) -> tuple[str, str]:
-    """Format a decode step's predicted and measured milliseconds, or dashes if unknown."""
-    if not held:
-        return "-", "-"
-    predicted, measured = _step_ms(held)
-    return f"{predicted:.2f} ms" if predicted else "-", f"{measured:.2f} ms" if measured else "-"
+def _decode_ms(held: list[StageState], *, wide: bool) -> tuple[str, ...]:
+    """Format a decode step's predicted and measured time, or both in one cell; dashes where they are unknown."""
+    predicted, measured = (figure_in_words(ms) if ms else "-" for ms in _step_ms(held))
+    if wide:
+        return tuple(f"{ms} ms" if ms != "-" else ms for ms in (predicted, measured))
+    return ("-" if predicted == measured == "-" else f"{measured} ({predicted}) ms",)
 
 
 def _step_ms(held: list[StageState]) -> tuple[float, float]:

@@ -10,8 +10,8 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.help import Command
-from cluster.cli.join_watch import Cluster, JoinHost, JoinPort
-from cluster.cli.options import Home, Json
+from cluster.cli.join_watch import JoinHost, JoinPort
+from cluster.cli.options import ClusterName, Home, Json
 from cluster.core.errors import InvalidOption
 from cluster.core.text import duration_in_words, parse_duration
 from cluster.platform.paths import state_home
@@ -42,7 +42,7 @@ def create(
     ] = False,
     host: JoinHost = "",
     join_port: JoinPort = None,
-    cluster: Cluster = "default",
+    cluster: ClusterName = "default",
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -66,7 +66,7 @@ def create(
 
 
 @token.command(name="list", cls=Command)
-def show(cluster: Cluster = "default", json: Json = False, home: Home = None) -> None:
+def show(cluster: ClusterName = "default", json: Json = False, home: Home = None) -> None:
     """List join tokens without their secrets.
 
     Ended tokens are listed for a day.
@@ -93,7 +93,7 @@ def show(cluster: Cluster = "default", json: Json = False, home: Home = None) ->
 @token.command(cls=Command)
 def revoke(
     id: Annotated[str, typer.Argument(metavar="ID", help="The token's id, as in `macpipe token list`.")],  # noqa: A002
-    cluster: Cluster = "default",
+    cluster: ClusterName = "default",
     json: Json = False,
     home: Home = None,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.options import Home, Level
+from cluster.cli.options import ClusterName, Home, Level
 from cluster.core.errors import InvalidOption
 from cluster.core.text import parse_size
 from cluster.platform.logs import LogLevel, configure_logging
@@ -45,9 +45,7 @@ def worker(
         int,
         typer.Option(min=0, max=65535, metavar="PORT", help="Receive activations on this port; 0 picks a free one."),
     ] = 0,
-    cluster: Annotated[
-        str, typer.Option(metavar="NAME", envvar="MACPIPE_CLUSTER", help="The cluster that this worker belongs to.")
-    ] = "default",
+    cluster: ClusterName = "default",
     memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory limit, like 24GiB.")] = None,
     prefix_disk: PrefixDisk = None,
     interface: Annotated[

@@ -102,7 +102,7 @@ def test_a_refused_request_ends_the_bench_with_its_sentence(macpipe: Macpipe, fa
 
 def test_nothing_to_measure_and_others_in_the_way_are_told(macpipe: Macpipe, fast: Coordinator) -> None:
     fast.script.cluster = cluster_reply(max_context=512)
-    assert "2 other requests are live" in macpipe("bench", *QUICK, to=fast).stderr
+    assert "live beside the bench: 2 other requests" in macpipe("bench", *QUICK, to=fast).stderr
     fast.script.cluster = cluster_reply(cluster_pb2.SERVING_STATE_IDLE, model="")
     done = macpipe("bench", *QUICK, to=fast)
     assert done.returncode == 1

@@ -91,7 +91,10 @@ def test_options_have_help_and_values_have_names() -> None:
 
 def test_the_same_option_has_the_same_form_everywhere() -> None:
     options = list(visible_options())
-    assert {one.metavar for _, one in options if one.name == "cluster"} == {"NAME"}
+    clusters = [(one.metavar, one.help, one.envvar) for _, one in options if one.name == "cluster"]
+    assert set(clusters) == {("NAME", "The cluster's name on this Mac.", "MACPIPE_CLUSTER")}
+    contexts = {one.help for _, one in options if "--max-context" in one.opts}
+    assert contexts == {"Reserve memory for this many tokens of prompt and answer."}
     homes = [(one.metavar, one.help) for _, one in options if one.name == "home"]
     assert len(homes) > 10
     assert set(homes) == {("FOLDER", "The state folder; else MACPIPE_HOME, else the default.")}
@@ -114,7 +117,7 @@ def test_version(macpipe: Macpipe) -> None:
     [
         (["generate", "-p", "x", "--temprature", "1"], ["--temprature", "--temperature"]),
         (["statsu"], ["statsu", "status"]),
-        (["generate", "-p", "x", "--max-tokens", "many"], ["--max-tokens", "integer"]),
+        (["generate", "-p", "x", "--max-tokens", "many"], ["--max-tokens", "whole number"]),
         (["generate", "-p", "x", "--seed", "-1"], ["--seed"]),
         (["generate"], ["-p TEXT", "--file"]),
         (["generate", "-p", "x", "--file", __file__], ["-p TEXT", "--file"]),
@@ -319,8 +322,7 @@ def test_status_shows_everybody(macpipe: Macpipe, coordinator: Coordinator) -> N
         "mac-a",
         "Apple M4 Max",
         "0-3",
-        "20.0 GiB",
-        "48.0 GiB",
+        "20 of 48 GiB",
         "no answer for 3 s",
         "reachable",
     ):
@@ -337,9 +339,9 @@ def test_status_warns_of_what_does_not_work_as_asked_for(macpipe: Macpipe, coord
 def test_status_knows_no_memory_of_who_is_gone(macpipe: Macpipe, coordinator: Coordinator) -> None:
     rows = macpipe("status", to=coordinator).stdout.splitlines()
     there, gone = (next(row for row in rows if row.startswith(name)) for name in ("mac-a", "mac-b"))
-    assert "20.0 GiB of 48.0 GiB" in there
+    assert "20 of 48 GiB" in there
     assert "unreachable" in gone
-    assert "20.0 GiB" not in gone
+    assert "48 GiB" not in gone
 
 
 def test_a_worker_takes_an_address_or_an_interface(macpipe: Macpipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from cluster.cli.main import app
+from cluster.cli.examples import EXAMPLES
+from cluster.cli.help import GROUP_OF
+from cluster.cli.main import SECTIONS, app
 
 SHOWS_TYPES = re.compile(r"\{[A-Z|]+\}|<str>|<=x|x>=|\[required\]|\[default: \(")
 
@@ -24,6 +27,13 @@ def command_names() -> Iterator[str]:
         pending += [(f"{name} {part}".strip(), one) for part, one in below.items()]
         if not below:
             yield name
+
+
+def found(name: str) -> Any:
+    command: Any = get_command(app)
+    for part in name.split():
+        command = command.commands[part]
+    return command
 
 
 def page(command: str) -> str:
@@ -59,3 +69,48 @@ def test_every_page_names_values_without_their_types() -> None:
 )
 def test_a_page_shows(command: str, shown: str) -> None:
     assert shown in " ".join(page(command).split())
+
+
+def test_examples_stand_on_top_and_can_be_parsed() -> None:
+    """People copy them: each has a command of macpipe with options that it knows."""
+    for name, examples in EXAMPLES.items():
+        assert len(examples) == 2
+        text = page(name)
+        assert text.index(examples[0]) < text.index(examples[1]) < text.index("Options:")
+        for line in examples:
+            words = shlex.split(line.partition(" < ")[0].partition(" -- ")[0])
+            assert words[0] == "macpipe"
+            command = get_command(app)
+            while hasattr(command, "commands"):
+                command = command.commands[words.pop(1)]
+            command.make_context(line, words[1:])
+
+
+def test_a_long_page_has_groups_and_a_short_one_has_none() -> None:
+    titles = re.findall(r"^(\w[\w ]*):$", page("serve"), re.MULTILINE)
+    assert titles == ["Examples", "Arguments", "Options", "Placement", "Memory and speed", "Network", "HTTP"]
+    assert "HTTP:" not in page("launch")
+    every = {option.name for name in command_names() for option in found(name).params}
+    assert GROUP_OF.keys() <= every
+
+
+def test_the_first_page_lists_every_command_once() -> None:
+    listed = re.findall(r"^  ([a-z]+)  ", page(""), re.MULTILINE)
+    assert sorted(listed) == sorted(get_command(app).commands)
+    assert {name for names in SECTIONS.values() for name in names} <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("generate --temperature 9", "'--temperature': 9 is out of range; give a number from 0 to 2"),
+        ("generate --temperature hot", "'--temperature': 'hot' is not a number"),
+        ("generate --max-tokens 0", "'--max-tokens': 0 is out of range; give at least 1"),
+        ("bench --rounds 1.5", "'--rounds': '1.5' is not a whole number"),
+        ("plan faq --route far", "'--route': 'far' is not one of 'direct', 'relay'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_it_may_be(arguments: str, said: str) -> None:
+    done = CliRunner().invoke(app, arguments.split(), prog_name="macpipe")
+    assert done.exit_code == 2
+    assert done.stderr.endswith(f"Invalid value for {said}\n")

@@ -85,7 +85,7 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
     assert (done.returncode, done.stderr) == (0, "")
     assert "planned for throughput" in done.stdout
     assert "12.5" in done.stdout
-    assert "70 for eight together; 512 tokens of prompt take 3 s to the first token" in done.stdout
+    assert "70 for eight together; 512 tokens of prompt take 3.0 s to the first token" in done.stdout
     assert "spare: mac-b: it would only slow the others down" in done.stdout
     (request,) = coordinator.script.seen
     assert (request.model, request.max_context, request.kv_bits, request.prefill_chunk) == ("faq", 512, 8, 96)

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from client.scripted import cluster_reply
 from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
-from cluster.cli.screen import format_bytes, printable
+from cluster.cli.screen import format_bytes, format_duration, format_share, printable
 from cluster.cli.status import describe_deviation, describe_overload, headline, show_state
+from cluster.codec.cluster_state import decode_cluster_state
 from cluster.core.cluster_state import (
     ClusterState,
     GuessCounts,
     LiveRequest,
+    Repair,
     RequestState,
     ServingState,
     StageState,
 )
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, Speculation, StageSpec
-from cluster.core.text import parse_layers, parse_size
+from cluster.core.text import count_in_words, figure_in_words, gib_in_words, parse_layers, parse_size
 from cluster.core.worker import WorkerInfo, WorkerState
 from cluster.platform.paths import state_home
 
@@ -106,6 +111,55 @@ def test_sizes_in_words() -> None:
     assert [format_bytes(n) for n in (0, 2048, 3 << 20, 3 << 29)] == ["0 B", "2.0 KiB", "3.0 MiB", "1.5 GiB"]
 
 
+def test_figures_have_no_exponent() -> None:
+    assert [figure_in_words(n) for n in (0.5, 12.34, 120.0, 1234.6)] == ["0.5", "12.3", "120", "1235"]
+    assert [gib_in_words(n) for n in (1300 << 30, 3 << 29, 3 << 20, 100)] == [
+        "1300 GiB",
+        "1.5 GiB",
+        "3 MiB",
+        "0.0977 KiB",
+    ]
+    assert [format_share(n, 17 << 30) for n in (8, 3 << 29, 17 << 30)] == [
+        "0 of 17 GiB",
+        "1.5 of 17 GiB",
+        "17 of 17 GiB",
+    ]
+
+
+def test_counts_and_durations_in_words() -> None:
+    assert [count_in_words(n, "stage") for n in (0, 1, 2)] == ["0 stages", "1 stage", "2 stages"]
+    assert [format_duration(s) for s in (3.21, 59, 7500, 276_480)] == ["3.2 s", "59 s", "2 h 5 min", "3 d 4 h"]
+
+
+def test_status_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cell of its table is cut into two lines, and sentences wrap at words."""
+    reply = cluster_reply()
+    for worker, stage in zip(reply.workers, reply.stages, strict=True):
+        worker.name = stage.worker = f"{worker.name}s-macbook-pro"
+        worker.memory_limit, worker.memory_used = (17 << 30) + (700 << 20), 8
+        stage.measured_ms, stage.expected_ms = 120.0, 3.0
+    screen = io.StringIO()
+    monkeypatch.setattr("cluster.cli.screen.console", lambda _: Console(file=screen, width=80, force_terminal=True))
+    show_state(decode_cluster_state(reply))
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()).splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("worker "))
+    assert [line.split()[0] for line in lines[head + 2 : head + 4]] == [worker.name for worker in reply.workers]
+    assert "0 of 17.7 GiB" in lines[head + 2]
+    assert "120 (3) ms" in lines[head + 2]
+    assert max(map(len, lines)) <= 80
+    assert f"{reply.workers[0].name}: Apple M4 Max" in lines
+
+
+def test_a_recovery_is_told_in_one_line() -> None:
+    doing = "loading layers 0-3 on ada, layers 4-7 on bob"
+    repair = Repair("cyd", "worker cyd does not answer", 4.2, doing, 12.0, 1)
+    state = ClusterState("c", "1", ServingState.RECOVERING, problem=repair.cause, repair=repair)
+    told = [line for line in headline(state) if "cyd" in line]
+    assert told == [f"recovering: worker cyd does not answer; {doing} (for 4.2 s, 12 s expected)"]
+    again = headline(replace(state, repair=replace(repair, attempts=3)))
+    assert any(line.endswith("(for 4.2 s, 12 s expected, attempt 3)") for line in again)
+
+
 def test_plain_facts() -> None:
     assert to_json_types({"a": (LayerRange(1, 3), float("nan"), Route.RELAY)}) == {"a": [[1, 3], None, "relay"]}
 
@@ -125,9 +179,9 @@ def test_a_step_that_takes_something_else_than_was_predicted_is_told() -> None:
     held = StageState(0, "a", LayerRange(0, 4), 1, 1, Route.DIRECT, predicted_ms=51.51)
     assert describe_deviation("a", [held]) == "", "nothing was measured yet"
     assert describe_deviation("a", [replace(held, measured_ms=40.0, expected_ms=51.51)]) == ""
-    for took in (10.67, 200.0):
+    for took, shown in ((10.67, "10.7"), (200.0, "200")):
         said = describe_deviation("a", [replace(held, measured_ms=took, expected_ms=51.51)])
-        assert said.startswith(f"a: a step takes {took:.2f} ms, predicted 51.51 ms")
+        assert said.startswith(f"a: a step takes {shown} ms, predicted 51.5 ms")
         assert "`macpipe worker --profile new`" in said
 
 
