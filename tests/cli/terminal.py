@@ -46,7 +46,7 @@ class Terminal:
         time.sleep(0.2)
         os.write(self._master, keys.encode())
 
-    def wait_for(self, words: str, seconds: float = 15) -> str:
+    def wait_for(self, words: str, seconds: float = 40) -> str:
         """Read on until ``words`` are shown; returns what was shown since the last wait, up to them."""
         deadline = time.monotonic() + seconds
         while words not in self.shown:
@@ -56,7 +56,7 @@ class Terminal:
         before, _, self.shown = self.shown.partition(words)
         return before
 
-    def end(self, seconds: float = 15) -> tuple[int, str]:
+    def end(self, seconds: float = 40) -> tuple[int, str]:
         """Read on until the process ends; returns its exit code and what it showed since the last wait."""
         deadline = time.monotonic() + seconds
         while (code := self.process.poll()) is None or select.select([self._master], [], [], 0.1)[0]:
