@@ -100,6 +100,8 @@ class Coordinator:
         """What is served, or was served before a training."""
         self._training = TrainingMode(self.load, self._report_problem)
         self._lag = lag
+        self._returned: dict[str, float] = {}
+        """When each worker was lost from which it has come back."""
         self._heartbeat = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
         self._refreshing: asyncio.Task[tuple[RosterEntry, ...]] | None = None
         self.changed = asyncio.Event()
@@ -119,13 +121,18 @@ class Coordinator:
 
     def _on_belief(self, belief: Belief) -> None:
         self.changed.set()
-        if belief.losses and belief.standing is Standing.UP:
-            absent_s = time.monotonic() - belief.lost_at[-1]
-            self._report.problem(f"worker {belief.worker} is back after {absent_s:.0f} s")
+        if belief.standing is Standing.UP and belief.lost_at:
+            self._report_return(belief.worker, belief.lost_at[-1])
         if self._service:
             self._service.on_belief(belief)
         if self._training.job:
             self._training.job.on_belief(belief)
+
+    def _report_return(self, worker: str, lost_at: float) -> None:
+        """Report once that a lost worker is back. A short silence later does not make it lost again."""
+        if self._returned.get(worker) != lost_at:
+            self._returned[worker] = lost_at
+            self._report.problem(f"worker {worker} is back after {time.monotonic() - lost_at:.0f} s")
 
     def _alive(self) -> Collection[str]:
         return self._service.alive() if self._service else ()
