@@ -9,17 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import grpc
 
 from cluster.core.limits import CONNECT_TIMEOUT_S
 from cluster.security.trust import Trust
 from cluster.transport.grpc_setup import PING_S, liveness_channel
+from cluster.transport.rich_errors import is_ping_timeout
 
 PULSE = "/cluster.v1.StageService/Pulse"
-PING_TIMEOUT: Final = "ping timeout"
-"""Part of gRPC's reason if the connection is open but silent. The connection of a process that exits is closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +103,7 @@ class LivenessStream:
         except grpc.RpcError as e:
             if e.code() is grpc.StatusCode.CANCELLED and not first.is_set():
                 return StreamEnd("UNAVAILABLE: the liveness stream got no connection", is_silence=True)
-            # gRPC has no code of its own for this.
-            return StreamEnd(f"{e.code().name}: {e.details()}", is_silence=PING_TIMEOUT in (e.details() or ""))
+            return StreamEnd(f"{e.code().name}: {e.details()}", is_silence=is_ping_timeout(e.details() or ""))
         finally:
             limit.cancel()
         return StreamEnd("the peer ended the liveness stream")

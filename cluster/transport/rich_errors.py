@@ -210,6 +210,14 @@ def _unreachable(details: str, address: str, peer: str) -> Unreachable:
     )
 
 
+def is_ping_timeout(details: str) -> bool:
+    """Return whether gRPC closed a connection because a ping got no answer. It has no code of its own for this.
+
+    The connection is open but silent then. That of a process that exits is closed.
+    """
+    return "ping timeout" in details
+
+
 def _handshake_cause(details: str) -> str:
     """Return why a TLS handshake failed; empty if none did."""
     if "failed to connect" not in details:
@@ -220,4 +228,6 @@ def _handshake_cause(details: str) -> str:
 
 def _cause(details: str) -> str:
     """Return the last and most specific part of gRPC's chain of causes, such as ``Connection refused``."""
-    return details.rsplit(": ", 1)[-1].strip(" []()") or "no reason given"
+    cause = details.rsplit(": ", 1)[-1].strip(" []")
+    closing = cause.count(")") - cause.count("(")
+    return (cause[:-closing] if closing > 0 else cause) or "no reason given"
