@@ -24,6 +24,7 @@ Each round has different prompts: the first line of the first text differs.
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from argparse import RawDescriptionHelpFormatter
@@ -321,7 +322,7 @@ def main() -> int:
     context = asked.context or longest * 5 // 4 + ROOM
     chosen = {asked.model.name: asked.model} if asked.model else dict.fromkeys(asked.models)
     try:
-        with SignalExit():
+        with SignalExit(signal.SIGTERM, signal.SIGHUP):
             reports = {name: measure(name, model, plan, context, asked.json) for name, model in chosen.items()}
     except Refused as refused:  # macpipe's refusals are figures
         raise SystemExit(f"mlx_lm.server answered {refused}") from None

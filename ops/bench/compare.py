@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -175,7 +176,7 @@ def tell(sentence: str) -> None:
 
 def compare(base: str, head: str, benches: Sequence[str], rounds: int, as_json: bool) -> None:
     with ExitStack() as stack:
-        stack.enter_context(SignalExit())
+        stack.enter_context(SignalExit(signal.SIGTERM, signal.SIGHUP))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-compare-")))
         sides = (("base", base), ("head", head))
         trees = [stack.enter_context(checked_out(side, written, folder)) for side, written in sides]

@@ -12,6 +12,7 @@ minutes, because its processes wait for each other. So no further round starts a
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -156,7 +157,7 @@ def main() -> int:
     if asked.rounds < 1:
         parser.error("--rounds must be at least 1")
     with ExitStack() as stack:
-        stack.enter_context(SignalExit())
+        stack.enter_context(SignalExit(signal.SIGTERM, signal.SIGHUP))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-peer-")))
         model = make_checkpoint(folder / "model", asked.width, asked.layers)
         own_port = free_port("127.0.0.1")
