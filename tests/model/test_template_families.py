@@ -36,7 +36,7 @@ READ = Tool("read", "Read a file", json.dumps({"type": "object", "properties": {
 OFFER = ChatOptions(tools=(SHELL, READ), tool_choice=ToolChoice.AUTO)
 
 
-def call(identity: str, tool: str, **arguments: str) -> ToolCall:
+def call(identity: str, tool: str, **arguments: object) -> ToolCall:
     return ToolCall(identity, tool, json.dumps(arguments))
 
 
@@ -48,7 +48,7 @@ AGENT = (
     ChatMessage(
         "assistant",
         "",
-        tool_calls=(call("call_1", "shell", command="C-ONE"), call("call_2", "read", path="C-TWO")),
+        tool_calls=(call("call_1", "shell", command="C-ONE"), call("call_2", "read", path="C-TWO", limit=3, raw=True)),
     ),
     ChatMessage("tool", "R-ONE", tool_call_id="call_1", name="shell"),
     ChatMessage("tool", "R-TWO", tool_call_id="call_2", name="read"),
