@@ -143,7 +143,8 @@ def headline(state: ClusterState) -> list[str]:
     )
     if state.disk_hits or state.disk_misses:
         lines.append(
-            f"{state.disk_hits} prefixes read from disk ({state.disk_tokens} tokens), {state.disk_misses} missed"
+            f"prefixes read from disk: {state.disk_hits} ({count_in_words(state.disk_tokens, 'token')});"
+            f" not found there: {state.disk_misses}"
         )
     return lines
 

@@ -43,7 +43,7 @@ async def publish(info: Callable[[Reach], AsyncServiceInfo], host: str, what: st
     """Announce ``what``, which listens on ``host``, during the block. ``info`` makes its records."""
     here = await _reach(host)
     if not here.senders:
-        log.warning("announcement: not made, no interface has the address address=%s service=%s", host, what)
+        log.warning("announcement: not made, no interface has it address=%s service=%s", host, what)
     zeroconf = open_multicast(here.senders, f"announce {what}") if here.senders else None
     if zeroconf is None:
         yield
