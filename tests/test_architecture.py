@@ -305,12 +305,20 @@ def is_sentence(node: ast.AST, caught: frozenset[str]) -> bool:
     match node:
         case ast.Call(func=ast.Name(id="str" | "repr"), args=[ast.Name(id=name)]):
             return name in caught
+        case ast.Call(func=ast.Name(id="str" | "repr"), args=[ast.Attribute(attr=attr)]):
+            return attr == "error"
+        case ast.BoolOp(values=parts) | ast.JoinedStr(values=parts):
+            return any(is_sentence(part, caught) for part in parts)
+        case ast.FormattedValue(value=ast.Name(id=name)):
+            return name in caught
         case ast.Call(func=ast.Attribute(attr="lower" | "casefold" | "strip", value=text)) | ast.Subscript(value=text):
             return is_sentence(text, caught)
         case ast.Call(func=ast.Attribute(attr="details")):
             return True
+        case ast.Attribute(attr="sentence"):
+            return True
         case ast.Attribute(attr=attr, value=ast.Name(id=name)):
-            return attr == "sentence" or (attr in WORDS - {"details"} and name in caught)
+            return attr in WORDS - {"details"} and name in caught
     return False
 
 
@@ -357,8 +365,12 @@ def test_no_code_looks_into_a_sentence() -> None:
         ("re.search('refused', str(e))", True),
         ("'refused' in e.args[0]", True),
         ("'refused' in failure.details()", True),
+        ("'refused' in (failure.details() or '')", True),
+        ("'refused' in f'{e}'", True),
+        ("'refused' in self.error.sentence", True),
+        ("'refused' in str(self.error)", True),
         ("found.sentence.removeprefix('refused: ')", True),
-        ("e.reason is Reason.REFUSED", False),
+        ("e.reason == Refused.reason", False),
         ("e.errno == errno.ECONNREFUSED", False),
         ("e.details.get('worker') == name", False),
         ("print(str(e))", False),
