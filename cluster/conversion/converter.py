@@ -17,14 +17,12 @@ from typing import Final
 from cluster import __version__
 from cluster.conversion.shards import SHARD_BYTES, ShardLayout, ShardWriter, lay_out, write_index
 from cluster.conversion.work_folder import WorkFolder, open_work_folder, writing
-from cluster.core.errors import DiskFull
 from cluster.core.limits import MIB
 from cluster.model.checkpoint import TOKENIZER_FILES, open_checkpoint
 from cluster.model.converted_weights import ConvertedTensor, ConvertedWeights
 from cluster.model.device import device_facts
 from cluster.model.weight_conversion import Conversion
-from cluster.store.disk_space import free_bytes, size_in_words
-from cluster.store.limits import DISK_MARGIN_BYTES
+from cluster.store.disk_space import free_bytes, require_room
 
 __all__ = ["ConversionProgress", "Converted", "convert_checkpoint", "convert_into"]
 
@@ -94,7 +92,8 @@ def convert_into(
             done = 0
     resumed = sum(tensor.nbytes for tensor in weights.tensors[:done])
     total = sum(tensor.nbytes for tensor in weights.tensors)
-    _require_room(work.path, total - resumed)
+    left = max(total - resumed, 1)  # the small files are written even if all tensors are there
+    require_room(work.path, left, free_bytes(work.path), "the converted model", "give a folder on another disk")
     for tensor in weights.tensors[:done]:
         weights.drop(tensor.name)
     _write_tensors(work, key, weights, layouts, done, report, prepare)
@@ -170,19 +169,6 @@ def _holds(folder: Path, layouts: Sequence[ShardLayout], done: int) -> bool:
 
 def _end(layout: ShardLayout, tensors: Sequence[ConvertedTensor]) -> int:
     return len(layout.header) + sum(tensor.nbytes for tensor in tensors)
-
-
-def _require_room(folder: Path, needed: int) -> None:
-    free = free_bytes(folder)
-    if needed + DISK_MARGIN_BYTES > free:
-        raise DiskFull(
-            f"the converted model needs {size_in_words(needed)} more on disk, but only {size_in_words(free)} are free "
-            f"at {folder} (macpipe leaves {size_in_words(DISK_MARGIN_BYTES)} free). Free space, or give a folder on "
-            "another disk",
-            needed_bytes=str(needed),
-            free_bytes=str(free),
-            path=str(folder),
-        )
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Final
 
 from cluster.core.errors import DiskFull
 from cluster.core.limits import GIB, MIB
@@ -17,13 +18,18 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def require_room(folder: Path, needed: int, free: int, what: str) -> None:
-    """Raise DiskFull unless ``needed`` bytes fit into ``free`` and leave ``DISK_MARGIN_BYTES`` free for the system."""
+CHOOSE_DISK: Final = "choose another disk with --home or MACPIPE_HOME"
+
+
+def require_room(folder: Path, needed: int, free: int, what: str, advice: str = CHOOSE_DISK) -> None:
+    """Raise DiskFull unless ``needed`` bytes fit into ``free`` and leave ``DISK_MARGIN_BYTES`` free for the system.
+
+    ``advice`` says what to do if nothing can be freed.
+    """
     if needed and needed + DISK_MARGIN_BYTES > free:
         raise DiskFull(
             f"{what} needs {size_in_words(needed)} more on disk, but only {size_in_words(free)} are free at "
-            f"{folder} (macpipe leaves {size_in_words(DISK_MARGIN_BYTES)} free). Free space, or choose "
-            "another disk with --home or MACPIPE_HOME",
+            f"{folder} (macpipe leaves {size_in_words(DISK_MARGIN_BYTES)} free). Free space, or {advice}",
             needed_bytes=str(needed),
             free_bytes=str(free),
             path=str(folder),
