@@ -8,6 +8,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, Final
 
+from cluster.codec.safetensors_header import encode_header
 from cluster.core.errors import InvalidOption
 from cluster.core.frames import Tensor
 from cluster.core.training_limits import MAX_TRAINING_HEADER_BYTES
@@ -21,16 +22,11 @@ _ITEM_BYTES: Final = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2
 
 def write_adapters(tensors: Mapping[str, Tensor]) -> bytes:
     """Return the content of a file with these tensors by name."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    at = 0
-    for name, tensor in tensors.items():
-        end = at + memoryview(tensor.data).nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of eight
     bodies = [memoryview(tensor.data).cast("B") for tensor in tensors.values()]
-    return b"".join((len(encoded).to_bytes(8, "little"), encoded, *bodies))
+    entries = (
+        (name, _NAMES[t.dtype], t.shape, body.nbytes) for (name, t), body in zip(tensors.items(), bodies, strict=True)
+    )
+    return b"".join((encode_header(entries), *bodies))
 
 
 def read_adapters(content: bytes) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from cluster.codec.safetensors_header import encode_header
 from cluster.core.limits import GIB
 from cluster.model.checkpoint import INDEX
 from cluster.model.converted_weights import ConvertedTensor
@@ -21,8 +22,6 @@ __all__ = ["SHARD_BYTES", "ShardLayout", "ShardWriter", "lay_out"]
 
 SHARD_BYTES: Final = 5 * GIB
 """Most bytes of tensors in one file, as mlx-lm writes them. A larger tensor has a file to itself."""
-ALIGNMENT: Final = 8
-"""Tensor data starts at a multiple of this many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +45,11 @@ def lay_out(tensors: Sequence[ConvertedTensor], shard_bytes: int = SHARD_BYTES) 
         size += tensor.nbytes
     count = len(groups)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
-    return tuple(ShardLayout(name, tuple(group), _header(group)) for name, group in zip(names, groups, strict=True))
+    headers = (encode_header((t.name, t.dtype, t.shape, t.nbytes) for t in group) for group in groups)
+    return tuple(map(ShardLayout, names, map(tuple, groups), headers))
 
 
 SINGLE: Final = "model.safetensors"
-
-
-def _header(tensors: Sequence[ConvertedTensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    offset = 0
-    for tensor in tensors:
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": (offset, offset + tensor.nbytes),
-        }
-        offset += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
 
 
 def write_index(folder: Path, layouts: Sequence[ShardLayout], total_parameters: int) -> None:
