@@ -12,6 +12,7 @@ from cluster.cli.help import Command
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.cli.plan_options import parse_adapters
 from cluster.core.limits import MIB
+from cluster.core.text import count_in_words
 
 adapter = typer.Typer(name="adapter", help="Add, list and remove adapters of the served model.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
@@ -77,5 +78,5 @@ def remove(name: Name, coordinator: Coordinator = None, cluster: Cluster = None,
 
             print_json({"removed": name, "ended_requests": ended})
             return
-        requests = f", ended {ended} request{'s' * (ended != 1)}" if ended else ""
+        requests = f", ended {count_in_words(ended, 'request')}" if ended else ""
         sys.stdout.write(f"removed {name}{requests}\n")

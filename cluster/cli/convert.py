@@ -55,8 +55,7 @@ def convert(
     Works on one tensor at a time, so a model may be larger than this Mac's memory. An interrupted conversion continues
     where it stopped when it is started again. The tensors are those of mlx_lm.convert.
     """
-    from cluster.cli.json_output import print_json
-    from cluster.cli.screen import format_bytes, note
+    from cluster.cli.screen import note
 
     with errors_in_json(json):
         wanted = None
@@ -67,11 +66,19 @@ def convert(
         except KeyboardInterrupt:
             note("stopped; the same command continues from here")
             raise
-        if json:
-            print_json(converted)
-            return
-        size = format_bytes(converted.bytes)
-        sys.stdout.write(f"{converted.folder}: {size}, {converted.bits_per_weight:.3g} bits per weight\n")
+        show_converted(converted, json)
+
+
+def show_converted(converted: Converted, json: bool) -> None:
+    """Print where the new model is, its size and its bits per weight."""
+    from cluster.cli.json_output import print_json
+    from cluster.cli.screen import format_bytes
+
+    if json:
+        print_json(converted)
+        return
+    size = format_bytes(converted.bytes)
+    sys.stdout.write(f"{converted.folder}: {size}, {converted.bits_per_weight:.3g} bits per weight\n")
 
 
 def convert_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +26,7 @@ def fuse(
     Works on one tensor at a time. An interrupted run continues where it stopped when it is started again. The tensors
     are those of mlx_lm.fuse.
     """
-    from cluster.cli.convert import convert_folder
-    from cluster.cli.json_output import print_json
-    from cluster.cli.screen import format_bytes
+    from cluster.cli.convert import convert_folder, show_converted
     from cluster.conversion.work_folder import refuse_existing
     from cluster.core.adapter import AdapterRef
     from cluster.model.adapter_files import open_adapter
@@ -43,7 +40,4 @@ def fuse(
         adapter = AdapterRef(folder.name, str(folder), open_adapter(folder).fingerprint)
         choose()
         fused = convert_folder(model, target, Conversion(dequantize=dequantize, adapter=adapter), state_home(home))
-        if json:
-            print_json(fused)
-            return
-        sys.stdout.write(f"{fused.folder}: {format_bytes(fused.bytes)}, {fused.bits_per_weight:.3g} bits per weight\n")
+        show_converted(fused, json)
