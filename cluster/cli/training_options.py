@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from cluster.core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from cluster.core.errors import InvalidOption
-from cluster.core.training import TrainingOptions
+from cluster.core.training import DATA_SETS, TrainingOptions
 from cluster.core.training_events import AdapterFile
 from cluster.platform.private_files import not_written, replace_file
 
 __all__ = ["ChosenTraining", "TrainingFiles", "read_options"]
 
-CONFIG: Final = "adapter_config.json"
-ADAPTERS: Final = "adapters.safetensors"
-SETS: Final = ("train", "valid", "test")
 _PLACES: Final = ("model", "data", "adapter_path", "resume_adapter_file")
 """Options that name what is read and written here."""
-_OF_ADAPTERS: Final = ("fine_tune_type", "num_layers", "lora_parameters")
+_OF_ADAPTER_WEIGHTS: Final = ("fine_tune_type", "num_layers", "lora_parameters")
 """Options that an existing adapter decides."""
 
 
@@ -75,16 +73,16 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return the options that made the adapters in ``folder``."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-        found = {name: config[name] for name in _OF_ADAPTERS if config.get(name) is not None}
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        found = {name: config[name] for name in _OF_ADAPTER_WEIGHTS if config.get(name) is not None}
     except OSError as error:
         raise InvalidOption(
-            f"cannot read {folder / CONFIG}: {error.strerror}; name the adapters to test with --adapter-path, or "
-            "--adapter-path '' to test the model without any",
+            f"cannot read {folder / ADAPTER_CONFIG}: {error.strerror}; name the adapters to test with --adapter-path, "
+            "or --adapter-path '' to test the model without any",
             field="adapter_path",
         ) from error
     except (ValueError, AttributeError) as error:
-        raise InvalidOption(f"{folder / CONFIG} is damaged: {error}", field="adapter_path") from error
+        raise InvalidOption(f"{folder / ADAPTER_CONFIG} is damaged: {error}", field="adapter_path") from error
     return found
 
 
@@ -102,7 +100,7 @@ class TrainingFiles:
         sent = _find_data(chosen)
         adapters = chosen.resume
         if adapters is None and chosen.options.test and not chosen.options.train and chosen.adapter_path:
-            adapters = chosen.adapter_path / ADAPTERS
+            adapters = chosen.adapter_path / ADAPTER_WEIGHTS
         if adapters:
             if not adapters.is_file():
                 raise InvalidOption(f"there is no adapter file {adapters}", field="resume_adapter_file")
@@ -112,13 +110,13 @@ class TrainingFiles:
     def store(self, event: AdapterFile) -> Path:
         """Store adapters as mlx-lm does, whole or not at all. Return the file. Raises ``DiskFull``."""
         folder = self.chosen.adapter_path or Path("adapters")
-        target = folder / (ADAPTERS if event.final else f"{event.iteration:07d}_{ADAPTERS}")
+        target = folder / (ADAPTER_WEIGHTS if event.final else f"{event.iteration:07d}_{ADAPTER_WEIGHTS}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self._configured:
-                replace_file(folder / CONFIG, self._config())
+                replace_file(folder / ADAPTER_CONFIG, self._config())
                 self._configured = True
-            replace_file(folder / ADAPTERS, event.content)
+            replace_file(folder / ADAPTER_WEIGHTS, event.content)
             if not event.final:
                 replace_file(target, event.content)
         except OSError as error:
@@ -144,7 +142,7 @@ def _find_data(chosen: ChosenTraining) -> dict[str, Path]:
     data, options = chosen.data, chosen.options
     if data.is_file():
         return dict.fromkeys([name for name, use in (("train", options.train), ("test", options.test)) if use], data)
-    found = {name: data / f"{name}.jsonl" for name in SETS}
+    found = {name: data / f"{name}.jsonl" for name in DATA_SETS}
     present = {name: file for name, file in found.items() if file.is_file()}
     for name, needed in (("train", options.train), ("test", options.test)):
         if needed and name not in present:

@@ -38,18 +38,16 @@ from cluster.core.limits import RECOVERY_PAUSE_S, RETURN_S
 from cluster.core.plan import Route
 from cluster.core.training import TrainingOptions
 from cluster.core.training_events import AdapterFile, TrainingEvent, TrainingNotice
-from cluster.core.training_frames import DataBatch, Purpose, Task, TrainingCommand
+from cluster.core.training_frames import ADAPTER, DataBatch, Purpose, Task, TrainingCommand
 from cluster.core.training_limits import KEEP_INTERVAL_S, MAX_ENGINE_LOSSES, TRAINING_WAIT_S
 from cluster.membership.suspicion import Belief, Standing
 from cluster.sandbox.training_data import TrainingData
 from cluster.scheduler.training_schedule import TrainingOrder, TrainingSchedule
 from cluster.security.trust import worker_of
 
-__all__ = ["ADAPTER", "TrainingJob"]
+__all__ = ["TrainingJob"]
 
 log = logging.getLogger(__name__)
-ADAPTER = "adapter/"
-"""How the names of adapters begin in a training state."""
 MIN_RETRY_S, MAX_RETRY_S = 10.0, 3600.0
 _LOSSES = (WorkerLost, Unreachable, LinkFailed, StaleEpoch)
 

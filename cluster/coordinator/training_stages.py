@@ -17,12 +17,10 @@ import anyio
 from cluster.coordinator.ring import RingStage, feed_stage, pull_stage
 from cluster.core.errors import BadFrame, MacpipeError, StageFailed, WorkerLost
 from cluster.core.frames import Tensor
-from cluster.core.training_frames import Task, TrainingCommand, TrainingReply
+from cluster.core.training_frames import Task, TrainingCommand, TrainingReply, split_state
 from cluster.core.training_limits import (
     MAX_STATE_BYTES,
     PREPARE_TIMEOUT_S,
-    STATE_PART_BYTES,
-    STATE_PART_TENSORS,
     STEP_FACTOR,
     STEP_FLOOR_S,
 )
@@ -137,7 +135,7 @@ class TrainingStages:
 
     async def write_state(self, stage: int, state: dict[str, Tensor]) -> None:
         """Have a stage continue from ``state``. Raises as ``read``."""
-        parts = _split(state)
+        parts = split_state(state, lambda tensor: memoryview(tensor.data).nbytes)
         for i, part in enumerate(parts):
             names, tensors = tuple(part), tuple(part.values())
             last = i == len(parts) - 1
@@ -156,16 +154,3 @@ class TrainingStages:
 
     def _on_lost(self, epoch: int, worker: str, why: str) -> None:
         self._loop.call_soon_threadsafe(self._arrived.put_nowait, WorkerLost(f"{worker}: {why}", worker=worker))
-
-
-def _split(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    parts: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in state.items():
-        own = memoryview(tensor.data).nbytes
-        if parts[-1] and (size + own > STATE_PART_BYTES or len(parts[-1]) >= STATE_PART_TENSORS):
-            parts.append({})
-            size = 0
-        parts[-1][name] = tensor
-        size += own
-    return parts

@@ -14,6 +14,9 @@ from typing import Final
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import LayerRange, ModelShape, SharedWeight
 
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapters.safetensors"
+"""The files of an adapter's folder, as mlx-lm names them."""
 MAX_ADAPTERS: Final = 16
 """Adapters of one model at once. Each may have as many lanes as the plan."""
 MAX_ADAPTER_KEY_CHARS: Final = 129

@@ -16,7 +16,10 @@ from cluster.core.errors import InvalidOption
 from cluster.core.limits import MAX_ROWS
 from cluster.core.training_limits import MAX_MODULE_NAMES, MAX_SEQUENCE
 
-__all__ = ["LearningSchedule", "LoraParameters", "TrainingOptions"]
+__all__ = ["DATA_SETS", "LearningSchedule", "LoraParameters", "TrainingOptions"]
+
+DATA_SETS: Final = ("train", "valid", "test")
+"""The data sets of a run; each is a file of JSON lines, NAME.jsonl."""
 
 _Count = Annotated[int, Field(ge=1, le=2**31)]
 _Batches = Annotated[int, Field(ge=-1, le=2**31)]

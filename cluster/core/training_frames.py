@@ -6,10 +6,17 @@ that crosses a cut passes it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final, TypeVar
 
 from cluster.core.frames import Failure, Tensor
+from cluster.core.training_limits import STATE_PART_BYTES, STATE_PART_TENSORS
+
+Value = TypeVar("Value")
+ADAPTER: Final = "adapter/"
+"""How the names of adapters begin in a training state."""
 
 
 class Purpose(IntEnum):
@@ -95,3 +102,20 @@ class TrainingReply:
     peak_bytes: int = 0
     compute_us: int = 0
     error: Failure | None = None
+
+
+def split_state(state: Mapping[str, Value], nbytes: Callable[[Value], int]) -> list[dict[str, Value]]:
+    """Split a training state into parts of bounded size; a large tensor is a part of its own.
+
+    ``nbytes`` returns the bytes of a tensor.
+    """
+    parts: list[dict[str, Value]] = []
+    size = 0
+    for name, tensor in state.items():
+        own = nbytes(tensor)
+        if not parts or size + own > STATE_PART_BYTES or len(parts[-1]) >= STATE_PART_TENSORS:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += own
+    return parts

@@ -15,10 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from cluster.core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from cluster.core.errors import BadCheckpoint, ModelNotFound, ModelUnsupported
 from cluster.model.checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     Checkpoint,
     hash_parts,
     open_checkpoint,

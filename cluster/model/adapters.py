@@ -15,11 +15,11 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from cluster.core.adapter import Adapter, AdapterRef, AdapterTensor
+from cluster.core.adapter import ADAPTER_WEIGHTS, Adapter, AdapterRef, AdapterTensor
 from cluster.core.errors import BadCheckpoint, ModelDiffers, ModelUnsupported
 from cluster.core.plan import ModelShape
 from cluster.model.adapter_files import AdapterConfig, open_adapter, read_adapter_config
-from cluster.model.checkpoint import ADAPTER_WEIGHTS, Checkpoint, TensorInfo
+from cluster.model.checkpoint import Checkpoint, TensorInfo
 from cluster.model.library_errors import describe_error
 from cluster.model.module_tree import Module, layer_prefixes, named_modules
 from cluster.model.skeleton import open_skeleton

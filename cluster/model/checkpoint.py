@@ -34,8 +34,6 @@ BUNDLED: Final = Path(__file__).parent.parent / "bundled"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth")
 WEIGHTS: Final = "model*.safetensors"
 """The files that mlx-lm reads; others (``consolidated.safetensors``) duplicate the same weights."""
-ADAPTER_CONFIG: Final = "adapter_config.json"
-ADAPTER_WEIGHTS: Final = "adapters.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 TOKENIZER_FILES: Final = (
     "added_tokens.json",

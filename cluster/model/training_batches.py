@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,14 +20,11 @@ from mlx_lm.tuner.datasets import CacheDataset, ChatDataset, CompletionsDataset,
 from mlx_lm.tuner.trainer import iterate_batches
 
 from cluster.core.errors import InvalidRequest
-from cluster.core.training import TrainingOptions
+from cluster.core.training import DATA_SETS, TrainingOptions
 from cluster.core.training_frames import DataBatch, Purpose
 from cluster.model.tokenizer import Tokenizer
 
-__all__ = ["SETS", "TrainingSets", "read_training_data"]
-
-SETS: Final = ("train", "valid", "test")
-"""The data sets; each is a file of JSON lines, NAME.jsonl."""
+__all__ = ["TrainingSets", "read_training_data"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +83,7 @@ def read_training_data(folder: Path, tokenizer: Tokenizer, options: TrainingOpti
 
 def _needed(options: TrainingOptions) -> list[str]:
     validates = options.train and options.val_batches != 0
-    return [name for name, use in zip(SETS, (options.train, validates, options.test), strict=True) if use]
+    return [name for name, use in zip(DATA_SETS, (options.train, validates, options.test), strict=True) if use]
 
 
 def _read_set(file: Path, tokenizer: Tokenizer, options: TrainingOptions) -> CacheDataset | None:

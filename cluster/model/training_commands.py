@@ -15,12 +15,10 @@ from cluster.core.frames import Tensor
 from cluster.core.limits import MAX_ROWS
 from cluster.core.plan import StageSpec
 from cluster.core.training import TrainingOptions
-from cluster.core.training_frames import Task, TrainingCommand, TrainingReply
+from cluster.core.training_frames import Task, TrainingCommand, TrainingReply, split_state
 from cluster.core.training_limits import (
     MAX_SEQUENCE,
     MAX_STATE_TENSORS,
-    STATE_PART_BYTES,
-    STATE_PART_TENSORS,
 )
 from cluster.model.tensor_codec import pack, to_array, unpack
 from cluster.model.training_stage import TrainingStage, load_training_stage
@@ -94,7 +92,7 @@ class TrainingCommands:
 
     def _read(self, command: TrainingCommand) -> TrainingReply:
         if command.part == 0:
-            self._parts = _split(self._stage.state())
+            self._parts = split_state(self._stage.state(), lambda array: array.nbytes)
         if command.part >= max(1, len(self._parts)):
             raise BadFrame(f"the state has {len(self._parts)} parts; part {command.part} was asked for")
         part = self._parts[command.part] if self._parts else {}
@@ -136,16 +134,3 @@ def _tokens(tensors: Sequence[Tensor]) -> tuple[mx.array, mx.array]:
     if not (1 <= rows <= MAX_ROWS and 2 <= width <= MAX_SEQUENCE + 1 and lengths == (rows, 2)):
         raise BadFrame(f"a batch has tokens of shape {[rows, width]} and lengths of shape {list(lengths)}")
     return to_array(tensors[0]), to_array(tensors[1])
-
-
-def _split(state: dict[str, mx.array]) -> list[dict[str, mx.array]]:
-    """Split a state into parts of bounded size; a large tensor is a part of its own."""
-    parts: list[dict[str, mx.array]] = []
-    size = 0
-    for name, array in state.items():
-        if not parts or size + array.nbytes > STATE_PART_BYTES or len(parts[-1]) >= STATE_PART_TENSORS:
-            parts.append({})
-            size = 0
-        parts[-1][name] = array
-        size += array.nbytes
-    return parts

@@ -22,11 +22,12 @@ from mlx_lm.tuner.utils import build_schedule
 from cluster.core.errors import BadFrame, InvalidOption
 from cluster.core.plan import StageSpec
 from cluster.core.training import TrainingOptions
+from cluster.core.training_frames import ADAPTER
 from cluster.model.module_tree import named_modules, trainable_parameters
 from cluster.model.trace import Boundary
 from cluster.model.training_slice import TrainingSlice, load_training_slice
 
-__all__ = ["ADAPTER", "BatchLoss", "TrainingStage", "load_training_stage"]
+__all__ = ["BatchLoss", "TrainingStage", "load_training_stage"]
 
 OPTIMIZERS: Final[Mapping[str, type[optim.Optimizer]]] = {
     "adam": optim.Adam,
@@ -35,8 +36,8 @@ OPTIMIZERS: Final[Mapping[str, type[optim.Optimizer]]] = {
     "sgd": optim.SGD,
     "adafactor": optim.Adafactor,
 }
-ADAPTER, _OPTIMIZER, _SUM, _KEY = "adapter/", "optimizer/", "gradients/", "random/key"
-"""How the names of a state's tensors begin: adapters, the optimizer's state, sums of gradients, the random state."""
+_OPTIMIZER, _SUM, _KEY = "optimizer/", "gradients/", "random/key"
+"""How the names of a state's other tensors begin: the optimizer's state, sums of gradients, the random state."""
 
 
 @dataclass(frozen=True, slots=True)

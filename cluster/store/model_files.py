@@ -7,7 +7,8 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from cluster.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FETCHED, WEIGHTS
+from cluster.core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from cluster.model.checkpoint import FETCHED, WEIGHTS
 
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,199}")

@@ -19,7 +19,7 @@ from cluster.core.errors import InvalidRequest, SlowReader, TooLarge
 from cluster.core.limits import BODY_TIMEOUT_S
 from cluster.core.plan import LoadProgress, Plan
 from cluster.core.text import parse_layers
-from cluster.core.training import TrainingOptions
+from cluster.core.training import DATA_SETS, TrainingOptions
 from cluster.core.training_events import TrainingEvent
 from cluster.core.training_limits import MAX_DATA_BYTES, MAX_EVENTS_WAITING
 from cluster.core.worker import WorkerInfo
@@ -27,7 +27,7 @@ from cluster.v1 import cluster_pb2 as pb
 
 __all__ = ["train"]
 
-_FILES = ("train", "valid", "test", "adapters")
+_FILES = (*DATA_SETS, "adapters")
 
 
 async def train(
