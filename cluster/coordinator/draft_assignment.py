@@ -9,7 +9,7 @@ from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.planner import make_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidOption, MacpipeError, NoPlan
-from cluster.core.plan import LayerRange, Plan
+from cluster.core.plan import LayerRange, Plan, StageSpec
 from cluster.core.worker import WorkerInfo
 
 
@@ -81,6 +81,6 @@ def assign_draft(
 
 
 def _holds(worker: WorkerInfo, draft: ModelInfo) -> bool:
-    whole = draft.shape.model.fingerprint, LayerRange(0, draft.shape.layers), 0, 0
-    held = worker.fingerprint, worker.layers, worker.kv_bits, worker.weight_bits
-    return bool(worker.epoch) and held == whole
+    shape = draft.shape
+    whole = StageSpec(0, 0, 1, shape.model, LayerRange(0, shape.layers), shape.max_context)
+    return bool(worker.epoch) and worker.load_key == whole.load_key

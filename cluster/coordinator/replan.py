@@ -87,9 +87,7 @@ def _cut_of(plan: Plan) -> list[tuple[str, LayerRange]]:
 
 def holds(info: WorkerInfo, stage: PlannedStage) -> bool:
     """Return whether the worker has the stage's weights in memory, from any epoch."""
-    spec = stage.spec
-    held = info.fingerprint, info.layers, info.kv_bits, info.weight_bits
-    return bool(info.epoch) and held == (spec.model.fingerprint, spec.layers, spec.kv_bits, spec.weight_bits)
+    return bool(info.epoch) and info.load_key == stage.spec.load_key
 
 
 def _keep_cut(

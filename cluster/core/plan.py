@@ -238,6 +238,11 @@ class StageSpec:
     weight_bits: int = 0
 
     @property
+    def load_key(self) -> tuple[str, LayerRange | None, int, int]:
+        """The fields that only a new load can change; a worker's has the same form."""
+        return self.model.fingerprint, self.layers, self.kv_bits, self.weight_bits
+
+    @property
     def first(self) -> bool:
         return self.index == 0
 

@@ -75,6 +75,11 @@ class WorkerInfo(WorkerSummary):
     certificate: tuple[float, float] = (0.0, 0.0)
     """Start and end of its validity, in seconds since the epoch; zeros without a cluster."""
 
+    @property
+    def load_key(self) -> tuple[str, LayerRange | None, int, int]:
+        """What it loaded, in the form of ``StageSpec.load_key``."""
+        return self.fingerprint, self.layers, self.kv_bits, self.weight_bits
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerState(WorkerSummary):

@@ -18,7 +18,7 @@ from cluster.core.adapter import AdapterRef
 from cluster.core.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
 from cluster.core.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
 from cluster.core.limits import LATE_ROWS, MAX_VERIFIED
-from cluster.core.plan import LayerRange, StageSpec
+from cluster.core.plan import StageSpec
 from cluster.core.request import PromptLogprobs
 from cluster.model.adapters import LoraLayers
 from cluster.model.batch_sampling import BatchSampling, sample_row
@@ -141,7 +141,7 @@ class Stage:
 
         Raises StaleEpoch if ``spec`` has another model, other layers or other bits: that needs a new load.
         """
-        if _load_key(spec) != _load_key(self.spec):
+        if spec.load_key != self.spec.load_key:
             raise StaleEpoch(
                 f"this stage holds layers {self.spec.layers} of {self.spec.model.name}, not those of the new plan; "
                 "load it again"
@@ -413,11 +413,6 @@ def _evaluate_prefill(live: LiveSequence, step: Step, logits: mx.array, states: 
     mx.eval(logits, states)
     start = len(live.tokens) - len(step.tokens[0]) + scoring.skip + 1
     return _Result(prompt_logprobs=score_prompt(logits, scoring, start))
-
-
-def _load_key(spec: StageSpec) -> tuple[str, LayerRange, int, int]:
-    """Return the fields of a spec that only a new load can change."""
-    return spec.model.fingerprint, spec.layers, spec.kv_bits, spec.weight_bits
 
 
 def _require_rows(step: Step) -> None:
