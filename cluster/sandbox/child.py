@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import resource
-import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +21,7 @@ from cluster.core.request import ChatMessage
 from cluster.model.panics import is_panic
 from cluster.model.split_points import SplitPoints
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from cluster.sandbox.child_streams import end_with_parent, separate_stdout
 from cluster.sandbox.failures import CRASHED, job_error, memory_exceeded
 from cluster.sandbox.job_messages import (
     HEADER,
@@ -162,21 +161,6 @@ def _data_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def _end_with_parent() -> None:
-    """End this process when the other end of stdin closes, even in the middle of a job."""
-    poll = select.poll()
-    poll.register(0, 0)  # no events: only the end of stdin is reported
-    poll.poll()
-    os._exit(0)
-
-
-def _separate_stdout() -> BinaryIO:
-    """Reserve stdout for replies; redirect the output of libraries to stderr."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return replies
-
-
 def _silence() -> None:
     """Discard all further output of libraries: a panic prints its input, which may be a prompt."""
     null = os.open(os.devnull, os.O_WRONLY)
@@ -202,9 +186,9 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     # A core dump would contain prompts.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    end_with_parent()
     worker = JobRunner()
-    replies = _separate_stdout()
+    replies = separate_stdout()
     while (job := _read(sys.stdin.buffer)) is not None:
         reply = worker.reply(job)
         if isinstance(job, OpenModel):

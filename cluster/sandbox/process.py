@@ -7,10 +7,7 @@ memory. The parent watches the memory because not every system can limit it.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import socket
-import sys
 from contextlib import suppress
 from subprocess import Popen, TimeoutExpired
 from typing import Final
@@ -19,7 +16,8 @@ import anyio
 
 from cluster.core.errors import BadFrame, Busy, MacpipeError, NotServing
 from cluster.core.limits import MIB, RETRY_AFTER_S
-from cluster.platform.process import isolated_environment, resident_bytes
+from cluster.platform.process import resident_bytes
+from cluster.sandbox.child_streams import start_child
 from cluster.sandbox.failures import CRASHED, cpu_exceeded, job_error, memory_exceeded
 from cluster.sandbox.job_messages import HEADER, Job, JobFailed, Reply, pack_job, payload_size, unpack_reply
 from cluster.sandbox.limits import MEMORY_WATCH_S, SANDBOX_MEMORY_BYTES
@@ -61,7 +59,7 @@ class SandboxProcess:
         Raises ``Busy`` if this machine cannot start another process.
         """
         try:
-            child, ours = _spawn()
+            child, ours = start_child("cluster.sandbox.child", QUIET)
         except OSError as error:
             raise Busy(
                 f"cannot start a sandbox process: {error.strerror}; try again later", retry_after_s=RETRY_AFTER_S
@@ -169,16 +167,3 @@ class SandboxProcess:
         if code == -signal.SIGABRT:
             return job_error(job, f"{CRASHED}, or {memory_exceeded(job.limits)}")
         return job_error(job, CRASHED)
-
-
-def _spawn() -> tuple[Popen[bytes], socket.socket]:
-    """Start a child. Return its process and the parent's end of its socket. Raises OSError."""
-    environment = {**isolated_environment(os.environ), **QUIET}
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            command = (sys.executable, "-m", "cluster.sandbox.child")
-            return Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment), ours
-        except OSError:
-            ours.close()
-            raise

@@ -6,21 +6,20 @@ pipe's size bounds how far it runs ahead. It ends when its parent closes stdin.
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from pathlib import Path
 from typing import BinaryIO
 
 from cluster.core.errors import MacpipeError
 from cluster.core.training import TrainingOptions
+from cluster.sandbox.child_streams import end_with_parent, separate_stdout
 from cluster.sandbox.training_messages import DataFailed, DataReady, pack, unpack_request
 
 
 def main() -> int:
-    replies = _separate_stdout()
+    replies = separate_stdout()
     folder, tokenizer_folder, options = unpack_request(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    end_with_parent()
     try:
         _write_batches(Path(folder), Path(tokenizer_folder), TrainingOptions.from_json(options), replies)
     except MacpipeError as error:
@@ -40,20 +39,6 @@ def _write_batches(folder: Path, tokenizer_folder: Path, options: TrainingOption
     for batch in data.batches(options):
         replies.write(pack(batch))
         replies.flush()
-
-
-def _separate_stdout() -> BinaryIO:
-    """Reserve stdout for replies: output of libraries goes to stderr."""
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return replies
-
-
-def _end_with_parent() -> None:
-    """End this process when the other end of stdin closes, even in the middle of a batch."""
-    while os.read(0, 4096):  # not by sys.stdin, whose lock would be held as the interpreter ends
-        continue
-    os._exit(0)
 
 
 if __name__ == "__main__":

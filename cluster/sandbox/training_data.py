@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
@@ -18,11 +15,13 @@ from cluster.core.limits import MIB, RETRY_AFTER_S
 from cluster.core.training import TrainingOptions
 from cluster.core.training_frames import DataBatch
 from cluster.core.training_limits import DATA_MEMORY_BYTES, DATA_TIMEOUT_S, DATA_WATCH_S
-from cluster.platform.process import isolated_environment, resident_bytes
+from cluster.platform.process import resident_bytes
+from cluster.sandbox.child_streams import start_child
 from cluster.sandbox.training_messages import HEADER, DataFailed, DataReady, Made, pack_request, payload_size, unpack
 
 __all__ = ["TrainingData"]
 
+SETTINGS: Final = {"TOKENIZERS_PARALLELISM": "true"}
 END_S: Final = 2.0
 """Seconds that the process may take to end after it was killed or has written everything."""
 
@@ -47,7 +46,7 @@ class TrainingData:
         Raises InvalidRequest, which names file and line, BadCheckpoint for an unusable tokenizer, and Busy.
         """
         try:
-            child, ours = _spawn()
+            child, ours = start_child("cluster.sandbox.training_child", SETTINGS, DEVNULL)
         except OSError as error:
             raise Busy(
                 f"cannot start the process that makes batches: {error.strerror}; try again later",
@@ -115,16 +114,3 @@ class TrainingData:
                 self._too_large = True
                 self._child.kill()
                 return
-
-
-def _spawn() -> tuple[Popen[bytes], socket.socket]:
-    """Start a child. Return its process and the parent's end of its socket. Raises OSError."""
-    environment = {**isolated_environment(os.environ), "TOKENIZERS_PARALLELISM": "true"}
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            command = (sys.executable, "-m", "cluster.sandbox.training_child")
-            return Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=DEVNULL, env=environment), ours
-        except OSError:
-            ours.close()
-            raise
