@@ -22,7 +22,7 @@ from cluster.core.quantization import RECIPES, Quantization
 from cluster.model.library_errors import describe_error
 from cluster.model.module_tree import Module
 
-__all__ = ["Conversion", "convert_model", "weight_dtypes"]
+__all__ = ["Conversion", "convert_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,6 @@ class Conversion:
             raise InvalidOption(
                 f"unknown type {self.dtype!r}; choose one of {', '.join(MODEL_CONVERSION_DTYPES)}", field="dtype"
             )
-
-
-def weight_dtypes() -> tuple[str, ...]:
-    """Return MLX's names of the types that weights can be converted to."""
-    return tuple(MODEL_CONVERSION_DTYPES)
 
 
 def convert_model(model: Module, config: dict[str, Any], conversion: Conversion) -> tuple[Module, dict[str, Any]]:

@@ -80,11 +80,6 @@ class TrainingSchedule:
         """Whether no batch is on its way."""
         return not self._in_flight and not self._stages[0].forward
 
-    @property
-    def waiting(self) -> tuple[int, ...]:
-        """Return the stages that owe a reply."""
-        return tuple(i for i, stage in enumerate(self._stages) if stage.sent)
-
     def add(self, batch: DataBatch, *, update: bool = False) -> None:
         """Add the next batch. ``update``: the adapters are updated after it."""
         self._stages[0].forward.append((_Flight(batch, self._version, update), ()))

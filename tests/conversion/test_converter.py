@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm import convert as convert_with_mlx_lm
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.utils import load
 
 from architectures import architectures
@@ -25,7 +26,7 @@ from cluster.conversion.work_folder import open_work_folder
 from cluster.core.errors import BadCheckpoint, DiskFull, InvalidOption, ModelUnsupported
 from cluster.core.quantization import MODES, RECIPES, Quantization, choose_weight_quantization
 from cluster.model.checkpoint import open_checkpoint
-from cluster.model.weight_conversion import Conversion, weight_dtypes
+from cluster.model.weight_conversion import Conversion
 from disks import FailingDisk
 from model.memory import settled_memory
 
@@ -100,7 +101,7 @@ def test_recipes_of_mixed_bits(recipe: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", weight_dtypes())
+@pytest.mark.parametrize("dtype", MODEL_CONVERSION_DTYPES)
 def test_types(dtype: str, tmp_path: Path) -> None:
     source = make("mamba2", tmp_path / "source")
     convert_both(source, tmp_path, Conversion(dtype=dtype), dtype=dtype)
