@@ -32,7 +32,7 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-CLIENT_MAY = FLOORS[0] | {"codec", "security", "transport"}
+CLIENT_MAY = FLOORS[0] | {"codec", "discovery", "security", "transport"}
 MODEL_ALONE = {"mlx", "mlx_lm", "tokenizers", "transformers"}
 PURE = {"codec", "membership", "placement", "scheduler", "wire"}
 IMPURE = {

@@ -37,12 +37,15 @@ from cluster.core.errors import MacpipeError, PortInUse
 from cluster.core.limits import JOIN_RETRY_S, SHUTDOWN_GRACE_S
 from cluster.core.text import format_address
 from cluster.discovery.browse import browse
+from cluster.discovery.coordinator_announcement import announce_coordinator
 from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
 from cluster.discovery.static import merge_sources, static_source
 from cluster.joining.join_port import EVERYWHERE, admit_macs
 from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
+from cluster.security.authority import Authority
+from cluster.security.cluster_choice import remember_coordinator
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
 from cluster.security.limits import DEFAULT_JOIN_PORT
@@ -97,7 +100,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)
         http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report))
-        address = await stack.enter_async_context(_public_port(settings, trust, service, checks))
+        addresses = await stack.enter_async_context(_public_port(settings, trust, service, checks))
         await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_update_health, coordinator, checks)
         tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
@@ -105,7 +108,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread
         plan, _ = await coordinator.plan_and_view()
         if plan:
-            report.serving(address, plan, http)
+            report.serving(addresses, plan, http)
         await anyio.sleep_forever()
 
 
@@ -180,8 +183,10 @@ async def _retry_join_port(folder: ClusterFolder, host: str, port: int) -> None:
 @asynccontextmanager
 async def _public_port(
     settings: ServeSettings, trust: Trust, service: RequestService, checks: health.HealthServicer
-) -> AsyncIterator[str]:
-    """Serve gRPC and yield the address. The port answers status and health while the model still loads.
+) -> AsyncIterator[tuple[str, ...]]:
+    """Serve gRPC and yield the addresses, the one for this Mac first.
+
+    The port answers status and health while the model still loads.
 
     On exit the coordinator closes first, so that live requests end with its error and not with a broken connection.
     """
@@ -198,11 +203,24 @@ async def _public_port(
         port = bind(server, trust, host, port)
     await server.start()
     try:
-        yield format_address(hosts[0], port)
+        async with _findable(settings, trust, hosts, port):
+            yield tuple(format_address(host, port) for host in hosts)
     finally:
         with anyio.CancelScope(shield=True):
             await coordinator.close()
             await server.stop(grace=SHUTDOWN_GRACE_S)
+
+
+@asynccontextmanager
+async def _findable(settings: ServeSettings, trust: Trust, hosts: tuple[str, ...], port: int) -> AsyncIterator[None]:
+    """Let the clients of this cluster find the port: remember it on this Mac, and announce it to the others."""
+    if not trust.me:
+        yield
+        return
+    remember_coordinator(settings.home, settings.cluster, format_address(hosts[0], port))
+    cluster_id = Authority.load(ClusterFolder(settings.home, settings.cluster)).cluster_id
+    async with announce_coordinator(cluster_id=cluster_id, host=hosts[-1], port=port):
+        yield
 
 
 def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:

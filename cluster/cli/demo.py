@@ -132,10 +132,11 @@ def is_listening(address: str) -> bool:
 
 def open_chat(client: Client, cluster: str, max_tokens: int | None) -> None:
     """Print how to send requests from another terminal, and open the chat."""
+    from cluster.cli.command_name import command_name
     from cluster.cli.screen import note
 
     variables = f"MACPIPE_COORDINATOR={client.address} MACPIPE_CLUSTER={cluster}"
-    note(f"from another terminal: {variables} macpipe generate -p 'Who are you?'")
+    note(f"from another terminal: {variables} {command_name()} generate -p 'Who are you?'")
     converse(client, {"max_tokens": max_tokens})
 
 

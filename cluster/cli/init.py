@@ -9,7 +9,7 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.join_watch import JoinHost, JoinPort
-from cluster.cli.options import ClusterName, Home, Json
+from cluster.cli.options import Home, Json, NewCluster
 from cluster.platform.paths import short_host_name, state_home
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def init(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="This Mac's name in the cluster.", show_default="the host's name")
     ] = None,
-    cluster: ClusterName = "default",
+    cluster: NewCluster = "default",
     wait: Annotated[bool, typer.Option(help="Keep running and admit Macs until all have joined.")] = True,
     host: JoinHost = "",
     join_port: JoinPort = None,
@@ -42,6 +42,7 @@ def init(
     """
     from cluster.coordinator.identity import read_coordinator_id
     from cluster.platform.private_files import protect_home
+    from cluster.security.cluster_choice import remember_cluster
     from cluster.security.cluster_creation import create_cluster
     from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.keys import KeyScope, KeyStore
@@ -60,6 +61,7 @@ def init(
             Role.ADMIN: coordinator,
         }
         made = create_cluster(folder, member_name, ids)
+        remember_cluster(folder.home, cluster)
         tokens = [TokenStore(folder).issue(made.fingerprint, Role.WORKER) for _ in range(other_macs)]
         _, key = KeyStore(folder).create("first", KeyScope.ADMIN)
         _print_result(folder.cluster, made, tokens, key, json)

@@ -14,8 +14,7 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.help import Command
-from cluster.cli.options import ClusterName, Home, Json
-from cluster.platform.paths import state_home
+from cluster.cli.options import Cluster, Home, Json, open_folder
 
 if TYPE_CHECKING:
     from cluster.security.keys import ApiKey, KeyScope, KeyStore
@@ -67,7 +66,7 @@ def create(
     requests_per_minute: RequestBound = None,
     tokens_per_minute: TokenBound = None,
     concurrency: LiveBound = None,
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -90,7 +89,7 @@ def create(
 
 
 @key.command("list", cls=Command)
-def show(cluster: ClusterName = "default", home: Home = None, json: Json = False) -> None:
+def show(cluster: Cluster = None, home: Home = None, json: Json = False) -> None:
     """List the keys without their secrets."""
     with errors_in_json(json):
         keys = keys_of(cluster, home).all_keys()
@@ -107,7 +106,7 @@ def show(cluster: ClusterName = "default", home: Home = None, json: Json = False
 @key.command(cls=Command)
 def revoke(
     name: Annotated[str, typer.Argument(metavar="NAME|ID", help="The key's name or id, as in `macpipe key list`.")],
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     home: Home = None,
     json: Json = False,
 ) -> None:
@@ -122,17 +121,17 @@ def revoke(
         sys.stdout.write(f"{revoked.name} ({revoked.id}) is revoked\n")
 
 
-def keys_of(cluster: str, home: Path | None) -> KeyStore:
+def keys_of(cluster: str | None, home: Path | None) -> KeyStore:
     """Return the key store of a cluster that this Mac leads. Raise NoCluster if it does not lead it."""
     from cluster.core.errors import NoCluster
-    from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.keys import KeyStore
 
-    folder = ClusterFolder(state_home(home), cluster)
+    folder = open_folder(home, cluster)
     if not folder.leads:
         raise NoCluster(
-            f"this Mac does not lead a cluster named {cluster}, so it has no API keys: create one with `macpipe init`,"
-            " or run this on the Mac that leads it. Without a cluster, HTTP needs no key but accepts only this Mac"
+            f"this Mac does not lead a cluster named {folder.cluster}, so it has no API keys: create one with"
+            " `macpipe init`, or run this on the Mac that leads it. Without a cluster, HTTP needs no key but"
+            " accepts only this Mac"
         )
     return KeyStore(folder)
 

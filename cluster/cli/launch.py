@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cluster.cli.options import ClusterName, Json
+from cluster.cli.options import Cluster, Json, open_folder
 from cluster.core.errors import InvalidOption, MacpipeError, Unauthenticated, Unreachable
 from cluster.core.limits import CONNECT_TIMEOUT_S
-from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
@@ -73,7 +72,7 @@ def launch(
             help="The coordinator's HTTP address; else MACPIPE_HTTP, else 127.0.0.1:8080.",
         ),
     ] = None,
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     run: Annotated[bool, typer.Option("--run", help="Start the client, without needing arguments after --.")] = False,
     json_wanted: Json = False,
 ) -> None:
@@ -110,11 +109,9 @@ def short_context(client: str, served: Served) -> str:
     )
 
 
-def find_authority(cluster: str) -> Path | None:
+def find_authority(cluster: str | None) -> Path | None:
     """Return the path of the cluster's CA certificate, or None if this machine has no such cluster."""
-    from cluster.security.cluster_folder import ClusterFolder
-
-    folder = ClusterFolder(state_home(), cluster)
+    folder = open_folder(None, cluster)
     return folder.authority if folder.exists else None
 
 

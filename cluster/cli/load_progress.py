@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
+from cluster.cli.command_name import command_name
 from cluster.cli.screen import console, format_bytes, format_duration, print_lines, printable, table
 from cluster.client.coordinator_address import DEFAULT_HOST, DEFAULT_PORT
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Plan, Route, Spare
-from cluster.core.text import count_in_words, figure_in_words
+from cluster.core.text import count_in_words, figure_in_words, format_address, is_loopback, parse_address
 from cluster.core.worker import WorkerInfo
 
 if TYPE_CHECKING:
@@ -147,12 +148,20 @@ class TerminalReport:
         """Update a worker's bar."""
         self._bars.show(progress)
 
-    def serving(self, address: str, plan: Plan, http: str) -> None:
-        """Print the addresses and an example command."""
+    def serving(self, addresses: Sequence[str], plan: Plan, http: str) -> None:
+        """Print the addresses, and the commands that work here and on other Macs of the cluster."""
         self._bars.close()
-        self._print_line(f"serving {plan.model.name} on {address}{f', and on {http}' if http else ''}")
-        default = address == f"{DEFAULT_HOST}:{DEFAULT_PORT}"
-        self._print_line(f"try: macpipe generate -p 'Hello'{'' if default else f' --coordinator {address}'}")
+        here, *elsewhere = addresses
+        grpc = " and ".join(addresses)
+        self._print_line(f"serving {plan.model.name} on {grpc}{f', and on {http}' if http else ''}")
+        default = here == f"{DEFAULT_HOST}:{DEFAULT_PORT}"
+        command = f"{command_name()} generate -p 'Hello'"
+        self._print_line(f"try: {command}{'' if default else f' --coordinator {here}'}")
+        for address in elsewhere:
+            self._print_line(f"on another Mac of the cluster: macpipe chat --coordinator {address}")
+        if elsewhere and http and is_loopback(parse_address(http.partition("://")[2])[0]):
+            host = parse_address(elsewhere[0])[0]
+            self._print_line(f"HTTP is for this Mac alone; --http {format_address(host, 8080)} serves other Macs too")
 
     def problem(self, sentence: str) -> None:
         """Print a problem that the operator should know."""

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import ClusterName, Home, Json
-from cluster.platform.paths import state_home
+from cluster.cli.options import Cluster, Home, Json, open_folder
 
 if TYPE_CHECKING:
     from cluster.security.members import Member
@@ -18,17 +17,16 @@ if TYPE_CHECKING:
 
 def members(
     everyone: Annotated[bool, typer.Option("--all", help="Include removed members.")] = False,
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
     """List the members of the cluster that this Mac leads."""
     from cluster.security.authority import Authority
-    from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.members import Members
 
     with errors_in_json(json):
-        folder = ClusterFolder(state_home(home), cluster)
+        folder = open_folder(home, cluster)
         cluster_id = Authority.load(folder).cluster_id
         roster = Members(folder)
         known = roster.all_members() if everyone else roster.current()
@@ -36,7 +34,11 @@ def members(
             from cluster.cli.json_output import print_json
 
             print_json(
-                {"cluster": cluster, "cluster_id": cluster_id, "members": [_member_as_json(one) for one in known]}
+                {
+                    "cluster": folder.cluster,
+                    "cluster_id": cluster_id,
+                    "members": [_member_as_json(one) for one in known],
+                }
             )
         else:
             _print_table(known)

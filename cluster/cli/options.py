@@ -18,6 +18,7 @@ from cluster.platform.logs import LEVEL_VARIABLE, LogLevel
 
 if TYPE_CHECKING:
     from cluster.client import Options
+    from cluster.security.cluster_folder import ClusterFolder
 
 
 class Switch(StrEnum):
@@ -29,12 +30,13 @@ class Switch(StrEnum):
 
 Coordinator = Annotated[
     str | None,
-    typer.Option(metavar="HOST:PORT", help="The coordinator; else MACPIPE_COORDINATOR, else 127.0.0.1:7700."),
+    typer.Option(metavar="HOST:PORT", help="The coordinator; else MACPIPE_COORDINATOR, else the one that is found."),
 ]
 _CLUSTER = {"metavar": "NAME", "envvar": "MACPIPE_CLUSTER", "help": "The cluster's name on this Mac."}
-Cluster = Annotated[str | None, typer.Option(**_CLUSTER, show_default="default")]
-"""For commands that call a coordinator, whose client has the default."""
-ClusterName = Annotated[str, typer.Option(**_CLUSTER)]
+Cluster = Annotated[str | None, typer.Option(**_CLUSTER, show_default="the last one entered, else default")]
+"""``cluster.security.cluster_choice`` resolves None."""
+NewCluster = Annotated[str, typer.Option(**_CLUSTER)]
+"""For ``init``, which makes the cluster."""
 CONTEXT_HELP = "Reserve memory for this many tokens of prompt and answer."
 Level = Annotated[
     LogLevel,
@@ -49,6 +51,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TopK = Annotated[int | None, typer.Option(min=0, metavar="N", help="Sample from this many most likely tokens.")]
 AdapterName = Annotated[str, typer.Option(metavar="NAME", help="Answer with this adapter of the model.")]
 Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", help="Deadline of the answer.")]
+
+
+def open_folder(home: Path | None, cluster: str | None) -> "ClusterFolder":
+    """Return the folder of the cluster that a command means, by its options ``--home`` and ``--cluster``."""
+    from cluster.platform.paths import state_home
+    from cluster.security.cluster_choice import resolve_cluster
+    from cluster.security.cluster_folder import ClusterFolder
+
+    folder = state_home(home)
+    return ClusterFolder(folder, resolve_cluster(cluster, folder))
 
 
 def _range(name: str) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import CONTEXT_HELP, ClusterName, Coordinator, Json, takes_options
+from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, takes_options
 from cluster.cli.plan_options import PlanOptions, order_options, plan_options
 from cluster.cli.serve import Model, Peers
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
 from cluster.core.text import count_in_words
 from cluster.platform.paths import state_home
+from cluster.security.cluster_choice import resolve_cluster
 
 if TYPE_CHECKING:
     from cluster.client import ModelPlan
@@ -38,7 +39,7 @@ def plan(
     ] = None,
     coordinator: Coordinator = None,
     peer: Peers = None,
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Search for workers this long.")] = WAIT_S,
     json: Json = False,
 ) -> None:
@@ -56,8 +57,9 @@ def plan(
         if assume is not None:
             made = plan_assumed(order, assume)
         else:
-            made = coordinators_plan(model, context, options, coordinator, cluster) or plan_found(
-                order, cluster, tuple(peer or ())
+            named = resolve_cluster(cluster, state_home())
+            made = coordinators_plan(model, context, options, coordinator, named) or plan_found(
+                order, named, tuple(peer or ())
             )
         show(made, json)
 

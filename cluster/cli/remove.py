@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import ClusterName, Home, Json
-from cluster.platform.paths import state_home
+from cluster.cli.options import Cluster, Home, Json, open_folder
 
 
 def remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The member's name, as in `macpipe members`.")],
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -24,11 +23,10 @@ def remove(
     without it. Only a new join token lets it back in.
     """
     from cluster.security.authority import Authority
-    from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.members import Members
 
     with errors_in_json(json):
-        folder = ClusterFolder(state_home(home), cluster)
+        folder = open_folder(home, cluster)
         Authority.load(folder)
         removed = Members(folder).remove(name)
         if json:

@@ -10,12 +10,13 @@ import typer
 
 from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.options import CONTEXT_HELP, ClusterName, Home, Level, Switch, takes_options
+from cluster.cli.options import CONTEXT_HELP, Cluster, Home, Level, Switch, takes_options
 from cluster.cli.plan_options import order_options, plan_options
 from cluster.coordinator.journal import Fsync
 from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import (
+    DEFAULT_COORDINATOR_PORT,
     DISCOVERY_TIMEOUT_S,
     MAX_SCHEMA_BYTES,
     MAX_STEP_MS,
@@ -26,6 +27,7 @@ from cluster.core.text import parse_address
 from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.paths import state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
+from cluster.security.cluster_choice import resolve_cluster
 
 DEFAULT_HTTP = "127.0.0.1:8080"
 Model = Annotated[
@@ -135,7 +137,9 @@ def serve(
     peer: Peers = None,
     peers_only: Annotated[bool, typer.Option("--peers-only", help="Use --peer workers only.")] = False,
     host: Host = "",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="Listen on this port.")] = 7700,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="PORT", help="Listen on this port.")
+    ] = DEFAULT_COORDINATOR_PORT,
     http: Http = "",
     served_model_name: ServedNames = None,
     http_allow_host: AllowHosts = None,
@@ -151,7 +155,7 @@ def serve(
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     strict: Strict = False,
     take_back: TakeBack = False,
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     wait: Wait = DISCOVERY_TIMEOUT_S,
     home: Home = None,
     journal: KeepJournal = None,
@@ -159,6 +163,7 @@ def serve(
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Find workers, load MODEL onto them, and serve requests. Runs in the foreground; Ctrl-C ends it."""
+    folder = state_home(home)
     settings = ServeSettings(
         LoadOrder(
             model=model,
@@ -171,8 +176,8 @@ def serve(
             wait_s=wait,
             **order_options(options),
         ),
-        home=state_home(home),
-        cluster=cluster,
+        home=folder,
+        cluster=resolve_cluster(cluster, folder),
         host=host,
         port=port,
         http=_http_settings(http, served_model_name, http_allow_host, http_allow_origin, http_cert, http_key),

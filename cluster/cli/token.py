@@ -11,10 +11,9 @@ import typer
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.help import Command
 from cluster.cli.join_watch import JoinHost, JoinPort
-from cluster.cli.options import ClusterName, Home, Json
+from cluster.cli.options import Cluster, Home, Json, open_folder
 from cluster.core.errors import InvalidOption
 from cluster.core.text import duration_in_words, parse_duration
-from cluster.platform.paths import state_home
 
 if TYPE_CHECKING:
     from cluster.security.tokens import IssuedToken, JoinToken
@@ -42,7 +41,7 @@ def create(
     ] = False,
     host: JoinHost = "",
     join_port: JoinPort = None,
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -51,11 +50,10 @@ def create(
     A running `macpipe serve` on this Mac accepts it; if none runs, use --wait.
     """
     from cluster.security.authority import Authority
-    from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.tokens import TokenStore
 
     with errors_in_json(json):
-        folder = ClusterFolder(state_home(home), cluster)
+        folder = open_folder(home, cluster)
         seconds = parse_duration(ttl, "--ttl")
         made = TokenStore(folder).issue(Authority.load(folder).fingerprint, _role(role), seconds)
         _print_token(made, seconds, json)
@@ -66,17 +64,16 @@ def create(
 
 
 @token.command(name="list", cls=Command)
-def show(cluster: ClusterName = "default", json: Json = False, home: Home = None) -> None:
+def show(cluster: Cluster = None, json: Json = False, home: Home = None) -> None:
     """List join tokens without their secrets.
 
     Ended tokens are listed for a day.
     """
     from cluster.security.authority import Authority
-    from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.tokens import TokenStore
 
     with errors_in_json(json):
-        folder = ClusterFolder(state_home(home), cluster)
+        folder = open_folder(home, cluster)
         Authority.load(folder)
         known = TokenStore(folder).all_tokens()
         now = time.time()
@@ -93,17 +90,16 @@ def show(cluster: ClusterName = "default", json: Json = False, home: Home = None
 @token.command(cls=Command)
 def revoke(
     id: Annotated[str, typer.Argument(metavar="ID", help="The token's id, as in `macpipe token list`.")],  # noqa: A002
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
     """Revoke a join token; a Mac that used it stays a member."""
     from cluster.security.authority import Authority
-    from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.tokens import TokenStore
 
     with errors_in_json(json):
-        folder = ClusterFolder(state_home(home), cluster)
+        folder = open_folder(home, cluster)
         Authority.load(folder)
         ended = TokenStore(folder).revoke(id)
         if json:

@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from cluster.cli.log_stream import survive_full_log
-from cluster.cli.options import ClusterName, Home, Level
+from cluster.cli.options import Cluster, Home, Level
 from cluster.core.errors import InvalidOption
 from cluster.core.text import parse_size
 from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.paths import short_host_name, state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
+from cluster.security.cluster_choice import resolve_cluster
 from cluster.worker.settings import Profiling, WorkerSettings
 
 LOOPBACK = "127.0.0.1"
@@ -45,7 +46,7 @@ def worker(
         int,
         typer.Option(min=0, max=65535, metavar="PORT", help="Receive activations on this port; 0 picks a free one."),
     ] = 0,
-    cluster: ClusterName = "default",
+    cluster: Cluster = None,
     memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory limit, like 24GiB.")] = None,
     prefix_disk: PrefixDisk = None,
     interface: Annotated[
@@ -67,10 +68,11 @@ def worker(
 
     Loads and runs the layers that a coordinator assigns. Runs in the foreground; Ctrl-C ends it.
     """
+    folder = state_home(home)
     settings = WorkerSettings(
         name=short_host_name() if name is None else name,
-        home=state_home(home),
-        cluster=cluster,
+        home=folder,
+        cluster=resolve_cluster(cluster, folder),
         host=_host(host, interface),
         port=port,
         data_port=data_port,

@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from cluster.client import proto_encoding as encoding
-from cluster.client.async_calls import AsyncStubs
+from cluster.client.async_calls import AsyncStubs, run_blocking
 from cluster.client.async_connection import AsyncCoordinatorConnection
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.async_training import AsyncTraining
 from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
-from cluster.client.coordinator_address import resolve_address
+from cluster.client.coordinator_address import choose_coordinator
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions
 from cluster.client.proto_decoding import decode_models, decode_tokens
@@ -36,23 +36,27 @@ R = TypeVar("R")
 
 
 class AsyncClient:
-    """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else ``127.0.0.1:7700``.
+    """A connection to a coordinator: ``coordinator``, else ``MACPIPE_COORDINATOR``, else the cluster's.
 
     It connects at the first call and reconnects after a lost connection. It belongs to the event loop of its first
-    call. Close it, or use ``async with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else ``default``) selects this
-    machine's certificate, which is renewed in the background while the client is open. Without a certificate, the
-    client reaches only a coordinator on this machine. ``timeout_s`` is the default deadline of a call. Without it,
-    answers have no deadline, ``plan`` has 60 s, and other calls have 10 s. ``drain`` never has a deadline. ``load`` has
-    none either, but ends if it makes no progress. Every method raises subclasses of MacpipeError
-    (``cluster.core.errors``), never gRPC's errors.
+    call. Close it, or use ``async with``. ``cluster`` (else ``MACPIPE_CLUSTER``, else the cluster that this machine
+    entered last, else ``default``) selects this machine's certificate, which is renewed in the background while the
+    client is open. If no coordinator is named, its address is the one that was remembered, else ``127.0.0.1:7700``, and
+    ``async with`` looks for it on the network if it does not answer there. Without a certificate, the client reaches
+    only a coordinator on this machine.
+
+    ``timeout_s`` is the default deadline of a call. Without it, answers have no deadline, ``plan`` has 60 s, and other
+    calls have 10 s. ``drain`` never has a deadline. ``load`` has none either, but ends if it makes no progress. Every
+    method raises subclasses of MacpipeError (``cluster.core.errors``), never gRPC's errors.
     """
 
     def __init__(
         self, coordinator: str | None = None, *, cluster: str | None = None, timeout_s: float | None = None
     ) -> None:
-        self.address = resolve_address(coordinator)
+        self._choice = choose_coordinator(coordinator, cluster)
+        self.address = self._choice.address
         self._timeout_s = check_timeout_s(timeout_s)
-        self._connection = AsyncCoordinatorConnection(self.address, load_trust(cluster))
+        self._connection = AsyncCoordinatorConnection(self.address, load_trust(self._choice.cluster))
 
     async def generate(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Completion:
         """Continue a text, or token ids, without a chat template.
@@ -176,6 +180,8 @@ class AsyncClient:
         await self._connection.close()
 
     async def __aenter__(self) -> Self:
+        self.address = await run_blocking(self._choice.find)
+        self._connection.use_address(self.address)
         return self
 
     async def __aexit__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
 import grpc
@@ -10,11 +9,10 @@ import grpc
 from cluster.core.limits import CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS, CONNECT_TIMEOUT_S, MAX_CONTROL_BYTES
 from cluster.core.text import parse_address
 from cluster.platform.paths import state_home
-from cluster.security.credentials import open_trust
-from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, ChannelOptions, Trust
+from cluster.security.cluster_choice import resolve_cluster
+from cluster.security.credentials import open_caller_trust
+from cluster.security.trust import COORDINATOR, ChannelOptions, Trust
 
-CLUSTER_VARIABLE: Final = "MACPIPE_CLUSTER"
-DEFAULT_CLUSTER: Final = "default"
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_send_message_length", MAX_CONTROL_BYTES),
     ("grpc.max_receive_message_length", MAX_CONTROL_BYTES),
@@ -30,8 +28,9 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 
 
 def load_trust(cluster: str | None) -> Trust:
-    """Return this machine's identity in ``cluster`` (else ``MACPIPE_CLUSTER``): admin, client or anonymous."""
-    return open_trust(state_home(), cluster or os.environ.get(CLUSTER_VARIABLE) or DEFAULT_CLUSTER, ADMIN, CLIENT)
+    """Return this machine's identity in ``cluster`` (else as ``resolve_cluster`` says) for calls to a coordinator."""
+    home = state_home()
+    return open_caller_trust(home, resolve_cluster(cluster, home))
 
 
 def channel_credentials(trust: Trust, address: str) -> tuple[grpc.ChannelCredentials, ChannelOptions]:

@@ -43,6 +43,14 @@ class CoordinatorConnection:
         self._open: weakref.WeakSet[Stubs] = weakref.WeakSet()
         self._closed = False
 
+    def use_address(self, address: str) -> None:
+        """Send the calls from now on to ``address``. Raise as ``Trust.channel`` does."""
+        with self._lock:
+            if address != self.address:
+                self._credentials, self._options = channel_credentials(self._trust, address)
+                self.address = address
+                self._stubs = None  # the calls on it keep its channel open
+
     def ask(self, choose: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, timeout_s: float | None) -> R:
         """Call the method that ``choose`` returns. Raise MacpipeError, also once the connection is closed."""
         with self._lock:

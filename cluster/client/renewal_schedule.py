@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from cluster.core.errors import MacpipeError, Unreachable
 from cluster.security.limits import MAX_RENEWAL_RETRY_S, MIN_RENEWAL_RETRY_S, RENEWAL_SPREAD
-from cluster.security.trust import Trust
+from cluster.security.trust import WORKER, Trust
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ class ScheduledRenewal:
 
     @property
     def possible(self) -> bool:
-        """Whether this machine has a certificate."""
-        return self._trust.renewal is not None
+        """Whether this machine has a certificate that a client renews. The coordinator renews a worker's."""
+        return self._trust.renewal is not None and not self._trust.me.startswith(f"{WORKER}.")
 
     def due_in_s(self) -> float:
         """Return the seconds until the next renewal: 0 or less if it is due."""

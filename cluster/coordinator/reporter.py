@@ -23,8 +23,11 @@ class LoadReporter(Protocol):
 class Reporter(LoadReporter, Protocol):
     """Receives all events that the operator should see."""
 
-    def serving(self, address: str, plan: Plan, http: str) -> None:
-        """Report that a token passed every stage. Requests go to ``address``, and to the URL ``http`` unless ""."""
+    def serving(self, addresses: Sequence[str], plan: Plan, http: str) -> None:
+        """Report that a token passed every stage.
+
+        Requests go to any of ``addresses``, the first of which is this Mac's own, and to the URL ``http`` unless "".
+        """
 
     def problem(self, sentence: str) -> None:
         """Report a problem. The sentence says whether serving continues."""

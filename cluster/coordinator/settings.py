@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
 from cluster.core.errors import InvalidOption
-from cluster.core.limits import DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
+from cluster.core.limits import DEFAULT_COORDINATOR_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
 from cluster.core.plan import LayerRange, Objective, Route, Speculation
 
 
@@ -101,7 +101,7 @@ class ServeSettings:
     home: Path
     cluster: str = "default"
     host: str = ""
-    port: int = 7700
+    port: int = DEFAULT_COORDINATOR_PORT
     http: HttpSettings = HttpSettings()
     join_port: int | None = None
     peers: tuple[str, ...] = ()

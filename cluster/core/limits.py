@@ -178,6 +178,7 @@ OCCUPANCY_S: Final = 30.0
 # Deadlines, in seconds
 DISCOVERY_TIMEOUT_S: Final = 30.0
 """`serve` waits this long for its workers before it reports who is missing."""
+DEFAULT_COORDINATOR_PORT: Final = 7700
 CONNECT_TIMEOUT_S: Final = 5.0
 RECONNECT_TIMEOUT_S: Final = 2.0
 """The same for a data stream to a peer whose stream just fell silent. A link of 100 ms needs half of it."""

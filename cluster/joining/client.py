@@ -29,12 +29,14 @@ from cluster.core.errors import (
     TokenRefused,
     Unreachable,
 )
+from cluster.core.limits import DEFAULT_COORDINATOR_PORT
 from cluster.core.text import format_address, parse_address
 from cluster.discovery.join_announcement import look_for_join
 from cluster.joining.coordinator_search import search
 from cluster.joining.join_messages import AUTHORITY, JOIN, JoinReply, JoinRequest, read_refusal, read_reply
 from cluster.security.admission import clocks_in_words
 from cluster.security.authority import PresentedAuthority, read_authority
+from cluster.security.cluster_choice import remember_cluster, remember_coordinator
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import Keyring, make_request
 from cluster.security.limits import (
@@ -115,6 +117,9 @@ async def join(order: JoinOrder) -> Joined:
     now = order.clock()
     party = _install(order, folder, presented.authority, key, answer)
     pending.unlink(missing_ok=True)
+    remember_cluster(order.home, folder.cluster)
+    host, _ = parse_address(presented.address)
+    remember_coordinator(order.home, folder.cluster, format_address(host, DEFAULT_COORDINATOR_PORT))
     return Joined(folder.cluster, party, presented.address, folder.path, now - answer.clock)
 
 

@@ -16,7 +16,10 @@ _COORDINATORS: Final = frozenset({Role.COORDINATOR})
 _INSPECTORS: Final = frozenset({Role.COORDINATOR, Role.ADMIN})
 """Admins, because ``macpipe plan`` asks workers itself where no coordinator runs."""
 _MACS: Final = frozenset({Role.COORDINATOR, Role.WORKER})
-_CALLERS: Final = frozenset({Role.CLIENT, Role.ADMIN})
+_CALLERS: Final = frozenset({Role.CLIENT, Role.ADMIN, Role.WORKER})
+"""Workers too: whoever sits at one of the cluster's Macs may send requests from there."""
+_RENEWERS: Final = frozenset({Role.CLIENT, Role.ADMIN})
+"""The coordinator renews its workers' certificates itself."""
 _ADMINS: Final = frozenset({Role.ADMIN})
 
 _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
@@ -64,7 +67,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "Train": _ADMINS,
         "AddAdapter": _ADMINS,
         "RemoveAdapter": _ADMINS,
-        "RenewCertificate": _CALLERS,
+        "RenewCertificate": _RENEWERS,
     },
     "grpc.health.v1.Health": {"Check": _CALLERS, "List": _CALLERS, "Watch": _CALLERS},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _CALLERS},

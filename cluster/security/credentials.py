@@ -13,7 +13,7 @@ import grpc
 from cluster.core.errors import InvalidOption
 from cluster.core.text import is_loopback
 from cluster.security.name_check import check_name
-from cluster.security.trust import AuthContext, ChannelOptions, Trust
+from cluster.security.trust import ADMIN, CLIENT, WORKER, AuthContext, ChannelOptions, Trust
 
 if TYPE_CHECKING:
     from cluster.security.roles import Party
@@ -30,6 +30,18 @@ def open_trust(home: Path, cluster: str, *roles: str, name: str = "") -> Trust:
 
         return open_cluster_trust(home, cluster, roles, name) or LocalTrust(cluster)
     return LocalTrust(cluster)
+
+
+def open_caller_trust(home: Path, cluster: str) -> Trust:
+    """Open the trust with which this machine calls coordinators: as an admin, a client or a worker of ``cluster``.
+
+    A Mac with several workers calls as the first by name. Raises as ``open_trust`` does.
+    """
+    trust = open_trust(home, cluster, ADMIN, CLIENT)
+    if trust.me or not is_member(home, cluster):
+        return trust
+    certificates = sorted((home / "clusters" / cluster / "workers").glob("*/certificate.pem"))
+    return open_trust(home, cluster, WORKER, name=certificates[0].parent.name) if certificates else trust
 
 
 def is_member(home: Path, cluster: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from client.scripted import cluster_reply
+from cluster.cli.command_name import command_name
 from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable
@@ -222,6 +224,30 @@ def test_a_worker_is_shown_with_its_chip_and_what_its_mac_runs(capsys: pytest.Ca
     assert any(line[:3] == ["bob", "cpu", "-"] for line in lines)
 
 
+def test_every_address_and_the_line_for_other_macs_are_printed() -> None:
+    stream = io.StringIO()
+    with TerminalReport(stream) as report:
+        report.serving(["127.0.0.1:7700", "10.0.0.5:7700"], a_plan(), "http://127.0.0.1:8080")
+    said = stream.getvalue().splitlines()
+    assert said[0].endswith(" on 127.0.0.1:7700 and 10.0.0.5:7700, and on http://127.0.0.1:8080")
+    assert said[1].endswith("macpipe generate -p 'Hello'")
+    assert said[2] == "on another Mac of the cluster: macpipe chat --coordinator 10.0.0.5:7700"
+    assert said[3] == "HTTP is for this Mac alone; --http 10.0.0.5:8080 serves other Macs too"
+
+
+def test_a_hint_names_the_script_that_is_not_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "a venv" / "python"))
+    assert command_name() == "macpipe", "there is no script either"
+    script = tmp_path / "a venv" / "macpipe"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\n")
+    assert command_name() == f"'{script}'"
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert command_name() == "macpipe"
+
+
 def test_a_served_model_is_reported_in_plain_lines() -> None:
     stream = io.StringIO()
     with TerminalReport(stream) as report:
@@ -232,7 +258,7 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
         report.planned(a_plan())
         for percent in range(101):
             report.progress(LoadProgress("mac-0", LayerRange(0, 4), percent, 100, "reading", notices=("a is damaged",)))
-        report.serving("127.0.0.1:7701", a_plan(), "http://127.0.0.1:8081")
+        report.serving(["127.0.0.1:7701"], a_plan(), "http://127.0.0.1:8081")
         report.problem("mac-1 stopped answering")
     said = stream.getvalue()
     assert said.count("waiting for 2 workers") == 1

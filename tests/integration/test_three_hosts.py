@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,24 @@ def test_three_hosts_find_each_other_and_answer_though_a_cable_is_pulled(
     ids = load_tokenizer(llama).encode("hello there")
     assert prompt["prompt_tokens"] == len(ids)
     assert tuple(answer["tokens"]) == greedy(llama, ids, 16)  # type: ignore[arg-type]
+    for host, name in zip(three_hosts[1:], NAMES[1:], strict=True):
+        the_coordinator_is_found(host, cluster.folder / name, cluster.name, f"{first.address}:{PORT}")
     the_answer_outlives_a_pulled_cable(first, three_hosts[1], cluster.folder / "answer.log")
+
+
+def the_coordinator_is_found(host: Host, home: Path, cluster: str, address: str) -> None:
+    """Without an argument: where `join` found it, and by its announcement if it is not there any more."""
+    record = home / "clusters" / cluster / "coordinator.json"
+    assert json.loads(record.read_text()) == {"address": address}
+    own = {key: value for key, value in os.environ.items() if key != "MACPIPE_CLUSTER"} | {"MACPIPE_HOME": str(home)}
+    status = host.run(*command("status", "--json"), env=own, timeout=60)
+    assert status.returncode == 0, status.stderr
+    assert sorted(worker["name"] for worker in json.loads(status.stdout)["workers"]) == list(NAMES)
+    record.write_text('{"address": "10.77.0.99:7700"}')
+    answer = host.run(*command("generate", "-p", "x", "--raw", "--max-tokens", "2", "--json"), env=own, timeout=60)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 2
+    assert json.loads(record.read_text()) == {"address": address}
 
 
 def the_answer_outlives_a_pulled_cable(first: Host, pulled: Host, log: Path) -> None:

@@ -1,0 +1,81 @@
+"""Remembers the cluster that this machine entered last, and where the coordinator of each of its clusters listens.
+
+Both records are hints: TLS checks who answers. A record that is missing or damaged counts as none, and one that cannot
+be written is only logged. The module does not import cryptography, which other commands need not wait for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from cluster.core.errors import InvalidOption
+from cluster.core.limits import KIB
+from cluster.core.text import format_address, parse_address
+from cluster.platform.json_file import read_json, write_json
+from cluster.security.credentials import is_member
+from cluster.security.name_check import check_name
+
+log = logging.getLogger(__name__)
+
+CLUSTER_VARIABLE: Final = "MACPIPE_CLUSTER"
+DEFAULT_CLUSTER: Final = "default"
+MAX_RECORD_BYTES: Final = 4 * KIB
+
+
+def resolve_cluster(given: str | None, home: Path) -> str:
+    """Return ``given``, else ``MACPIPE_CLUSTER``, else the cluster that this machine entered last, else ``default``.
+
+    A remembered cluster counts only while this machine is a member. Raises ``InvalidOption`` for an invalid name.
+    """
+    if named := given or os.environ.get(CLUSTER_VARIABLE):
+        return check_name(named, "a cluster's")
+    remembered = _read_text(home / "last-cluster.json", "cluster")
+    try:
+        known = bool(remembered) and is_member(home, check_name(remembered, "a cluster's"))
+    except InvalidOption:
+        known = False
+    return remembered if known else DEFAULT_CLUSTER
+
+
+def remember_cluster(home: Path, cluster: str) -> None:
+    """Remember ``cluster`` as the one that this machine entered last."""
+    _write(home / "last-cluster.json", {"cluster": cluster})
+
+
+def remembered_coordinator(home: Path, cluster: str) -> str | None:
+    """Return the ``host:port`` of the cluster's coordinator, as remembered; None if none is."""
+    address = _read_text(_coordinator_file(home, cluster), "address")
+    try:
+        return format_address(*parse_address(address)) if address else None
+    except InvalidOption:
+        return None
+
+
+def remember_coordinator(home: Path, cluster: str, address: str) -> None:
+    """Remember that the cluster's coordinator listens on ``address``. Does nothing if this is known."""
+    if address != remembered_coordinator(home, cluster):
+        _write(_coordinator_file(home, cluster), {"address": address})
+
+
+def _coordinator_file(home: Path, cluster: str) -> Path:
+    return home / "clusters" / check_name(cluster, "a cluster's") / "coordinator.json"
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        content = read_json(path, MAX_RECORD_BYTES)
+    except (OSError, ValueError):
+        return ""
+    value = content.get(name) if isinstance(content, Mapping) else None
+    return value if isinstance(value, str) else ""
+
+
+def _write(path: Path, record: Mapping[str, str]) -> None:
+    try:
+        write_json(path, dict(record))
+    except OSError as e:
+        log.warning("cluster: cannot remember it for later commands reason=%s path=%s", e.strerror, path)
