@@ -42,6 +42,9 @@ EXAMPLES: Final = {
     "drain": ("macpipe drain mac-2", "macpipe drain mac-2 --undo"),
     "bench": ("macpipe bench", "macpipe bench --users 1,4,16 --prompt 2000 --tokens 200"),
     "launch": ("macpipe launch codex -- --help", "macpipe launch claude --run"),
+    "store rm": ("macpipe store rm mlx-community/Qwen3-32B-4bit", "macpipe store rm 3f2a9c01"),
+    "store prune": ("macpipe store prune --unused 30d", "macpipe store prune --keep 200GiB --dry-run"),
+    "store quota": ("macpipe store quota 500GiB", "macpipe store quota off"),
     "token create": ("macpipe token create", "macpipe token create --role client --ttl 2h"),
     "key create": ("macpipe key create amy", "macpipe key create ci --requests-per-minute 60"),
 }

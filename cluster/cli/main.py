@@ -35,13 +35,14 @@ from cluster.cli.pull import pull
 from cluster.cli.remove import remove
 from cluster.cli.serve import serve
 from cluster.cli.status import status
+from cluster.cli.store import store
 from cluster.cli.token import token
 from cluster.cli.unload import unload
 from cluster.cli.worker import worker
 
 SECTIONS: Final = {
     "Set up": ("demo", "init", "join", "worker", "token", "members", "remove"),
-    "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain"),
+    "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
     "Look at it": ("status", "ps", "bench"),
@@ -96,6 +97,7 @@ for command in (
 app.add_typer(token, name="token")
 app.add_typer(key)
 app.add_typer(adapter)
+app.add_typer(store)
 for command in (members, remove):
     app.command(cls=Command)(command)
 app.command(cls=Command, context_settings={"allow_extra_args": True})(launch)

@@ -113,6 +113,7 @@ class WeightDistribution:
         own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))
         own.add_done_callback(ignore_error)  # nobody awaits it if the load fails
         async with AsyncExitStack() as stack:
+            stack.callback(self._store_server.release)
             stack.callback(own.cancel)
             stack.callback(stop.set)
             peers = await self._open_ports(stack, workers)

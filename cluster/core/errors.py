@@ -125,6 +125,12 @@ class ModelNotFound(MacpipeError):
     reason, grpc_status, http_status = "MODEL_NOT_FOUND", "NOT_FOUND", 404
 
 
+class ModelInUse(MacpipeError):
+    """A process of this machine uses the model, so it cannot be removed."""
+
+    reason, grpc_status, http_status = "MODEL_IN_USE", "FAILED_PRECONDITION", 409
+
+
 class BadCheckpoint(MacpipeError):
     """The folder exists but is not a checkpoint that can be served (pickle files, damaged headers)."""
 

@@ -30,6 +30,10 @@ MAX_MODEL_BYTES: Final = 8 * 1024 * GIB
 """Size of all files of one model; file systems accept holes of this size."""
 MAX_MODEL_READ_BYTES: Final = GIB
 """Size of one model's small files and headers, which are read before anything else is known of it."""
+MAX_VERSION_BYTES: Final = 4 * KIB
+"""Maximum size of the record that says which version of a model was seen last."""
+LEFTOVER_S: Final = 86_400.0
+"""Age of what an interrupted fetch left before it is removed: no step of a fetch takes a day."""
 DEFER_S: Final = 15.0
 """How long a worker waits for another that should fetch a tensor for both but does not report it."""
 CHECK_S: Final = 900.0

@@ -7,11 +7,14 @@ nothing of sources.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -33,10 +36,15 @@ Read = Callable[[StoredFile], bytes]
 
 
 class PartialCheckpoint:
-    """The partial checkpoint in ``folder``. Thread-safe. Several processes may fill the same one."""
+    """The partial checkpoint in ``folder``. Thread-safe. Several processes may fill the same one.
 
-    def __init__(self, folder: Path) -> None:
+    While this object lives, nobody removes the folder (``stored_models``); opening it records the time of its last use.
+    """
+
+    def __init__(self, folder: Path, *, used: bool = True) -> None:
         self.folder = folder
+        if used:
+            self._hold()
         checkpoint = open_folder(folder)
         self.fingerprint, self.tensors = checkpoint.fingerprint, checkpoint.tensors
         self.origin = read_origin(folder)
@@ -55,6 +63,17 @@ class PartialCheckpoint:
             if self._complete(tensor) and self.tensors[tensor].file in unchanged
         }
         self._damaged: set[str] = set()
+
+    def _hold(self) -> None:
+        """Share the folder's lock as long as this object lives. A folder that cannot be written needs none."""
+        try:
+            file = os.open(lock_file(self.folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return
+        weakref.finalize(self, os.close, file)
+        with contextlib.suppress(OSError):  # somebody removes the folder just now, and readers notice
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            os.utime(file)
 
     def _replay(self, entry: Entry) -> None:
         match entry:
@@ -275,6 +294,11 @@ def read_origin(folder: Path) -> ModelFiles:
         raise BadCheckpoint(
             f"the records of the model in {str(folder)!r} are damaged; remove that folder and load the model again"
         ) from error
+
+
+def lock_file(folder: Path) -> Path:
+    """Return the file whose lock users of the folder share. Its modification time is that of the last use."""
+    return folder / RECORDS / "lock"
 
 
 def is_partial(folder: Path) -> bool:

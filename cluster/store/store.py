@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from cluster.core.adapter import AdapterRef
 from cluster.core.errors import (
@@ -22,20 +21,17 @@ from cluster.core.errors import (
     ModelNotFound,
     ModelUnsupported,
 )
-from cluster.core.limits import KIB
 from cluster.core.plan import ModelRef
 from cluster.model.adapter_files import open_folder
 from cluster.model.checkpoint import BUNDLED, open_checkpoint, resolve_model
 from cluster.platform.json_file import read_json, write_json
 from cluster.store.hub import Hub, HubName, look_up
+from cluster.store.limits import MAX_VERSION_BYTES
 from cluster.store.model_files import is_digest
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, place, read_origin
 from cluster.store.peer_client import Peer
 
 log = logging.getLogger(__name__)
-
-MAX_VERSION_BYTES: Final = 4 * KIB
-"""Maximum size of the record that says which version of a model was seen last."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,15 @@ class StoreServer(StoreServiceServicer):
         self._items[item.checkpoint.fingerprint] = item
         return item
 
+    def release(self, keep: str = "") -> None:
+        """Close the partial checkpoints that nothing fills or hashes, except the one with the fingerprint ``keep``.
+
+        While they are open they cannot be removed from this Mac. One that a peer asks for is opened again.
+        """
+        for fingerprint, item in list(self._items.items()):
+            if item.partial and fingerprint != keep and not item.coming and not item.checking:
+                self._items.pop(fingerprint, None)
+
     def _open_model(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:
         checkpoint = open_folder(folder)
         return SharedModel(checkpoint, partial, DigestManifest(self._store.home, checkpoint.fingerprint))

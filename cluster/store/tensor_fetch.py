@@ -28,6 +28,7 @@ from cluster.core.errors import (
 from cluster.core.limits import FETCH_TICK_S
 from cluster.model.checkpoint import TensorInfo
 from cluster.store.digest_manifest import DigestManifest
+from cluster.store.disk_quota import make_room
 from cluster.store.disk_space import free_bytes, require_room
 from cluster.store.hub import Hub
 from cluster.store.limits import CHECK_S, DEFER_S, FETCH_RANGE_BYTES, FETCH_STREAMS, MAX_NOTICES, MAX_TENSORS_NAMED
@@ -120,6 +121,7 @@ class Fetch:
         self._verify([tensor for tensor in self._tensors if tensor.name not in self._partial.verified], None)
         missing = self._missing_tensors()
         needed = sum(self._partial.missing_bytes(tensor) for tensor in missing)
+        make_room(self._partial.folder.parent.parent, needed, self._what)
         require_room(self._partial.folder, needed, self._free(self._partial.folder), self._what)
         self._fetch(missing)
         if self._drop_mismatched_file():  # it is unknown which source sent the wrong bytes, so all may try once more

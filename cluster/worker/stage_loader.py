@@ -141,6 +141,8 @@ class _LoadJob:
             ]
             found = self._store.find_adapter(adapter, peers) if adapter else self._store.find_for_worker(model, peers)
             item = self._store_server.share(found.folder, found.partial)
+            if not adapter:  # a worker holds layers of one model, so the quota may remove the others
+                self._store_server.release(keep=model.fingerprint)
             if found.partial:
                 hub = Hub(w.repo, w.commit) if w.repo else None
                 item.coming = frozenset(w.tensors) - w.deferred

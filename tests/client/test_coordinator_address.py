@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from zeroconf.asyncio import AsyncServiceInfo
 
 from cluster.client import AsyncClient, Client
 from cluster.client.coordinator_search import find_coordinator
-from cluster.discovery.coordinator_announcement import announce_coordinator
+from cluster.discovery.coordinator_announcement import SERVICE, announce_coordinator, read_coordinator_sighting
+from cluster.discovery.interfaces import interfaces
+from cluster.discovery.sighting import Sighting
 from cluster.security.cluster_choice import (
     remember_cluster,
     remember_coordinator,
@@ -138,3 +141,17 @@ def test_a_coordinator_that_moved_is_found_by_its_announcement(home: Path, lead:
 
 def test_the_mac_that_leads_looks_nowhere_else(lead: Lead) -> None:
     assert find_coordinator(lead.folder.home, "studio", "127.0.0.1:1") == "127.0.0.1:1"
+
+
+LONG = {b"id": ID.encode(), **{b"%d" % n: b"y" * 200 for n in range(11)}}
+
+
+@pytest.mark.parametrize("properties", [{}, {b"id": None}, {b"id": b"0123"}, {b"id": b"\xff" * 16}, LONG])
+def test_a_malformed_announcement_is_no_sighting(properties: dict[bytes, bytes | None]) -> None:
+    def sighting(properties: dict[bytes, bytes | None]) -> Sighting | None:
+        name = f"coordinator.{SERVICE}"
+        info = AsyncServiceInfo(SERVICE, name, 7700, properties=properties, parsed_addresses=["127.0.0.1"])
+        return read_coordinator_sighting(info, interfaces())
+
+    assert sighting({b"id": ID.encode()}) == Sighting("127.0.0.1:7700", cluster=ID)
+    assert sighting(properties) is None
