@@ -26,6 +26,7 @@ from cluster.cli.init import init
 from cluster.cli.join import join
 from cluster.cli.key import key
 from cluster.cli.launch import launch
+from cluster.cli.leave import leave
 from cluster.cli.load import load
 from cluster.cli.lora import lora
 from cluster.cli.members import members
@@ -41,7 +42,7 @@ from cluster.cli.unload import unload
 from cluster.cli.worker import worker
 
 SECTIONS: Final = {
-    "Set up": ("demo", "init", "join", "worker", "token", "members", "remove"),
+    "Set up": ("demo", "init", "join", "worker", "token", "members", "remove", "leave"),
     "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
@@ -98,7 +99,7 @@ app.add_typer(token, name="token")
 app.add_typer(key)
 app.add_typer(adapter)
 app.add_typer(store)
-for command in (members, remove):
+for command in (members, remove, leave):
     app.command(cls=Command)(command)
 app.command(cls=Command, context_settings={"allow_extra_args": True})(launch)
 

@@ -21,13 +21,18 @@ import pytest
 
 from cli.conftest import MACPIPE, ROOT
 from cluster.cli.main import main
+from cluster.coordinator.identity import state_folder
 from cluster.joining.join_messages import JoinRequest
+from cluster.platform.paths import hold_id
+from cluster.security.authority import Authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.keys import TEXT, KeyLimits, KeyScope, KeyStore
 from cluster.security.members import Members
 from cluster.security.roles import Role
 from cluster.security.tokens import JoinToken
+from cluster.worker.identity import hold_identity
+from parties import Lead
 
 Macpipe = Any
 
@@ -167,6 +172,37 @@ def test_a_mac_without_the_cluster_is_told_so(here: Macpipe, home: str) -> None:
 
 
 # Processes that talk
+
+
+def test_a_mac_leaves(here: Macpipe, home: str, cluster: dict[str, Any], tmp_path: Path) -> None:
+    leader = ClusterFolder(Path(home), "default")
+    party = Lead(leader, Authority.load(leader)).admit_worker("mac-2", tmp_path / "mac-2")
+    own = ClusterFolder(tmp_path / "mac-2", "default")
+    with hold_identity(own.home, party.name):
+        refused(here("leave", MACPIPE_HOME=str(own.home)), 1, "the worker mac-2 still runs")
+    assert own.exists
+    done = here("leave", MACPIPE_HOME=str(own.home))
+    assert done.stdout.splitlines() == [
+        "this Mac has left the cluster default",
+        "on the coordinator's Mac, `macpipe remove mac-2` takes it off the list",
+    ]
+    assert not own.path.exists()
+    assert (own.home / "workers" / "mac-2" / "id").is_file(), "the Mac keeps its id"
+    refused(here("leave", MACPIPE_HOME=str(own.home)), 1, "is in no cluster named default")
+
+
+def test_the_mac_that_leads_leaves_only_with_the_whole_cluster(
+    here: Macpipe, home: str, cluster: dict[str, Any]
+) -> None:
+    folder = ClusterFolder(Path(home), "default")
+    refused(here("leave", MACPIPE_HOME=home), 2, "this Mac leads the cluster default", "--disband")
+    with hold_id(state_folder(folder.home, "default")):
+        refused(here("leave", "--disband", MACPIPE_HOME=home), 1, "coordinator still runs")
+    assert folder.leads
+    done = here("leave", "--disband", "--json", MACPIPE_HOME=home)
+    assert json.loads(done.stdout) == {"cluster": "default", "members": ["mac-1", "mac-1-admin"], "disbanded": True}
+    assert [one.name for one in folder.path.parent.iterdir()] == []
+    assert here("init", "--no-wait", "--name", "mac-1", MACPIPE_HOME=home).returncode == 0
 
 
 @contextmanager
