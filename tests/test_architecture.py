@@ -25,7 +25,7 @@ FLOORS = (
     {"", "core", "platform", "v1"},
     {"bundled", "codec", "membership", "model", "placement", "scheduler", "security", "wire"},
     {"discovery", "transport"},
-    {"joining", "sandbox", "store"},
+    {"doctor", "joining", "sandbox", "store"},
     {"conversion", "coordinator", "worker"},
     {"api", "client"},
     {"cli"},

@@ -1,5 +1,5 @@
-"""Facts that macOS tells about the machine: the only reader of sysctl, sw_vers, system_profiler and
-networksetup.
+"""Facts that macOS tells about the machine. With ``mac_commands`` it is the only reader of sysctl, sw_vers,
+system_profiler and networksetup.
 
 Each fact is one command, and one function that parses its output. On another system every fact is "not known". The
 module knows nothing of MLX.
@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["MachineFacts", "hardware_ports", "machine_facts", "memory_pressure", "process_seconds"]
+__all__ = ["MachineFacts", "hardware_ports", "machine_facts", "memory_pressure", "process_seconds", "run_command"]
 
 MIB: Final = 2**20
 COMMAND_TIMEOUT_S: Final = 5.0
@@ -46,21 +46,21 @@ def machine_facts() -> MachineFacts:
     if platform.system() != "Darwin":
         return MachineFacts()
     return MachineFacts(
-        chip=_run_command("sysctl", "-n", "machdep.cpu.brand_string").strip(),
-        gpu_cores=parse_gpu_cores(_run_command("system_profiler", "-json", "SPDisplaysDataType")),
-        wired_limit=parse_wired_limit(_run_command("sysctl", "-n", "iogpu.wired_limit_mb")),
-        macos_version=parse_version(_run_command("sw_vers")),
+        chip=run_command("sysctl", "-n", "machdep.cpu.brand_string").strip(),
+        gpu_cores=parse_gpu_cores(run_command("system_profiler", "-json", "SPDisplaysDataType")),
+        wired_limit=parse_wired_limit(run_command("sysctl", "-n", "iogpu.wired_limit_mb")),
+        macos_version=parse_version(run_command("sw_vers")),
     )
 
 
 def memory_pressure() -> str:
     """Return the kernel's name of the memory pressure; empty if not known."""
-    return parse_pressure(_run_command("sysctl", "-n", "kern.memorystatus_vm_pressure_level"))
+    return parse_pressure(run_command("sysctl", "-n", "kern.memorystatus_vm_pressure_level"))
 
 
 def process_seconds(pid: int) -> float | None:
     """Return the processor time of a process in seconds; None if not known."""
-    return parse_cpu_time(_run_command("ps", "-o", "time=", "-p", str(pid)))
+    return parse_cpu_time(run_command("ps", "-o", "time=", "-p", str(pid)))
 
 
 def parse_cpu_time(clock: str) -> float | None:
@@ -75,7 +75,7 @@ def parse_cpu_time(clock: str) -> float | None:
 @lru_cache(maxsize=1)
 def hardware_ports() -> dict[str, str]:
     """Return the kind of each network device, such as ``en0``: ``Wi-Fi``."""
-    return parse_hardware_ports(_run_command("networksetup", "-listallhardwareports"))
+    return parse_hardware_ports(run_command("networksetup", "-listallhardwareports"))
 
 
 def parse_hardware_ports(report: str) -> dict[str, str]:
@@ -110,7 +110,7 @@ def parse_pressure(value: str) -> str:
     return PRESSURES.get(int(value), "") if value.strip().isdigit() else ""
 
 
-def _run_command(*command: str) -> str:
+def run_command(*command: str) -> str:
     """Return a command's output; empty if it does not exist, fails or takes too long."""
     if platform.system() != "Darwin":
         return ""

@@ -102,3 +102,15 @@ def _from_proc(pid: int) -> int:
 def _from_ps(pid: int) -> int:
     command = ["ps", "-o", "rss=", "-p", str(pid)]
     return int(subprocess.run(command, capture_output=True, timeout=PS_TIMEOUT_S, check=True).stdout) << 10
+
+
+def list_commands() -> str:
+    """Return a line for each process: its id, its parent's id, and its command; empty if ``ps`` fails."""
+    command = ["ps", "-axwwo", "pid=,ppid=,command="]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PS_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout

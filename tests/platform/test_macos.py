@@ -87,6 +87,6 @@ def test_elsewhere_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_command_that_is_not_there_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.system", lambda: "Darwin")
-    assert macos._run_command("no-such-command-anywhere") == ""
-    assert macos._run_command("false") == ""
-    assert macos._run_command("echo", "7") == "7\n"
+    assert macos.run_command("no-such-command-anywhere") == ""
+    assert macos.run_command("false") == ""
+    assert macos.run_command("echo", "7") == "7\n"
