@@ -41,6 +41,8 @@ EXAMPLES: Final = {
     ),
     "drain": ("macpipe drain mac-2", "macpipe drain mac-2 --undo"),
     "bench": ("macpipe bench", "macpipe bench --users 1,4,16 --prompt 2000 --tokens 200"),
+    "doctor": ("macpipe doctor", "macpipe doctor --cluster"),
+    "report": ("macpipe report", "macpipe report bug.zip"),
     "launch": ("macpipe launch codex -- --help", "macpipe launch claude --run"),
     "store rm": ("macpipe store rm mlx-community/Qwen3-32B-4bit", "macpipe store rm 3f2a9c01"),
     "store prune": ("macpipe store prune --unused 30d", "macpipe store prune --keep 200GiB --dry-run"),

@@ -17,6 +17,7 @@ from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.convert import convert
 from cluster.cli.demo import demo
+from cluster.cli.doctor import doctor
 from cluster.cli.drain import drain
 from cluster.cli.error_boundary import FIRST_SIGNAL_CODE, exit_at_once, run_with_error_boundary
 from cluster.cli.fuse import fuse
@@ -34,6 +35,7 @@ from cluster.cli.plan import plan
 from cluster.cli.ps import ps
 from cluster.cli.pull import pull
 from cluster.cli.remove import remove
+from cluster.cli.report import report
 from cluster.cli.serve import serve
 from cluster.cli.status import status
 from cluster.cli.store import store
@@ -46,7 +48,7 @@ SECTIONS: Final = {
     "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
-    "Look at it": ("status", "ps", "bench"),
+    "Look at it": ("status", "ps", "bench", "doctor", "report"),
 }
 """The commands under their headings on the first help page; others follow under ``More``."""
 
@@ -92,7 +94,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, init, join, worker, plan, serve, pull, convert, fuse, generate, chat, status, ps, load, unload, drain),
-    *(lora, bench),
+    *(lora, bench, doctor, report),
 ):
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")

@@ -37,6 +37,8 @@ COMMANDS = [
     "unload",
     "drain",
     "bench",
+    "doctor",
+    "report",
     "token",
     "members",
     "remove",
