@@ -1,6 +1,7 @@
 """Reads what the checks judge: commands, files, sockets. It changes nothing on the Mac.
 
-Reading takes as long as the slowest part; each has a time limit of a few seconds.
+Commands and connections have a time limit of a few seconds. A member's name is resolved within the limit of the
+system's resolver, which is about 30 s where no name server answers; addresses need no resolving.
 """
 
 from __future__ import annotations
