@@ -1,4 +1,4 @@
-"""Keeps a daemon running when the disk that holds its standard error is full or fails."""
+"""Where a daemon logs: standard error or a file. The daemon outlives a full disk."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import errno
 import io
 import os
 import sys
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from cluster.platform.logs import LogLevel, configure_logging
+from cluster.platform.private_files import make_private_folder, not_written
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 _DISK_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 _STDERR: Final = 2
+LogFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Log to this file, which is rotated at 10 MiB.", show_default="standard error"),
+]
 
 
 class _LossyStderr(io.RawIOBase):
@@ -44,3 +54,19 @@ def survive_full_log() -> None:
         before.flush()
         raw = io.BufferedWriter(_LossyStderr())
         sys.stderr = io.TextIOWrapper(raw, encoding=before.encoding, errors="replace", line_buffering=True)
+
+
+def open_log(level: LogLevel, file: Path | None) -> None:
+    """Log from now on, to ``file`` if one is given. Raise a MacpipeError if that cannot be written."""
+    survive_full_log()
+    if file is None:
+        configure_logging(level)
+        return
+    path = file.expanduser().absolute()
+    sys.stderr.write(f"log: {path}\n")
+    try:
+        if not path.parent.exists():
+            make_private_folder(path.parent)
+        configure_logging(level, path)
+    except OSError as e:
+        raise not_written(e, path, "the log", "choose another file with --log-file") from None

@@ -15,6 +15,7 @@ from cluster import __version__
 from cluster.cli.adapter import adapter
 from cluster.cli.bench import bench
 from cluster.cli.chat import chat
+from cluster.cli.config import config
 from cluster.cli.convert import convert
 from cluster.cli.demo import demo
 from cluster.cli.doctor import doctor
@@ -44,7 +45,7 @@ from cluster.cli.unload import unload
 from cluster.cli.worker import worker
 
 SECTIONS: Final = {
-    "Set up": ("demo", "init", "join", "worker", "token", "members", "remove", "leave"),
+    "Set up": ("demo", "init", "join", "worker", "config", "token", "members", "remove", "leave"),
     "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
@@ -99,6 +100,7 @@ for command in (
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")
 app.add_typer(key)
+app.add_typer(config)
 app.add_typer(adapter)
 app.add_typer(store)
 for command in (members, remove, leave):

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.cli.config_file import ConfigFile
 from cluster.cli.join_watch import JoinPort
-from cluster.cli.log_stream import survive_full_log
+from cluster.cli.log_stream import LogFile, open_log
 from cluster.cli.options import CONTEXT_HELP, Cluster, Home, Level, Switch, takes_options
 from cluster.cli.plan_options import order_options, plan_options
 from cluster.coordinator.journal import Fsync
@@ -24,7 +25,7 @@ from cluster.core.limits import (
 )
 from cluster.core.plan import Speculation
 from cluster.core.text import parse_address
-from cluster.platform.logs import LogLevel, configure_logging
+from cluster.platform.logs import LogLevel
 from cluster.platform.paths import state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
 from cluster.security.cluster_choice import resolve_cluster
@@ -160,6 +161,8 @@ def serve(
     home: Home = None,
     journal: KeepJournal = None,
     log_level: Level = LogLevel.INFO,
+    log_file: LogFile = None,
+    config: ConfigFile = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Find workers, load MODEL onto them, and serve requests. Runs in the foreground; Ctrl-C ends it."""
@@ -188,16 +191,15 @@ def serve(
         max_schema_bytes=max_schema_bytes,
         strict=strict,
     )
-    raise typer.Exit(_run(settings, log_level, exit_with_stdin))
+    raise typer.Exit(_run(settings, log_level, log_file, exit_with_stdin))
 
 
-def _run(settings: ServeSettings, log_level: LogLevel, exit_with_stdin: bool) -> int:
+def _run(settings: ServeSettings, log_level: LogLevel, log_file: Path | None, exit_with_stdin: bool) -> int:
     from cluster.api.daemon import run
     from cluster.cli.load_progress import TerminalReport
 
     accept_signals()
-    survive_full_log()
-    configure_logging(log_level)
+    open_log(log_level, log_file)
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.cli.log_stream import survive_full_log
+from cluster.cli.config_file import ConfigFile
+from cluster.cli.log_stream import LogFile, open_log
 from cluster.cli.options import Cluster, Home, Level
 from cluster.core.errors import InvalidOption
 from cluster.core.text import parse_size
-from cluster.platform.logs import LogLevel, configure_logging
+from cluster.platform.logs import LogLevel
 from cluster.platform.paths import short_host_name, state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
 from cluster.security.cluster_choice import resolve_cluster
@@ -62,6 +64,8 @@ def worker(
     throttle: Annotated[float, typer.Option(min=1, hidden=True)] = 1.0,
     home: Home = None,
     log_level: Level = LogLevel.INFO,
+    log_file: LogFile = None,
+    config: ConfigFile = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Run a worker on this Mac.
@@ -84,15 +88,14 @@ def worker(
         standby=standby,
         log_level=log_level,
     )
-    raise typer.Exit(_run(settings, exit_with_stdin))
+    raise typer.Exit(_run(settings, log_file, exit_with_stdin))
 
 
-def _run(settings: WorkerSettings, exit_with_stdin: bool) -> int:
+def _run(settings: WorkerSettings, log_file: Path | None, exit_with_stdin: bool) -> int:
     from cluster.worker.daemon import run
 
     accept_signals()
-    survive_full_log()
-    configure_logging(settings.log_level)
+    open_log(settings.log_level, log_file)
     if exit_with_stdin:
         end_with_stdin()
     allow_open_files()

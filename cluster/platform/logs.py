@@ -1,13 +1,21 @@
-"""The log of a daemon: lines with time and level on standard error."""
+"""The log of a daemon: lines with time and level on standard error, or in a file that is rotated."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from enum import StrEnum
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Final
 
 LEVEL_VARIABLE: Final = "MACPIPE_LOG_LEVEL"
+LOG_BYTES: Final = 10 * 2**20
+"""Size at which a log file is rotated."""
+LOG_FILES: Final = 4
+"""Older log files that are kept, as ``NAME.1`` to ``NAME.4``."""
+_STDERR: Final = 2
 _FORMAT: Final = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -31,12 +39,37 @@ class _StderrHandler(logging.Handler):
             self.handleError(record)
 
 
-def configure_logging(level: LogLevel) -> None:
-    """Log macpipe's lines of ``level`` and above, and libraries' warnings. Does nothing if the root has a handler."""
+class _RotatedLog(RotatingFileHandler):
+    """A log file that is also standard error, so that it has tracebacks and what child processes write too.
+
+    A child that inherited standard error goes on with its file when that is rotated.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        super().__init__(path, maxBytes=max_bytes, backupCount=LOG_FILES, encoding="utf-8", errors="replace")
+        self._become_stderr()
+
+    def doRollover(self) -> None:
+        """Rename the files and begin a new one."""
+        super().doRollover()
+        self._become_stderr()
+
+    def _become_stderr(self) -> None:
+        if self.stream:
+            sys.stderr.flush()
+            os.dup2(self.stream.fileno(), _STDERR)
+
+
+def configure_logging(level: LogLevel, file: Path | None = None, max_bytes: int = LOG_BYTES) -> None:
+    """Log macpipe's lines of ``level`` and above, and libraries' warnings. Does nothing if the root has a handler.
+
+    With ``file``, they and all of standard error go to that file, which is rotated at ``max_bytes``. Raises OSError if
+    it cannot be opened.
+    """
     root = logging.getLogger()
     if root.handlers:
         return
-    handler = _StderrHandler()
+    handler = _RotatedLog(file, max_bytes) if file else _StderrHandler()
     handler.setFormatter(logging.Formatter(_FORMAT))
     root.addHandler(handler)
     least = logging.getLevelNamesMapping()[level.upper()]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,26 @@ def test_lines_follow_when_standard_error_is_replaced() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_log_file_is_rotated_and_has_all_of_standard_error(tmp_path: Path) -> None:
+    """Tracebacks and what child processes write is in it, also after a rotation."""
+    code = (
+        "import logging, subprocess, sys\n"
+        "from pathlib import Path\n"
+        "from cluster.platform.logs import LogLevel, configure_logging\n"
+        "path = Path(sys.argv[1])\n"
+        "configure_logging(LogLevel.INFO, path, max_bytes=1000)\n"
+        "for number in range(200):\n"
+        "    logging.getLogger('cluster').info('line: %d', number)\n"
+        "subprocess.run(['sh', '-c', 'echo from a child >&2'], check=True)\n"
+        "raise SystemError('at the end')\n"
+    )
+    log = tmp_path / "worker.log"
+    run = subprocess.run([sys.executable, "-c", code, log], capture_output=True, text=True, timeout=20, check=False)
+    assert (run.returncode, run.stderr) == (1, "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["worker.log", *(f"worker.log.{n}" for n in range(1, 5))]
+    assert all(p.stat().st_size <= 1000 for p in tmp_path.glob("worker.log.*"))
+    text = log.read_text()
+    assert " INFO line: 199\nfrom a child\n" in text
+    assert text.endswith("SystemError: at the end\n")
