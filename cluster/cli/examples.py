@@ -47,6 +47,7 @@ EXAMPLES: Final = {
     "store rm": ("macpipe store rm mlx-community/Qwen3-32B-4bit", "macpipe store rm 3f2a9c01"),
     "store prune": ("macpipe store prune --unused 30d", "macpipe store prune --keep 200GiB --dry-run"),
     "store quota": ("macpipe store quota 500GiB", "macpipe store quota off"),
+    "service install": ("macpipe service install worker", "macpipe service install serve -- --config macpipe.toml"),
     "config show": ("macpipe config show worker", "macpipe config show serve --config macpipe.toml"),
     "token create": ("macpipe token create", "macpipe token create --role client --ttl 2h"),
     "key create": ("macpipe key create amy", "macpipe key create ci --requests-per-minute 60"),

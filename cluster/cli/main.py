@@ -38,6 +38,7 @@ from cluster.cli.pull import pull
 from cluster.cli.remove import remove
 from cluster.cli.report import report
 from cluster.cli.serve import serve
+from cluster.cli.service import service
 from cluster.cli.status import status
 from cluster.cli.store import store
 from cluster.cli.token import token
@@ -45,7 +46,7 @@ from cluster.cli.unload import unload
 from cluster.cli.worker import worker
 
 SECTIONS: Final = {
-    "Set up": ("demo", "init", "join", "worker", "config", "token", "members", "remove", "leave"),
+    "Set up": ("demo", "init", "join", "worker", "service", "config", "token", "members", "remove", "leave"),
     "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
@@ -100,6 +101,7 @@ for command in (
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")
 app.add_typer(key)
+app.add_typer(service)
 app.add_typer(config)
 app.add_typer(adapter)
 app.add_typer(store)
