@@ -44,6 +44,7 @@ from cluster.joining.join_port import EVERYWHERE, admit_macs
 from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
+from cluster.platform.sleep import stay_awake
 from cluster.security.authority import Authority
 from cluster.security.cluster_choice import remember_coordinator
 from cluster.security.cluster_folder import ClusterFolder
@@ -103,6 +104,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         addresses = await stack.enter_async_context(_public_port(settings, trust, service, checks))
         await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_update_health, coordinator, checks)
+        tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
         tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
         await coordinator.load(settings.order)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread

@@ -119,6 +119,13 @@ class Coordinator:
             return ServingState.SERVING
         return ServingState.FAILED if recovery.refused else ServingState.RECOVERING
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests are live or Macs are being given work: this Mac must not go to sleep."""
+        if self.state in (ServingState.LOADING, ServingState.TRAINING, ServingState.RECOVERING):
+            return True
+        return self._service is not None and len(self._service.loop.answers) > 0
+
     def _on_belief(self, belief: Belief) -> None:
         self.changed.set()
         if belief.standing is Standing.UP and belief.lost_at:
@@ -347,7 +354,7 @@ class Coordinator:
         service = self._require_service()
         if not service.model_info.is_same_load(model_info):
             raise NotServing("another model was loaded while the prompt was tokenized; send the request again")
-        answer = _create_answer(service, request)
+        answer = service.create_answer(request)
         service.loop.submit(request, answer)
         return answer
 
@@ -367,7 +374,7 @@ class Coordinator:
         request = kept.request
         if skip[0]:  # the client has tokens, and so the prompt's log-probabilities, which come first
             request = replace(request, prompt_logprobs=None)
-        answer = _create_answer(service, request)
+        answer = service.create_answer(request)
         service.loop.submit(request, answer, tokens, skip)
         return request, answer
 
@@ -485,13 +492,3 @@ class Coordinator:
         with anyio.move_on_after(STATUS_VIEW_S), suppress(NotServing):
             return await asyncio.wrap_future(self._service.loop.view())
         return None
-
-
-def _create_answer(service: ModelService, request: Request) -> AnswerQueue:
-    """Create an answer queue that ends its request if the client stops reading.
-
-    Raises ``ModelNotFound`` if the request's adapter is not served.
-    """
-    service.model_info.adapters.require(request.adapter)
-    loop, error = service.loop, Aborted("the client disconnected")
-    return AnswerQueue(loop.post, lambda: loop.end(request.id, error), request.samples)

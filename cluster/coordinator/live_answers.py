@@ -50,6 +50,10 @@ class LiveAnswers:
         self.totals = LoopTotals()  # replaced after the canary, so the canary's tokens are not counted
         self.journal: Journal | None = None  # only the loop's thread writes to it
 
+    def __len__(self) -> int:
+        """Return the number of live requests. Any thread may ask."""
+        return len(self._requests) + len(self._resumed)
+
     def open(
         self,
         request: Request,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import anyio
 
 from cluster.coordinator.adapter_changes import AdapterChanges
+from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.canary import run_canary
 from cluster.coordinator.draft_assignment import DraftAssignment
 from cluster.coordinator.draft_service import DraftService
@@ -41,6 +42,7 @@ from cluster.core.limits import (
     STEADY_S,
 )
 from cluster.core.plan import Plan, Speculation
+from cluster.core.request import Request
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.disk_prefixes import DiskRead
@@ -102,6 +104,15 @@ class ModelService:
     @property
     def plan(self) -> Plan:
         return self._epoch.plan if self._epoch else self._first.plan
+
+    def create_answer(self, request: Request) -> AnswerQueue:
+        """Create an answer queue that ends its request if the client stops reading.
+
+        Raises ``ModelNotFound`` if the request's adapter is not served.
+        """
+        self.model_info.adapters.require(request.adapter)
+        error = Aborted("the client disconnected")
+        return AnswerQueue(self.loop.post, lambda: self.loop.end(request.id, error), request.samples)
 
     def _guesser(self, speculation: Speculation) -> Guesser | None:
         draft = [self._draft.guesser] if self._draft else []

@@ -41,6 +41,7 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
     from cluster.platform.macos import machine_facts
     from cluster.platform.overload import TimerLag
+    from cluster.platform.sleep import stay_awake
     from cluster.security.credentials import open_trust
     from cluster.security.trust import WORKER
     from cluster.transport.grpc_setup import bind, control_server
@@ -77,6 +78,7 @@ async def _run(settings: WorkerSettings) -> None:
             loader = StageLoader(settings.home, trust)
             servicer = WorkerServicer(worker_id, settings, trust, supervisor, loader, profile, machine, lag)
             servicers.append(servicer)
+            tasks.start_soon(stay_awake, lambda: servicer.is_busy)
             await _serve(settings, servicer, server, port)
 
 

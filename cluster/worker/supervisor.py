@@ -94,6 +94,11 @@ class Supervisor:
         self.computing = False
         """Whether a busy engine got processor time recently."""
 
+    @property
+    def has_work(self) -> bool:
+        """Whether the engine's last report had live sequences or a job that is being computed."""
+        return self._last.sequences > 0 or self._last.busy_ms > 0
+
     async def run(self) -> None:
         """Start the engine and restart it with back-off whenever it ends, until cancelled; then stop it.
 

@@ -84,12 +84,19 @@ class WorkerServicer(WorkerServiceServicer):
     stopping: bool = False
     removed: anyio.Event = field(default_factory=anyio.Event)
     """Set once this Mac was removed from its cluster."""
+    _loads: int = 0
+    """Stages that are being fetched or loaded now."""
     _loading_engine: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
 
     def __post_init__(self) -> None:
         """Look up the interface once, not at every heartbeat: the bound address does not change."""
         self._interface = self.settings.interface or interface_of(self.settings.host)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests run on this worker or layers are loaded: this Mac must not go to sleep."""
+        return self._loads > 0 or self.supervisor.has_work
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         await self._learn_revoked(request, context)
@@ -186,12 +193,15 @@ class WorkerServicer(WorkerServiceServicer):
             why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
             await abort(context, StaleEpoch(why, epoch=str(held.epoch)))
         self.loaded = None
+        self._loads += 1
         try:
             async with aclosing(self.loader.stage(request, lambda path: self._read(request, path))) as events:
                 async for event in events:
                     yield event
         except MacpipeError as e:
             await abort(context, e)
+        finally:
+            self._loads -= 1
         self.loaded, self._loading_engine, self._heard = request, self.supervisor.hello, time.monotonic()
         yield pb.LoadStageResponse(ready=True)
 
