@@ -78,7 +78,8 @@ def launch(
 ) -> None:
     """Print the environment for a client, or start it with -- ARGS.
 
-    In a cluster it passes on the API key in MACPIPE_API_KEY.
+    In a cluster it passes on the API key in MACPIPE_API_KEY. On the coordinator's Mac it makes a key of its own
+    instead, once, and uses that again.
 
     Clients: claude, codex, aider, goose, opencode, qwen. Use openai or anthropic for programs built with those
     SDKs. `eval "$(macpipe launch claude)"` sets the variables in a shell.
@@ -86,7 +87,7 @@ def launch(
     if client not in CLIENTS:
         raise InvalidOption(f"unknown client {client}; choose one of {', '.join(CLIENTS)}", field="client")
     address = http or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_HTTP
-    served = fetch_served(address, os.environ.get(KEY_VARIABLE, ""), find_authority(cluster))
+    served = fetch_with_key(address, os.environ.get(KEY_VARIABLE, ""), cluster)
     if warning := short_context(client, served):
         typer.echo(warning, err=True)
     found = add_authority(CLIENTS[client], served)
@@ -107,6 +108,35 @@ def short_context(client: str, served: Served) -> str:
         f"{client} needs a context of {least} tokens, and the model is served with {served.context}; "
         f"serve it with --max-context {least} or more"
     )
+
+
+def fetch_with_key(address: str, key: str, cluster: str | None) -> Served:
+    """Ask the coordinator for the served model, with ``key`` or, where that is empty, with this Mac's own if it leads.
+
+    The own key is sent to this Mac only. Raise the errors of ``fetch_served`` and ``ensure_launch_key``.
+    """
+    try:
+        return fetch_served(address, key, find_authority(cluster))
+    except Unauthenticated:
+        from cluster.security.launch_key import ensure_launch_key
+
+        folder = open_folder(None, cluster)
+        if key or not folder.leads or not is_loopback(address):
+            raise
+        return fetch_served(address, ensure_launch_key(folder), find_authority(cluster))
+
+
+def is_loopback(given: str) -> bool:
+    """Return whether an HTTP address is this machine's own loopback address."""
+    from ipaddress import ip_address
+
+    from cluster.core.text import parse_address
+
+    host, _ = parse_address(given.removeprefix("https://").removeprefix("http://"))
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def find_authority(cluster: str | None) -> Path | None:

@@ -70,6 +70,11 @@ class ClusterFolder:
     def keys(self) -> Path:
         return self.path / "keys.json"
 
+    @property
+    def launch_key(self) -> Path:
+        """The text of the API key that ``macpipe launch`` uses on this machine."""
+        return self.path / "launch-key"
+
     def party(self, role: Role, name: str = "") -> Path:
         """Return the folder of a party's certificate and key. ``name`` is a worker's; the other roles have none.
 

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import json
 import shlex
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
-from cluster.cli.launch import AUTHORITIES, CLIENTS, Served, add_authority, fetch_served, shell_lines, short_context
+from cluster.cli.launch import (
+    ANY_KEY,
+    AUTHORITIES,
+    CLIENTS,
+    Served,
+    add_authority,
+    fetch_served,
+    fetch_with_key,
+    is_loopback,
+    shell_lines,
+    short_context,
+)
 from cluster.core.errors import MacpipeError, Unauthenticated, Unreachable
+from cluster.platform.private_files import make_private_folder
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.keys import KeyScope, KeyStore
 from integration.daemons import free_port
 
 SERVED = Served("http://127.0.0.1:8080", "my model", 8192)
@@ -82,7 +98,8 @@ class Health(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.keys.append(self.headers.get("authorization"))  # type: ignore[attr-defined]
-        body = json.dumps(self.server.facts).encode()  # type: ignore[attr-defined]
+        admitted = not self.server.guarded or self.server.keys[-1]  # type: ignore[attr-defined]
+        body = json.dumps(self.server.facts if admitted else {"status": "serving"}).encode()  # type: ignore[attr-defined]
         self.send_response(503)
         self.end_headers()
         self.wfile.write(body)
@@ -93,7 +110,7 @@ class Health(BaseHTTPRequestHandler):
 @pytest.fixture
 def health() -> Iterator[HTTPServer]:
     with HTTPServer(("127.0.0.1", 0), Health) as server:
-        server.keys = []  # type: ignore[attr-defined]
+        server.keys, server.guarded = [], False  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -113,3 +130,43 @@ def test_the_coordinator_is_asked(health: HTTPServer) -> None:
         fetch_served(address)
     with pytest.raises(Unreachable, match="macpipe serve"):
         fetch_served(f"127.0.0.1:{free_port()}")
+
+
+def test_the_leading_mac_makes_a_key_once_and_sends_it_to_itself_only(
+    health: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MACPIPE_HOME", str(tmp_path))
+    folder = ClusterFolder(tmp_path, "default")
+    make_private_folder(folder.path)
+    address = f"127.0.0.1:{health.server_port}"
+    health.facts = {"status": "serving", "model": "faq", "context_length": 1024}  # type: ignore[attr-defined]
+    assert fetch_with_key(address, "", "default").key == ANY_KEY, "none is made where none is needed"
+    health.guarded = True  # type: ignore[attr-defined]
+    with pytest.raises(Unauthenticated, match="MACPIPE_API_KEY"):
+        fetch_with_key(address, "", "default")  # this Mac does not lead the cluster
+    folder.authority_key.touch()
+    made = fetch_with_key(f"http://{address}", "", "default").key
+    assert health.keys[-2:] == [None, f"Bearer {made}"]  # type: ignore[attr-defined]
+    assert fetch_with_key(address, "", "default").key == made
+    key = KeyStore(folder).find(made)
+    assert key
+    assert (key.name.startswith("launch-"), key.scope) == (True, KeyScope.INFERENCE)
+    assert stat.S_IMODE(folder.launch_key.stat().st_mode) == 0o600
+    KeyStore(folder).revoke(key.id)
+    assert fetch_with_key(address, "", "default").key != made, "a revoked key is replaced"
+    assert fetch_with_key(address, "mpk_mine", "default").key == "mpk_mine"
+
+
+@pytest.mark.parametrize(
+    ("address", "own"),
+    [
+        ("127.0.0.1:8080", True),
+        ("https://localhost:8080", True),
+        ("[::1]:8080", True),
+        ("mac-1.local:8080", False),
+        ("10.0.0.2:8080", False),
+        ("https://localhost.example:8080", False),
+    ],
+)
+def test_a_key_is_for_this_machine(address: str, own: bool) -> None:
+    assert is_loopback(address) is own
