@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from typer.main import get_command
 
 from client.scripted import Coordinator, answer_of, cluster_reply, finish_event, prompt_event
 from cluster import __version__
+from cluster.__main__ import __file__ as main_file
 from cluster.cli.main import app
 from cluster.core import errors
 from cluster.core.limits import DEFAULT_MAX_TOKENS
@@ -44,6 +47,8 @@ COMMANDS = [
     "remove",
     "key",
     "launch",
+    "service",
+    "config",
 ]
 HEAVY = ("mlx", "transformers", "numpy", "zeroconf", "grpc", "google.protobuf")
 
@@ -435,3 +440,16 @@ def test_the_unexpected_has_a_sentence_and_a_way_to_more(
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "macpipe: unexpected error: KeyError: 'oops'; set MACPIPE_DEBUG=1 for the traceback\n"
     assert "Traceback" in macpipe("status", to=coordinator, PYTHONPATH=path, MACPIPE_DEBUG="1").stderr
+
+
+def test_an_old_python_gets_one_line(environment: dict[str, str]) -> None:
+    old = "sys.version_info = (3, 10, 13, 'final', 0)"
+    code = f"import runpy, sys; {old}; runpy.run_module('cluster', run_name='__main__')"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("macpipe: needs Python 3.11 or newer, and this is 3.10; run ")
+    assert run.stderr.count("\n") == 1
+    source = Path(main_file).read_text(encoding="utf-8")
+    assert ast.parse(source, feature_version=(3, 8)), "an old Python reads the file before it runs it"
