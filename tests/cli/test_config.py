@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from time import sleep
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from cli.conftest import MACPIPE
 from cluster.cli.main import app, main
 
 FILE = """
@@ -121,3 +124,21 @@ def test_a_missing_file_or_daemon_is_named(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["config", "show", "chat"])
     assert capsys.readouterr().err == "macpipe: unknown daemon chat; give worker or serve\n"
+
+
+def test_a_worker_starts_with_its_file_and_logs_to_a_file(environment: dict[str, str], tmp_path: Path) -> None:
+    log, path = tmp_path / "logs" / "worker.log", tmp_path / "macpipe.toml"
+    lines = ("[worker]", 'name = "mac-7"', "standby = false", 'profile = "off"', f"log-file = {json.dumps(str(log))}")
+    path.write_text("\n".join(lines))
+    command = [*MACPIPE, "worker", "--config", str(path), "--home", str(tmp_path / "home"), "--exit-with-stdin"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stderr=pipe, text=True) as worker:
+        assert worker.stdin
+        assert worker.stderr
+        assert worker.stderr.readline() == f"log: {log}\n"
+        while "worker mac-7 of cluster default on 127.0.0.1:" not in (log.read_text() if log.exists() else ""):
+            assert worker.poll() is None
+            sleep(0.05)
+        worker.stdin.close()
+        assert worker.wait() == 0
+        assert worker.stderr.read() == "", "all else is in the file"

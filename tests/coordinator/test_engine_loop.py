@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from answering import Generation
 from cluster.coordinator.answer_queue import AnswerQueue, Event
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.journal import Journal
@@ -653,3 +654,18 @@ def test_a_full_disk_under_the_journal_leaves_no_answer_without_its_end(
         assert not bench.failures
 
     run(body)
+
+
+def test_live_requests_are_counted_until_they_end() -> None:
+    """A coordinator with live requests keeps its Mac awake."""
+
+    async def body() -> None:
+        generation = Generation(Request("a", (1,), SamplingParams(), 3), Numbers)
+        assert len(generation._live) == 0
+        list(generation.begin())
+        generation.say(5)
+        assert len(generation._live) == 1
+        generation.end()
+        assert len(generation._live) == 0
+
+    asyncio.run(body())

@@ -20,7 +20,7 @@ HARD_WORDS = ('a "quoted" \\ word', "$HOME ${HOME}", "%h 100%", "", "two\nlines"
 
 # Written from documentation (launchctl(1), "list LABEL"), with the layout that macOS 14 and later print.
 RUNNING = """{
-	"StandardOutPath" = "/Users/amy/Library/Application Support/macpipe/logs/worker.log";
+	"StandardOutPath" = "/Volumes/data/macpipe/logs/worker.log";
 	"LimitLoadToSessionType" = "Aqua";
 	"Label" = "macpipe.worker";
 	"OnDemand" = false;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from cluster.worker.pipe_messages import Reported
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.stage_loader import StageLoader
+from cluster.worker.supervisor import Supervisor
 from cluster.worker.worker_service import WorkerServicer
 
 PROFILE = Profile(bandwidth=1e11, layer_s=1e-4, step_s=1e-3, flops=1e12, row_cost=0.1)
@@ -103,3 +105,32 @@ async def test_what_the_system_says_of_a_machine_reaches_whoever_asks_for_the_st
     state = ClusterState("c", "1", ServingState.IDLE, workers=describe_workers([RosterEntry(info)], []))
     (shown,) = to_json_types(decode_cluster_state(encode_cluster_state(state)))["workers"]
     assert (shown["name"], shown["gpu_cores"], shown["macos_version"]) == ("ada", 40, "15.1")
+
+
+@pytest.mark.anyio
+async def test_a_worker_is_busy_while_it_loads_and_while_its_engine_works(tmp_path: Path) -> None:
+    """Otherwise its Mac may go to sleep."""
+    settings = WorkerSettings(name="ada", home=tmp_path)
+    supervisor = Supervisor(settings, None)
+
+    class Loader:
+        async def stage(self, *_: object) -> AsyncIterator[pb.LoadStageResponse]:
+            assert control.is_busy
+            yield pb.LoadStageResponse()
+            raise AssertionError("a reader that goes away ends the load")
+
+    loader: Any = Loader()
+    profile = ProfileFile(tmp_path / "profile.json", "k")
+    control = WorkerServicer("ab" * 8, settings, LocalTrust(), supervisor, loader, profile, MachineFacts())
+    assert not control.is_busy
+    context: Any = None
+    loading: Any = control.LoadStage(pb.LoadStageRequest(), context)
+    await anext(loading)
+    assert control.is_busy
+    await loading.aclose()
+    assert not control.is_busy
+    for report in (Reported(0, 0, sequences=1), Reported(0, 0, 0, busy_ms=20)):
+        supervisor._last = report
+        assert control.is_busy
+    supervisor._last = Reported(0, 0, 0)
+    assert not control.is_busy
