@@ -157,4 +157,5 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
         timeout=20,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert unit.name not in done.stderr, "other units of this machine may have faults of their own"
