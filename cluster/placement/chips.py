@@ -3,7 +3,8 @@
 Bandwidths are from Apple's technical specifications pages (support.apple.com/specs). GPU speeds in FP32 of the M1 and
 M2 families are from Apple's announcements (2.6, 5.2, 10.4 and 21; 3.6, 6.8, 13.6 and 27.2 TFLOPS). Apple has published
 no such figure since. Those of the M3 to M5 families are the published number of GPU cores times 256 operations per
-cycle at measured clocks (1.4 to 1.6 GHz).
+cycle at measured clocks (1.4 to 1.6 GHz); what neural accelerators of the M5 family add to prompts is not counted.
+A chip that Apple has not specified, such as an M4 Ultra or M5 Ultra, is not listed.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ CHIPS: Final = {
     "m4-pro": Chip(273, 8.1),
     "m4-max": Chip(546, 16.2, ((36,), 410, 12.9)),
     "m5": Chip(153, 4.1),
+    "m5-pro": Chip(307, 8.3),
+    "m5-max": Chip(614, 16.6, ((36,), 460, 13.3)),
 }
 LINKS: Final = {
     "1gbe": ASSUMED_LINK,

@@ -242,6 +242,10 @@ def test_macs_are_assumed_by_name() -> None:
     small, large = (assumed_workers(w).workers[0].profile.bandwidth for w in ("m3-max-36", "m3-max-64"))
     assert small < large
     assert all(assumed_workers(f"{chip}-32").workers for chip in CHIPS)
+    laptops = [
+        assumed_workers(w).workers[0].profile.bandwidth for w in ("m5-32", "m5-pro-64", "m5-max-36", "m5-max-128")
+    ]
+    assert [round(b / 0.8e9) for b in laptops] == [153, 307, 460, 614], "Apple's figures of the M5 family"
 
 
 @pytest.mark.parametrize(
