@@ -116,7 +116,7 @@ class WorkerServicer(WorkerServiceServicer):
             version=__version__,
             control_address="",
             data_address="",
-            chip=hello.chip,
+            chip=_named_chip(hello.chip, self.settings.throttle),
             backend=hello.backend,
             mlx_version=f"{hello.mlx_version} mlx-lm {hello.mlx_lm_version}",
             memory_total=hello.memory_total,
@@ -341,6 +341,11 @@ class WorkerServicer(WorkerServiceServicer):
         await _require_names(context, request.fingerprint)
         self.file.learn(request.fingerprint, request.ratio)
         return pb.LearnRatioResponse()
+
+
+def _named_chip(chip: str, throttle: float) -> str:
+    """Return the chip's name, with the factor by which the worker is slowed down: it is not like others of its chip."""
+    return chip if throttle == 1.0 else f"{chip}, {throttle:g} times slower"
 
 
 async def _require_names(context: Context, *names: str) -> None:
