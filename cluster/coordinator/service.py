@@ -28,7 +28,7 @@ from cluster.coordinator.recovery import EpochChange, Failures, Recovery, Recove
 from cluster.coordinator.replan import Assignment, restore_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.stage_setup import Progress
-from cluster.coordinator.step_times import StepTimes
+from cluster.coordinator.step_times import StageStepTime, StepTimes
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
 from cluster.core.futures import ignore_error
@@ -97,6 +97,7 @@ class ModelService:
         self._disks = PrefixDisks(deps.prefix_owners)
         self._order = order
         self._epoch: Epoch | None = None
+        self._sent_step_times: tuple[StageStepTime, ...] = ()
         self.recovery: Recovery | None = None
         self.move: PlannedMove | None = None
         self.recoveries = 0
@@ -232,12 +233,18 @@ class ModelService:
         return self._stage_workers() if recent else set()
 
     async def send_step_times(self) -> None:
-        """Send each worker its ratio of measured to predicted step time, if enough frames were measured."""
+        """Send each worker its ratio of measured to predicted step time, if enough frames were measured.
+
+        A ratio is sent once: each time that a worker hears of it, its correction moves.
+        """
         epoch = self._epoch
         if epoch is None or self.recovery:
             return
         with anyio.move_on_after(CONTROL_TIMEOUT_S):
             view = await asyncio.wrap_future(self.loop.view())
+            if view.step_times == self._sent_step_times:
+                return  # no frame was decoded since
+            self._sent_step_times = view.step_times
             async with anyio.create_task_group() as tasks:
                 for stage, control in zip(view.step_times, epoch.controls, strict=False):
                     if stage.ratio:

@@ -453,8 +453,10 @@ PROFILE_TIMEOUT_S: Final = 60.0
 """A worker measures itself in two or three seconds. If it takes this long, it works without a profile."""
 KEPT_CORRECTIONS: Final = 32
 KEPT_LINKS: Final = 64
-CORRECTION_BOUND: Final = 8.0
+CORRECTION_BOUND: Final = 4.0
 """Limit of a correction in either direction: beyond it the cause is something else."""
+LEARN_SHARE: Final = 0.25
+"""How far a correction moves towards what new frames say, on a logarithmic scale: a busy minute is soon forgotten."""
 LEARNED_FRAMES: Final = 256
 """Decode frames per stage whose times are kept; their median is the measured time."""
 LEAST_FRAMES: Final = 16
@@ -462,7 +464,7 @@ LEAST_FRAMES: Final = 16
 LEARN_S: Final = 10.0
 """Interval at which workers are told what their frames took."""
 LEARN_STEP: Final = 0.02
-"""A ratio that changed by less than this is not written to disk again."""
+"""A correction is left alone, and not written to disk again, if new frames differ from it by less than this share."""
 PLAN_TIMEOUT_S: Final = 60.0
 """Tracing a large model takes seconds, and so may measuring the links of many workers."""
 PROBES: Final = 12

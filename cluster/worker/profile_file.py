@@ -14,7 +14,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, KIB, LEARN_STEP, LINK_KEPT_S
+from cluster.core.limits import (
+    CORRECTION_BOUND,
+    KEPT_CORRECTIONS,
+    KEPT_LINKS,
+    KIB,
+    LEARN_SHARE,
+    LEARN_STEP,
+    LINK_KEPT_S,
+)
 from cluster.core.plan import Link, Profile, valid_verify_costs
 from cluster.platform.json_file import read_json, write_json
 
@@ -48,15 +56,21 @@ class ProfileFile:
         self._keep(replace(self.kept, profile=profile))
 
     def learn(self, fingerprint: str, ratio: float) -> None:
-        """Store that a model's frames took ``ratio`` times the predicted time; the oldest of many is dropped."""
-        if not math.isfinite(ratio) or not self.kept.profile.known:
+        """Move a model's correction towards ``ratio``, which is the measured time of new frames over the predicted one.
+
+        It moves by ``LEARN_SHARE`` of the way and begins at the factor that predictions use now. The oldest correction
+        of many is dropped.
+        """
+        profile = self.kept.profile
+        if not math.isfinite(ratio) or not profile.known:
             return
         bounded = min(max(ratio, 1 / CORRECTION_BOUND), CORRECTION_BOUND)
-        before = dict(self.kept.profile.corrections).get(fingerprint, 0.0)
-        if abs(bounded - before) <= LEARN_STEP * before:
+        before = profile.correction(fingerprint)
+        if fingerprint in dict(profile.corrections) and abs(bounded - before) <= LEARN_STEP * before:
             return
-        others = [pair for pair in self.kept.profile.corrections if pair[0] != fingerprint]
-        learned = (*others, (fingerprint, round(bounded, 4)))[-KEPT_CORRECTIONS:]
+        moved = before ** (1 - LEARN_SHARE) * bounded**LEARN_SHARE
+        others = [pair for pair in profile.corrections if pair[0] != fingerprint]
+        learned = (*others, (fingerprint, round(moved, 4)))[-KEPT_CORRECTIONS:]
         self._keep(replace(self.kept, profile=replace(self.kept.profile, corrections=learned)))
 
     def link(self, worker: str, address: str) -> Link | None:

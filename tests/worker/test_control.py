@@ -18,7 +18,7 @@ from cluster.coordinator.snapshot import describe_workers
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.cluster_state import ClusterState, ServingState
-from cluster.core.limits import KEPT_CORRECTIONS, MAX_PATH_CHARS, MAX_STAGE_PEERS
+from cluster.core.limits import KEPT_CORRECTIONS, LEARN_SHARE, MAX_PATH_CHARS, MAX_STAGE_PEERS
 from cluster.core.plan import Profile
 from cluster.platform.macos import MachineFacts
 from cluster.security.credentials import LocalTrust
@@ -70,7 +70,7 @@ async def test_long_names_and_too_many_places_are_refused_and_not_kept(tmp_path:
         await stub.LearnRatio(pb.LearnRatioRequest(fingerprint="f", ratio=2.0))
     await server.stop(None)
     assert control.loaded is None
-    assert profile.kept.profile.corrections == (("f", 2.0),)
+    assert profile.kept.profile.corrections == (("f", round(2.0**LEARN_SHARE, 4)),)
 
 
 def test_no_more_corrections_are_read_than_are_kept(tmp_path: Path) -> None:
