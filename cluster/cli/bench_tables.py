@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from cluster.cli.throughput import Roofline
 
 STAGES: Final = "Time per token of decoding, by stage. Idle: share of the time with a frame in flight."
+NOTICEABLE: Final = 1.1
+"""Ratio of predicted to measured time below which a prediction is not called wrong."""
 WORDS: Final = frozenset({"worker", "layers"})
 
 
@@ -39,6 +41,9 @@ def show_report(report: BenchReport) -> None:
         if shown is not None:
             screen.print(shown)
         screen.print()
+    for stage in report.roofline:
+        if doubt := describe_doubt(stage):
+            screen.print(doubt, soft_wrap=True)
     screen.print(
         "Times are in ms unless noted. tokens/s: tokens of all users over the wall time of all.", soft_wrap=True
     )
@@ -48,6 +53,21 @@ def _describe_roofline(report: BenchReport) -> str:
     users = report.levels[0].users
     who = "one user" if users == 1 else f"{users} users"
     return f"Compute time per token for {who}. Floor: the time to read the stage's weights once."
+
+
+def describe_doubt(stage: Roofline) -> str:
+    """Return a warning that the stage is faster than its worker's profile allows, with the remedy; empty if it is not.
+
+    A step reads only some experts of a mixture, so that its floor alone proves nothing: the prediction counts those.
+    """
+    if stage.share is None or stage.measured_ms is None or stage.share <= 1:
+        return ""
+    if stage.predicted_ms is not None and stage.measured_ms * NOTICEABLE >= stage.predicted_ms:
+        return ""
+    return (
+        f"{printable(stage.worker)}: with a roofline of {share(stage.share)}, its steps are faster than its profile"
+        " allows: the Mac was busy when its speed was measured; measure again there with `macpipe worker --profile new`"
+    )
 
 
 def _prompts(levels: tuple[LoadLevel, ...]) -> Table:

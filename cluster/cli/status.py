@@ -94,9 +94,13 @@ def describe_deviation(worker: str, held: list[StageState]) -> str:
     predicted, measured = _step_ms(held)
     if not (predicted and measured) or 1 / FAR_OFF <= measured / predicted <= FAR_OFF:
         return ""
+    if measured < predicted:
+        compared, cause = "faster than", "the Mac was busy when its speed was measured"
+    else:
+        compared, cause = "slower than", "the Mac is busy now, or its profile is wrong"
     return (
-        f"{worker}: a step takes {figure_in_words(measured)} ms, predicted {figure_in_words(predicted)} ms: the Mac is"
-        " busy now, or was when its speed was measured; measure again there with `macpipe worker --profile new`"
+        f"{worker}: a step takes {figure_in_words(measured)} ms, {compared} the predicted {figure_in_words(predicted)}"
+        f" ms: {cause}; measure again there with `macpipe worker --profile new`"
     )
 
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from client.scripted import cluster_reply
+from cluster.cli.bench_tables import describe_doubt
 from cluster.cli.command_name import command_name
 from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable
 from cluster.cli.status import describe_deviation, describe_overload, headline, show_state
+from cluster.cli.throughput import Roofline
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.core.cluster_state import (
     ClusterState,
@@ -181,10 +183,20 @@ def test_a_step_that_takes_something_else_than_was_predicted_is_told() -> None:
     held = StageState(0, "a", LayerRange(0, 4), 1, 1, Route.DIRECT, predicted_ms=51.51)
     assert describe_deviation("a", [held]) == "", "nothing was measured yet"
     assert describe_deviation("a", [replace(held, measured_ms=40.0, expected_ms=51.51)]) == ""
-    for took, shown in ((10.67, "10.7"), (200.0, "200")):
+    for took, shown in ((10.67, "10.7 ms, faster"), (200.0, "200 ms, slower")):
         said = describe_deviation("a", [replace(held, measured_ms=took, expected_ms=51.51)])
-        assert said.startswith(f"a: a step takes {shown} ms, predicted 51.5 ms")
+        assert said.startswith(f"a: a step takes {shown} than the predicted 51.5 ms: the Mac ")
         assert "`macpipe worker --profile new`" in said
+
+
+def test_a_roofline_above_100_percent_is_told_where_it_shows_a_wrong_profile() -> None:
+    honest = Roofline("a", LayerRange(0, 4), 1, 1.0, 10.0, 12.0, 12.5, 0.8)
+    fast = replace(honest, measured_ms=5.0, share=2.0)
+    assert describe_doubt(fast).startswith("a: with a roofline of 200%, its steps are faster than its profile allows")
+    assert describe_doubt(replace(fast, predicted_ms=None)) == describe_doubt(fast)
+    mixture = replace(honest, floor_ms=40.0, share=3.2)
+    nothing = replace(honest, floor_ms=None, predicted_ms=None, measured_ms=None, share=None)
+    assert [describe_doubt(stage) for stage in (honest, mixture, nothing)] == [""] * 3
 
 
 def test_an_overloaded_machine_is_named_with_the_way_out() -> None:
