@@ -102,7 +102,9 @@ def _explain_bottleneck(layout: Layout) -> str:
     """Return how a token's time is spent."""
     pairs = list(zip(layout.workers, layout.ranges, strict=True))
     reading = sum(decode_s(layout.shape, w.profile, r) for w, r in pairs)
-    starting = sum(fixed_s(w.profile, len(r)) * w.profile.correction(layout.shape.model.fingerprint) for w, r in pairs)
+    starting = sum(
+        fixed_s(layout.shape, w.profile, r) * w.profile.correction(layout.shape.model.fingerprint) for w, r in pairs
+    )
     hops = hops_s(layout.shape, layout.candidates, layout.workers, layout.ranges)
     shares = [
         (reading - starting, "memory bandwidth", "go to reading weights and caches"),
@@ -170,15 +172,20 @@ def _explain_corrections(layout: Layout) -> Iterator[str]:
     for worker in layout.workers:
         ratio = worker.profile.correction(layout.shape.model.fingerprint)
         if not 1 / NOTICEABLE < ratio < NOTICEABLE:
-            remedy = _suggest_profile(ratio)
-            yield f"{worker.name}'s times are multiplied by {ratio:.2f}, as learned from its frames{remedy}"
+            yield f"{worker.name}'s frames were {_compare(ratio)} than its profile predicts{_suggest_profile(ratio)}"
+
+
+def _compare(ratio: float) -> str:
+    """Return what a correction means, in words."""
+    return f"{ratio:.2f} times slower" if ratio > 1 else f"{1 / ratio:.2f} times faster"
 
 
 def _suggest_profile(ratio: float) -> str:
     """Return what to do about a profile that is far off, or nothing if the correction is small."""
     if 1 / FAR_OFF <= ratio <= FAR_OFF:
         return ""
-    return "; it may have been busy when it was measured: `macpipe worker --profile new` there measures again"
+    cause = "it is busy, or its profile is wrong" if ratio > 1 else "it was busy when it was measured"
+    return f"; {cause}: `macpipe worker --profile new` there measures again"
 
 
 def _explain_limited_search(layout: Layout) -> str:

@@ -6,6 +6,7 @@ does not fit the worker are infinitely slow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TypeAlias
 
@@ -15,7 +16,14 @@ import numpy.typing as npt
 from cluster.core.limits import REFERENCE_CONTEXT
 from cluster.core.plan import LayerRange, ModelShape, SharedWeight
 from cluster.placement.candidates import Candidate
-from cluster.placement.predicted_step_time import boundary_bytes, shared_read
+from cluster.placement.predicted_step_time import (
+    EXPERT_COST,
+    ROUTER_LAUNCHES,
+    boundary_bytes,
+    read_experts,
+    shared_read,
+    sparse_layers,
+)
 
 __all__ = ["Matrix", "StageTable"]
 
@@ -32,12 +40,14 @@ class StageTable:
         self.lengths: Matrix = (cuts[None, :] - cuts[:, None]).astype(np.float64)
         self.boundary: Matrix = np.array([boundary_bytes(shape, p) if p < shape.layers else 0 for p in cuts], float)
         self.needed = self._between(shape.layer_bytes) + sequences * self._between(shape.cache_bytes)
+        self.launches = self.lengths + ROUTER_LAUNCHES * self._between(sparse_layers(shape))
         self.read = self._between(shape.active_bytes or shape.layer_bytes)
+        self.read += (EXPERT_COST - 1) * self._between(_active_experts(shape))
         self.read += self._between(_reference_caches(shape))
         for weight in shape.shared:
             self._add(weight, shape.layers)
 
-    def _between(self, of_layers: tuple[int, ...]) -> Matrix:
+    def _between(self, of_layers: Sequence[float]) -> Matrix:
         sums = np.array([0, *accumulate(of_layers)], float)[list(self.positions)]
         return np.asarray(sums[None, :] - sums[:, None])
 
@@ -55,12 +65,17 @@ class StageTable:
         They are those of ``decode_s`` for one row.
         """
         profile = worker.profile
-        seconds = profile.step_s + self.lengths * profile.layer_s + self.read / profile.bandwidth
+        seconds = profile.step_s + self.launches * profile.layer_s + self.read / profile.bandwidth
         seconds = seconds * profile.correction(self.fingerprint)
         impossible = self.lengths <= 0
         if not unbounded:
             impossible |= self.needed > worker.memory.usable
         return np.where(impossible, np.inf, seconds)
+
+
+def _active_experts(shape: ModelShape) -> tuple[float, ...]:
+    """Return the bytes of experts that one token reads, per layer."""
+    return tuple(read_experts(shape, LayerRange(i, i + 1)) for i in range(shape.layers))
 
 
 def _reference_caches(shape: ModelShape) -> tuple[int, ...]:

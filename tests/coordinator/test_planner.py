@@ -151,7 +151,7 @@ def test_frames_have_several_tokens_only_where_such_rows_are_cheap(stages: int) 
 
 def test_each_row_of_a_mixture_reads_experts_of_its_own() -> None:
     """On one Mac, where nothing overlaps, two rows still gain a little. On two, frames of one token are faster."""
-    assert row_costs(SPARSE, M5_MAX)[3] == [pytest.approx(2.28, abs=0.01)]
+    assert row_costs(SPARSE, M5_MAX)[3] == [pytest.approx(2.36, abs=0.01)]
     assert [chosen_tokens(SPARSE, *[M5_MAX] * stages) for stages in (1, 2)] == [2, 1]
 
 

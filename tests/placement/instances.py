@@ -30,6 +30,8 @@ def shapes(draw: st.DrawFn, most: int = 6) -> ModelShape:
     sizes = st.lists(st.integers(1, 100), min_size=n, max_size=n)
     layers = draw(sizes)
     active = tuple(draw(st.integers(1, size)) for size in layers)
+    sparse = draw(st.booleans())
+    experts = tuple(draw(st.integers(whole - read, whole)) for whole, read in zip(layers, active, strict=True))
     bad = draw(st.sets(st.integers(1, most), max_size=2))
     last = n - 1
     embedding = SharedWeight("embed", draw(st.integers(1, 60)), tuple({0, last}), 1, draw(st.booleans()))
@@ -44,6 +46,7 @@ def shapes(draw: st.DrawFn, most: int = 6) -> ModelShape:
         unclean=tuple((e, "tied") for e in sorted(bad) if e < n),
         max_context=8,
         active_bytes=active,
+        expert_bytes=experts if sparse else (),
         boundary_bytes=tuple(draw(sizes)),
     )
 

@@ -12,7 +12,14 @@ from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Objective,
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.chips import CHIPS, assumed_workers
 from cluster.placement.memory_split import WorkerMemory
-from cluster.placement.predicted_step_time import decode_s, read_bytes, verify_s
+from cluster.placement.predicted_step_time import (
+    EXPERT_COST,
+    ROUTER_LAUNCHES,
+    decode_s,
+    read_bytes,
+    read_experts,
+    verify_s,
+)
 from cluster.placement.propose import PlanRequest, propose
 
 FAST, SLOW = Profile(8e11, 1e-5, 1e-4, 2e13, 0.2), Profile(1e11, 1e-5, 1e-4, 4e12, 0.2)
@@ -160,13 +167,13 @@ def test_a_number_of_workers_is_as_asked() -> None:
 
 def test_lessons_are_told() -> None:
     taught = replace(FAST, corrections=(("f", 1.4),))
-    assert "a's times are multiplied by 1.40, as learned from its frames" in told(Candidates([mac("a", 100, taught)]))
+    assert "a's frames were 1.40 times slower than its profile predicts" in told(Candidates([mac("a", 100, taught)]))
     assert "--profile new" not in told(Candidates([mac("a", 100, taught)]))
     wrong = replace(FAST, corrections=(("f", 0.2),))
-    assert (
-        "0.20, as learned from its frames; it may have been busy when it was measured: `macpipe worker --profile"
-        in (told(Candidates([mac("a", 100, wrong)])))
-    )
+    said = told(Candidates([mac("a", 100, wrong)]))
+    assert "a's frames were 5.00 times faster than its profile predicts; it was busy when it was measured: `mac" in said
+    busy = replace(FAST, corrections=(("f", 3.0),))
+    assert "predicts; it is busy, or its profile is wrong: `macpipe" in told(Candidates([mac("a", 100, busy)]))
 
 
 def test_a_token_reads_its_experts_and_a_row_of_the_embedding() -> None:
@@ -179,7 +186,36 @@ def test_a_token_reads_its_experts_and_a_row_of_the_embedding() -> None:
     free = Profile(1.0, row_cost=1.0)
     caches = 2 * model.stage_cache_bytes(LayerRange(0, 1))
     grown = read_bytes(model, LayerRange(0, 1), rows=2) + 30
+    grown += (EXPERT_COST - 1) * read_experts(model, LayerRange(0, 1), rows=2)
     assert decode_s(model, free, LayerRange(0, 1), rows=2) == pytest.approx(grown + caches)
+
+
+def mixture(layers: int, hidden: int, width: int, experts: int, chosen: int, attention: float) -> ModelShape:
+    """Return the shape of a mixture with 4-bit weights: ``attention`` weights a layer, experts of three matrices."""
+    expert = 3 * hidden * width * 4.5 / 8
+    dense, every = int(attention * 4.5 / 8), int(experts * expert)
+    head = SharedWeight("head", 151_936 * hidden * 9 // 16, (layers - 1,))
+    return shape(
+        layers,
+        layer_bytes=(dense + every,) * layers,
+        active_bytes=(dense + int(chosen * expert),) * layers,
+        expert_bytes=(every,) * layers,
+        cache_bytes=(4096 * 2048,) * layers,
+        shared=(head,),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "chip", "least", "most"),
+    [
+        (mixture(94, 4096, 1536, 128, 8, 71e6), "m3-ultra-512", 25, 30),  # Qwen3-235B-A22B
+        (mixture(40, 2048, 512, 257, 9, 24e6), "m5-max-128", 120, 146),  # Qwen3.5-35B-A3B: 133 of mlx-swift-lm, 2026-04
+    ],
+)
+def test_mixtures_are_as_fast_as_public_figures_say(model: ModelShape, chip: str, least: float, most: float) -> None:
+    made = propose(model, assumed_workers(chip), PlanRequest()).forecast
+    assert made
+    assert least <= made.one_user <= most
 
 
 def test_a_step_of_several_tokens_takes_what_was_measured_and_reads_the_caches_once() -> None:
@@ -195,8 +231,11 @@ def test_a_step_of_several_tokens_takes_what_was_measured_and_reads_the_caches_o
     experts = shape(active_bytes=(GIB // 2,) * 40, expert_bytes=(GIB * 3 // 4,) * 40)
     both = verify_s(experts, measured, stage, 3)
     assert both
-    read = read_bytes(experts, stage, 3) + 0.1 * 20 * GIB / 4
-    assert both == pytest.approx(20e-5 + 1e-4 + (read + experts.stage_cache_bytes(stage, 2048)) / FAST.bandwidth)
+    gathered = (EXPERT_COST - 1) * read_experts(experts, stage, 3)
+    read = read_bytes(experts, stage, 3) + gathered + 0.1 * 20 * GIB / 4
+    assert both == pytest.approx(
+        (1 + ROUTER_LAUNCHES) * 20e-5 + 1e-4 + (read + experts.stage_cache_bytes(stage, 2048)) / FAST.bandwidth
+    )
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 8])
