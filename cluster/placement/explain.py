@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count, pairwise
 
 from cluster.core.limits import FAR_OFF
-from cluster.core.plan import LayerRange, ModelShape, Objective, Spare
+from cluster.core.plan import Forecast, LayerRange, ModelShape, Objective, Spare
 from cluster.core.text import figure_in_words, gib_in_words
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.guessed_token_time import guessed_token_s
@@ -23,6 +24,8 @@ __all__ = ["Layout", "reasons", "spares", "unknown"]
 
 NOTICEABLE = 1.1
 """Ratio of two times below which their difference is not worth a sentence."""
+USUAL_ACCEPTANCE = 0.7
+"""Share of right guesses for which a plan shows what guesses would bring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,22 @@ class Layout:
     @property
     def _stages_s(self) -> list[float]:
         return [decode_s(self.shape, w.profile, r) for w, r in zip(self.workers, self.ranges, strict=True)]
+
+    @property
+    def forecast(self) -> Forecast:
+        return forecast(self.shape, self.candidates, self.workers, self.ranges)
+
+    @property
+    def free_bytes(self) -> int:
+        """The memory that weights leave for caches."""
+        used = sum(self.shape.stage_bytes(r) for r in self.ranges)
+        return sum(w.memory.usable for w in self.workers) - used
+
+    @property
+    def guessed_rate(self) -> float:
+        """One user's tokens a second if usually many guesses are right."""
+        hops = hops_s(self.shape, self.candidates, self.workers, self.ranges)
+        return 1 / guessed_token_s(self._stages_s, hops, USUAL_ACCEPTANCE)
 
     def of(self, found: BestLayout) -> Layout:
         """Return another layout for the same shape, candidates and objective."""
@@ -87,10 +106,12 @@ def reasons(layout: Layout, search: Search | None) -> tuple[str, ...]:
         sentence
         for sentence in (
             _explain_bottleneck(layout),
+            _explain_links(layout),
             _explain_guesses(layout),
             _explain_single_worker(layout, search),
             _explain_better_layout(layout, search),
             _explain_memory_limit(layout),
+            _explain_another_mac(layout, search),
             *_explain_corrections(layout),
             "" if search is None or search.every_order else _explain_limited_search(layout),
         )
@@ -114,6 +135,18 @@ def _explain_bottleneck(layout: Layout) -> str:
     _, by, _ = max(shares)
     spent = ", ".join(f"{_ms(seconds)} {what}" for seconds, _, what in shares)
     return f"bound by {by}: of {_ms(layout.token_s)} a token, {spent}"
+
+
+def _explain_links(layout: Layout) -> str:
+    """Name the slowest measured link between two stages."""
+    pairs = [(one.name, other.name) for one, other in pairwise(layout.workers)]
+    known = [(layout.candidates.links[pair], pair) for pair in pairs if pair in layout.candidates.links]
+    if not known:
+        return ""
+    link, (source, to) = min(known, key=lambda one: (one[0].bandwidth, -one[0].round_trip_s))
+    which = "the link" if len(known) == 1 else f"the slowest of {len(known)} links"
+    rate = f"{figure_in_words(link.bandwidth / 1e9)} GB/s"
+    return f"{which} is {source} to {to}: {rate}, round trip {_ms(link.round_trip_s)}"
 
 
 def _explain_guesses(layout: Layout) -> str:
@@ -165,6 +198,46 @@ def _explain_memory_limit(layout: Layout) -> str:
         f"also bound by memory: with {' and '.join(missing)}, {layout.of(found)} would give "
         f"{layout.of(found).merit} instead of {layout.merit}"
     )
+
+
+def _explain_another_mac(layout: Layout, search: Search | None) -> str:
+    """Return what one more Mac would bring: a spare one, else one like the last of the plan."""
+    if search is None or not search.every_order:
+        return ""
+    more, who = layout, "one more of these Macs"
+    if len(layout.workers) == len(layout.candidates.workers):
+        more, who = _add_twin(layout), f"another Mac like {layout.workers[-1].name}"
+        search = Search(StageTable(layout.shape, 1), more.candidates, layout.objective, acceptance=layout.acceptance)
+    found = search.best(stage_count=len(layout.workers) + 1)
+    if found is None:
+        return ""
+    more = more.of(found)
+    now, then = layout.forecast, more.forecast
+    gains = [f"{gib_in_words(more.free_bytes)} instead of {gib_in_words(layout.free_bytes)} for caches"]
+    if then.eight_users > now.eight_users * NOTICEABLE:
+        rates = f"{figure_in_words(then.eight_users)} tokens/s instead of {figure_in_words(now.eight_users)}"
+        gains.append(f"{rates} for eight users")
+    if then.first_token_s * NOTICEABLE < now.first_token_s:
+        seconds = f"{figure_in_words(then.first_token_s)} s instead of {figure_in_words(now.first_token_s)} s"
+        gains.append(f"the first token of a prompt of {now.prompt_tokens} tokens in {seconds}")
+    one = f"one user would get {figure_in_words(then.one_user)} tokens/s instead of {figure_in_words(now.one_user)}"
+    guessed = f"{figure_in_words(more.guessed_rate)} with {USUAL_ACCEPTANCE:.0%} of guesses right"
+    return f"{who} would bring {', '.join(gains)}; {one}, or {guessed}"
+
+
+def _add_twin(layout: Layout) -> Layout:
+    """Return the layout among candidates of whom one is new: it equals the last stage's Mac, and so do its links."""
+    last, known = layout.workers[-1], layout.candidates
+    names = {w.name for w in known.workers}
+    name = next(f"{last.name}+{n}" for n in count(1) if f"{last.name}+{n}" not in names)
+    twin = replace(last, memory=replace(last.memory, worker=name))
+    links = dict(known.links)
+    for (source, to), link in known.links.items():
+        if source == last.name:
+            links[name, to], links[name, last.name] = link, link
+        if to == last.name:
+            links[source, name], links[last.name, name] = link, link
+    return replace(layout, candidates=replace(known, workers=(*known.workers, twin), links=links))
 
 
 def _explain_corrections(layout: Layout) -> Iterator[str]:

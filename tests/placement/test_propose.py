@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -163,6 +164,34 @@ def test_a_number_of_workers_is_as_asked() -> None:
     made = propose(shape(), candidates, PlanRequest(stage_count=2))
     assert [w.name for w in made.workers] == ["b", "c"]
     assert made.spares[0].why == "2 workers were asked for"
+
+
+def test_the_slowest_link_of_a_plan_is_told() -> None:
+    macs = [mac("a", 20), mac("b", 20), mac("c", 20)]
+    assert "link" not in told(Candidates(macs)), "none was measured"
+    slow = Link(5e-3, 4e7)
+    links = {(s, t): slow if {s, t} == {"a", "b"} else Link(3e-4, 5e9) for s in "abc" for t in "abc" if s != t}
+    said = told(Candidates(macs, links))
+    assert re.search(r"the slowest of 2 links is (a to c|b to c): 5 GB/s, round trip 0.3 ms", said), (
+        "c is in the middle"
+    )
+    two = Candidates(macs[:2], dict.fromkeys((("a", "b"), ("b", "a")), slow))
+    (said,) = [line for line in told(two, model=shape(30)).splitlines() if line.startswith("the link is ")]
+    assert said.endswith(": 0.04 GB/s, round trip 5.0 ms")
+
+
+def test_what_another_mac_brings_is_told() -> None:
+    """Room, users and prompts; one user's speed grows with guesses alone."""
+    two = Candidates([mac("a", 30), mac("b", 30)], {("a", "b"): Link(1e-3, 1e9), ("b", "a"): Link(1e-3, 1e9)})
+    (said,) = [line for line in told(two).splitlines() if "would bring" in line]
+    assert said.startswith("another Mac like a would bring 45.5 GiB instead of 17 GiB for caches, ")
+    assert "for eight users, the first token of a prompt of 2048 tokens in " in said
+    assert "; one user would get " in said
+    assert said.endswith(" with 70% of guesses right")
+    spare = told(Candidates([mac("a", 100), mac("b", 100)]))
+    assert "one more of these Macs would bring" in spare
+    many = Candidates([mac(f"m{i}", 30 + i, replace(FAST, bandwidth=8e11 + i)) for i in range(9)])
+    assert "would bring" not in told(many), "too many orders to try"
 
 
 def test_lessons_are_told() -> None:
