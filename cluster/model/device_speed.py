@@ -21,6 +21,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from cluster.core.limits import MAX_VERIFIED
 from cluster.core.plan import Profile
 from cluster.model.module_tree import tree_bytes
+from cluster.platform.disturbance import describe_load, describe_spread
 
 __all__ = ["Stretch", "measure_device"]
 
@@ -69,16 +70,21 @@ _CPU: Final = _Scale(512, 1024, 3, 4, (2, 4, MAX_VERIFIED), mx.float32)
 _NARROW: Final = 64
 
 
-def measure_device(stretch: Stretch) -> Profile:
-    """Measure the device. Takes two or three seconds and half a gigabyte on a GPU; runs on the MLX thread."""
+def measure_device(stretch: Stretch) -> tuple[Profile, str]:
+    """Return the device's profile, and in words what disturbed the measurement; "" if nothing did.
+
+    Takes two or three seconds and half a gigabyte on a GPU; runs on the MLX thread.
+    """
+    before = describe_load()
     scale = _CPU if mx.default_device().type == mx.cpu else _GPU
     narrow, deeper = (_layers(_NARROW, 2 * _NARROW, n, scale.dtype) for n in (SHALLOW, DEEP))
     wide = _layers(scale.hidden, scale.intermediate, scale.layers, scale.dtype)
     jobs = [(narrow, 1, 1), (deeper, 1, 1), (wide, 1, 1), (wide, ROWS, 1), (wide, 1, scale.tokens)]
     jobs += [(wide, 1, tokens) for tokens in scale.verified]
-    shallow, deep, one, many, prompt, *verified = _times(
-        [_Measurement(m, mx.zeros((r, t), mx.int32)) for m, r, t in jobs], stretch
-    )
+    times = _times([_Measurement(m, mx.zeros((r, t), mx.int32)) for m, r, t in jobs], stretch)
+    # Other load affects all jobs alike and only ever adds time, so the fastest round is the best estimate.
+    shallow, deep, one, many, prompt, *verified = map(min, times)
+    disturbed = before or describe_spread(times) or describe_load()
     mx.clear_cache()
     narrow_s = max((deep - shallow) / (DEEP - SHALLOW), 0.0)
     step_s = max(shallow - SHALLOW * narrow_s, 0.0)
@@ -86,7 +92,7 @@ def measure_device(stretch: Stretch) -> Profile:
     byte_s = max(wide_s - narrow_s, 1e-9) / (_layer_bytes(wide) - _layer_bytes(narrow))
     layer_s = max(narrow_s - byte_s * _layer_bytes(narrow), 0.0)
     reading_s = max(one - step_s - scale.layers * layer_s, 1e-9)
-    return Profile(
+    profile = Profile(
         bandwidth=1 / byte_s,
         layer_s=layer_s,
         step_s=step_s,
@@ -97,6 +103,7 @@ def measure_device(stretch: Stretch) -> Profile:
             for tokens, taken in zip(scale.verified, verified, strict=True)
         ),
     )
+    return profile, disturbed
 
 
 def _layer_bytes(model: Any) -> int:
@@ -124,19 +131,15 @@ def _count_weights(scale: _Scale) -> int:
     return scale.layers * scale.hidden * (4 * scale.hidden + 3 * scale.intermediate)
 
 
-def _times(jobs: Sequence[_Measurement], stretch: Stretch) -> list[float]:
-    """Return the seconds of each job's fastest round.
-
-    The jobs take turns, so that other load on the machine affects all of them alike. Such load only ever adds time, so
-    the fastest round is the best estimate.
-    """
+def _times(jobs: Sequence[_Measurement], stretch: Stretch) -> list[tuple[float, ...]]:
+    """Return the seconds of each job's rounds. The jobs take turns, so that other load affects all of them alike."""
     for job in jobs:
         job.run()  # compiles kernels
     start = time.perf_counter()
     rounds: list[list[float]] = []
     while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() - start < BUDGET_S):
         rounds.append([_time_call(job, stretch) for job in jobs])
-    return [min(times) for times in zip(*rounds, strict=True)]
+    return list(zip(*rounds, strict=True))
 
 
 def _time_call(job: _Measurement, stretch: Stretch) -> float:

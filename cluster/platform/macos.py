@@ -16,7 +16,15 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["MachineFacts", "hardware_ports", "machine_facts", "memory_pressure", "process_seconds", "run_command"]
+__all__ = [
+    "MachineFacts",
+    "hardware_ports",
+    "machine_facts",
+    "memory_pressure",
+    "process_seconds",
+    "run_command",
+    "thermal_limit",
+]
 
 MIB: Final = 2**20
 COMMAND_TIMEOUT_S: Final = 5.0
@@ -58,9 +66,20 @@ def memory_pressure() -> str:
     return parse_pressure(run_command("sysctl", "-n", "kern.memorystatus_vm_pressure_level"))
 
 
+def thermal_limit() -> int:
+    """Return the percentage of full speed to which heat limits the processors; 100 if it does not, or not known."""
+    return parse_thermal_limit(run_command("pmset", "-g", "therm")) if platform.system() == "Darwin" else 100
+
+
 def process_seconds(pid: int) -> float | None:
     """Return the processor time of a process in seconds; None if not known."""
     return parse_cpu_time(run_command("ps", "-o", "time=", "-p", str(pid)))
+
+
+def parse_thermal_limit(report: str) -> int:
+    """Parse ``pmset -g therm``: lines such as ``CPU_Speed_Limit = 80``; newer Macs print none at full speed."""
+    limits = re.findall(r"^\s*CPU_(?:Speed|Scheduler)_Limit\s*=\s*(\d{1,3})\s*$", report, re.MULTILINE)
+    return min((int(limit) for limit in limits), default=100)
 
 
 def parse_cpu_time(clock: str) -> float | None:

@@ -154,7 +154,7 @@ class Engine:
 
     def _dispatch(self, command: _Queued) -> None:
         if isinstance(command, Measure):
-            self._send(Measured.of(command.call, measure_device(self._throttle.stretch)))
+            self._send(Measured.of(command.call, *measure_device(self._throttle.stretch)))
         elif isinstance(command, Load):
             self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
         elif isinstance(command, LinkStage):

@@ -141,7 +141,10 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The figures of a ``Profile``. ``verify_costs`` begins with that of two tokens; 0 if it was not measured."""
+    """The figures of a ``Profile``. ``verify_costs`` begins with that of two tokens; 0 if it was not measured.
+
+    ``disturbed`` says in words why the figures may be too slow; empty if nothing disturbed the measurement.
+    """
 
     call: int
     bandwidth: float
@@ -150,6 +153,7 @@ class Measured:
     flops: float
     row_cost: float
     verify_costs: tuple[float, ...] = ()
+    disturbed: str = ""
 
     @property
     def profile(self) -> Profile:
@@ -158,10 +162,10 @@ class Measured:
         return Profile(self.bandwidth, self.layer_s, self.step_s, self.flops, self.row_cost, verify_costs=valid)
 
     @classmethod
-    def of(cls, call: int, p: Profile) -> Measured:
+    def of(cls, call: int, p: Profile, disturbed: str) -> Measured:
         costs = dict(p.verify_costs)
         every = tuple(costs.get(tokens, 0.0) for tokens in range(2, MAX_VERIFIED + 1))
-        return cls(call, p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, every)
+        return cls(call, p.bandwidth, p.layer_s, p.step_s, p.flops, p.row_cost, every, disturbed)
 
 
 @dataclass(frozen=True, slots=True)

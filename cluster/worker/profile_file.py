@@ -42,6 +42,8 @@ class StoredProfile:
     profile: Profile = field(default_factory=Profile)
     links: tuple[tuple[str, Link, float], ...] = ()
     """The other worker's id and host, the link from there, and when it was measured (seconds since the epoch)."""
+    disturbed: str = ""
+    """What disturbed the measurement, in words; such a profile is measured again at the next start."""
 
 
 class ProfileFile:
@@ -51,9 +53,9 @@ class ProfileFile:
         self._path, self._now = path, now
         self.kept = _read(path, key)
 
-    def put(self, profile: Profile) -> None:
+    def put(self, profile: Profile, disturbed: str = "") -> None:
         """Store a new measurement and drop corrections of the old one."""
-        self._keep(replace(self.kept, profile=profile))
+        self._keep(replace(self.kept, profile=profile, disturbed=disturbed))
 
     def learn(self, fingerprint: str, ratio: float) -> None:
         """Move a model's correction towards ``ratio``, which is the measured time of new frames over the predicted one.
@@ -123,4 +125,5 @@ def _read_profile(facts: Any) -> StoredProfile:
     if not valid_verify_costs(costs):
         raise ValueError("invalid cost of a step")
     links = tuple((str(end), _link(**link), float(at)) for end, link, at in facts["links"])
-    return StoredProfile(str(facts["key"]), Profile(**figures, corrections=learned, verify_costs=costs), links)
+    measured = Profile(**figures, corrections=learned, verify_costs=costs)
+    return StoredProfile(str(facts["key"]), measured, links, str(facts.get("disturbed", "")))

@@ -73,6 +73,20 @@ def test_memory_pressure(said: str, word: str) -> None:
     assert macos.parse_pressure(said) == word
 
 
+@pytest.mark.parametrize(
+    ("said", "limit"),
+    [
+        # written from documentation: the manual page of pmset
+        ("Note: No thermal warning level has been recorded\nNote: No CPU power status has been recorded\n", 100),
+        ("CPU_Scheduler_Limit \t= 100\n\tCPU_Available_CPUs \t= 8\n\tCPU_Speed_Limit \t= 62\n", 62),
+        ("", 100),
+        ("CPU_Speed_Limit = none", 100),
+    ],
+)
+def test_heat(said: str, limit: int) -> None:
+    assert macos.parse_thermal_limit(said) == limit
+
+
 def test_hardware_ports() -> None:
     assert macos.parse_hardware_ports(PORTS) == {"en0": "Ethernet", "bridge0": "Thunderbolt Bridge", "en1": "Wi-Fi"}
     assert macos.parse_hardware_ports("") == {}
@@ -83,6 +97,7 @@ def test_elsewhere_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     macos.machine_facts.cache_clear()
     assert macos.machine_facts() == macos.MachineFacts()
     assert macos.memory_pressure() == ""
+    assert macos.thermal_limit() == 100
 
 
 def test_a_command_that_is_not_there_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

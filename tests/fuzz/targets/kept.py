@@ -70,7 +70,7 @@ def engine_messages() -> Prepared:
         messages.Done(1),
         messages.CommandFailed(1, "BAD_CHECKPOINT", "no"),
         messages.Reported(4, 1, 2, 3, 4),
-        messages.Measured(5, 1e11, 1e-5, 1e-4, 1e12, 0.1, (1.1, 0.0, 1.3)),
+        messages.Measured(5, 1e11, 1e-5, 1e-4, 1e12, 0.1, (1.1, 0.0, 1.3), "the machine is hot"),
     )
     return Prepared(run, (b"".join(map(messages.pack, said)), *map(messages.pack, said)), spoil_records)
 
