@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +64,21 @@ def learned(client: Client, model: str, before_ms: float) -> ModelPlan:
             return plan
         assert time.monotonic() < deadline, "nothing was learned"
         time.sleep(0.5)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_worker_that_starts_beside_two_busy_loops_does_not_skew_the_plan(cluster: Cluster, tmp_path: Path) -> None:
+    for name in ("ada", "bob"):
+        cluster.worker(name, "--profile", "kept").wait_for(f"worker {name} of cluster")
+    with ExitStack() as busy:
+        for _ in range(2):
+            loop = busy.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            busy.callback(loop.kill)
+        cluster.worker("cyd", "--profile", "kept").wait_for("worker cyd of cluster")
+    model = make("llama_4bit", tmp_path / "llama", layers=12)
+    _, address = cluster.serving(model, 3)
+    with Client(address, timeout_s=60) as client:
+        stages = client.plan(client.cluster().model, workers=3).stages
+    assert {stage.worker for stage in stages} == {"ada", "bob", "cyd"}
+    assert all(abs(len(stage.layers) - 4) <= 1 for stage in stages)
