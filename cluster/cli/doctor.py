@@ -68,9 +68,9 @@ def read_state(coordinator: str | None) -> tuple[ClusterState | None, str]:
 
 def members_to_reach(coordinator: str | None, state: ClusterState | None) -> list[tuple[str, str, int]]:
     """Return name, host and port of the coordinator and of each worker, except on this machine's loopback."""
-    from cluster.client.coordinator_address import resolve_address
+    from cluster.client.coordinator_address import choose_coordinator
 
-    listed = [("the coordinator", resolve_address(coordinator))]
+    listed = [("the coordinator", choose_coordinator(coordinator, None).address)]
     listed += [(worker.name, worker.control_address) for worker in state.workers] if state else []
     members = []
     for name, address in listed:
