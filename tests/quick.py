@@ -48,6 +48,7 @@ NOT_QUICK = frozenset(
         "sandbox",
         "store/test_convert.py",
         "store/test_pull.py",
+        "store/test_stored_models.py",
         "worker/test_stage_host.py",
         "worker/test_supervisor.py",
     }

@@ -11,8 +11,7 @@ from cluster.core.errors import InvalidOption
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT
 from cluster.core.text import format_address, parse_address
 from cluster.platform.paths import state_home
-from cluster.security.cluster_choice import remembered_coordinator, resolve_cluster
-from cluster.security.credentials import is_member
+from cluster.security.cluster_choice import is_member, remembered_coordinator, resolve_cluster
 
 COORDINATOR_VARIABLE: Final = "MACPIPE_COORDINATOR"
 DEFAULT_HOST: Final = "127.0.0.1"

@@ -1,7 +1,7 @@
 """Remembers the cluster that this machine entered last, and where the coordinator of each of its clusters listens.
 
 Both records are hints: TLS checks who answers. A record that is missing or damaged counts as none, and one that cannot
-be written is only logged. The module does not import cryptography, which other commands need not wait for.
+be written is only logged. The module imports neither cryptography nor grpc, for which other commands need not wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from cluster.core.errors import InvalidOption
 from cluster.core.limits import KIB
 from cluster.core.text import format_address, parse_address
 from cluster.platform.json_file import read_json, write_json
-from cluster.security.credentials import is_member
 from cluster.security.name_check import check_name
 
 log = logging.getLogger(__name__)
@@ -24,6 +23,11 @@ log = logging.getLogger(__name__)
 CLUSTER_VARIABLE: Final = "MACPIPE_CLUSTER"
 DEFAULT_CLUSTER: Final = "default"
 MAX_RECORD_BYTES: Final = 4 * KIB
+
+
+def is_member(home: Path, cluster: str) -> bool:
+    """Return whether this machine is in the cluster."""
+    return (home / "clusters" / cluster / "authority.pem").is_file()
 
 
 def resolve_cluster(given: str | None, home: Path) -> str:

@@ -12,6 +12,7 @@ import grpc
 
 from cluster.core.errors import InvalidOption
 from cluster.core.text import is_loopback
+from cluster.security.cluster_choice import is_member
 from cluster.security.name_check import check_name
 from cluster.security.trust import ADMIN, CLIENT, WORKER, AuthContext, ChannelOptions, Trust
 
@@ -42,11 +43,6 @@ def open_caller_trust(home: Path, cluster: str) -> Trust:
         return trust
     certificates = sorted((home / "clusters" / cluster / "workers").glob("*/certificate.pem"))
     return open_trust(home, cluster, WORKER, name=certificates[0].parent.name) if certificates else trust
-
-
-def is_member(home: Path, cluster: str) -> bool:
-    """Return whether this machine is in the cluster."""
-    return (home / "clusters" / cluster / "authority.pem").is_file()
 
 
 class LocalTrust:
