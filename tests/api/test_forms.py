@@ -98,7 +98,7 @@ def test_every_answer_is_speculated_for_unless_its_client_says_no() -> None:
         ({"prediction": {"type": "content", "content": 5}}, "prediction.content", "prediction.content: "),
         ({"prediction": {"type": "content", "content": [{"type": "image_url"}]}}, "prediction.content[0]", "only text"),
         ({"speculate": "no"}, "speculate", "boolean"),
-        ({"store": True}, "store", "should be false"),
+        ({"store": "yes"}, "store", "boolean"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "token id"),
         ({"top_logprobs": 1}, "top_logprobs", "logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "one of them"),
@@ -338,6 +338,21 @@ def test_results_of_tools_come_before_what_the_user_says() -> None:
 )  # fmt: skip
 def test_messages_refuse(more: dict[str, Any], field: str) -> None:
     assert refused(MessagesForm, {"model": "m", "max_tokens": 5, "messages": [TURN], **more}).field == field
+
+
+@pytest.mark.parametrize(
+    ("form", "tool"),
+    [(MessagesForm, {"type": "bash_20250124", "name": "bash"}), (MessagesForm, {"type": "text_editor_20250728"}),
+     (ResponsesForm, {"type": "local_shell"})],
+)  # fmt: skip
+def test_a_tool_without_a_schema_is_named_with_what_to_do(form: type[Form], tool: dict[str, Any]) -> None:
+    body = {"model": "m", "max_tokens": 5, "messages": [TURN]} if form is MessagesForm else {"input": "x"}
+    assert refused(form, {**body, "tools": [tool]}).sentence == (
+        f"tools[0].type: {tool['type']} is not supported, because only the API's own models know its schema; "
+        "define the tool with a name and a schema instead"
+    )
+    own = {"type": "custom" if form is MessagesForm else "function"}
+    assert refused(form, {**body, "tools": [own]}).field in ("tools[0].name", "tools[0].input_schema")
 
 
 def test_names_of_places() -> None:

@@ -43,7 +43,8 @@ def post(served: Served, path: str, more: dict[str, Any] | None = None) -> httpx
     ("path", "more", "ignored"),
     [
         ("/v1/chat/completions", {}, None),
-        ("/v1/chat/completions", {"user": None, "metadata": {}}, None),
+        ("/v1/chat/completions", {"user": None, "metadata": {}, "store": False}, None),
+        ("/v1/chat/completions", {"store": True}, "store"),
         ("/v1/chat/completions", {"prediction": {"type": "content", "content": "A hop"}}, "prediction"),
         ("/v1/chat/completions", {"reasoning_effort": "high", "user": "amy"}, "user, reasoning_effort"),
         (

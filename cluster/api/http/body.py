@@ -32,6 +32,8 @@ from cluster.transport.parsing_thread import PARSING
 
 CHARGE: Final = "macpipe.charge"
 """Key in the ASGI scope: the ``Charge`` of the request's body."""
+UNKNOWN_TOOL: Final = "unknown_tool"
+"""The kind of error of a tool without a schema whose type is not known."""
 MAX_FIELD_CHARS: Final = 256
 """Characters of a field name in an error; its parts may be names that the client chose."""
 
@@ -210,17 +212,18 @@ def _parse(body: bytes | bytearray, form: type[F], hints: dict[str, None]) -> F:
         raise _invalid_request(max(e.errors(include_url=False, include_input=False), key=_relevance)) from None
 
 
-def _relevance(error: ErrorDetails) -> tuple[bool, int, bool]:
+def _relevance(error: ErrorDetails) -> tuple[bool, int, int]:
     """Return the sort key of an error; only the most relevant error is shown.
 
     A value of a union type has errors for each branch. A broken bound means that the branch was right, so it comes
     first. Else the deepest error belongs to the branch that the client meant. An unknown ``type`` explains more than
-    the fields that are missing for it.
+    the fields that are missing for it, and a tool's says what to do.
     """
     kind = error["type"]
-    return kind.startswith(_BOUNDS), len(error["loc"]), kind == "literal_error"
+    return kind.startswith(_BOUNDS), len(error["loc"]), _TYPE_ERRORS.get(kind, 0)
 
 
+_TYPE_ERRORS: Final[Mapping[str, int]] = {"literal_error": 1, UNKNOWN_TOOL: 2}
 _BOUNDS: Final = ("too_", "string_too_", "string_pattern", "greater_than", "less_than")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from cluster.api.http.body import Form, Hint, Ignored, JsonObject, ShortText, Text, Unsupported
+from cluster.api.http.body import Form, Hint, Ignored, JsonObject, ShortText, Text, Unsupported, hint
 from cluster.api.http.openai_formats import (
     ArgumentsChecker,
     FunctionSpec,
@@ -129,7 +129,7 @@ class ChatForm(SamplingForm):
     reasoning_effort: Effort | None = None
     chat_template_kwargs: JsonObject | None = None
     priority: Annotated[Count, Field(le=9)] = 0
-    store: Literal[False] | None = None
+    store: Annotated[bool | None, hint("store")] = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=MAX_WORDS, fail_fast=True)] | None = None
     metadata: Hint = None
