@@ -196,7 +196,7 @@ async def _public_port(
     server = public_server(trust, bounds)
     coordinator = service.coordinator
     add_InferenceServiceServicer_to_server(InferenceServicer(service, trust), server)
-    add_ClusterServiceServicer_to_server(ClusterServicer(coordinator, trust), server)
+    add_ClusterServiceServicer_to_server(ClusterServicer(coordinator, trust, settings.order), server)
     add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
     hosts = _hosts(settings, trust)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Cluster, Coordinator, Json, Switch, takes_options
+from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, Switch, takes_options
 from cluster.cli.plan_options import plan_options
-from cluster.cli.serve import Draft, Exact, MaxContext, MaxStepMs, Model, Speculate, TakeBack
-from cluster.core.limits import MAX_STEP_MS
+from cluster.cli.serve import STEP_HELP, Draft, Exact, Model, Speculate, TakeBack
 from cluster.core.plan import Speculation
 from cluster.core.text import count_in_words
 
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
 def load(
     model: Model,
     options: Any = None,
-    max_context: MaxContext = None,
-    max_step_ms: MaxStepMs = MAX_STEP_MS,
+    max_context: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help=CONTEXT_HELP, show_default="that of serve, or less"),
+    ] = None,
+    max_step_ms: Annotated[
+        float | None, typer.Option(min=1, metavar="MS", help=STEP_HELP, show_default="that of serve")
+    ] = None,
     speculate: Speculate = Speculation.OFF,
     draft: Draft = "",
     exact: Exact = Switch.ON,
@@ -33,7 +39,7 @@ def load(
 ) -> None:
     """Load MODEL on a running coordinator.
 
-    It replaces the served model.
+    It replaces the served model. --max-context and --max-step-ms of serve stay in force.
     """
     from cluster.client import Client
 

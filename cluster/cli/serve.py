@@ -47,10 +47,8 @@ MaxContext = Annotated[
     ),
 ]
 
-MaxStepMs = Annotated[
-    float,
-    typer.Option(min=1, metavar="MS", help="Limit a prefill chunk's time on a stage while others decode."),
-]
+STEP_HELP = "Limit a prefill chunk's time on a stage while others decode."
+MaxStepMs = Annotated[float, typer.Option(min=1, metavar="MS", help=STEP_HELP)]
 
 
 Http = Annotated[

@@ -95,7 +95,8 @@ class LoadOptions(TypedDict, total=False):
 
     ``workers`` is how many to use: those that are best for ``objective`` (``latency`` or ``throughput``). ``layers``
     sets the ranges, as in ``0-3,4-7``; the default is the planner's. ``lanes`` defaults to one per stage.
-    ``max_step_ms`` limits a prefill chunk's time on a stage while others decode. ``kv_bits`` 8 or 4 quantises KV
+    ``max_step_ms`` limits a prefill chunk's time on a stage while others decode; the default of it and of
+    ``max_context`` is what the coordinator was started with. ``kv_bits`` 8 or 4 quantises KV
     caches. ``quantize`` has each worker quantise its weights to so many bits while it loads them. ``prefill_chunk`` is
     the tokens of a prompt chunk while nobody decodes; the default follows from measured cost and memory.
     ``take_back`` returns a lost worker's layers to it when it comes back. ``acceptance`` (0 to 1) plans for one user

@@ -213,4 +213,5 @@ def _read_base_shape(folder: Path, order: LoadOrder) -> ModelShape:
         kv_bits=order.kv_bits,
         weight_bits=order.quantize,
         prefill_chunk=order.prefill_chunk,
+        default_context=order.default_context,
     )

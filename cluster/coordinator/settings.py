@@ -7,7 +7,13 @@ from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
 from cluster.core.errors import InvalidOption
-from cluster.core.limits import DEFAULT_COORDINATOR_PORT, DISCOVERY_TIMEOUT_S, MAX_SCHEMA_BYTES, MAX_STEP_MS
+from cluster.core.limits import (
+    DEFAULT_COORDINATOR_PORT,
+    DEFAULT_MAX_CONTEXT,
+    DISCOVERY_TIMEOUT_S,
+    MAX_SCHEMA_BYTES,
+    MAX_STEP_MS,
+)
 from cluster.core.plan import LayerRange, Objective, Route, Speculation
 
 
@@ -20,13 +26,13 @@ class LoadOrder:
     for workers in seconds. With ``take_back``, lost workers get their layers back once they return; without it, they
     become spares.
 
-    ``max_context`` is in tokens; None uses the default, or the model's own limit if that is lower. ``lanes`` None means
-    one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others decode.
-    ``prefill_chunk`` is the number of tokens of a chunk while nobody decodes; None chooses it by measured cost.
+    ``max_context`` is in tokens; None uses ``default_context``, or the model's own limit if that is lower. ``lanes``
+    None means one per stage. ``max_step_ms`` is the longest time that a prefill chunk may occupy a stage while others
+    decode. ``prefill_chunk`` is the number of tokens of a chunk while nobody decodes; None chooses it by measured cost.
     ``kv_bits`` 8 or 4 quantizes caches; 0 does not. ``quantize`` is the bits to which each worker quantizes its weights
-    while it loads them; 0 leaves them. ``acceptance`` is the share of guessed tokens that the
-    plan expects to be right, from 0 to 1. ``speculation`` says what guesses tokens before they are sampled; with
-    ``exact``, a frame has one of them, so that they change no bit of an answer.
+    while it loads them; 0 leaves them. ``acceptance`` is the share of guessed tokens that the plan expects to be right,
+    from 0 to 1. ``speculation`` says what guesses tokens before they are sampled; with ``exact``, a frame has one of
+    them, so that they change no bit of an answer.
     ``draft`` is the draft model, "" if there is none. ``adapters`` are names and folders.
     """
 
@@ -35,6 +41,7 @@ class LoadOrder:
     layers: tuple[LayerRange, ...] | None = None
     route: Route = Route.DIRECT
     max_context: int | None = None
+    default_context: int = DEFAULT_MAX_CONTEXT
     wait_s: float = DISCOVERY_TIMEOUT_S
     lanes: int | None = None
     max_step_ms: float = MAX_STEP_MS

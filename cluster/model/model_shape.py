@@ -42,17 +42,18 @@ def read_shape(
     kv_bits: int = 0,
     weight_bits: int = 0,
     prefill_chunk: int | None = None,
+    default_context: int = limits.DEFAULT_MAX_CONTEXT,
 ) -> ModelShape:
     """Return the shape of the checkpoint in ``path``, whose display name is ``name``.
 
-    ``max_context`` is in tokens; None means the model's limit, at most limits.DEFAULT_MAX_CONTEXT. ``kv_bits`` is 4 or
-    8 to quantize keys and values, else 0. ``weight_bits`` are those of weights that are quantized while they are
+    ``max_context`` is in tokens; None means the model's limit, at most ``default_context``. ``kv_bits`` is 4 or 8 to
+    quantize keys and values, else 0. ``weight_bits`` are those of weights that are quantized while they are
     loaded; 0 means as they are stored. ``prefill_chunk`` is the number of tokens per prompt chunk; None lets them
     vary. Raises InvalidOption if ``max_context`` exceeds the model's limit or the tensors of a chunk a frame's,
     ModelUnsupported if the model cannot be sliced or quantized, and the errors of ``open_checkpoint``.
     """
     checkpoint = open_checkpoint(path)
-    context = _context(checkpoint.config, max_context)
+    context = _context(checkpoint.config, max_context, default_context)
     model = open_skeleton(path, weight_bits)
     traced = trace(model)
     quantization = choose_quantization(model, kv_bits)
@@ -111,13 +112,13 @@ def _lengths(context: int) -> list[int]:
     return [*(n for n in CURVE if n < context), context]
 
 
-def _context(config: Mapping[str, Any], asked: int | None) -> int:
+def _context(config: Mapping[str, Any], asked: int | None, default: int) -> int:
     if asked is not None and asked < 1:
         raise InvalidOption(f"invalid context of {asked} tokens: it must be at least 1", field="max_context")
     limit = _first_number(config, CONTEXT_KEYS)  # None for state-space models, whose configs have none
     if asked is not None and limit is not None and asked > limit:
         raise InvalidOption(f"invalid context of {asked} tokens: the model allows at most {limit}", field="max_context")
-    wanted = asked or limits.DEFAULT_MAX_CONTEXT
+    wanted = asked or default
     return wanted if limit is None else min(wanted, limit)
 
 

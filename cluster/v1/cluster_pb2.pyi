@@ -856,11 +856,11 @@ class LoadModelRequest(_message.Message):
     """As in `--layers 0-3,4-7`; empty: the coordinator chooses."""
     route: Global___Route.ValueType
     max_context: _builtins.int
-    """0: the default."""
+    """0: that of `serve --max-context`, else 4096; or the model's own limit if that is lower."""
     lanes: _builtins.int
     """0: one per stage."""
     max_step_ms: _builtins.float
-    """Time that a prefill chunk may take of a stage while others decode; 0: the default."""
+    """Time that a prefill chunk may take of a stage while others decode; 0: that of `serve --max-step-ms`."""
     kv_bits: _builtins.int
     """8 or 4 quantizes caches; 0 leaves them unquantized."""
     objective: Global___Objective.ValueType

@@ -119,6 +119,8 @@ def test_the_context_defaults_to_ours_where_the_model_allows_more(tmp_path: Path
     path = make("llama", tmp_path, max_position_embeddings=100_000)
     assert read_shape(path, "llama", None).max_context == 4096
     assert read_shape(path, "llama", 100_000).max_context == 100_000
+    assert read_shape(path, "llama", None, default_context=50_000).max_context == 50_000
+    assert read_shape(path, "llama", None, default_context=200_000).max_context == 100_000
 
 
 @pytest.mark.parametrize("asked", [2049, 0, -1])

@@ -21,7 +21,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_adapters, describe_plan
 from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.errors import InvalidRequest, MacpipeError
-from cluster.core.limits import MAX_PREFILL_CHUNK, MAX_STEP_MS
+from cluster.core.limits import DEFAULT_MAX_CONTEXT, MAX_PREFILL_CHUNK
 from cluster.core.plan import LoadProgress, Plan, Speculation
 from cluster.core.quantization import MODES
 from cluster.core.text import parse_layers
@@ -35,18 +35,19 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ClusterServicer(ClusterServiceServicer):
-    """Serves ClusterService for one coordinator."""
+    """Serves ClusterService for one coordinator. ``first`` is the order of the model that it was started with."""
 
-    def __init__(self, coordinator: Coordinator, trust: Trust) -> None:
+    def __init__(self, coordinator: Coordinator, trust: Trust, first: LoadOrder) -> None:
         self._coordinator = coordinator
         self._trust = trust
+        self._first = first
 
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
         return encode_cluster_state(await self._coordinator.snapshot())
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> AsyncIterator[pb.LoadModelResponse]:
         try:
-            order = _load_order(request)
+            order = _load_order(request, self._first)
             async for p in self._progress(order):
                 yield pb.LoadModelResponse(progress=encode_progress(p))
             state = encode_cluster_state(await self._coordinator.snapshot())
@@ -68,7 +69,7 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         try:
-            return encode_plan(describe_plan(await self._coordinator.plan(_load_order(request))))
+            return encode_plan(describe_plan(await self._coordinator.plan(_load_order(request, self._first))))
         except MacpipeError as e:
             await abort(context, e)
             raise
@@ -145,7 +146,8 @@ class _ProgressQueue:
         self.queue.put_nowait(progress)
 
 
-def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
+def _load_order(r: pb.LoadModelRequest | pb.PlanRequest, first: LoadOrder) -> LoadOrder:
+    """Decode an order. What depends on the use of the cluster and not on the model is by default as in ``first``."""
     if not r.model:
         raise InvalidRequest("the model is missing; name a Hugging Face id or a folder", field="model")
     return LoadOrder(
@@ -154,8 +156,9 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest) -> LoadOrder:
         layers=parse_layers(r.layers) if r.layers else None,
         route=decode_route(r.route),
         max_context=r.max_context or None,
+        default_context=first.max_context or DEFAULT_MAX_CONTEXT,
         lanes=r.lanes or None,
-        max_step_ms=_max_step_ms(r.max_step_ms) if isinstance(r, pb.LoadModelRequest) else MAX_STEP_MS,
+        max_step_ms=_max_step_ms(r.max_step_ms if isinstance(r, pb.LoadModelRequest) else 0.0) or first.max_step_ms,
         prefill_chunk=_prefill_chunk(r.prefill_chunk),
         kv_bits=_kv_bits(r.kv_bits),
         quantize=_weight_bits(r.quantize),
@@ -178,7 +181,7 @@ def _adapters(given: Sequence[pb.AdapterFolder]) -> tuple[tuple[str, str], ...]:
 def _max_step_ms(value: float) -> float:
     if not math.isfinite(value) or value < 0:
         raise InvalidRequest(f"max_step_ms is {value:g}; it must be above 0", field="max_step_ms")
-    return value or MAX_STEP_MS
+    return value
 
 
 def _prefill_chunk(value: int) -> int | None:

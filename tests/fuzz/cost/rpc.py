@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from cluster.api.grpc.cluster_service import ClusterServicer
 from cluster.api.grpc.inference_service import InferenceServicer
 from cluster.codec.worker_info import decode_info
+from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_ANSWER_BYTES, MAX_CONTROL_BYTES, MAX_MESSAGES, MAX_SCHEMA_BYTES, MIB
 from cluster.platform.macos import MachineFacts
@@ -89,7 +90,8 @@ class _Nothing:
 def _public(methods: _Methods) -> None:
     trust = LocalTrust()
     add_InferenceServiceServicer_to_server(InferenceServicer(request_service(), trust), methods)  # type: ignore[arg-type]
-    add_ClusterServiceServicer_to_server(ClusterServicer(request_service().coordinator, trust), methods)  # type: ignore[arg-type]
+    servicer = ClusterServicer(request_service().coordinator, trust, LoadOrder("faq"))
+    add_ClusterServiceServicer_to_server(servicer, methods)  # type: ignore[arg-type]
 
 
 def _worker(methods: _Methods) -> None:
