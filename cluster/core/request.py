@@ -110,7 +110,8 @@ class ChatOptions:
     """How a conversation becomes a prompt, and what its answer may be.
 
     ``tool_name`` is for ``ToolChoice.NAMED``. ``enable_thinking`` None and ``reasoning_effort`` "" use the template's
-    defaults. ``template`` is a JSON object as text: further arguments of the model's chat template.
+    defaults. ``thinking_is_hint``: a template that cannot switch thinking may ignore the former. ``template`` is a JSON
+    object as text: further arguments of the model's chat template.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -118,6 +119,7 @@ class ChatOptions:
     tool_name: str = ""
     parallel_tool_calls: bool = True
     enable_thinking: bool | None = None
+    thinking_is_hint: bool = False
     reasoning_effort: str = ""
     template: str = ""
 

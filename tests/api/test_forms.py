@@ -204,6 +204,9 @@ def test_tools_and_choices() -> None:
 
 def test_no_reasoning_is_no_thinking() -> None:
     assert chat(reasoning_effort="none").conversation.options.enable_thinking is False
+    assert chat(reasoning_effort="none").conversation.options.thinking_is_hint
+    assert not chat(chat_template_kwargs={"enable_thinking": False}).conversation.options.thinking_is_hint
+    assert messages(thinking={"type": "disabled"}).conversation.options.thinking_is_hint
     assert chat(reasoning_effort="low").conversation.options.reasoning_effort == "low"
     assert chat(chat_template_kwargs={"x": 1}).conversation.options.template == '{"x":1}'
 

@@ -201,6 +201,7 @@ class ChatForm(SamplingForm):
             tool_name=choice.function.name if isinstance(choice, ChatNamedTool) else "",
             parallel_tool_calls=self.parallel_tool_calls is not False,
             enable_thinking=thinking.enable,
+            thinking_is_hint=thinking.is_hint,
             reasoning_effort=thinking.effort,
             template=thinking.template,
         )

@@ -167,6 +167,7 @@ class CountForm(Form):
             tool_name=(choice.type == "tool" and choice.name) or "",
             parallel_tool_calls=not choice.disable_parallel_tool_use,
             enable_thinking=None if thinking is None or thinking.type == "adaptive" else thinking.type == "enabled",
+            thinking_is_hint=True,
             reasoning_effort=(self.output_config and self.output_config.effort) or "",
         )
 

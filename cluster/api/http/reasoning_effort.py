@@ -23,10 +23,12 @@ _EFFORT: Final = "reasoning_effort"
 class ReasoningFields:
     """The thinking switch and the effort; ``enable`` None and ``effort`` "" are the template's defaults.
 
+    ``is_hint``: the switch follows from an effort of none, which a template may ignore as any other effort.
     ``template`` holds the remaining template arguments as JSON; empty if there are none.
     """
 
     enable: bool | None
+    is_hint: bool
     effort: str
     template: str
 
@@ -47,7 +49,8 @@ def decode_thinking(effort: str | None, kwargs: Mapping[str, Any] | None, field:
     has_switch = any(given.get(name) is not None for name in _SWITCHES)
     enable = next(iter(enabled.values())) if has_switch or chosen == "none" else None
     rest = {name: value for name, value in given.items() if name not in (*_SWITCHES, _EFFORT)}
-    return ReasoningFields(enable, "" if chosen in (None, "none") else chosen, compact(rest) if rest else "")
+    level = "" if chosen in (None, "none") else chosen
+    return ReasoningFields(enable, not has_switch, level, compact(rest) if rest else "")
 
 
 def thinking_names(kwargs: Mapping[str, Any] | None, field: str) -> dict[str, str]:

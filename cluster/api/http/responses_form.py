@@ -246,6 +246,7 @@ class ResponsesForm(Form):
             tool_name=choice.name if isinstance(choice, ResponsesNamedTool) else "",
             parallel_tool_calls=self.parallel_tool_calls is not False,
             enable_thinking=thinking.enable,
+            thinking_is_hint=thinking.is_hint,
             reasoning_effort=thinking.effort,
             template=thinking.template,
         )
