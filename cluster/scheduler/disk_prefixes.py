@@ -1,9 +1,9 @@
 """Chooses which prefixes the stages write to their disks, and which prompts start from a prefix read from there.
 
 Each worker keeps its own part. The index knows the beginnings that all stages have: what they told at the start of the
-epoch, and what they were asked to write since. The latter may turn out to be missing: a read that fails costs a call,
-and the prompt is prefilled. A read brings a prefix into the memory of all stages, or of none; from then on it is a kept
-prefix like any other.
+epoch, and what they were asked to write since. The latter may turn out to be missing on some stage: then shorter ones
+are tried, and at last the prompt is prefilled. A read brings a prefix into the memory of all stages, or of none; from
+then on it is a kept prefix like any other.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class DiskPrefixes:
 
         ``longest`` is the number of tokens that it can start with now.
         """
-        if self.contents is None or sequence.misses_disk:
+        if self.contents is None:
             return False
         found = self._find(sequence, longest + MIN_DISK_GAIN)
         if found is None:
@@ -181,6 +181,8 @@ class DiskPrefixes:
     def _find(self, sequence: ScheduledSequence, least: int) -> tuple[int, bytes] | None:
         """Return length and name of the longest known beginning, of at least ``least`` tokens."""
         most = len(sequence.beginning) - 1
+        if sequence.disk_limit is not None:
+            most = min(most, sequence.disk_limit)
         lengths = [length for length in self._lengths if least <= length <= most]
         if not lengths:
             return None
@@ -222,7 +224,8 @@ class DiskPrefixes:
             self._forget(order.node)
             self.edits.append(Drop(order.prefix))
         for sequence in waiting:
-            sequence.misses_disk = outcome is not ReadOutcome.HIT
+            if outcome is not ReadOutcome.HIT:
+                sequence.disk_limit = _limit_after(outcome, order.length, sequence.disk_limit)
             self.join(sequence)
         self.admit()
 
@@ -237,3 +240,14 @@ class DiskPrefixes:
         kept, dropped = self.prefixes.keep(first.owner, tokens, reading.cost, _NO_SEQUENCE, {}, prefix=order.prefix)
         dropped += [order.prefix] if kept is None else self.prefixes.drop_redundant(kept, None)
         self.edits += map(Drop, dropped)
+
+
+def _limit_after(outcome: ReadOutcome, length: int, limit: int | None) -> int:
+    """Return the length of the longest prefix to try after a read of ``length`` tokens failed.
+
+    ``limit`` is that before. The first time it is the next shorter one, then one of half the length at most, so that a
+    stage that has lost much costs few calls. After a late read it is none.
+    """
+    if outcome is ReadOutcome.LATE:
+        return 0
+    return length - 1 if limit is None else length // 2

@@ -77,8 +77,8 @@ class ScheduledSequence:
     """The sequence that it waits for, since that is prefilling what both begin with; None if it does not wait."""
     awaits: int = 0
     """How many tokens the leader must have been fed."""
-    misses_disk: bool = False
-    """A read from disk failed for it, so it waits for no other."""
+    disk_limit: int | None = None
+    """It waits for no longer prefix from disk than this, since a read of one failed; None if none did."""
     joined: bool = False
     """A ``Join`` edit for it has been issued."""
     ended: bool = False
@@ -135,7 +135,7 @@ class ScheduledSequence:
         self.untried = None
         self.joined = False
         self.leader = None
-        self.misses_disk = False
+        self.disk_limit = None
         self.broken = False
 
     def feed_next(self, number: int) -> None:

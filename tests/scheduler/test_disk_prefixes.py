@@ -65,6 +65,11 @@ class Ring:
             assert self.send() == []
 
     def finish(self, order: DiskRead, outcome: ReadOutcome, tokens: tuple[int, ...] = PROMPT) -> None:
+        assert self.finish_and_send(order, outcome, tokens) == []
+
+    def finish_and_send(
+        self, order: DiskRead, outcome: ReadOutcome, tokens: tuple[int, ...] = PROMPT
+    ) -> list[DiskRead]:
         if outcome is HIT:
             self.stages.prefixes[order.prefix] = tokens[: order.length]
             self.stages._kept_marks[order.prefix] = {}
@@ -72,7 +77,7 @@ class Ring:
             self.stages.prefixes.setdefault(order.prefix, ())
             self.stages._kept_marks.setdefault(order.prefix, {})
         self.scheduler.disk.finish(order, outcome, 0.01)
-        assert self.send() == []
+        return self.send()
 
 
 @pytest.mark.parametrize("trimmable", [True, False])
@@ -89,9 +94,9 @@ def test_a_prompt_starts_from_the_longest_beginning_on_disk(trimmable: bool) -> 
     assert ring.scheduler.disk_use.tokens == KEPT
 
 
-@pytest.mark.parametrize("outcome", [MISS, LATE])
-def test_a_read_that_fails_costs_nothing_but_its_time(outcome: ReadOutcome) -> None:
-    ring = Ring(*names(PROMPT, 512, KEPT))
+@pytest.mark.parametrize(("outcome", "shorter"), [(MISS, ()), (LATE, (512,))])
+def test_a_read_that_fails_costs_nothing_but_its_time(outcome: ReadOutcome, shorter: tuple[int, ...]) -> None:
+    ring = Ring(*names(PROMPT, *shorter, KEPT))
     (order,) = ring.submit("x", PROMPT)
     ring.finish(order, outcome)
     ring.run()
@@ -100,6 +105,24 @@ def test_a_read_that_fails_costs_nothing_but_its_time(outcome: ReadOutcome) -> N
     assert Drop(order.prefix) in ring.edits
     assert ring.scheduler.disk_use.reads == {outcome: 1}
     ring.scheduler.disk.finish(order, HIT, 0.01)
+    assert ring.scheduler.disk.reserved == (0, 0)
+
+
+@pytest.mark.parametrize("most", [450, 0])
+def test_a_prefix_that_a_stage_lacks_is_followed_by_shorter_ones(most: int) -> None:
+    """First by the next one, then by ever fewer tokens, until one is read or none is left."""
+    lengths = (256, 300, 400, 512, 600, 700, 800, 900, 1000, KEPT)
+    ring = Ring(*names(PROMPT, *lengths))
+    orders, tried = ring.submit("x", PROMPT), []
+    while orders:
+        (order,) = orders
+        tried.append(order.length)
+        orders = ring.finish_and_send(order, MISS if order.length > most else HIT)
+    assert tried == [KEPT, 1000, 400]
+    ring.run()
+    assert ring.answers["x"] == continuation(PROMPT, 3)
+    assert ring.prefilled == len(PROMPT) - 1 - (400 if most else 0)
+    assert ring.scheduler.disk_use.reads == ({MISS: 2, HIT: 1} if most else {MISS: 3})
     assert ring.scheduler.disk.reserved == (0, 0)
 
 
