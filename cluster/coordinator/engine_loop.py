@@ -31,7 +31,7 @@ from cluster.core.errors import (
     NotServing,
     WorkerLost,
 )
-from cluster.core.limits import GRAMMAR_WAIT_S, LOOP_STOP_S
+from cluster.core.limits import GRAMMAR_WAIT_S, LOOP_STOP_S, SUSPECT_S
 from cluster.core.plan import Plan
 from cluster.core.request import Grammar, Request
 from cluster.membership.frame_deadlines import FrameDeadlines
@@ -75,6 +75,8 @@ class EngineLoop:
         self._ring: Ring | None = None
         self._loss: tuple[int, WorkerLost] | None = None
         self._refusal: MacpipeError | None = None
+        self._judging = False
+        """Whether ``_judge_overdue`` is among the jobs."""
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self.proven = 0  # the last epoch that produced a token
         self._begin_epoch(plan, step_times)
@@ -226,22 +228,44 @@ class EngineLoop:
         return None if due is None else max(0.0, due - self._clock())
 
     def _frame_due(self) -> float | None:
-        """Return the time by which the oldest frame in the ring must be back; None if the ring is empty."""
+        """Return the time by which the oldest frame in the ring must be back; None if the ring is empty.
+
+        None, too, while ``_judge_overdue`` is to decide on it.
+        """
+        return None if self._judging else self._oldest_due()
+
+    def _oldest_due(self) -> float | None:
         oldest = self._scheduler.oldest() if self._ring else None
         return self.deadlines.due_at(*oldest, extra_s(self._lag())) if oldest else None
 
     def _check_deadlines(self) -> None:
-        """End requests that are late, treat the ring as lost if a frame is overdue, and send what is due."""
+        """End requests that are late, have a frame judged if it is overdue, and send what is due."""
         now = self._clock()
         for request_id in self._scheduler.overdue(now):
             self.answers.end(request_id, DeadlineExceeded(f"the deadline of request {request_id} passed"))
         if (due := self._frame_due()) is not None and due <= now:
-            self.deadlines.overdue += 1
-            self._suspect(FrameOverdue(f"no frame came through the stages for {now - self.deadlines.alive_at:.0f} s"))
+            missed = now - due > SUSPECT_S
+            self._judging = self._inbox.put(lambda: self._judge_overdue(missed=missed))
         if self._ring:  # without one, no stage compiles
             for request_id, grammar in self._scheduler.late(now):
                 self.answers.end(request_id, _late_grammar(grammar))
         self._flush()
+
+    def _judge_overdue(self, *, missed: bool) -> None:
+        """Treat the ring as lost if its oldest frame is overdue. All frames that had come back by then are handled.
+
+        ``missed``: this thread did not run when the frame fell due, since the machine slept or a job took long. Then
+        the frame may have come back to this machine without being read yet, so its time counts anew.
+        """
+        self._judging = False
+        now, due = self._clock(), self._oldest_due()
+        if due is None or due > now:
+            return
+        if missed:
+            self.deadlines.excuse(now)
+            return
+        self.deadlines.overdue += 1
+        self._suspect(FrameOverdue(f"no frame came through the stages for {now - self.deadlines.alive_at:.0f} s"))
 
     def _flush(self) -> None:
         if not self._ring:

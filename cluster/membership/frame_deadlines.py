@@ -27,6 +27,7 @@ class FrameDeadlines:
     ) -> None:
         self.alive_at = now
         self.overdue = overdue
+        self._excused_at = now
         self._steady = 0
         self._floor_s = floor_s
         self._most_s = most_s
@@ -38,7 +39,7 @@ class FrameDeadlines:
 
         Its time counts from the return of the frame before it, or from when it was sent into an empty ring.
         """
-        took_s = now - max(sent_at, self.alive_at)
+        took_s = now - self._counts_from(sent_at)
         self.alive_at = now
         self._steady += 1
         if self._steady >= _STEADY_FRAMES:
@@ -53,7 +54,14 @@ class FrameDeadlines:
 
         ``more_s`` is added for overloaded machines.
         """
-        return max(sent_at, self.alive_at) + self.allowed_seconds(tokens) * self.growth + more_s
+        return self._counts_from(sent_at) + self.allowed_seconds(tokens) * self.growth + more_s
+
+    def excuse(self, now: float) -> None:
+        """Count the oldest frame's time anew: nobody looked for its return until ``now``."""
+        self._excused_at = now
+
+    def _counts_from(self, sent_at: float) -> float:
+        return max(sent_at, self.alive_at, self._excused_at)
 
     @property
     def growth(self) -> float:

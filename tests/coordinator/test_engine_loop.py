@@ -128,9 +128,10 @@ class Numbers:
 
 
 class Bench:
-    """Two fake stages in a memory network, and the loop that drives them."""
+    """Two fake stages in a memory network, and the loop that drives them. ``skipped_s``: time that passed unseen."""
 
     def __init__(self, fail_at: int | None = None, guesser: Guesser | None = None) -> None:
+        self.skipped_s = 0.0
         self.network = MemoryNetwork()
         self.stages = [FakeStage(0, False), FakeStage(1, True, fail_at)]
         self.network.ports = {"a:1": self.stages[0], "b:1": self.stages[1]}
@@ -142,9 +143,12 @@ class Bench:
         self.capacity = Capacity(2, 1, 3, room, (0, 0), lambda tokens: (tokens, tokens))
         self.epoch, self.keep_waiting = EPOCH, False
         self.scheduler = Scheduler(EPOCH, self.capacity, frozenset({0}), guesser)
-        self.loop = EngineLoop(self.plan, self.scheduler, Numbers, self.broken)
+        self.loop = EngineLoop(self.plan, self.scheduler, Numbers, self.broken, self.clock)
         self.ring_stages = [RingStage("mac-a", "a:1", Route.RELAY), RingStage("mac-b", "b:1", Route.RELAY)]
         self.loop.start(Ring(self.network, EPOCH, self.ring_stages, self.loop.on_message, self.loop.on_stream_lost))
+
+    def clock(self) -> float:
+        return time.monotonic() + self.skipped_s
 
     def broken(self, cause: MacpipeError) -> None:
         """Stand for the coordinator, which looks into the cause before it gives up, or not."""
@@ -350,6 +354,52 @@ def test_a_frame_that_does_not_come_back_breaks_the_ring() -> None:
         bench.replace_ring()
         assert (await read(answer))[0] == list(range(2, 52))
         assert bench.loop.deadlines.growth == 2.0, "the next ring gets twice the time"
+
+    run(body)
+
+
+def test_a_frame_that_came_back_unread_is_not_overdue() -> None:
+    """A job held the loop up until long after the frame fell due; its reply waits behind that job."""
+
+    async def body(bench: Bench) -> None:
+        replied = threading.Event()
+
+        def hold_up() -> bool:
+            bench.skipped_s += 3600.0
+            return not replied.wait(HANG_S)
+
+        def delay(message: bytes) -> bytes | None:
+            frame = decode(message)
+            if frame.number != 7 or frame.step:
+                return message
+            bench.loop.advance_guesses(hold_up)
+            bench.loop.on_message(message)
+            replied.set()
+            return None
+
+        bench.network.faults["b:1"] = delay
+        assert (await read(bench.ask("a", max_tokens=50)))[0] == list(range(2, 52))
+        assert bench.ring_is_whole()
+        assert bench.skipped_s
+
+    run(body)
+
+
+def test_a_machine_that_slept_gives_frames_their_time_anew() -> None:
+    """The reply has reached the machine, but nothing has read it when the loop wakes up first."""
+
+    async def body(bench: Bench) -> None:
+        def sleep(message: bytes) -> bytes:
+            if decode(message).number == 7:
+                bench.skipped_s += 3600.0
+                for _ in range(3):
+                    bench.loop.view().result(HANG_S)
+            return message
+
+        bench.network.faults["b:1"] = sleep
+        assert (await read(bench.ask("a", max_tokens=50)))[0] == list(range(2, 52))
+        assert bench.ring_is_whole()
+        assert bench.skipped_s
 
     run(body)
 
