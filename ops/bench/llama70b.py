@@ -31,6 +31,8 @@ from single_process import SingleProcess, prompt_ids
 from cluster.client import Client
 
 REPLAY = Path(__file__).with_name("replay_coordinator.py")
+LOG_LINES = 200
+"""How many of the coordinator's last log lines are kept where it had to recover, or where the bench failed."""
 STOP_ROOM = 64
 """Tokens of the context that are left for an answer to the longest prompt."""
 
@@ -74,6 +76,8 @@ class Record:
     file: Path | None
     most_s: float
     facts: dict[str, object] = field(default_factory=dict)
+    log: Path | None = None
+    """The coordinator's, once it runs."""
 
     def __post_init__(self) -> None:
         self.rounds = Rounds(self.keep, self.most_s)
@@ -85,6 +89,12 @@ class Record:
             partial = self.file.with_suffix(".partial")
             partial.write_text(packed + "\n", encoding="utf-8")
             partial.replace(self.file)
+
+    def keep_log(self) -> None:
+        """Keep the end of the coordinator's log: it says why it had to recover."""
+        if self.log and self.log.exists():
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            self.facts["coordinator_log"] = lines[-LOG_LINES:]
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -108,6 +118,7 @@ def start(asked: Namespace, stack: ExitStack, record: Record) -> Pair:
     environments, began = devices(asked), time.perf_counter()
     single = SingleProcess(model, core=None, environment=environments[0])
     stack.callback(single.close)
+    record.log = folder / "serve.log"
     client = start_cluster(
         stack,
         model,
@@ -134,13 +145,21 @@ def measure(asked: Namespace, stack: ExitStack, record: Record) -> None:
     rounds.play(pair.first_tokens_before(), asked.rounds)
     rounds.play(pair.all(), 1)
     stages = record.facts["stages"] = pair.stages()
+    note_recoveries(pair.client, record)
     record.keep()
     rounds.play(pair.all(), asked.rounds, first=2)
     record.facts["tokens_differ"] = pair.one.differ
-    record.facts["recoveries"] = pair.client.cluster().recoveries
+    note_recoveries(pair.client, record)
     record.facts["memory"] = memory(pair.client)
     record.facts["simulated"] = simulate(pair, asked.rounds, stages)
     record.keep()
+
+
+def note_recoveries(client: Client, record: Record) -> None:
+    """Note how often the coordinator has recovered, and why."""
+    record.facts["recoveries"] = recoveries = client.cluster().recoveries
+    if recoveries:
+        record.keep_log()
 
 
 def simulate(pair: Pair, rounds: int, stages: Mapping[str, list[dict[str, float]]]) -> dict[str, float]:
@@ -184,7 +203,11 @@ def main() -> int:
     record = Record(asked.record, asked.seconds, {"shape": asked.shape, "stages_asked": asked.stages})
     try:
         with ExitStack() as stack:
-            measure(asked, stack, record)
+            try:
+                measure(asked, stack, record)
+            except Exception:
+                record.keep_log()
+                raise
     except Exception as error:
         record.facts["failed"] = f"{type(error).__name__}: {error}"
         print(f"failed: {record.facts['failed']}", file=sys.stderr, flush=True)
