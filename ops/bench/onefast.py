@@ -1,9 +1,11 @@
 """Measures what guesses bring one user: a four-bit llama over two workers, one core each, guesses off and on by turns.
 
 The guesser replays the answer just given, with a set share of right tokens (``replay_coordinator``), since random
-weights give no honest one. Each speed-up stands beside the formula's, which uses the stage times and the time of a
-token that the same run has measured without guesses. The greedy tokens of all answers are compared. ``rows`` counts the
-guesses that shared a frame with another token: none, unless ``--exact off`` or ``--rows`` asks for them.
+weights give no honest one. Each speed-up stands beside the formula's, which uses the share of tokens that were guessed
+right, and the stage times and the time of a token that the same run has measured without guesses. ``busy_formula`` uses
+the stage times with guesses: while all stages compute, each is slower, since they share memory and the machine. The
+greedy tokens of all answers are compared. ``rows`` counts the guesses that shared a frame with another token: none,
+unless ``--exact off`` or ``--rows`` asks for them.
 """
 
 from __future__ import annotations
@@ -31,11 +33,15 @@ REPLAY = Path(__file__).with_name("replay_coordinator.py")
 
 @dataclass(frozen=True)
 class Run:
-    """One answer: milliseconds per token, its tokens, and each stage's milliseconds per frame."""
+    """One answer: milliseconds per token, its tokens, and each stage's milliseconds per token.
+
+    ``right`` is the share of its tokens that were guessed right.
+    """
 
     token_ms: float
     tokens: tuple[int, ...]
     stage_ms: tuple[float, ...]
+    right: float
 
 
 class Bench:
@@ -51,15 +57,25 @@ class Bench:
             PROMPT, max_tokens=self._tokens, ignore_eos=True, request_id=name, timeout_s=600
         )
         stages = tuple(stage.compute_ms / self._tokens for stage in answer.stages)
-        return Run(answer.timings.tpot_ms, tuple(answer.tokens), stages)
+        right = sum(bool(token.guess) for token in answer.events) / max(len(answer.tokens) - 1, 1)
+        return Run(answer.timings.tpot_ms, tuple(answer.tokens), stages, right)
 
 
-def formula(runs: list[Run], rate: float) -> float:
-    """Return the speed-up that the runs without guesses let expect."""
-    stages = tuple(median(run.stage_ms[i] for run in runs) for i in range(len(runs[0].stage_ms)))
-    lap = median(run.token_ms for run in runs)
-    times = LapTimes(stages, max(lap - sum(stages), 0.0) / (len(stages) + 1))
-    return times.lap / min(mean_token_time(times, window, rate) for window in (1, len(stages)))
+def stage_times(runs: list[Run]) -> tuple[float, ...]:
+    """Return the median of each stage's milliseconds per token."""
+    return tuple(median(run.stage_ms[i] for run in runs) for i in range(len(runs[0].stage_ms)))
+
+
+def formulas(off: list[Run], guessed: list[Run]) -> tuple[float, float]:
+    """Return the speed-ups that the stage times without guesses, and those with guesses, let expect."""
+    alone = stage_times(off)
+    lap, right = median(run.token_ms for run in off), median(run.right for run in guessed)
+    hop = max(lap - sum(alone), 0.0) / (len(alone) + 1)
+    without, busy = (
+        lap / min(mean_token_time(times, window, right) for window in (1, len(alone)))
+        for times in (LapTimes(alone, hop), LapTimes(stage_times(guessed), hop))
+    )
+    return without, busy
 
 
 def main() -> int:
@@ -100,9 +116,13 @@ def main() -> int:
     for rate in RATES:
         pairs = zip(off, runs[rate], strict=True)
         ratios[f"speedup_{NAMES[rate]}"] = median(before.token_ms / after.token_ms for before, after in pairs)
-        ratios[f"formula_{NAMES[rate]}"] = formula(off, rate)
-    stage_ms = [round(median(run.stage_ms[i] for run in off), 3) for i in range(len(first.stage_ms))]
-    facts = {"tokens_differ": differ, "stage_ms": stage_ms, "rows": rows}
+        ratios[f"formula_{NAMES[rate]}"], ratios[f"busy_formula_{NAMES[rate]}"] = formulas(off, runs[rate])
+    facts = {
+        "tokens_differ": differ,
+        "stage_ms": {NAMES[rate]: [round(ms, 3) for ms in stage_times(found)] for rate, found in runs.items()},
+        "right_share": {NAMES[rate]: round(median(run.right for run in runs[rate]), 3) for rate in RATES},
+        "rows": rows,
+    }
     print_figures("ms_per_token", figures, ratios, asked.json, facts)
     return 1 if differ else 0
 
