@@ -70,7 +70,10 @@ class TimedRing:
         guesser: Known | None,
         prefill_ms: float = 1.0,
         costs: Mapping[int, float] | None = None,
+        varies: float = 0.0,
     ) -> None:
+        """``varies``: the share by which a token takes a stage more or less time. It depends on the token's place."""
+        self.varies = varies
         self.costs = {1: 1.0} | dict(costs or {})
         plan = capacity(lanes=len(stages), stages=len(stages), budget=10**6, chunk=64, rows=1, verify_costs=costs)
         self.scheduler = Scheduler(1, plan, frozenset(), guesser)  # type: ignore[arg-type]
@@ -144,6 +147,9 @@ class TimedRing:
         if step.compute is Compute.PREFILL:
             return self.prefill_ms * len(row), ()
         ms = stage.ms * self.costs[len(row)]
+        if self.varies:
+            chance = random.Random(f"{at} {sequence} {stage.fed[sequence]}").random()
+            ms *= 1 + self.varies * (2 * chance - 1)
         if at < len(self.stages) - 1:
             return ms, ()
         samples: list[Sample] = []
@@ -167,10 +173,10 @@ def _is_clear(stages: tuple[float, ...], acceptance: float) -> bool:
     return len(windows) == 1
 
 
-def token_ms(stages: tuple[float, ...], acceptance: float | None, rng: random.Random) -> float:
+def token_ms(stages: tuple[float, ...], acceptance: float | None, rng: random.Random, varies: float = 0.0) -> float:
     """Return one user's mean time per token, after the scheduler has learnt what guesses are worth."""
     tokens = effort(500, 4000)
-    ring = TimedRing(stages, None if acceptance is None else Known(rng, acceptance))
+    ring = TimedRing(stages, None if acceptance is None else Known(rng, acceptance), varies=varies)
     ring.ask("warm", 3, 2, 150)
     ring.run()
     ring.ask("a", 4, 2, tokens)
@@ -206,6 +212,14 @@ def test_guesses_that_are_mostly_wrong_cost_next_to_nothing(
     stages: tuple[float, ...], acceptance: float, rng: random.Random
 ) -> None:
     assert token_ms(stages, acceptance, rng) < 1.02 * token_ms(stages, None, rng)
+
+
+@pytest.mark.parametrize("stages", [(10.0, 10.0), (20.0, 5.0), (10.0,) * 4], ids=str)
+@pytest.mark.parametrize("acceptance", [0.0, 0.2, 0.5])
+def test_guesses_cost_next_to_nothing_where_no_two_tokens_take_the_same_time(
+    stages: tuple[float, ...], acceptance: float, rng: random.Random
+) -> None:
+    assert token_ms(stages, acceptance, rng, 0.3) < 1.02 * token_ms(stages, None, rng, 0.3)
 
 
 @pytest.mark.parametrize(
