@@ -154,7 +154,7 @@ def headline(state: ClusterState) -> list[str]:
 
 
 def describe_guesses(state: ClusterState) -> str:
-    """Describe for each source how many of its guesses were right, and how many frames are sent ahead now."""
+    """Describe for each source how many of its guesses were right, how far ahead they go now, and what they bring."""
     shown = [
         f"{one.source} {one.accepted} of {one.guessed} guesses right ({one.accepted / one.guessed:.0%})"
         + (f", {one.rows} in rows" if one.rows else "")
@@ -164,6 +164,8 @@ def describe_guesses(state: ClusterState) -> str:
     parts = [", ".join(shown) or "no guesses yet"]
     if (window := max((request.window for request in state.requests), default=1)) > 1:
         parts.append(f"up to {window} frames of a request in flight")
+    if (gain := max((request.tokens_per_pass for request in state.requests), default=1.0)) > 1:
+        parts.append(f"up to {gain:.1f} tokens for each pass through the stages")
     if state.guesses_without_room:
         parts.append(f"no memory for the marks of guesses {state.guesses_without_room} times")
     return "; ".join(parts)

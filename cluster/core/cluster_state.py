@@ -95,6 +95,11 @@ class LiveRequest:
     window: int = 1
     """How many of its frames may be in flight at once; 1: no guess is worth it, or there is no memory for one."""
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens of the answer for each one that a whole pass through the stages had to wait for."""
+        return self.completion_tokens / max(self.completion_tokens - self.guessed_tokens, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class GuessCounts:

@@ -211,7 +211,8 @@ class Spare:
 class Forecast:
     """A plan's predicted speed: tokens a second for one and for eight users, seconds to the first token of a prompt.
 
-    The prompt has ``prompt_tokens`` tokens: as many as the context has room for, up to 2,048.
+    The prompt has ``prompt_tokens`` tokens: as many as the context has room for, up to 2,048. A plan that counts on
+    guesses has the speed of one user whose tokens are guessed.
     """
 
     one_user: float

@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def forecast(self) -> Forecast:
-        return forecast(self.shape, self.candidates, self.workers, self.ranges)
+        return forecast(self.shape, self.candidates, self.workers, self.ranges, acceptance=self.acceptance)
 
     @property
     def free_bytes(self) -> int:
@@ -221,8 +221,9 @@ def _explain_another_mac(layout: Layout, search: Search | None) -> str:
         seconds = f"{figure_in_words(then.first_token_s)} s instead of {figure_in_words(now.first_token_s)} s"
         gains.append(f"the first token of a prompt of {now.prompt_tokens} tokens in {seconds}")
     one = f"one user would get {figure_in_words(then.one_user)} tokens/s instead of {figure_in_words(now.one_user)}"
-    guessed = f"{figure_in_words(more.guessed_rate)} with {USUAL_ACCEPTANCE:.0%} of guesses right"
-    return f"{who} would bring {', '.join(gains)}; {one}, or {guessed}"
+    if not layout.acceptance:
+        one += f", or {figure_in_words(more.guessed_rate)} with {USUAL_ACCEPTANCE:.0%} of guesses right"
+    return f"{who} would bring {', '.join(gains)}; {one}"
 
 
 def _add_twin(layout: Layout) -> Layout:

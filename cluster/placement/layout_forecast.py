@@ -12,6 +12,7 @@ from itertools import pairwise
 from cluster.core.limits import LANE_ROWS, MANY_USERS, REFERENCE_PROMPT
 from cluster.core.plan import Forecast, LayerRange, ModelShape, chunks
 from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.guessed_token_time import guessed_token_s
 from cluster.placement.predicted_step_time import boundary_bytes, decode_s, prefill_s
 
 __all__ = ["forecast", "hops_s", "token_s"]
@@ -23,9 +24,14 @@ def forecast(
     workers: Sequence[Candidate],
     ranges: Sequence[LayerRange],
     lanes: int | None = None,
+    acceptance: float = 0.0,
 ) -> Forecast:
-    """Return the forecast for a layout. ``lanes`` None means one lane per stage."""
-    one = 1 / token_s(shape, candidates, workers, ranges)
+    """Return the forecast for a layout. ``lanes`` None means one lane per stage.
+
+    For one user, tokens are guessed, and guesses are right as often as ``acceptance``; 0 counts on no guesses.
+    """
+    stages = [decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)]
+    one = 1 / guessed_token_s(stages, hops_s(shape, candidates, workers, ranges), acceptance)
     many = _tokens_per_second(shape, candidates, workers, ranges, MANY_USERS, lanes or len(workers))
     prompt = min(REFERENCE_PROMPT, shape.max_context)
     return Forecast(

@@ -166,7 +166,7 @@ def _build_proposal(
         workers,
         ranges,
         tuple(decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)),
-        forecast(shape, candidates, workers, ranges, request.lanes) if known else None,
+        forecast(shape, candidates, workers, ranges, request.lanes, acceptance) if known else None,
         explain.spares(layout, search, _explain_worker_limit(request)),
         explain.reasons(layout, search) if known else (explain.unknown(candidates),),
     )

@@ -214,12 +214,12 @@ def test_guesses_are_shown_with_their_window_and_with_what_they_lack() -> None:
     assert not [line for line in headline(state) if "speculation" in line]
     state = replace(state, speculation=Speculation.AUTO)
     assert "speculation (auto): no guesses yet" in headline(state)
-    live = LiveRequest("r", RequestState.DECODE, 3, 3, 1, 0, 1.0, window=2)
+    live = LiveRequest("r", RequestState.DECODE, 3, 3, 9, 0, 1.0, guessed_tokens=4, window=2)
     counts = (GuessCounts("ngram", 8, 6, 2), GuessCounts("draft", 0, 0, 0))
     state = replace(state, guesses=counts, requests=(live, replace(live, window=1)), guesses_without_room=3)
     assert (
         "speculation (auto): ngram 6 of 8 guesses right (75%); up to 2 frames of a request in flight; "
-        "no memory for the marks of guesses 3 times"
+        "up to 1.8 tokens for each pass through the stages; no memory for the marks of guesses 3 times"
     ) in headline(state)
     rows = replace(state, guesses=(replace(counts[0], rows=4),), requests=(), guesses_without_room=0)
     assert "speculation (auto): ngram 6 of 8 guesses right (75%), 4 in rows" in headline(rows)

@@ -10,6 +10,7 @@ import pytest
 from cluster.core.errors import DoesNotFit, InvalidOption, NoPlan
 from cluster.core.limits import GIB
 from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Objective, Profile, SharedWeight
+from cluster.core.text import figure_in_words
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.chips import CHIPS, assumed_workers
 from cluster.placement.memory_split import WorkerMemory
@@ -87,6 +88,9 @@ def test_guesses_make_more_macs_worth_while_and_their_gain_is_named() -> None:
     assert len(propose(shape(), candidates, request).workers) == 2
     assert "with 70% of guesses right, one user gets 27.4 tokens/s instead of 17.8" in told(candidates, request)
     assert "alone would be faster" not in told(candidates, request)
+    made = propose(shape(), candidates, request).forecast
+    assert made
+    assert made.one_user == pytest.approx(27.4, abs=0.05)
     halves = PlanRequest(layers=(LayerRange(0, 30), LayerRange(30, 40)), acceptance=0.7)
     assert "the planner would choose a 0-19, b 20-39: 27.4 tokens/s instead of" in told(candidates, halves)
     throughput = PlanRequest(Objective.THROUGHPUT, acceptance=0.7)
@@ -188,6 +192,11 @@ def test_what_another_mac_brings_is_told() -> None:
     assert "for eight users, the first token of a prompt of 2048 tokens in " in said
     assert "; one user would get " in said
     assert said.endswith(" with 70% of guesses right")
+    request = PlanRequest(acceptance=0.7)
+    forecast = propose(shape(), two, request).forecast
+    assert forecast
+    (guessed,) = [line for line in told(two, request).splitlines() if "would bring" in line]
+    assert guessed.endswith(f" tokens/s instead of {figure_in_words(forecast.one_user)}")
     spare = told(Candidates([mac("a", 100), mac("b", 100)]))
     assert "one more of these Macs would bring" in spare
     many = Candidates([mac(f"m{i}", 30 + i, replace(FAST, bandwidth=8e11 + i)) for i in range(9)])
