@@ -29,7 +29,9 @@ from cluster.client.streams import Loading, Stream
 from cluster.client.training import Training
 from cluster.core.cluster_state import (
     AdapterState,
+    ClusterEvent,
     ClusterState,
+    EventKind,
     GuessCounts,
     LiveRequest,
     ModelPlan,
@@ -64,8 +66,10 @@ __all__ = [
     "ChatMessage",
     "Choice",
     "Client",
+    "ClusterEvent",
     "ClusterState",
     "Completion",
+    "EventKind",
     "Finish",
     "FinishReason",
     "Forecast",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from cluster.codec.answer import decode_figures, encode_figures
 from cluster.codec.plan import (
     ROUTES,
     SPECULATIONS,
@@ -19,7 +20,9 @@ from cluster.codec.plan import (
 from cluster.codec.worker_info import decode_worker, encode_worker
 from cluster.core.cluster_state import (
     AdapterState,
+    ClusterEvent,
     ClusterState,
+    EventKind,
     GuessCounts,
     LiveRequest,
     Repair,
@@ -43,8 +46,16 @@ _REQUEST_STATES: Final = {
     RequestState.DECODE: pb.REQUEST_STATE_DECODE,
     RequestState.UNKNOWN: pb.REQUEST_STATE_UNSPECIFIED,
 }
+_EVENT_KINDS: Final = {
+    EventKind.LOAD: pb.EVENT_KIND_LOAD,
+    EventKind.RECOVERY: pb.EVENT_KIND_RECOVERY,
+    EventKind.MOVE: pb.EVENT_KIND_MOVE,
+    EventKind.RETURN: pb.EVENT_KIND_RETURN,
+    EventKind.UNKNOWN: pb.EVENT_KIND_UNSPECIFIED,
+}
 _SERVING_STATE_OF: Final = {number: state for state, number in _SERVING_STATES.items()}
 _REQUEST_STATE_OF: Final = {number: state for state, number in _REQUEST_STATES.items()}
+_EVENT_KIND_OF: Final = {number: kind for kind, number in _EVENT_KINDS.items()}
 
 
 def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
@@ -65,6 +76,8 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         requests=map(_encode_request, state.requests),
         requests_finished=state.requests_finished,
         tokens_generated=state.tokens_generated,
+        prompt_tokens=state.prompt_tokens,
+        cached_tokens=state.cached_tokens,
         uptime_seconds=state.uptime_seconds,
         lane_sizes=state.lane_sizes,
         queued=state.queued,
@@ -75,6 +88,7 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         repair=_encode_repair(state.repair) if state.repair else None,
         move=_encode_repair(state.move) if state.move else None,
         recoveries=state.recoveries,
+        events=map(_encode_event, state.events),
         warnings=state.warnings,
         lag_seconds=state.lag_seconds,
         speculation=SPECULATIONS[state.speculation],
@@ -105,6 +119,8 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         requests=tuple(map(_decode_request, reply.requests)),
         requests_finished=reply.requests_finished,
         tokens_generated=reply.tokens_generated,
+        prompt_tokens=reply.prompt_tokens,
+        cached_tokens=reply.cached_tokens,
         uptime_seconds=reply.uptime_seconds,
         lane_sizes=tuple(reply.lane_sizes),
         queued=reply.queued,
@@ -119,6 +135,7 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         repair=_decode_repair(reply.repair) if reply.HasField("repair") else None,
         move=_decode_repair(reply.move) if reply.HasField("move") else None,
         recoveries=reply.recoveries,
+        events=tuple(map(_decode_event, reply.events)),
         warnings=tuple(reply.warnings),
         lag_seconds=reply.lag_seconds,
         speculation=decode_speculation(reply.speculation),
@@ -171,6 +188,26 @@ def _decode_repair(message: pb.Repair) -> Repair:
     )
 
 
+def _encode_event(event: ClusterEvent) -> pb.ClusterEvent:
+    return pb.ClusterEvent(
+        kind=_EVENT_KINDS[event.kind],
+        age_seconds=event.age_seconds,
+        duration_seconds=event.duration_seconds,
+        worker=event.worker,
+        sentence=event.sentence,
+    )
+
+
+def _decode_event(message: pb.ClusterEvent) -> ClusterEvent:
+    return ClusterEvent(
+        kind=_EVENT_KIND_OF.get(message.kind, EventKind.UNKNOWN),
+        age_seconds=message.age_seconds,
+        duration_seconds=message.duration_seconds,
+        worker=message.worker,
+        sentence=message.sentence,
+    )
+
+
 def _encode_request(request: LiveRequest) -> pb.LiveRequest:
     return pb.LiveRequest(
         request_id=request.request_id,
@@ -183,6 +220,8 @@ def _encode_request(request: LiveRequest) -> pb.LiveRequest:
         cached_tokens=request.cached_tokens,
         guessed_tokens=request.guessed_tokens,
         window=request.window,
+        tokens_per_second=request.tokens_per_second,
+        stages=map(encode_figures, request.stages),
     )
 
 
@@ -198,4 +237,6 @@ def _decode_request(message: pb.LiveRequest) -> LiveRequest:
         cached_tokens=message.cached_tokens,
         guessed_tokens=message.guessed_tokens,
         window=max(message.window, 1),
+        tokens_per_second=message.tokens_per_second,
+        stages=tuple(map(decode_figures, message.stages)),
     )

@@ -128,6 +128,8 @@ def encode_stage(stage: StageState) -> pb.Stage:
         busy_seconds=stage.busy_seconds,
         active_seconds=stage.active_seconds,
         wasted_seconds=stage.wasted_seconds,
+        link_round_trip_ms=stage.link_round_trip_ms,
+        link_bandwidth=stage.link_bandwidth,
     )
 
 
@@ -150,6 +152,8 @@ def decode_stage(message: pb.Stage) -> StageState:
         busy_seconds=message.busy_seconds,
         active_seconds=message.active_seconds,
         wasted_seconds=message.wasted_seconds,
+        link_round_trip_ms=message.link_round_trip_ms,
+        link_bandwidth=message.link_bandwidth,
     )
 
 

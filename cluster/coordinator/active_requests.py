@@ -10,6 +10,7 @@ from itertools import chain, islice
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_text import Decoder, TextStream
 from cluster.coordinator.journal import AnswerTokens
+from cluster.coordinator.loop_view import AnswerProgress
 from cluster.coordinator.request_timings import RequestTimings
 from cluster.core.limits import RESUMED_TOKENS
 from cluster.core.request import FinishEvent, FinishReason, Request, SkippedText, TokenEvent, Usage
@@ -73,6 +74,13 @@ class ActiveSample:
     replays: int = 0
     """Number of rings lost since its last token."""
     guesses: GuessedTokens = field(default_factory=GuessedTokens)
+
+    def progress(self, now: float) -> AnswerProgress:
+        """Return how far the answer is."""
+        timings = self.timings
+        return AnswerProgress(
+            now - self.accepted_at, self.guesses.accepted, timings.tokens_per_second, timings.figures()
+        )
 
     def send_token(self, produced: Produced) -> bool:
         """Send a token to the reader, unless it already has it. Return False if the reader is too far behind."""

@@ -30,13 +30,15 @@ from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import BothReporters, LoadReporter, Reporter
 from cluster.coordinator.request_timings import LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
+from cluster.coordinator.roster_refresh import RosterRefresh
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_adapters, describe_workers, with_plan, with_requests
+from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.training_run import TrainingHost, TrainingMode, TrainingRequest
 from cluster.coordinator.weight_distribution import WeightDistribution
 from cluster.core.adapter import Adapter
-from cluster.core.cluster_state import ClusterState, ServingState
+from cluster.core.cluster_state import ClusterState, EventKind, ServingState
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
@@ -51,9 +53,7 @@ from cluster.core.limits import (
     EPOCH_TRIES,
     MAX_SCHEMA_BYTES,
     OVERLOADED_S,
-    STATUS_ASK_S,
     STATUS_VIEW_S,
-    UNLOAD_TIMEOUT_S,
 )
 from cluster.core.plan import ModelShape, Plan, Speculation
 from cluster.core.request import Grammar, Request
@@ -100,10 +100,11 @@ class Coordinator:
         """What is served, or was served before a training."""
         self._training = TrainingMode(self.load, self._report_problem)
         self._lag = lag
-        self._returned: dict[str, float] = {}
-        """When each worker was lost from which it has come back."""
         self._heartbeat = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
-        self._refreshing: asyncio.Task[tuple[RosterEntry, ...]] | None = None
+        self._refresh = RosterRefresh(roster)
+        self._timeline = Timeline()
+        self.links: Links = {}
+        """The links between workers as they were measured last, by the names (from, to)."""
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed. The waiter clears it."""
 
@@ -128,18 +129,13 @@ class Coordinator:
 
     def _on_belief(self, belief: Belief) -> None:
         self.changed.set()
-        if belief.standing is Standing.UP and belief.lost_at:
-            self._report_return(belief.worker, belief.lost_at[-1])
+        returned = belief.standing is Standing.UP and belief.lost_at
+        if returned and (sentence := self._timeline.add_return(belief.worker, belief.lost_at[-1])):
+            self._report.problem(sentence)
         if self._service:
             self._service.on_belief(belief)
         if self._training.job:
             self._training.job.on_belief(belief)
-
-    def _report_return(self, worker: str, lost_at: float) -> None:
-        """Report once that a lost worker is back. A short silence later does not make it lost again."""
-        if self._returned.get(worker) != lost_at:
-            self._returned[worker] = lost_at
-            self._report.problem(f"worker {worker} is back after {time.monotonic() - lost_at:.0f} s")
 
     def _alive(self) -> Collection[str]:
         return self._service.alive() if self._service else ()
@@ -164,6 +160,7 @@ class Coordinator:
 
     async def _replace(self, order: LoadOrder, report: LoadReporter) -> None:
         order.check()
+        began = time.monotonic()
         model_info = await self._reader.read(order)
         try:
             await self._replace_with(model_info, order, report, await read_draft(self._reader, model_info, order))
@@ -171,6 +168,7 @@ class Coordinator:
             with anyio.CancelScope(shield=True):
                 await model_info.close()
             raise
+        self._timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
 
     async def _replace_with(
         self, model_info: ModelInfo, order: LoadOrder, report: LoadReporter, draft_info: ModelInfo | None
@@ -225,7 +223,8 @@ class Coordinator:
         raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")
 
     def _deps(self) -> ServiceDeps:
-        return ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs, self.prefix_owners)
+        owners, timeline = self.prefix_owners, self._timeline
+        return ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs, owners, timeline)
 
     async def train(
         self, request: TrainingRequest, tell: Callable[[TrainingEvent], None], follower: LoadReporter
@@ -275,6 +274,7 @@ class Coordinator:
         links: Links = {}
         if len(found) > 1 and all(w.profile.known for w in found):
             links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
+            self.links = links
         return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
 
     def _report_problem(self, sentence: str) -> None:
@@ -306,9 +306,7 @@ class Coordinator:
         await self._training.close()
         await self._close(NotServing("the coordinator is stopping"))
         await self._heartbeat.close()
-        if self._refreshing:
-            self._refreshing.cancel()
-            await asyncio.wait((self._refreshing,), timeout=UNLOAD_TIMEOUT_S)
+        await self._refresh.close()
         await self._roster.close()
         await anyio.to_thread.run_sync(self._reader.close)
 
@@ -443,16 +441,19 @@ class Coordinator:
             workers=describe_workers((*members, *self._heartbeat.duplicates()), self._heartbeat.beliefs()),
             requests_finished=self._totals.finished,
             tokens_generated=self._totals.tokens,
+            prompt_tokens=self._totals.prompt_tokens,
+            cached_tokens=self._totals.cached_tokens,
             uptime_seconds=time.monotonic() - self._started,
             repair=repair,
             move=service.move.describe() if service and service.move else None,
             recoveries=service.recoveries if service else 0,
+            events=self._timeline.describe(),
             warnings=self._warnings(),
             draft_worker=service.draft_worker if service else "",
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
         if service and (epoch := service.epoch):
-            state = with_plan(state, service.adapters.adjust(epoch.plan), epoch.stages, loop)
+            state = with_plan(state, service.adapters.adjust(epoch.plan), epoch.stages, loop, self.links)
             adapters = describe_adapters(service.model_info.adapters.served)
             state = replace(state, speculation=service.speculation, adapters=adapters)
             state = with_requests(state, loop) if loop else state
@@ -474,17 +475,7 @@ class Coordinator:
 
     async def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker within ``STATUS_ASK_S``; while a model is served, from heartbeats."""
-        return await self._heartbeat.wait_for_answers() if self._service else await self._refresh_roster()
-
-    async def _refresh_roster(self) -> tuple[RosterEntry, ...]:
-        """Refresh the roster and return its members; after ``STATUS_ASK_S``, return the last known members.
-
-        Concurrent callers share one refresh. It continues after a caller times out.
-        """
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(self._roster.refresh())
-        done, _ = await asyncio.wait((self._refreshing,), timeout=STATUS_ASK_S)
-        return next(iter(done)).result() if done else self._roster.members
+        return await self._heartbeat.wait_for_answers() if self._service else await self._refresh.members()
 
     async def _view(self) -> LoopView | None:
         if self._service is None:

@@ -158,8 +158,7 @@ class LiveAnswers:
     def progress(self) -> dict[str, AnswerProgress]:
         """Return how far each live sample is, by its id."""
         now = self._clock()
-        samples = self._samples.items()
-        return {sample_id: AnswerProgress(now - live.accepted_at, live.guesses.accepted) for sample_id, live in samples}
+        return {sample_id: live.progress(now) for sample_id, live in self._samples.items()}
 
     def flush_journal(self) -> None:
         """Write the records since the last call to the journal, if there is one."""
@@ -204,7 +203,7 @@ class LiveAnswers:
         live.replays = 0
         live.guesses.add(produced)
         if produced.counts:
-            self.totals.tokens += 1
+            self.totals.count_token(produced.index, live.sample, len(live.request.prompt), produced.cached)
             if self.journal:
                 self.journal.record_token(live.parent.request.id, produced.sample.token, live.sample)
             if not live.send_token(produced):

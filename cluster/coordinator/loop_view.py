@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.coordinator.step_times import StageStepTime, StepTimes
 from cluster.core.cluster_state import GuessCounts, LiveRequest, RequestState
+from cluster.core.request import StageFigures
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.sequence import ScheduledSequence
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerProgress:
-    """The seconds since a sample was accepted, and how many of its tokens were guessed before they were sampled."""
+    """How far a sample is: the seconds since it was accepted, and what ``LiveRequest`` shows of its answer."""
 
     age_s: float
     guessed: int = 0
+    tokens_per_second: float = 0.0
+    stages: tuple[StageFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,4 +91,6 @@ def _describe_request(s: ScheduledSequence, progress: AnswerProgress) -> LiveReq
         cached_tokens=s.cached,
         guessed_tokens=progress.guessed,
         window=s.window,
+        tokens_per_second=progress.tokens_per_second,
+        stages=progress.stages if s.lane >= 0 else (),
     )

@@ -11,7 +11,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.coordinator.canary import run_canary
@@ -27,6 +27,7 @@ from cluster.coordinator.replan import Assignment, holds, reassign_layers
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.step_times import StepTimes
+from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.weight_distribution import WeightDistribution
 from cluster.core.cluster_state import Repair
 from cluster.core.errors import FrameOverdue, MacpipeError, NoPlan, NoWorkers, StaleEpoch, Unreachable, WorkerLost
@@ -53,7 +54,7 @@ Failures = asyncio.Queue[MacpipeError]
 
 @dataclass(frozen=True, slots=True)
 class ServiceDeps:
-    """The dependencies of a service: the cluster's workers, and the means to reach them."""
+    """The dependencies of a service: the cluster's workers, the means to reach them, and where it tells of events."""
 
     roster: Roster
     heartbeat: HeartbeatMonitor
@@ -61,6 +62,7 @@ class ServiceDeps:
     weights: WeightDistribution
     epochs: EpochNumbers
     prefix_owners: OwnersOf = PrefixOwners
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 @dataclass(frozen=True, slots=True)

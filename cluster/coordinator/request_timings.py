@@ -54,6 +54,11 @@ class RequestTimings:
         """Mean milliseconds between tokens; 0 for fewer than two tokens."""
         return (self._last_token_at - self._first_token_at) * 1e3 / max(self._tokens - 1, 1)
 
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate since the first token; 0 for fewer than two tokens."""
+        return 1e3 / self.tpot_ms if self.tpot_ms else 0.0
+
     def figures(self) -> tuple[StageFigures, ...]:
         inside = sum(s.compute_us + s.wait_us for s in self._spent.values())
         wire_us = max(self._ring_us - inside, 0.0) / len(self._spent)
@@ -88,7 +93,19 @@ def _subtract(now: StageFigures, before: StageFigures | None) -> StageFigures:
 
 @dataclass(slots=True)
 class LoopTotals:
-    """Numbers of complete answers and of tokens since the coordinator started."""
+    """Numbers of complete answers and of tokens since the coordinator started.
+
+    ``prompt_tokens`` are those of requests that got a first token; ``cached_tokens`` of them came from a kept prefix.
+    """
 
     finished: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    def count_token(self, index: int, sample: int, prompt_tokens: int, cached_tokens: int) -> None:
+        """Count token ``index`` of a sample. The prompt is computed once for all samples of a request."""
+        self.tokens += 1
+        if index == sample == 0:
+            self.prompt_tokens += prompt_tokens
+            self.cached_tokens += cached_tokens

@@ -30,6 +30,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.stage_setup import Progress
 from cluster.coordinator.step_times import StageStepTime, StepTimes
 from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.cluster_state import EventKind
 from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
 from cluster.core.futures import ignore_error
 from cluster.core.limits import (
@@ -287,12 +288,14 @@ class ModelService:
         self.recovery = None
         self._end_leaves_after_loss()
         self.recoveries += 1
-        self._notify_done("serving again", recovery)
+        self._notify_done(EventKind.RECOVERY, recovery)
 
-    def _notify_done(self, what: str, change: EpochChange) -> None:
+    def _notify_done(self, kind: EventKind, change: EpochChange) -> None:
+        what = "serving again" if kind is EventKind.RECOVERY else "layers moved"
         elapsed_s = time.monotonic() - change.began
         layers = ", ".join(f"{s.worker} {s.layers}" for s in self.plan.stages)
         self._notify(f"{what} after {elapsed_s:.1f} s ({change.reason}): {layers}")
+        self._deps.timeline.add(kind, f"{change.reason}; {what}: {layers}", change.worker, change.began)
 
     async def _carry_out(self, move: PlannedMove, chosen: Assignment | None = None) -> None:
         """Move layers while requests continue.
@@ -311,7 +314,7 @@ class ModelService:
             self.move = None
             await self._recover(e)
         else:
-            self._notify_done("layers moved", move)
+            self._notify_done(EventKind.MOVE, move)
         finally:
             self.move = None
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 
 from cluster.coordinator.loop_view import LoopView
+from cluster.coordinator.planner import Links
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import RosterEntry
 from cluster.core.adapter import Adapter
@@ -17,8 +19,8 @@ from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.disk_prefixes import ReadOutcome
 
 
-def describe_plan(plan: Plan) -> ModelPlan:
-    """Describe a plan for a model that is not loaded."""
+def describe_plan(plan: Plan, links: Links | None = None) -> ModelPlan:
+    """Describe a plan for a model that is not loaded. ``links`` are the measured ones, by the names (from, to)."""
     return ModelPlan(
         model=plan.model.name,
         layers=plan.stages[-1].layers.end,
@@ -26,15 +28,20 @@ def describe_plan(plan: Plan) -> ModelPlan:
         max_sequences=plan.max_sequences,
         route=plan.route,
         objective=plan.objective,
-        stages=tuple(_describe_stage(stage, plan.route) for stage in plan.stages),
+        stages=_with_links([_describe_stage(stage, plan.route) for stage in plan.stages], links or {}),
         forecast=plan.forecast,
         spares=plan.spares,
         reasons=plan.reasons,
     )
 
 
-def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: LoopView | None) -> ClusterState:
-    """Return the state of a cluster that serves a plan. ``ring`` has the stages' actual routes."""
+def with_plan(
+    state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: LoopView | None, links: Links | None = None
+) -> ClusterState:
+    """Return the state of a cluster that serves a plan. ``ring`` has the stages' actual routes.
+
+    ``links`` are the measured ones, by the names (from, to).
+    """
     stages = [
         _describe_stage(stage, ring_stage.input_route) for stage, ring_stage in zip(plan.stages, ring, strict=True)
     ]
@@ -46,7 +53,7 @@ def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: 
         max_context=plan.max_context,
         max_sequences=plan.max_sequences,
         route=plan.route,
-        stages=tuple(_with_load(stages, loop) if loop else stages),
+        stages=_with_links(_with_load(stages, loop) if loop else stages, links or {}),
         objective=plan.objective,
         forecast=plan.forecast,
         spares=plan.spares,
@@ -104,6 +111,15 @@ def _describe_stage(planned: PlannedStage, input_route: Route) -> StageState:
         input_route=input_route,
         predicted_ms=planned.decode_ms,
     )
+
+
+def _with_links(stages: Sequence[StageState], links: Links) -> tuple[StageState, ...]:
+    """Add the measured link from each stage's predecessor."""
+    found = list(stages)
+    for i, (before, after) in enumerate(pairwise(stages), 1):
+        if link := links.get((before.worker, after.worker)):
+            found[i] = replace(after, link_round_trip_ms=link.round_trip_s * 1e3, link_bandwidth=link.bandwidth)
+    return tuple(found)
 
 
 def _with_load(stages: Sequence[StageState], loop: LoopView) -> list[StageState]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.core.plan import Forecast, LayerRange, Objective, Route, Spare, Speculation
+from cluster.core.request import StageFigures
 from cluster.core.worker import WorkerState
 
 
@@ -35,6 +36,34 @@ class Repair:
     doing: str
     expected_seconds: float
     attempts: int
+
+
+class EventKind(StrEnum):
+    """What a ``ClusterEvent`` tells about."""
+
+    LOAD = "load"
+    """A model was loaded."""
+    RECOVERY = "recovery"
+    """A stage was lost, and answers went on without its Mac or after its return."""
+    MOVE = "move"
+    """Layers were moved as planned."""
+    RETURN = "return"
+    """A lost worker is back."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterEvent:
+    """Something that is over: ``age_seconds`` ago, after ``duration_seconds``, which is 0 for a moment.
+
+    ``worker`` is "" if it concerns no worker or several.
+    """
+
+    kind: EventKind
+    age_seconds: float
+    duration_seconds: float
+    worker: str
+    sentence: str
 
 
 class RequestState(StrEnum):
@@ -76,6 +105,10 @@ class StageState:
     """Time since the model was loaded with a frame in flight anywhere in the ring."""
     wasted_seconds: float = 0.0
     """Compute time since the last recovery of guesses that were wrong."""
+    link_round_trip_ms: float = 0.0
+    """Measured round trip of the link from the stage before it; 0 if not measured."""
+    link_bandwidth: float = 0.0
+    """Measured bytes per second of that link; 0 if not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +127,10 @@ class LiveRequest:
     """Tokens of the answer that were guessed before they were sampled."""
     window: int = 1
     """How many of its frames may be in flight at once; 1: no guess is worth it, or there is no memory for one."""
+    tokens_per_second: float = 0.0
+    """Since its first token; 0 before the second one."""
+    stages: tuple[StageFigures, ...] = ()
+    """Its time on each stage since it was accepted."""
 
     @property
     def tokens_per_pass(self) -> float:
@@ -143,6 +180,10 @@ class ClusterState:
     requests: tuple[LiveRequest, ...] = ()
     requests_finished: int = 0
     tokens_generated: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens of all requests that got a first token, ..."""
+    cached_tokens: int = 0
+    """... and those of them that came from a kept prefix."""
     uptime_seconds: float = 0.0
     lane_sizes: tuple[int, ...] = ()
     queued: int = 0
@@ -156,6 +197,8 @@ class ClusterState:
     repair: Repair | None = None
     move: Repair | None = None
     recoveries: int = 0
+    events: tuple[ClusterEvent, ...] = ()
+    """The last loads, recoveries, moves and returns, oldest first. ``repair`` or ``move`` has one that is not over."""
     objective: Objective = Objective.LATENCY
     forecast: Forecast | None = None
     spares: tuple[Spare, ...] = ()

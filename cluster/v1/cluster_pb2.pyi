@@ -3,6 +3,7 @@
 isort:skip_file
 The public API of the cluster: its state, loading and unloading models, draining workers."""
 
+from cluster.v1 import inference_pb2 as _inference_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -144,6 +145,35 @@ REQUEST_STATE_QUEUED: RequestState.ValueType  # 1
 REQUEST_STATE_PREFILL: RequestState.ValueType  # 2
 REQUEST_STATE_DECODE: RequestState.ValueType  # 3
 Global___RequestState: _TypeAlias = RequestState  # noqa: Y015
+
+class _EventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVENT_KIND_UNSPECIFIED: _EventKind.ValueType  # 0
+    EVENT_KIND_LOAD: _EventKind.ValueType  # 1
+    """A model was loaded."""
+    EVENT_KIND_RECOVERY: _EventKind.ValueType  # 2
+    """A stage was lost, and answers went on without its Mac or after its return."""
+    EVENT_KIND_MOVE: _EventKind.ValueType  # 3
+    """Layers were moved as planned."""
+    EVENT_KIND_RETURN: _EventKind.ValueType  # 4
+    """A lost worker is back."""
+
+class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
+
+EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
+EVENT_KIND_LOAD: EventKind.ValueType  # 1
+"""A model was loaded."""
+EVENT_KIND_RECOVERY: EventKind.ValueType  # 2
+"""A stage was lost, and answers went on without its Mac or after its return."""
+EVENT_KIND_MOVE: EventKind.ValueType  # 3
+"""Layers were moved as planned."""
+EVENT_KIND_RETURN: EventKind.ValueType  # 4
+"""A lost worker is back."""
+Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
 class GetClusterRequest(_message.Message):
@@ -352,6 +382,8 @@ class Stage(_message.Message):
     WASTED_SECONDS_FIELD_NUMBER: _builtins.int
     BUSY_SECONDS_FIELD_NUMBER: _builtins.int
     ACTIVE_SECONDS_FIELD_NUMBER: _builtins.int
+    LINK_ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
+    LINK_BANDWIDTH_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
@@ -380,6 +412,9 @@ class Stage(_message.Message):
     Two readings give the idle share between them.
     """
     active_seconds: _builtins.float
+    link_round_trip_ms: _builtins.float
+    """The measured link from the stage before it: milliseconds of a round trip, and bytes a second; 0: not measured."""
+    link_bandwidth: _builtins.float
     def __init__(
         self,
         *,
@@ -400,10 +435,12 @@ class Stage(_message.Message):
         wasted_seconds: _builtins.float = ...,
         busy_seconds: _builtins.float = ...,
         active_seconds: _builtins.float = ...,
+        link_round_trip_ms: _builtins.float = ...,
+        link_bandwidth: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "link_bandwidth", b"link_bandwidth", "link_round_trip_ms", b"link_round_trip_ms", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -423,6 +460,8 @@ class LiveRequest(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     GUESSED_TOKENS_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     state: Global___RequestState.ValueType
     prompt_tokens: _builtins.int
@@ -438,6 +477,12 @@ class LiveRequest(_message.Message):
     """Tokens of the answer that were guessed before they were sampled."""
     window: _builtins.int
     """How many of its frames may be in flight at once; 1: no guess is worth it, or there is no memory for one."""
+    tokens_per_second: _builtins.float
+    """Since its first token; 0 before the second one."""
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.StageFigures]:
+        """Its time on each stage since it was accepted."""
+
     def __init__(
         self,
         *,
@@ -451,10 +496,12 @@ class LiveRequest(_message.Message):
         cached_tokens: _builtins.int = ...,
         guessed_tokens: _builtins.int = ...,
         window: _builtins.int = ...,
+        tokens_per_second: _builtins.float = ...,
+        stages: _abc.Iterable[_inference_pb2.StageFigures] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "guessed_tokens", b"guessed_tokens", "lane", b"lane", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "guessed_tokens", b"guessed_tokens", "lane", b"lane", "prefilled_tokens", b"prefilled_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "stages", b"stages", "state", b"state", "tokens_per_second", b"tokens_per_second", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -537,6 +584,42 @@ class Repair(_message.Message):
 Global___Repair: _TypeAlias = Repair  # noqa: Y015
 
 @_typing.final
+class ClusterEvent(_message.Message):
+    """Something that is over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    DURATION_SECONDS_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    kind: Global___EventKind.ValueType
+    age_seconds: _builtins.float
+    """Seconds since its end."""
+    duration_seconds: _builtins.float
+    """How long it took; 0: a moment."""
+    worker: _builtins.str
+    """Empty if it concerns no worker or several."""
+    sentence: _builtins.str
+    def __init__(
+        self,
+        *,
+        kind: Global___EventKind.ValueType = ...,
+        age_seconds: _builtins.float = ...,
+        duration_seconds: _builtins.float = ...,
+        worker: _builtins.str = ...,
+        sentence: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "duration_seconds", b"duration_seconds", "kind", b"kind", "sentence", b"sentence", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterEvent: _TypeAlias = ClusterEvent  # noqa: Y015
+
+@_typing.final
 class GetClusterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -575,6 +658,9 @@ class GetClusterResponse(_message.Message):
     DISK_MISSES_FIELD_NUMBER: _builtins.int
     DISK_TOKENS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     LAG_SECONDS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
@@ -607,6 +693,9 @@ class GetClusterResponse(_message.Message):
     """
     disk_misses: _builtins.int
     disk_tokens: _builtins.int
+    prompt_tokens: _builtins.int
+    """Prompt tokens of all requests that got a first token, and those of them that came from a kept prefix."""
+    cached_tokens: _builtins.int
     lag_seconds: _builtins.float
     """Seconds by which timers fire late on the coordinator's machine; 0 unless it is overloaded."""
     @_builtins.property
@@ -647,6 +736,10 @@ class GetClusterResponse(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """Adapters that requests can name."""
 
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterEvent]:
+        """The last 50 loads, recoveries, moves and returns, oldest first. One that is not over is in `repair` or `move`."""
+
     def __init__(
         self,
         *,
@@ -685,11 +778,14 @@ class GetClusterResponse(_message.Message):
         disk_misses: _builtins.int = ...,
         disk_tokens: _builtins.int = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        events: _abc.Iterable[Global___ClusterEvent] | None = ...,
         lag_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "cached_tokens", b"cached_tokens", "cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "events", b"events", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

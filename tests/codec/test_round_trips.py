@@ -16,7 +16,7 @@ from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_sta
 from cluster.codec.conversation import decode_message, decode_tool_choice, encode_message, encode_tool_choice
 from cluster.codec.plan import decode_plan, decode_progress, encode_plan, encode_progress
 from cluster.codec.worker_info import decode_info, encode_info
-from cluster.core.cluster_state import ClusterState, ModelPlan, RequestState, ServingState
+from cluster.core.cluster_state import ClusterState, EventKind, ModelPlan, RequestState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, WorkerLost
 from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
 from cluster.core.plan import LayerRange, LoadProgress
@@ -90,9 +90,10 @@ def test_every_state_survives_and_an_unknown_one_is_unknown() -> None:
         one = replace(state, requests=(replace(state.requests[0], state=phase, lane=None),))
         assert decode_cluster_state(encode_cluster_state(one)).requests == one.requests
     newer = encode_cluster_state(state)
-    newer.state, newer.requests[0].state = 99, 99
+    newer.state, newer.requests[0].state, newer.events[0].kind = 99, 99, 99
     assert decode_cluster_state(newer).state is ServingState.UNKNOWN
     assert decode_cluster_state(newer).requests[0].state is RequestState.UNKNOWN
+    assert decode_cluster_state(newer).events[0].kind is EventKind.UNKNOWN
 
 
 def test_impossible_layers_are_a_protocol_error() -> None:

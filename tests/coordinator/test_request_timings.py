@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.coordinator.request_timings import RequestTimings
+from cluster.coordinator.request_timings import LoopTotals, RequestTimings
 from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.core.frames import StageTiming
 from cluster.core.limits import OCCUPANCY_S
@@ -27,6 +27,7 @@ def test_a_tally_splits_the_rings_time_into_compute_wait_and_wire() -> None:
         tally.token(back)
     assert tally.ttft_ms == pytest.approx(8.0)
     assert tally.tpot_ms == pytest.approx(10.0)
+    assert tally.tokens_per_second == pytest.approx(100.0)
     a, b = tally.figures()
     assert (a.compute_ms, b.compute_ms) == (6.0, 9.0)
     assert (a.wait_ms, b.wait_ms) == (1.5, 1.5)
@@ -59,7 +60,7 @@ def test_a_lap_over_a_recovery_takes_no_time_back() -> None:
 def test_one_token_has_no_time_between_tokens() -> None:
     tally = RequestTimings(0.0, STAGES)
     tally.token(0.5)
-    assert (tally.ttft_ms, tally.tpot_ms) == (500.0, 0.0)
+    assert (tally.ttft_ms, tally.tpot_ms, tally.tokens_per_second) == (500.0, 0.0, 0.0)
 
 
 def test_a_stage_is_idle_while_the_ring_works_elsewhere() -> None:
@@ -85,3 +86,11 @@ def test_what_is_long_ago_counts_no_more() -> None:
     occupancy.frame(later, later + 1.0, timings(1_000_000, 500_000))
     assert occupancy.bubbles() == pytest.approx((0.0, 0.5))
     assert (occupancy.active_s, *occupancy.busy_s) == pytest.approx((2.0, 1.0, 0.5))
+
+
+def test_a_prompt_is_counted_once_for_all_its_samples() -> None:
+    totals = LoopTotals()
+    for sample in range(2):
+        for index in range(3):
+            totals.count_token(index, sample, prompt_tokens=9, cached_tokens=4)
+    assert totals == LoopTotals(tokens=6, prompt_tokens=9, cached_tokens=4)

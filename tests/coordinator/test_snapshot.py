@@ -13,7 +13,7 @@ from cluster.coordinator.snapshot import describe_plan, describe_workers, with_p
 from cluster.coordinator.step_times import StageStepTime
 from cluster.core.cluster_state import ClusterState, GuessCounts, LiveRequest, RequestState, ServingState
 from cluster.core.limits import MIB
-from cluster.core.plan import LayerRange, ModelRef, ModelShape, Profile, Route
+from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Profile, Route
 from cluster.core.worker import WorkerInfo
 from cluster.membership.suspicion import Belief, Standing
 
@@ -94,3 +94,10 @@ def test_a_worker_is_shown_with_what_is_believed_of_it_and_a_duplicate_without()
     )
     assert shown.silent_seconds > 0
     assert (twin.standing, twin.losses, twin.reachable, twin.problem) == ("up", 0, False, "two are named ada")
+
+
+def test_a_stage_shows_the_measured_link_from_the_one_before() -> None:
+    links = {("ada", "bob"): Link(0.002, 1e9), ("bob", "ada"): Link(0.004, 2e9)}
+    for stages in (with_plan(IDLE, PLAN, RING, LOOP, links).stages, describe_plan(PLAN, links).stages):
+        assert [(s.link_round_trip_ms, s.link_bandwidth) for s in stages] == [(0.0, 0.0), (2.0, 1e9)]
+    assert with_plan(IDLE, PLAN, RING, LOOP).stages[1].link_bandwidth == 0.0

@@ -103,6 +103,10 @@ def test_an_engine_that_crashes_is_reported_and_restarted_and_the_answer_goes_on
         assert client.generate([1, 2, 3], max_tokens=5, ignore_eos=True).tokens == before
         state = client.cluster()
         assert (state.state, state.recoveries) == ("serving", 1)
+        loaded, recovered, *_ = state.events
+        assert (loaded.kind, loaded.sentence, recovered.kind) == ("load", "loaded llama", "recovery")
+        assert (recovered.worker, "serving again" in recovered.sentence) == ("two", True)
+        assert loaded.age_seconds > recovered.age_seconds + recovered.duration_seconds > 0
         assert [s.worker for s in state.stages] in (["one", "two"], ["one"])  # a slow machine's engine comes too late
         assert {w.name: w.losses for w in state.workers} == {"one": 0, "two": 1}
         assert alive(workers[1].process.pid)

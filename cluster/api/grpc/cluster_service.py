@@ -69,7 +69,8 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         try:
-            return encode_plan(describe_plan(await self._coordinator.plan(_load_order(request, self._first))))
+            plan = await self._coordinator.plan(_load_order(request, self._first))
+            return encode_plan(describe_plan(plan, self._coordinator.links))
         except MacpipeError as e:
             await abort(context, e)
             raise

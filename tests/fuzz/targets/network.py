@@ -74,6 +74,8 @@ def replies() -> Prepared:
         cluster="c",
         workers=[cluster_pb2.Worker(id="i", name="n")],
         stages=[cluster_pb2.Stage(worker="n", start_layer=0, end_layer=2)],
+        requests=[cluster_pb2.LiveRequest(request_id="r", stages=[figures])],
+        events=[cluster_pb2.ClusterEvent(kind=cluster_pb2.EVENT_KIND_LOAD, sentence="loaded m")],
     )
     seeds = (
         inference_pb2.GenerateResponse(token=inference_pb2.TokenEvent(index=1, token=2, text="a", logprob=-0.5)),
