@@ -40,6 +40,7 @@ EXAMPLES: Final = {
         "macpipe lora --model mlx-community/Qwen3-8B-4bit --test --data chats",
     ),
     "drain": ("macpipe drain mac-2", "macpipe drain mac-2 --undo"),
+    "status": ("macpipe status", "macpipe status --watch"),
     "bench": ("macpipe bench", "macpipe bench --users 1,4,16 --prompt 2000 --tokens 200"),
     "doctor": ("macpipe doctor", "macpipe doctor --cluster"),
     "report": ("macpipe report", "macpipe report bug.zip"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
@@ -13,8 +15,10 @@ from cluster.core.text import count_in_words, figure_in_words, gib_in_words
 from cluster.security.limits import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
+    from cluster.cli.keyboard import Key
     from cluster.client import ClusterState, Repair, StageState, WorkerState
 
 RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured", "step (plan)"})
@@ -22,13 +26,28 @@ WIDE_COLUMNS: Final = 100
 """On narrower screens the machines are listed below the table, and a step's two times share a column."""
 
 
-def status(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second, until q or Ctrl-C.")] = False,
+    coordinator: Coordinator = None,
+    cluster: Cluster = None,
+    json: Json = False,
+) -> None:
     """Show workers, the model and its layers.
 
-    With --json, layers are [start, end): [0, 27] means layers 0-26.
+    With --json, layers are [start, end): [0, 27] means layers 0-26. With --watch and --json, one object is printed
+    every second.
     """
     from cluster.client import Client
 
+    if watch and (json or sys.stdout.isatty()):
+        from cluster.cli.watch import print_states, watch_cluster
+
+        with errors_in_json(json):
+            if json:
+                print_states(coordinator, cluster)
+            else:
+                watch_cluster(coordinator, cluster, StatusView())
+        return
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         state = client.cluster()
         if json:
@@ -44,20 +63,48 @@ def show_state(state: ClusterState) -> None:
     from cluster.cli.screen import console, print_lines
 
     screen = console(sys.stdout)
-    wide = screen.width >= WIDE_COLUMNS
-    print_lines(screen, *headline(state))
+    for part in describe_state(state, screen.width):
+        if isinstance(part, str):
+            print_lines(screen, part)
+        else:
+            screen.print(part)
+
+
+def describe_state(state: ClusterState, width: int) -> list[str | Table]:
+    """Return the lines and the table that describe a cluster on a screen of ``width`` columns."""
+    wide = width >= WIDE_COLUMNS
+    parts: list[str | Table] = list(headline(state))
     if not state.workers:
-        screen.print("no workers; start one with `macpipe worker`")
-        return
-    screen.print()
-    screen.print(_workers(state, wide=wide))
-    screen.print()
+        return [*parts, "no workers; start one with `macpipe worker`"]
+    parts += ["", _workers(state, wide=wide), ""]
     if not wide:
-        print_lines(screen, *(f"{worker.name}: {_machine(worker)}" for worker in state.workers))
-    print_lines(screen, *(f"spare: {spare.worker}: {spare.why}" for spare in state.spares))
+        parts += [f"{worker.name}: {_machine(worker)}" for worker in state.workers]
+    parts += [f"spare: {spare.worker}: {spare.why}" for spare in state.spares]
     for worker in state.workers:
         held = [stage for stage in state.stages if stage.worker == worker.name]
-        print_lines(screen, *_describe_disk(worker), *_describe_problems(worker, held))
+        parts += [*_describe_disk(worker), *_describe_problems(worker, held)]
+    return parts
+
+
+class StatusView:
+    """What ``status --watch`` shows of each snapshot."""
+
+    def add(self, state: ClusterState) -> None:
+        """Show this snapshot from now on."""
+        self._state = state
+
+    def press(self, key: Key) -> None:
+        """No key but q has an effect."""
+
+    def draw(self, width: int, height: int, lost: str) -> RenderableType:
+        """Return the screen; ``lost`` says why the snapshot is old, "" if it is not."""
+        from rich.console import Group
+        from rich.text import Text
+
+        from cluster.cli.screen import printable
+
+        parts = [Text(printable(one)) if isinstance(one, str) else one for one in describe_state(self._state, width)]
+        return Group(*([Text(printable(lost), "bold red")] if lost else []), *parts)
 
 
 def _describe_problems(worker: WorkerState, held: list[StageState]) -> list[str]:

@@ -36,6 +36,7 @@ COMMANDS = [
     "chat",
     "status",
     "ps",
+    "top",
     "load",
     "unload",
     "drain",
@@ -375,6 +376,16 @@ def test_status_json_has_every_field(macpipe: Macpipe, coordinator: Coordinator)
     assert facts["workers"][1]["problem"] == "no answer for 3 s"
     assert facts["stages"][1]["layers"] == [4, 8]
     assert facts["workers"][0].keys() == {field.name for field in cluster_pb2.Worker.DESCRIPTOR.fields}
+
+
+def test_a_pipe_gets_one_snapshot_of_what_is_watched(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    assert macpipe("status", "--watch", to=coordinator).stdout == macpipe("status", to=coordinator).stdout
+    shown = macpipe("top", to=coordinator).stdout
+    assert all(part in shown for part in ("- tokens/s", "mac-a", "r1", "1 answering, 1 queued"))
+    assert "q quit" not in shown
+    assert "\x1b" not in shown
+    facts = json.loads(macpipe("top", "--json", to=coordinator).stdout)
+    assert (facts["tokens_per_second"], facts["cluster"]["model"]) == (None, "faq")
 
 
 def test_ps(macpipe: Macpipe, coordinator: Coordinator) -> None:

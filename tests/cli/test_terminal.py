@@ -145,3 +145,26 @@ def test_ctrl_c_is_130_without_a_word(
     _, said = process.communicate(timeout=15)
     assert (process.returncode, said) == (130, "")
     assert coordinator.script.cancelled.wait(5)
+
+
+def test_top_stays_while_the_coordinator_is_gone_and_q_ends_it(terminal: Open, coordinator: Coordinator) -> None:
+    top = terminal("top")
+    top.wait_for("mac-b")
+    top.wait_for("r2")
+    coordinator.stop()
+    top.wait_for("no answer from the coordinator")
+    with Coordinator(int(coordinator.address.rpartition(":")[2])) as again:
+        again.script.cluster.model = "returned"
+        top.wait_for("returned")
+        top.type("q")
+        assert top.end()[0] == 0
+
+
+def test_a_watched_status_is_shown_anew(terminal: Open, coordinator: Coordinator) -> None:
+    status = terminal("status", "--watch")
+    status.wait_for("unreachable")
+    coordinator.script.cluster.model = "another"
+    status.wait_for("another")
+    coordinator.script.refusal = errors.Forbidden("your key was revoked")
+    code, shown = status.end()
+    assert (code, "your key was revoked" in shown) == (1, True)
