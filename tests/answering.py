@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.answer_text import Decoder
+from cluster.coordinator.frame_history import FrameHistory
 from cluster.coordinator.live_answers import LiveAnswers
 from cluster.core.errors import MacpipeError
 from cluster.core.frames import Sample
@@ -33,7 +34,7 @@ class Generation:
         self._post = EventBatch()
         self._steps = deque[Callable[[], None]]()
         self.answer = AnswerQueue(self._post, samples=request.samples)
-        self._live = LiveAnswers(_AnyRequest(), lambda: None, self._steps.append, decoder, lambda: 0.0)  # type: ignore[arg-type]
+        self._live = LiveAnswers(_AnyRequest(), lambda: None, self._steps.append, decoder, lambda: 0.0, FrameHistory())  # type: ignore[arg-type]
         self._request = request
         self._ids = [request.id, *(f"{request.id}#{i}" for i in range(1, request.samples))]
         self._counts = [0] * request.samples

@@ -15,6 +15,8 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import anyio
+
 from cluster.api.key_usage import KeyUsage, has_key, revoked_error
 from cluster.api.metrics import Metrics
 from cluster.api.parsed_answers import ParsedAnswers
@@ -25,6 +27,7 @@ from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
 from cluster.core.limits import KEY_CHECK_S, PROMPT_PIECE_TOKENS
 from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, Request, SkippedText, TokenEvent
+from cluster.core.request_trace import RequestTrace
 from cluster.transport.byte_budget import ByteBudget
 
 log = logging.getLogger(__name__)
@@ -104,6 +107,21 @@ class RequestService:
         if client is not None and self._live.get(request_id) != client:
             raise RequestNotFound(f"you have no live request with the id {request_id}; it may have ended")
         await self.coordinator.abort(request_id)
+
+    async def trace(self, request_id: str, client: str | None) -> RequestTrace:
+        """Return the trace of a request of ``client``; of any client if None. "" as the id means the newest one.
+
+        Raises ``RequestNotFound`` if the coordinator does not remember it, and the coordinator's errors.
+        """
+        frames = await self.coordinator.copy_frames()
+        trace = await anyio.to_thread.run_sync(frames.trace, request_id, client)
+        if trace is None:
+            which = f"of request {request_id}" if request_id else "of any request of yours"
+            raise RequestNotFound(
+                f"no trace {which}: it may be another client's, or from before the model was loaded; ids of live"
+                " requests are in `macpipe ps`"
+            )
+        return trace
 
     async def end_revoked(self) -> None:
         """End live requests whose key was revoked, every ``KEY_CHECK_S`` seconds, and drop what is kept of its answers.

@@ -41,6 +41,7 @@ EXAMPLES: Final = {
     ),
     "drain": ("macpipe drain mac-2", "macpipe drain mac-2 --undo"),
     "status": ("macpipe status", "macpipe status --watch"),
+    "trace": ("macpipe trace", "macpipe trace req-1 -o req-1.json"),
     "bench": ("macpipe bench", "macpipe bench --users 1,4,16 --prompt 2000 --tokens 200"),
     "doctor": ("macpipe doctor", "macpipe doctor --cluster"),
     "report": ("macpipe report", "macpipe report bug.zip"),

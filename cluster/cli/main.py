@@ -43,6 +43,7 @@ from cluster.cli.status import status
 from cluster.cli.store import store
 from cluster.cli.token import token
 from cluster.cli.top import top
+from cluster.cli.trace import trace
 from cluster.cli.unload import unload
 from cluster.cli.worker import worker
 
@@ -51,7 +52,7 @@ SECTIONS: Final = {
     "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
-    "Look at it": ("status", "ps", "top", "bench", "doctor", "report"),
+    "Look at it": ("status", "ps", "top", "trace", "bench", "doctor", "report"),
 }
 """The commands under their headings on the first help page; others follow under ``More``."""
 
@@ -97,7 +98,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, init, join, worker, plan, serve, pull, convert, fuse, generate, chat, status, ps, load, unload, drain),
-    *(lora, top, bench, doctor, report),
+    *(lora, top, trace, bench, doctor, report),
 ):
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")

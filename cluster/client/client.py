@@ -24,8 +24,10 @@ from cluster.client.training import Training
 from cluster.client.training_encoding import encode_training
 from cluster.codec.cluster_state import decode_adapter, decode_cluster_state
 from cluster.codec.plan import decode_plan
+from cluster.codec.request_trace import decode_trace
 from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
+from cluster.core.request_trace import RequestTrace
 from cluster.v1 import cluster_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -106,6 +108,13 @@ class Client:
     def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
         self._ask(lambda to: to.inference.Abort, encoding.encode_abort(request_id))
+
+    def trace(self, request_id: str = "") -> RequestTrace:
+        """Return the way of a request's frames through the stages; "" means the caller's newest request.
+
+        Raise RequestNotFound if the coordinator does not remember it. ``cluster.codec.chrome_trace`` converts it.
+        """
+        return decode_trace(self._ask(lambda to: to.inference.Trace, encoding.encode_trace(request_id)))
 
     def cluster(self) -> ClusterState:
         """Return the cluster's state: workers, stages and live requests."""

@@ -162,6 +162,11 @@ def encode_resume(request_id: str, offset: int | Sequence[int]) -> inference_pb2
     return inference_pb2.ResumeRequest(request_id=name, offset=check_whole_number("offset", offset))
 
 
+def encode_trace(request_id: str) -> inference_pb2.TraceRequest:
+    """Encode ``trace``. Raise InvalidRequest for an id that cannot be sent."""
+    return inference_pb2.TraceRequest(request_id=check_text("request_id", request_id))
+
+
 def encode_abort(request_id: str) -> inference_pb2.AbortRequest:
     """Encode ``abort``. Raise InvalidRequest for an id that cannot be sent."""
     return inference_pb2.AbortRequest(request_id=check_text("request_id", request_id))

@@ -18,6 +18,7 @@ from cluster.coordinator.adoption import adopt_held_slices
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft, read_draft
 from cluster.coordinator.epoch_numbers import EpochNumbers
+from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.journal import Journal, continue_request
 from cluster.coordinator.link_measurement import measure_links
@@ -402,6 +403,12 @@ class Coordinator:
             raise DeadlineExceeded(why) from None
         if not was_live:
             raise RequestNotFound(f"no live request has the id {request_id}; it may have ended")
+
+    async def copy_frames(self) -> FramesCopy:
+        """Return the last frames, to trace a request. Raises ``NotServing``, or ``DeadlineExceeded`` as ``abort``."""
+        with anyio.move_on_after(CONTROL_TIMEOUT_S):
+            return await asyncio.wrap_future(self._require_service().loop.copy_frames())
+        raise DeadlineExceeded(f"the engine loop did not answer within {CONTROL_TIMEOUT_S:.0f} s; it is stuck")
 
     async def drain(self, worker: str, *, undo: bool = False) -> None:
         """Move a worker's layers to other workers and stop using it; ``undo`` takes it back into use.

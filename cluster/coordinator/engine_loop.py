@@ -16,6 +16,7 @@ from concurrent.futures import Future
 
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.answer_text import Decoder
+from cluster.coordinator.frame_history import FrameHistory, FramesCopy
 from cluster.coordinator.job_queue import Job, JobQueue
 from cluster.coordinator.journal import AnswerTokens
 from cluster.coordinator.live_answers import LiveAnswers
@@ -69,7 +70,10 @@ class EngineLoop:
         self._read_prefix = read_prefix
         self._broken, self._clock, self._lag = broken, clock, lag
         self.deadlines = FrameDeadlines(clock())
-        self.answers = LiveAnswers(scheduler, self._flush, lambda step: self._inbox.put(step), decoder, clock)
+        self._history = FrameHistory()
+        self.answers = LiveAnswers(
+            scheduler, self._flush, lambda step: self._inbox.put(step), decoder, clock, self._history
+        )
         self._inbox = JobQueue()
         self.post = EventBatch()  # events of all answers; delivered after each job
         self._ring: Ring | None = None
@@ -84,6 +88,7 @@ class EngineLoop:
     def _begin_epoch(self, plan: Plan, step_times: StepTimes | None) -> None:
         self._plan, self._step_times = plan, step_times
         self._occupancy = StageUtilization(len(plan.stages))
+        self._history.begin_epoch(plan.epoch, plan.stages)
         self.deadlines = FrameDeadlines(self._clock(), overdue=self.deadlines.overdue)
 
     # Called from other threads
@@ -195,6 +200,10 @@ class EngineLoop:
     def _view(self) -> LoopView:
         return LoopView.of(self._scheduler, self.answers.progress(), self._occupancy, self._step_times)
 
+    def copy_frames(self) -> Future[FramesCopy]:
+        """Return a future of the last frames, to trace a request."""
+        return self._inbox.ask(self._history.copy)
+
     # The loop's own thread
 
     def _run(self) -> None:
@@ -302,6 +311,7 @@ class EngineLoop:
             return
         self.deadlines.learn(outcome.prefills, outcome.sent_at, now)
         self._flush()
+        self._history.add(frame, outcome, now)
         self._account(outcome)
 
     def _account(self, outcome: Outcome) -> None:

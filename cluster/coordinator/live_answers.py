@@ -13,6 +13,7 @@ from itertools import chain
 from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, ResumedRequest, split_samples
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_text import Decoder
+from cluster.coordinator.frame_history import FrameHistory
 from cluster.coordinator.journal import AnswerTokens, Journal
 from cluster.coordinator.loop_view import AnswerProgress
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
@@ -30,7 +31,7 @@ class LiveAnswers:
     """The live requests of one engine loop. They outlive rings.
 
     ``flush`` sends the frames that the scheduler can write after a sample has left it. ``later`` calls a function again
-    after what came before it.
+    after what came before it. ``history`` is told when a sample is accepted, and when it ends.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class LiveAnswers:
         later: Callable[[Callable[[], None]], object],
         decoder: Callable[[], Decoder],
         clock: Callable[[], float],
+        history: FrameHistory,
     ) -> None:
+        self._history = history
         self._scheduler, self._flush, self._later = scheduler, flush, later
         self._decoder, self._clock = decoder, clock
         self._requests: dict[str, ActiveRequest] = {}
@@ -107,6 +110,7 @@ class LiveAnswers:
         for i, sample in enumerate(samples):
             active.live.add(sample.id)
             timings = RequestTimings(now, stages)
+            self._history.accept(sample.id, request.client, len(request.prompt), now)
             self._samples[sample.id] = ActiveSample(active, sample, i, resumed.texts[i], timings, now, resumed.skip[i])
         answer.put(Accepted())
         if self.journal:
@@ -126,6 +130,7 @@ class LiveAnswers:
         del self._requests[active.request.id]
         for sample in sorted(active.live):
             del self._samples[sample]
+            self._history.end(sample, self._clock())
             try:
                 self._scheduler.end(sample)
             except RequestNotFound:
@@ -229,6 +234,7 @@ class LiveAnswers:
     def _finish(self, live: ActiveSample, reason: FinishReason, usage: Usage, end: TokenEvent | None) -> None:
         last = replace(live.finish(reason, usage), end=end)
         del self._samples[live.request.id]
+        self._history.end(live.request.id, self._clock())
         live.parent.live.remove(live.request.id)
         if not live.parent.live:
             del self._requests[live.parent.request.id]

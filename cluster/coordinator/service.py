@@ -107,15 +107,6 @@ class ModelService:
     def plan(self) -> Plan:
         return self._epoch.plan if self._epoch else self._first.plan
 
-    def create_answer(self, request: Request) -> AnswerQueue:
-        """Create an answer queue that ends its request if the client stops reading.
-
-        Raises ``ModelNotFound`` if the request's adapter is not served.
-        """
-        self.model_info.adapters.require(request.adapter)
-        error = Aborted("the client disconnected")
-        return AnswerQueue(self.loop.post, lambda: self.loop.end(request.id, error), request.samples)
-
     def _guesser(self, speculation: Speculation) -> Guesser | None:
         draft = [self._draft.guesser] if self._draft else []
         if speculation is Speculation.OFF:
@@ -137,6 +128,15 @@ class ModelService:
     def speculation(self) -> Speculation:
         """What guesses tokens before they are sampled."""
         return self._order.speculation
+
+    def create_answer(self, request: Request) -> AnswerQueue:
+        """Create an answer queue that ends its request if the client stops reading.
+
+        Raises ``ModelNotFound`` if the request's adapter is not served.
+        """
+        self.model_info.adapters.require(request.adapter)
+        error = Aborted("the client disconnected")
+        return AnswerQueue(self.loop.post, lambda: self.loop.end(request.id, error), request.samples)
 
     @property
     def epoch(self) -> Epoch | None:

@@ -57,6 +57,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "Tokenize": _CALLERS,
         "ListModels": _CALLERS,
         "Abort": _CALLERS,
+        "Trace": _CALLERS,
     },
     "cluster.v1.ClusterService": {
         "GetCluster": _CALLERS,

@@ -1208,3 +1208,205 @@ class AbortResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortResponse: _TypeAlias = AbortResponse  # noqa: Y015
+
+@_typing.final
+class TraceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Empty: the caller's newest request. Clients can trace their own requests, admins all."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
+
+@_typing.final
+class TracedStage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    START_LAYER_FIELD_NUMBER: _builtins.int
+    END_LAYER_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    start_layer: _builtins.int
+    end_layer: _builtins.int
+    """Exclusive."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        start_layer: _builtins.int = ...,
+        end_layer: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_layer", b"end_layer", "start_layer", b"start_layer", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TracedStage: _TypeAlias = TracedStage  # noqa: Y015
+
+@_typing.final
+class TracedEpoch(_message.Message):
+    """The stages that computed the frames of an epoch, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TracedStage]: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        stages: _abc.Iterable[Global___TracedStage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TracedEpoch: _TypeAlias = TracedEpoch  # noqa: Y015
+
+@_typing.final
+class TracedTiming(_message.Message):
+    """A stage's microseconds for a frame: queued, computed, and for sending the frame before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    WAIT_US_FIELD_NUMBER: _builtins.int
+    COMPUTE_US_FIELD_NUMBER: _builtins.int
+    PACK_US_FIELD_NUMBER: _builtins.int
+    stage: _builtins.int
+    wait_us: _builtins.int
+    compute_us: _builtins.int
+    pack_us: _builtins.int
+    def __init__(
+        self,
+        *,
+        stage: _builtins.int = ...,
+        wait_us: _builtins.int = ...,
+        compute_us: _builtins.int = ...,
+        pack_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "pack_us", b"pack_us", "stage", b"stage", "wait_us", b"wait_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TracedTiming: _TypeAlias = TracedTiming  # noqa: Y015
+
+@_typing.final
+class TracedFrame(_message.Message):
+    """A frame that came back. Its times are the coordinator's, in seconds since the request was accepted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SENT_SECONDS_FIELD_NUMBER: _builtins.int
+    RETURNED_SECONDS_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
+    VOID_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    lane: _builtins.int
+    number: _builtins.int
+    sent_seconds: _builtins.float
+    returned_seconds: _builtins.float
+    own: _builtins.bool
+    """It computed for the traced request."""
+    void: _builtins.bool
+    """A guess that was of no use."""
+    prompt_tokens: _builtins.int
+    """Tokens of prompts that it prefilled."""
+    rows: _builtins.int
+    """Sequences that decoded one token each."""
+    @_builtins.property
+    def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___TracedTiming]: ...
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indices of those tokens of the traced answer that came with it."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        lane: _builtins.int = ...,
+        number: _builtins.int = ...,
+        sent_seconds: _builtins.float = ...,
+        returned_seconds: _builtins.float = ...,
+        own: _builtins.bool = ...,
+        void: _builtins.bool = ...,
+        prompt_tokens: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        timings: _abc.Iterable[Global___TracedTiming] | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lane", b"lane", "number", b"number", "own", b"own", "prompt_tokens", b"prompt_tokens", "returned_seconds", b"returned_seconds", "rows", b"rows", "sent_seconds", b"sent_seconds", "timings", b"timings", "tokens", b"tokens", "void", b"void"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TracedFrame: _TypeAlias = TracedFrame  # noqa: Y015
+
+@_typing.final
+class TraceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    ENDED_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    prompt_tokens: _builtins.int
+    ended_seconds: _builtins.float
+    """Unset while the request is live."""
+    complete: _builtins.bool
+    """False if its first frames are forgotten."""
+    @_builtins.property
+    def epochs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TracedEpoch]: ...
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___TracedFrame]:
+        """The frames that were in the ring while it was live, in the order in which they came back."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+        ended_seconds: _builtins.float | None = ...,
+        complete: _builtins.bool = ...,
+        epochs: _abc.Iterable[Global___TracedEpoch] | None = ...,
+        frames: _abc.Iterable[Global___TracedFrame] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ended_seconds", b"_ended_seconds", "ended_seconds", b"ended_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ended_seconds", b"_ended_seconds", "complete", b"complete", "ended_seconds", b"ended_seconds", "epochs", b"epochs", "frames", b"frames", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ended_seconds: _TypeAlias = _typing.Literal["ended_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ended_seconds: _TypeAlias = _typing.Literal["_ended_seconds", b"_ended_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ended_seconds) -> _WhichOneofReturnType__ended_seconds | None: ...
+
+Global___TraceResponse: _TypeAlias = TraceResponse  # noqa: Y015

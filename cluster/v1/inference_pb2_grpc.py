@@ -64,6 +64,11 @@ class InferenceServiceStub:
                 request_serializer=cluster_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_inference__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/cluster.v1.InferenceService/Trace',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.TraceRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -113,6 +118,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """Trace returns the way of a request's frames through the stages, while the coordinator remembers them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +157,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=cluster_dot_v1_dot_inference__pb2.AbortRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.TraceRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -309,6 +326,33 @@ class InferenceService:
             '/cluster.v1.InferenceService/Abort',
             cluster_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
             cluster_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.InferenceService/Trace',
+            cluster_dot_v1_dot_inference__pb2.TraceRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

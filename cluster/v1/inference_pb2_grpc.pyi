@@ -47,6 +47,8 @@ class InferenceServiceStub:
     """
     Abort: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]
     """Abort ends a live request by its id, in any state: queue, prefill or decode."""
+    Trace: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TraceRequest, _inference_pb2.TraceResponse]
+    """Trace returns the way of a request's frames through the stages, while the coordinator remembers them."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -67,6 +69,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     Abort: _aio.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]  # type: ignore[assignment]
     """Abort ends a live request by its id, in any state: queue, prefill or decode."""
+    Trace: _aio.UnaryUnaryMultiCallable[_inference_pb2.TraceRequest, _inference_pb2.TraceResponse]  # type: ignore[assignment]
+    """Trace returns the way of a request's frames through the stages, while the coordinator remembers them."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -120,5 +124,13 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.AbortResponse, _abc.Awaitable[_inference_pb2.AbortResponse]]:
         """Abort ends a live request by its id, in any state: queue, prefill or decode."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _inference_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.TraceResponse, _abc.Awaitable[_inference_pb2.TraceResponse]]:
+        """Trace returns the way of a request's frames through the stages, while the coordinator remembers them."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,7 @@ COMMANDS = [
     "status",
     "ps",
     "top",
+    "trace",
     "load",
     "unload",
     "drain",

@@ -15,12 +15,14 @@ from cluster.codec.answer import decode_token, encode_token
 from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_state
 from cluster.codec.conversation import decode_message, decode_tool_choice, encode_message, encode_tool_choice
 from cluster.codec.plan import decode_plan, decode_progress, encode_plan, encode_progress
+from cluster.codec.request_trace import decode_trace, encode_trace
 from cluster.codec.worker_info import decode_info, encode_info
 from cluster.core.cluster_state import ClusterState, EventKind, ModelPlan, RequestState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, WorkerLost
 from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
 from cluster.core.plan import LayerRange, LoadProgress
 from cluster.core.request import ChatMessage, TokenEvent, ToolChoice
+from cluster.core.request_trace import RequestTrace
 from cluster.core.text import parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.v1 import cluster_pb2, inference_pb2, worker_pb2
@@ -77,6 +79,9 @@ def test_a_coordinator_tells_its_clients_everything() -> None:
     assert decode_plan(encode_plan(replace(plan, forecast=None))).forecast is None
     progress = sample(LoadProgress)
     assert decode_progress(encode_progress(progress)) == progress
+    trace = sample(RequestTrace)
+    assert decode_trace(inference_pb2.TraceResponse.FromString(encode_trace(trace).SerializeToString())) == trace
+    assert decode_trace(encode_trace(replace(trace, ended_seconds=None))).ended_seconds is None
     token = sample(TokenEvent)
     assert decode_token(encode_token(token)) == token
     assert decode_token(encode_token(replace(token, logprob=None))).logprob is None

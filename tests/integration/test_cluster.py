@@ -217,6 +217,9 @@ def test_a_request_is_ended_by_its_own_client_and_by_admins_alone(
             next(mine), next(theirs)
             with pytest.raises(RequestNotFound, match="you have no live request"):
                 reader.abort("the-admins")
+            with pytest.raises(RequestNotFound, match="no trace of request the-admins"):
+                reader.trace("the-admins")
+            assert reader.trace().request_id == admin.trace("the-readers").request_id == "the-readers"
             assert next(mine).index == 1
             admin.abort("the-readers")
             with pytest.raises(Aborted):

@@ -341,6 +341,30 @@ def test_the_commands_print_what_the_design_promises(address: str, client: Clien
     assert raw["usage"]["prompt_tokens"] < facts["usage"]["prompt_tokens"]
 
 
+def test_an_answer_is_traced_through_the_stages(address: str, client: Client, tmp_path: Path) -> None:
+    answer = client.generate([1, 2, 3], max_tokens=5, ignore_eos=True)
+    trace = client.trace(answer.request_id)
+    assert (trace.request_id, trace.prompt_tokens, trace.complete) == (answer.request_id, 3, True)
+    assert [index for frame in trace.frames if frame.own for index in frame.tokens] == [0, 1, 2, 3, 4]
+    (epoch,) = trace.epochs
+    workers = [stage.worker for stage in client.cluster().stages]
+    assert [stage.worker for stage in epoch.stages] == workers
+    for frame in trace.frames:
+        assert 0 <= frame.sent_seconds < frame.returned_seconds <= (trace.ended_seconds or 0) + 1
+        assert [timing.stage for timing in frame.timings] == [0, 1]
+        inside_s = sum(timing.compute_us + timing.wait_us for timing in frame.timings) / 1e6
+        assert inside_s < frame.returned_seconds - frame.sent_seconds
+    written = tmp_path / "trace.json"
+    done = macpipe(address, "trace", answer.request_id, "-o", str(written))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert f"frames of request {answer.request_id}" in done.stderr
+    events = json.loads(written.read_text())["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"coordinator", *workers}
+    assert json.loads(macpipe(address, "trace", "-o", "-").stdout)["otherData"]["request"] == answer.request_id
+    with pytest.raises(RequestNotFound, match="no trace of request nobodys"):
+        client.trace("nobodys")
+
+
 def test_status_and_ps_show_the_cluster(address: str) -> None:
     status = json.loads(macpipe(address, "status", "--json").stdout)
     assert status["state"] == "serving"

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, TypeAlias, TypeVar
 
+import anyio
 import grpc
 
 from cluster.api import request_validation
@@ -15,6 +16,7 @@ from cluster.api.grpc import proto_encoding
 from cluster.api.grpc.proto_decoding import chat_params, field_names, generate_params, tokenize_prompt
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.requests import AnswerParams, Caller, PreparedRequest, rename_fields
+from cluster.codec.request_trace import encode_trace
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES
@@ -77,9 +79,9 @@ class InferenceServicer(InferenceServiceServicer):
                 yield running
 
     def _owner(self, context: Context) -> str | None:
-        """Return the client whose requests the caller may end; None means every client's.
+        """Return the client whose requests the caller may end or trace; None means every client's.
 
-        Admins, the coordinator, and every caller without a cluster (all are on this Mac) may end every request.
+        Admins, the coordinator, and every caller without a cluster (all are on this Mac) may do so with every request.
         """
         party = self._trust.party(context.auth_context())
         return None if party is None or party.role in (Role.ADMIN, Role.COORDINATOR) else self._caller(context).client
@@ -136,6 +138,11 @@ class InferenceServicer(InferenceServiceServicer):
         async with _errors_sent(context):
             await self._service.abort(request.request_id, self._owner(context))
         return pb.AbortResponse()
+
+    async def Trace(self, request: pb.TraceRequest, context: Context) -> pb.TraceResponse:
+        async with _errors_sent(context):
+            trace = await self._service.trace(request.request_id, self._owner(context))
+        return await anyio.to_thread.run_sync(encode_trace, trace)
 
 
 @asynccontextmanager

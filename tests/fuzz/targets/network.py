@@ -11,6 +11,7 @@ from cluster.client.proto_decoding import decode_accepted, decode_finish, decode
 from cluster.codec.answer import decode_token
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.plan import decode_plan
+from cluster.codec.request_trace import decode_trace
 from cluster.core.errors import MacpipeError
 from cluster.core.text import format_address, parse_address, parse_layers, parse_size
 from cluster.discovery import txt_record as txt
@@ -67,6 +68,7 @@ def replies() -> Prepared:
         decode_load_event(cluster_pb2.LoadModelResponse.FromString(data))
         decode_cluster_state(cluster_pb2.GetClusterResponse.FromString(data))
         decode_plan(cluster_pb2.PlanResponse.FromString(data))
+        decode_trace(inference_pb2.TraceResponse.FromString(data))
 
     figures = inference_pb2.StageFigures(worker="a", start_layer=0, end_layer=2)
     ended = inference_pb2.FinishInfo(reason=inference_pb2.FINISH_REASON_STOP, stages=[figures])
@@ -77,7 +79,13 @@ def replies() -> Prepared:
         requests=[cluster_pb2.LiveRequest(request_id="r", stages=[figures])],
         events=[cluster_pb2.ClusterEvent(kind=cluster_pb2.EVENT_KIND_LOAD, sentence="loaded m")],
     )
+    traced = inference_pb2.TraceResponse(
+        request_id="r",
+        epochs=[inference_pb2.TracedEpoch(epoch=1, stages=[inference_pb2.TracedStage(worker="n", end_layer=2)])],
+        frames=[inference_pb2.TracedFrame(epoch=1, timings=[inference_pb2.TracedTiming(compute_us=9)], tokens=[1])],
+    )
     seeds = (
+        traced,
         inference_pb2.GenerateResponse(token=inference_pb2.TokenEvent(index=1, token=2, text="a", logprob=-0.5)),
         inference_pb2.GenerateResponse(finish=ended),
         cluster_pb2.LoadModelResponse(ready=state),
