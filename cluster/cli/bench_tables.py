@@ -80,11 +80,13 @@ def _prompts(levels: tuple[LoadLevel, ...]) -> Table:
 
 
 def _answers(levels: tuple[LoadLevel, ...]) -> Table:
-    shown = _numbers("users", "TPOT p50", "TPOT p99", "tokens/s", "kept")
+    powered = any(level.joules_per_token for level in levels)
+    shown = _numbers("users", "TPOT p50", "TPOT p99", "tokens/s", "kept", *(("joules/token",) if powered else ()))
     for level in levels:
         t = level.answers
         rate = f"{t.tokens_per_second:.1f}"
-        shown.add_row(str(level.users), ms(t.tpot_p50_ms), ms(t.tpot_p99_ms), rate, share(t.kept_share))
+        energy = (f"{level.joules_per_token:.2f}" if level.joules_per_token else "-",) if powered else ()
+        shown.add_row(str(level.users), ms(t.tpot_p50_ms), ms(t.tpot_p99_ms), rate, share(t.kept_share), *energy)
     return shown
 
 

@@ -21,6 +21,7 @@ from cluster.cli.throughput import (
     StageActivity,
     StageTime,
     Turn,
+    joules_per_token,
     prefill_rate,
     roofline,
     stage_times,
@@ -38,12 +39,16 @@ WARM_TOKENS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class LoadLevel:
-    """Results for one number of users. ``prompts``: first turns, uncached. ``answers``: second turns, decoding only."""
+    """Results for one number of users. ``prompts``: first turns, uncached. ``answers``: second turns, decoding only.
+
+    ``joules_per_token`` is the energy of all stages' Macs for a token of ``answers``; None where one reports no power.
+    """
 
     users: int
     prompts: Turn
     answers: Turn
     stages: tuple[StageTime, ...]
+    joules_per_token: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +137,20 @@ class LoadGenerator:
         first: list[list[Arrivals]] = []
         second: list[list[Arrivals]] = []
         activity = []
+        energies = []
         for _ in range(self._trial.rounds):
             prompts = [self.prompt() for _ in range(users)]
             answers = await self.ask_all(prompts, self._trial.tokens)
             first.append([answer for answer, _ in answers])
-            before = activities(await self._client.cluster())
+            before = await self._client.cluster()
             turns = [[*p, *tokens] for p, (_, tokens) in zip(prompts, answers, strict=True)]
             second.append([answer for answer, _ in await self.ask_all(turns, self._trial.tokens)])
-            activity.append((before, activities(await self._client.cluster())))
-        return LoadLevel(users, turn(first), turn(second), stage_times(second, activity))
+            after = await self._client.cluster()
+            activity.append((activities(before), activities(after)))
+            energies.append((energy(before), energy(after)))
+        answers = turn(second)
+        joules = joules_per_token(energies, answers.tokens)
+        return LoadLevel(users, turn(first), answers, stage_times(second, activity), joules)
 
     async def ask_all(self, prompts: Sequence[list[int]], tokens: int) -> list[tuple[Arrivals, list[int]]]:
         """Send all prompts at once, for answers of ``tokens`` tokens. A failed request cancels the others."""
@@ -163,6 +173,12 @@ class LoadGenerator:
 def activities(state: ClusterState) -> list[StageActivity]:
     """Return each stage's current counters."""
     return [StageActivity(stage.busy_seconds, stage.active_seconds) for stage in state.stages]
+
+
+def energy(state: ClusterState) -> float | None:
+    """Return the joules that the Macs of all stages have taken; None where one reports no power."""
+    staged = [worker for worker in state.workers if worker.name in {stage.worker for stage in state.stages}]
+    return sum(worker.energy_joules for worker in staged) if all(worker.power_watts for worker in staged) else None
 
 
 def rooflines(level: LoadLevel, state: ClusterState) -> list[Roofline]:

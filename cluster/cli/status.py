@@ -80,6 +80,8 @@ def describe_state(state: ClusterState, width: int) -> list[str | Table]:
     if not wide:
         parts += [f"{worker.name}: {_machine(worker)}" for worker in state.workers]
     parts += [f"spare: {spare.worker}: {spare.why}" for spare in state.spares]
+    if powers := [worker for worker in state.workers if worker.power_watts]:
+        parts.append(f"power: {', '.join(f'{worker.name} {worker.power_watts:.0f} W' for worker in powers)}")
     for worker in state.workers:
         held = [stage for stage in state.stages if stage.worker == worker.name]
         parts += [*_describe_disk(worker), *_describe_problems(worker, held)]

@@ -162,6 +162,16 @@ def bubble_share(spans: Sequence[tuple[StageActivity, StageActivity]]) -> float 
     return min(max(1 - busy_s / active_s, 0.0), 1.0) if active_s > 0 else None
 
 
+def joules_per_token(spans: Sequence[tuple[float | None, float | None]], tokens: int) -> float | None:
+    """Return the energy for a token from counters before and after each round; None if one is unknown."""
+    joules = 0.0
+    for before, after in spans:
+        if before is None or after is None or after < before:
+            return None
+        joules += after - before
+    return joules / tokens if tokens and joules else None
+
+
 def roofline(time: StageTime, weight_bytes: int, bandwidth: float, predicted_ms: float) -> Roofline:
     """Compare a stage's time to its bounds. ``bandwidth`` is in bytes/s; 0 means unknown, also for ``predicted_ms``."""
     floor_ms = weight_bytes / bandwidth * 1e3 if bandwidth else None

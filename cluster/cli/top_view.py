@@ -134,7 +134,7 @@ def bar(share: float, width: int, style: str) -> Text:
 
 def _stages(state: ClusterState, *, wide: bool) -> Table:
     """Return the table of stages, then of workers without one."""
-    more = ("machine", "link in", "caches", "predicted") if wide else ()
+    more = ("machine", "power", "link in", "caches", "predicted") if wide else ()
     right = RIGHT | {"predicted"}
     shown = table("worker", "layers", "memory", "", "busy", "", "step", *more, "state", right=right)
     by_name = {worker.name: worker for worker in state.workers}
@@ -156,6 +156,7 @@ def _stage_cells(worker: WorkerState | None, stage: StageState | None, *, wide: 
     cells.append(f"{figure_in_words(stage.measured_ms)} ms" if stage and stage.measured_ms else "-")
     if wide:
         cells.append(printable(worker.chip or worker.backend) if worker else "")
+        cells.append(f"{worker.power_watts:.0f} W" if worker and worker.power_watts else "-")
         cells.append(_describe_link(stage))
         cells.append(format_bytes(stage.reserved_bytes + stage.prefix_bytes) if stage else "-")
         cells.append(f"{figure_in_words(stage.predicted_ms)} ms" if stage and stage.predicted_ms else "-")

@@ -23,6 +23,11 @@ _UNSENT: Final = {"control_address", "data_address", "clock_ahead_seconds"}
 """Fields of a summary that only the coordinator can know."""
 _SHARED: Final = tuple(field.name for field in fields(WorkerSummary) if field.name not in _UNSENT)
 """The other fields. They are copied by name, so a new one needs no line here."""
+MAX_WATTS: Final = 10_000.0
+MAX_JOULES: Final = 1e12
+"""Thirty years of a thousand watts."""
+_MOST: Final = {"lag_seconds": MAX_LAG_S, "power_watts": MAX_WATTS, "energy_joules": MAX_JOULES}
+"""The largest values that a worker's measurements are believed to have."""
 
 
 def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float) -> worker_pb2.DescribeResponse:
@@ -125,8 +130,11 @@ def _encode_summary(summary: WorkerSummary, message: Summary) -> None:
 def _decode_summary(message: Summary) -> dict[str, Any]:
     """Return the arguments of a ``WorkerSummary`` that ``_encode_summary`` has set."""
     values = {name: getattr(message, name) for name in _SHARED}
-    lag_s = message.lag_seconds
-    return values | {"lag_seconds": min(max(lag_s, 0.0), MAX_LAG_S) if math.isfinite(lag_s) else 0.0}
+    return values | {name: _limit(getattr(message, name), most) for name, most in _MOST.items()}
+
+
+def _limit(value: float, most: float) -> float:
+    return min(max(value, 0.0), most) if math.isfinite(value) else 0.0
 
 
 def _require_plausible(answer: worker_pb2.DescribeResponse, address: str) -> None:

@@ -44,6 +44,10 @@ class WorkerSummary:
     prefix_disk_bytes: int = 0
     prefix_disk_evictions: int = 0
     """Beginnings of sequences that were deleted from its disk to make room, since its engine started."""
+    power_watts: float = 0.0
+    """Power of the whole Mac; 0.0 without macmon."""
+    energy_joules: float = 0.0
+    """Energy of the whole Mac since the worker started, as far as it is known."""
 
 
 @dataclass(frozen=True, slots=True)

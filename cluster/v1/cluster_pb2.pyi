@@ -223,6 +223,8 @@ class Worker(_message.Message):
     PREFIX_DISK_LIMIT_FIELD_NUMBER: _builtins.int
     PREFIX_DISK_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_DISK_EVICTIONS_FIELD_NUMBER: _builtins.int
+    POWER_WATTS_FIELD_NUMBER: _builtins.int
+    ENERGY_JOULES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -266,6 +268,9 @@ class Worker(_message.Message):
     """Prefixes on disk: the most bytes, 0 without --prefix-disk; the bytes now; beginnings that went to make room."""
     prefix_disk_bytes: _builtins.int
     prefix_disk_evictions: _builtins.int
+    power_watts: _builtins.float
+    """Power of the whole Mac in watts, and its energy in joules since the worker started; 0 without macmon."""
+    energy_joules: _builtins.float
     def __init__(
         self,
         *,
@@ -298,10 +303,12 @@ class Worker(_message.Message):
         prefix_disk_limit: _builtins.int = ...,
         prefix_disk_bytes: _builtins.int = ...,
         prefix_disk_evictions: _builtins.int = ...,
+        power_watts: _builtins.float = ...,
+        energy_joules: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "clock_ahead_seconds", b"clock_ahead_seconds", "control_address", b"control_address", "data_address", b"data_address", "draining", b"draining", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "lag_seconds", b"lag_seconds", "losses", b"losses", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "silent_seconds", b"silent_seconds", "standing", b"standing", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bandwidth", b"bandwidth", "chip", b"chip", "clock_ahead_seconds", b"clock_ahead_seconds", "control_address", b"control_address", "data_address", b"data_address", "draining", b"draining", "energy_joules", b"energy_joules", "gpu_cores", b"gpu_cores", "id", b"id", "interface", b"interface", "lag_seconds", b"lag_seconds", "losses", b"losses", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "name", b"name", "power_watts", b"power_watts", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "reachable", b"reachable", "sequences", b"sequences", "silent_seconds", b"silent_seconds", "standing", b"standing", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

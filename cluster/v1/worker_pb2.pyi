@@ -98,6 +98,8 @@ class DescribeResponse(_message.Message):
     PREFIX_DISK_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_DISK_EVICTIONS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    POWER_WATTS_FIELD_NUMBER: _builtins.int
+    ENERGY_JOULES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -159,6 +161,9 @@ class DescribeResponse(_message.Message):
     """Prefixes on disk: the most bytes, 0 without --prefix-disk; the bytes now; beginnings that went to make room."""
     prefix_disk_bytes: _builtins.int
     prefix_disk_evictions: _builtins.int
+    power_watts: _builtins.float
+    """Power of the whole Mac in watts, and its energy in joules since the worker started; 0 without macmon."""
+    energy_joules: _builtins.float
     @_builtins.property
     def profile(self) -> Global___Profile:
         """Measured speed of its engine; absent if unknown."""
@@ -212,10 +217,12 @@ class DescribeResponse(_message.Message):
         prefix_disk_bytes: _builtins.int = ...,
         prefix_disk_evictions: _builtins.int = ...,
         adapters: _abc.Iterable[_builtins.str] | None = ...,
+        power_watts: _builtins.float = ...,
+        energy_joules: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "energy_joules", b"energy_joules", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "power_watts", b"power_watts", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

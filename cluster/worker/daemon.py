@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
     from cluster.platform.macos import machine_facts
     from cluster.platform.overload import TimerLag
+    from cluster.platform.power import PowerMeter
     from cluster.platform.sleep import stay_awake
     from cluster.security.credentials import open_trust
     from cluster.security.trust import WORKER
@@ -76,10 +78,13 @@ async def _run(settings: WorkerSettings) -> None:
             if settings.standby:
                 tasks.start_soon(supervisor.standby.keep)  # only now: its imports would distort the measurement
             loader = StageLoader(settings.home, trust)
-            servicer = WorkerServicer(worker_id, settings, trust, supervisor, loader, profile, machine, lag)
-            servicers.append(servicer)
-            tasks.start_soon(stay_awake, lambda: servicer.is_busy)
-            await _serve(settings, servicer, server, port)
+            with closing(PowerMeter()) as power:
+                servicer = WorkerServicer(
+                    worker_id, settings, trust, supervisor, loader, profile, machine, lag, power.read
+                )
+                servicers.append(servicer)
+                tasks.start_soon(stay_awake, lambda: servicer.is_busy)
+                await _serve(settings, servicer, server, port)
 
 
 async def _stop_on_signal(scope: anyio.CancelScope, servicers: list[WorkerServicer]) -> None:

@@ -6,7 +6,7 @@ import math
 import platform
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
 from cluster.platform.overload import Lag, no_lag
+from cluster.platform.power import PowerReading, no_power
 from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import COORDINATOR, Trust, worker_of
 from cluster.transport.link_probe import measure_link
@@ -78,6 +79,7 @@ class WorkerServicer(WorkerServiceServicer):
     file: ProfileFile
     machine: MachineFacts
     lag: Lag = no_lag
+    read_power: Callable[[], PowerReading] = no_power
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
     loaded: pb.LoadStageRequest | None = None
     draining: bool = False
@@ -110,6 +112,7 @@ class WorkerServicer(WorkerServiceServicer):
     async def _describe(self, report: Reported) -> WorkerInfo:
         hello = self.supervisor.hello or _NO_ENGINE
         held = self._loaded_request() or pb.LoadStageRequest()  # after the report: a dead engine holds nothing
+        power = self.read_power()
         return WorkerInfo(
             id=self.id,
             name=self.settings.name,
@@ -130,6 +133,8 @@ class WorkerServicer(WorkerServiceServicer):
             memory_pressure=await anyio.to_thread.run_sync(memory_pressure) if platform.system() == "Darwin" else "",
             draining=self.draining or self.stopping,
             lag_seconds=lag_s if (lag_s := self.lag()) >= OVERLOADED_S else 0.0,
+            power_watts=power.watts,
+            energy_joules=power.joules,
             cluster=self.settings.cluster,
             epoch=held.epoch,
             layers=LayerRange(held.start_layer, held.end_layer) if held.epoch else None,

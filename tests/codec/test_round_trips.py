@@ -133,6 +133,12 @@ def test_a_lag_is_believed_within_reason(claimed: float, believed: float) -> Non
     assert decode_info(answer, "a:1", 0.0).lag_seconds == believed
 
 
+@pytest.mark.parametrize(("claimed", "believed"), [(-1.0, 0.0), (1e300, 10_000.0), (float("inf"), 0.0), (41.5, 41.5)])
+def test_a_power_is_believed_within_reason(claimed: float, believed: float) -> None:
+    answer = encode_info(replace(sample(WorkerInfo), power_watts=claimed), data_port=9, problem="", clock=0.0)
+    assert decode_info(answer, "a:1", 0.0).power_watts == believed
+
+
 def test_a_client_tells_its_coordinator_everything_of_a_conversation() -> None:
     message = sample(ChatMessage)
     sent = inference_pb2.ChatMessage.FromString(encode_message(message).SerializeToString())
