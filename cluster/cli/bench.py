@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -13,7 +14,7 @@ from cluster.core.limits import MAX_QUEUE
 from cluster.core.text import count_in_words
 
 if TYPE_CHECKING:
-    from cluster.cli.load_generator import LoadLevel, Trial
+    from cluster.cli.load_generator import BenchReport, LoadLevel, Trial
     from cluster.client import Client, ClusterState
 
 PROMPT: Final = 512
@@ -31,6 +32,10 @@ def bench(
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens per answer.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Rounds per number of users.")] = 3,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the rates, and how long each stage was idle, as an SVG picture."),
+    ] = None,
     coordinator: Coordinator = None,
     cluster: Cluster = None,
     json: Json = False,
@@ -43,6 +48,8 @@ def bench(
     """
     with errors_in_json(json):
         asked = parse_users(users)
+        if plot and plot.suffix.lower() != ".svg":
+            raise InvalidOption(f"--plot {plot}: the picture is SVG; use a name that ends with .svg", field="plot")
         from cluster.cli.load_generator import Trial, measure
         from cluster.client import Client
 
@@ -51,6 +58,8 @@ def bench(
         trial = Trial(asked, _prompt_length(prompt, tokens, state.max_context), tokens, rounds)
         _announce(trial, state)
         report = measure(address, trial, _print_progress, cluster)
+        if plot:
+            _draw(report, plot)
         if json:
             from cluster.cli.json_output import print_json
 
@@ -72,6 +81,19 @@ def parse_users(written: str) -> tuple[int, ...]:
     if numbers[0] < 1 or numbers[-1] > MAX_QUEUE:
         raise InvalidOption(f"--users {written!r}: each number must be from 1 to {MAX_QUEUE}", field="users")
     return tuple(numbers)
+
+
+def _draw(report: BenchReport, file: Path) -> None:
+    """Write the picture of a report. A file that cannot be written must not cost the figures: it is a note."""
+    from cluster.cli.bench_plot import draw_report
+    from cluster.cli.screen import note
+
+    try:
+        file.write_text(draw_report(report), encoding="utf-8")
+    except OSError as e:
+        note(f"{file} was not written: {e.strerror or e}")
+    else:
+        note(f"wrote {file}")
 
 
 def _require_serving(client: Client) -> ClusterState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,9 +38,12 @@ def fast(coordinator: Coordinator) -> Coordinator:
     return coordinator
 
 
-def test_tables_go_to_stdout_and_progress_to_stderr(macpipe: Macpipe, fast: Coordinator) -> None:
-    done = macpipe("bench", *QUICK, to=fast)
+def test_tables_go_to_stdout_and_progress_to_stderr(macpipe: Macpipe, fast: Coordinator, tmp_path: Path) -> None:
+    picture = tmp_path / "bench.svg"
+    done = macpipe("bench", *QUICK, "--plot", str(picture), to=fast)
     assert done.returncode == 0, done.stderr
+    assert picture.read_text().startswith("<svg ")
+    assert f"wrote {picture}" in done.stderr
     for words in ("of prefill", "TTFT p50", "TPOT p99", "tokens/s", "mac-a", "wire", "wait", "idle", "9.0 GiB"):
         assert words in done.stdout
     assert done.stderr.startswith("faq on 2 stages: random prompts of 32 tokens")
