@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from cluster.coordinator.request_timings import ClusterTotals
+
 
 class WorkerlessCoordinator:
     """The part of a coordinator that health, metrics and status read."""
 
     journal = None
+    totals = ClusterTotals()
 
     async def plan_and_view(self) -> tuple[None, None]:
         return None, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
+from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,13 +13,16 @@ from prometheus_client.registry import Collector
 from cluster import __version__
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.loop_view import LoopView
+from cluster.coordinator.request_timings import ClusterTotals
 from cluster.core.cluster_state import RequestState, ServingState
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.plan import Plan
 from cluster.core.request import FinishEvent
-from cluster.core.worker import WorkerSummary
+from cluster.core.worker import WorkerState
 from cluster.scheduler.disk_prefixes import ReadOutcome
 
+Values: TypeAlias = Iterable[tuple[list[str], float]]
+"""Labels and values of one metric."""
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 
@@ -82,11 +86,12 @@ class Metrics:
         plan: Plan | None,
         loop: LoopView | None,
         journal: Journal | None = None,
-        workers: Sequence[WorkerSummary] = (),
+        workers: Sequence[WorkerState] = (),
+        totals: ClusterTotals | None = None,
     ) -> bytes:
         """Return all metrics in Prometheus' text format, with gauges of the given state."""
         gauges = CollectorRegistry()
-        gauges.register(_StateCollector(state, plan, loop, journal, workers))
+        gauges.register(_StateCollector(state, plan, loop, journal, workers, totals or ClusterTotals()))
         return generate_latest(self._registry) + generate_latest(gauges)
 
 
@@ -99,9 +104,10 @@ class _StateCollector(Collector):
         plan: Plan | None,
         loop: LoopView | None,
         journal: Journal | None,
-        workers: Sequence[WorkerSummary],
+        workers: Sequence[WorkerState],
+        totals: ClusterTotals,
     ) -> None:
-        self._workers = workers
+        self._workers, self._totals = workers, totals
         self._state = state
         self._plan = plan
         self._loop = loop
@@ -114,11 +120,42 @@ class _StateCollector(Collector):
         if self._journal:
             on = float(not self._journal.problem)
             yield _gauge("macpipe_journal_on", "1 while live requests are journaled to disk.", [], [([], on)])
+        yield from self._counts()
+        yield from self._machines()
         yield from self._disks()
         if self._plan and self._loop:
             yield from self._requests(self._loop)
             yield from self._guesses(self._loop)
             yield from self._stages(self._plan, self._loop)
+
+    def _counts(self) -> Iterator[Metric]:
+        totals = self._totals
+        for name, text, value in (
+            ("macpipe_generated_tokens", "Tokens of all answers, live ones included.", totals.tokens),
+            ("macpipe_prompt_tokens", "Prompt tokens of requests that got a first token.", totals.prompt_tokens),
+            ("macpipe_cached_prompt_tokens", "Of these, from a kept prefix.", totals.cached_tokens),
+            ("macpipe_recoveries", "Losses of a stage that answers survived.", totals.recoveries),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+
+    def _machines(self) -> Iterator[Metric]:
+        """Yield what the workers said last of themselves, and whether they still answer."""
+        labels = ["worker"]
+
+        def by_worker(workers: Iterable[WorkerState], value: Callable[[WorkerState], float]) -> Values:
+            return [([worker.name], float(value(worker))) for worker in workers]
+
+        workers = list({worker.name: worker for worker in self._workers}.values())
+        up = by_worker(workers, attrgetter("reachable"))
+        yield _gauge("macpipe_worker_up", "1 while the worker answers its coordinator.", labels, up)
+        used, most = (by_worker(workers, attrgetter(f"memory_{part}")) for part in ("used", "limit"))
+        yield _gauge("macpipe_worker_memory_used_bytes", "Memory that the worker uses.", labels, used)
+        yield _gauge("macpipe_worker_memory_limit_bytes", "Memory that the worker may use.", labels, most)
+        powered = [worker for worker in workers if worker.power_watts or worker.energy_joules]
+        watts, joules = (by_worker(powered, attrgetter(name)) for name in ("power_watts", "energy_joules"))
+        yield _gauge("macpipe_worker_power_watts", "Power of the whole Mac, from macmon.", labels, watts)
+        text = "Energy of the whole Mac since its worker started, from macmon."
+        yield _counter("macpipe_worker_energy_joules", text, labels, joules)
 
     def _disks(self) -> Iterator[Metric]:
         """Yield what the workers have on their disks. Evictions are counted since the start of a worker's engine."""
@@ -184,6 +221,8 @@ class _StateCollector(Collector):
         )
         room = by_stage(s.cache_bytes for s in plan.stages)
         yield _gauge("macpipe_kv_capacity_bytes", "KV cache capacity.", labels, room)
+        busy = by_stage([*loop.busy_s, *[0.0] * len(plan.stages)][: len(plan.stages)])
+        yield _counter("macpipe_stage_compute_seconds", "Compute time of this epoch.", labels, busy)
         bubbles = by_stage(loop.bubbles)
         wasted = by_stage([*loop.wasted_s, *[0.0] * len(plan.stages)][: len(plan.stages)])
         text = "Compute time of wrong guesses since the last recovery."
@@ -191,14 +230,14 @@ class _StateCollector(Collector):
         yield _gauge("macpipe_bubble_share", "Share of the ring's active time without compute.", labels, bubbles)
 
 
-def _counter(name: str, text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> Metric:
+def _counter(name: str, text: str, labels: list[str], values: Values) -> Metric:
     counter = CounterMetricFamily(name, text, labels=labels)
     for names, value in values:
         counter.add_metric(names, value)
     return counter
 
 
-def _gauge(name: str, text: str, labels: list[str], values: Iterable[tuple[list[str], float]]) -> Metric:
+def _gauge(name: str, text: str, labels: list[str], values: Values) -> Metric:
     gauge = GaugeMetricFamily(name, text, labels=labels)
     for names, value in values:
         gauge.add_metric(names, value)

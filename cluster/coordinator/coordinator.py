@@ -29,7 +29,7 @@ from cluster.coordinator.prefix_disks import OwnersOf, PrefixOwners
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import BothReporters, LoadReporter, Reporter
-from cluster.coordinator.request_timings import LoopTotals
+from cluster.coordinator.request_timings import ClusterTotals, LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.roster_refresh import RosterRefresh
 from cluster.coordinator.service import ModelService
@@ -59,7 +59,7 @@ from cluster.core.limits import (
 from cluster.core.plan import ModelShape, Plan, Speculation
 from cluster.core.request import Grammar, Request
 from cluster.core.training_events import TrainingEvent
-from cluster.core.worker import WorkerInfo
+from cluster.core.worker import WorkerInfo, WorkerState
 from cluster.membership.suspicion import Belief, Standing
 from cluster.placement.memory_split import WorkerMemory, is_too_small
 from cluster.platform.overload import Lag, no_lag
@@ -476,9 +476,14 @@ class Coordinator:
         plan = self._service.plan if self._service else None
         return plan, await self._view()
 
-    def known_workers(self) -> tuple[WorkerInfo, ...]:
-        """Return what the workers said last. Ask none."""
-        return tuple(member.info for member in self._heartbeat.members())
+    def known_workers(self) -> tuple[WorkerState, ...]:
+        """Return what the workers said last, and what is believed of them. Ask none."""
+        return describe_workers(self._heartbeat.members(), self._heartbeat.beliefs())
+
+    @property
+    def totals(self) -> ClusterTotals:
+        totals = self._totals
+        return ClusterTotals(totals.tokens, totals.prompt_tokens, totals.cached_tokens, self._timeline.recoveries)
 
     async def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker within ``STATUS_ASK_S``; while a model is served, from heartbeats."""

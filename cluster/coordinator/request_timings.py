@@ -91,6 +91,16 @@ def _subtract(now: StageFigures, before: StageFigures | None) -> StageFigures:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterTotals:
+    """Counts since the coordinator started, as in ``LoopTotals``; ``recoveries`` are of all models."""
+
+    tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    recoveries: int = 0
+
+
 @dataclass(slots=True)
 class LoopTotals:
     """Numbers of complete answers and of tokens since the coordinator started.

@@ -30,12 +30,15 @@ class Timeline:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._events: deque[_Ended] = deque(maxlen=MAX_EVENTS)
+        self.recoveries = 0
+        """How many there were, those included that are forgotten."""
         self._returned: dict[str, float] = {}
         """When each worker was lost from which it has come back."""
 
     def add(self, kind: EventKind, sentence: str, worker: str = "", began: float | None = None) -> None:
         """Add an event that has just ended. ``began`` is a time of the clock; None for a moment."""
         now = self._clock()
+        self.recoveries += kind is EventKind.RECOVERY
         duration_s = 0.0 if began is None else now - began
         self._events.append(_Ended(kind, now, duration_s, worker, sentence[:MAX_SENTENCE_CHARS]))
 

@@ -14,6 +14,7 @@ def test_an_event_has_its_age_and_how_long_it_took() -> None:
     now = 15.0
     timeline.add(EventKind.RECOVERY, "worker bob is gone", "bob", began=12.0)
     now = 16.0
+    assert timeline.recoveries == 1
     assert timeline.describe() == (
         ClusterEvent(EventKind.RETURN, 6.0, 0.0, "ada", "worker ada is back"),
         ClusterEvent(EventKind.RECOVERY, 1.0, 3.0, "bob", "worker bob is gone"),
@@ -25,6 +26,7 @@ def test_old_events_are_forgotten_and_long_sentences_cut() -> None:
     for i in range(MAX_EVENTS + 2):
         timeline.add(EventKind.MOVE, f"{i} " + "x" * MAX_SENTENCE_CHARS)
     events = timeline.describe()
+    assert timeline.recoveries == 0
     assert (len(events), events[0].sentence[:2]) == (MAX_EVENTS, "2 ")
     assert {len(event.sentence) for event in events} == {MAX_SENTENCE_CHARS}
 

@@ -59,7 +59,7 @@ class Health:
         coordinator = self.service.coordinator
         plan, loop = await coordinator.plan_and_view()
         text = self.service.metrics.exposition(
-            coordinator.state, plan, loop, coordinator.journal, coordinator.known_workers()
+            coordinator.state, plan, loop, coordinator.journal, coordinator.known_workers(), coordinator.totals
         )
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
