@@ -44,7 +44,7 @@ def report(
 
 def _collect(home: Path, coordinator: str | None) -> bytes:
     from cluster.cli.doctor import examine_mac, members_to_reach, read_state, results_as_json
-    from cluster.cli.json_output import to_json_types
+    from cluster.core.json_types import to_json_types
     from cluster.doctor.report_bundle import pack_report
 
     state, unreachable = read_state(coordinator)  # no answer is a common reason for a report

@@ -16,7 +16,6 @@ from rich.console import Console
 from client.scripted import cluster_reply
 from cluster.cli.bench_tables import describe_doubt
 from cluster.cli.command_name import command_name
-from cluster.cli.json_output import to_json_types
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable
 from cluster.cli.status import describe_deviation, describe_overload, headline, show_state
@@ -32,6 +31,7 @@ from cluster.core.cluster_state import (
     StageState,
 )
 from cluster.core.errors import InvalidOption
+from cluster.core.json_types import to_json_types
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, Speculation, StageSpec
 from cluster.core.text import count_in_words, figure_in_words, gib_in_words, parse_layers, parse_size
 from cluster.core.worker import WorkerInfo, WorkerState

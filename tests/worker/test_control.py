@@ -11,13 +11,13 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.cli.json_output import to_json_types
 from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_state
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.snapshot import describe_workers
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.cluster_state import ClusterState, ServingState
+from cluster.core.json_types import to_json_types
 from cluster.core.limits import KEPT_CORRECTIONS, LEARN_SHARE, MAX_PATH_CHARS, MAX_STAGE_PEERS
 from cluster.core.plan import Profile
 from cluster.platform.macos import MachineFacts
