@@ -148,9 +148,9 @@ class LoadGenerator:
             after = await self._client.cluster()
             activity.append((activities(before), activities(after)))
             energies.append((energy(before), energy(after)))
-        answers = turn(second)
-        joules = joules_per_token(energies, answers.tokens)
-        return LoadLevel(users, turn(first), answers, stage_times(second, activity), joules)
+        decoded = turn(second)
+        joules = joules_per_token(energies, decoded.tokens)
+        return LoadLevel(users, turn(first), decoded, stage_times(second, activity), joules)
 
     async def ask_all(self, prompts: Sequence[list[int]], tokens: int) -> list[tuple[Arrivals, list[int]]]:
         """Send all prompts at once, for answers of ``tokens`` tokens. A failed request cancels the others."""
