@@ -90,7 +90,14 @@ def cluster_reply(state: int = cluster_pb2.SERVING_STATE_SERVING, **more: Any) -
     ]
     facts: dict[str, Any] = {"model": "faq", "layers": 8, "max_context": 512, "max_sequences": 4, "epoch": 1} | more
     return cluster_pb2.GetClusterResponse(
-        cluster="default", version="0.1.0", state=state, workers=workers, stages=stages, requests=live, queued=1, **facts
+        cluster="default",
+        version="0.1.0",
+        state=state,
+        workers=workers,
+        stages=stages,
+        requests=live,
+        queued=1,
+        **facts,
     )
 
 
