@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import cluster.model  # noqa: F401  # first, so that mlx-lm does not lower the limit of files for all that tests start
-from effort import QUICK, WHOLE
+from effort import LEAST, SAMPLE, WHOLE
 from quick import NOT_QUICK
 
 TESTS = Path(__file__).resolve().parent
@@ -31,8 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Derive the same examples from the same tree in each default run; --all looks for new ones."""
     # How long an example takes depends on what else this machine does, so it decides nothing.
     settings.register_profile(WHOLE, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.register_profile(QUICK, settings.get_profile(WHOLE), derandomize=True)
-    settings.load_profile(WHOLE if config.option.all else QUICK)
+    settings.register_profile(SAMPLE, settings.get_profile(WHOLE), derandomize=True)
+    settings.register_profile(LEAST, settings.get_profile(SAMPLE), max_examples=25)
+    settings.load_profile(WHOLE if config.option.all else LEAST if config.option.quick else SAMPLE)
     # The processes of xdist are given this process's options, so they share its seed.
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**32) if config.option.all else 0

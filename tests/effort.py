@@ -1,4 +1,4 @@
-"""The amount of a test's work: a sample in the default run, all of it with ``--all``."""
+"""The amount of a test's work: a sample in the default run, all of it with ``--all``, least with ``--quick``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-QUICK = "quick"
+LEAST = "least"
+"""The profile that conftest loads with ``--quick``."""
+SAMPLE = "sample"
 """The profile that conftest loads for the default run."""
 WHOLE = "whole"
 """The profile that conftest loads with ``--all``."""
 
 
-def effort(quick: int, whole: int) -> int:
-    """Return ``quick``, or ``whole`` in a run with ``--all``. Call it when a test module is imported, or later."""
-    return quick if settings.get_current_profile_name() == QUICK else whole
+def effort(sample: int, whole: int, least: int | None = None) -> int:
+    """Return ``sample``, ``whole`` in a run with ``--all``, or ``least``, if given, in one with ``--quick``.
+
+    Call it when a test module is imported, or later.
+    """
+    profile = settings.get_current_profile_name()
+    if profile == LEAST and least is not None:
+        return least
+    return whole if profile == WHOLE else sample
 
 
-def chosen(values: Iterable[T], *quick: T) -> list[ParameterSet | T]:
-    """Return ``values`` as a test's parameters; those that are not ``quick`` run only with ``--all``."""
+def chosen(values: Iterable[T], *sample: T) -> list[ParameterSet | T]:
+    """Return ``values`` as a test's parameters; those that are not in ``sample`` run only with ``--all``."""
     known = list(values)
-    assert all(one in known for one in quick), f"not among {known}"
-    return [one if one in quick else _rare(one) for one in known]
+    assert all(one in known for one in sample), f"not among {known}"
+    return [one if one in sample else _rare(one) for one in known]
 
 
 def _rare(one: object) -> ParameterSet:

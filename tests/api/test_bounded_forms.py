@@ -21,6 +21,7 @@ from cluster.api.json_elements import ElementCounter, count_elements
 from cluster.api.limits import MAX_ELEMENTS, MAX_NUMBER_BYTES
 from cluster.core.errors import InvalidRequest, TooLarge
 from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_IDS
+from effort import effort
 
 TURN = {"role": "user", "content": "hi"}
 BOUNDED = (bodies._refuse, bodies._drop, bodies._drop_hint, bodies._bound_values)
@@ -78,7 +79,7 @@ def counted(value: Any) -> tuple[int, int]:
     return 0, 0
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=effort(300, 300, 60), deadline=None, database=None)
 @given(values(), st.booleans(), st.integers(1, 7))
 def test_elements_are_counted_exactly_however_the_text_is_cut(value: Any, ascii_only: bool, step: int) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only).encode()

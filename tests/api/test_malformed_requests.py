@@ -12,6 +12,7 @@ from cluster.api.http.body import parse
 from cluster.api.http.openapi import BODIES, description
 from cluster.core.errors import InvalidRequest
 from compat.test_fuzz import bodies
+from effort import effort
 
 DOCUMENT = description()
 
@@ -21,7 +22,7 @@ def test_no_body_breaks_a_form(path: str) -> None:
     form = next(form for each, form, _ in BODIES if each == path)
     taken = []
 
-    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=effort(150, 150, 25), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(bodies(DOCUMENT, path))
     def take_in(body: Any) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,12 +16,19 @@ from cluster.cli.examples import EXAMPLES
 from cluster.cli.help import GROUP_OF
 from cluster.cli.main import SECTIONS, app
 
+pytestmark = pytest.mark.xdist_group("help")  # one process renders every page
 SHOWS_TYPES = re.compile(r"\{[A-Z|]+\}|<str>|<=x|x>=|\[required\]|\[default: \(")
+
+
+@cache
+def root() -> Any:
+    """Return macpipe's command. It is built once, since typer builds all of it anew at each call."""
+    return get_command(app)
 
 
 def command_names() -> Iterator[str]:
     """Names of all commands that are no groups."""
-    pending: list[tuple[str, Any]] = [("", get_command(app))]
+    pending: list[tuple[str, Any]] = [("", root())]
     while pending:
         name, command = pending.pop()
         below = getattr(command, "commands", {})
@@ -30,12 +38,13 @@ def command_names() -> Iterator[str]:
 
 
 def found(name: str) -> Any:
-    command: Any = get_command(app)
+    command: Any = root()
     for part in name.split():
         command = command.commands[part]
     return command
 
 
+@cache
 def page(command: str) -> str:
     done = CliRunner().invoke(app, [*command.split(), "--help"], prog_name="macpipe")
     assert done.exit_code == 0
@@ -80,7 +89,7 @@ def test_examples_stand_on_top_and_can_be_parsed() -> None:
         for line in examples:
             words = shlex.split(line.partition(" < ")[0].partition(" -- ")[0])
             assert words[0] == "macpipe"
-            command = get_command(app)
+            command = root()
             while hasattr(command, "commands"):
                 command = command.commands[words.pop(1)]
             command.make_context(line, words[1:])
@@ -96,7 +105,7 @@ def test_a_long_page_has_groups_and_a_short_one_has_none() -> None:
 
 def test_the_first_page_lists_every_command_once() -> None:
     listed = re.findall(r"^  ([a-z]+)  ", page(""), re.MULTILINE)
-    assert sorted(listed) == sorted(get_command(app).commands)
+    assert sorted(listed) == sorted(root().commands)
     assert {name for names in SECTIONS.values() for name in names} <= set(listed)
 
 

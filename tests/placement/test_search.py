@@ -29,7 +29,7 @@ def search(shape: ModelShape, candidates: Candidates, objective: Objective) -> S
 
 
 @pytest.mark.timeout(300)
-@settings(max_examples=effort(100, 1000), deadline=None)
+@settings(max_examples=effort(100, 1000, 25), deadline=None)
 @given(shapes(), clusters())
 def test_latency_is_what_trying_everything_finds(shape: ModelShape, candidates: Candidates) -> None:
     every = list(layouts(shape, candidates))
@@ -55,7 +55,7 @@ def evened(shape: ModelShape, candidates: Candidates, found: BestLayout | None, 
 
 
 @pytest.mark.timeout(300)
-@settings(max_examples=effort(100, 1000), deadline=None)
+@settings(max_examples=effort(100, 1000, 25), deadline=None)
 @given(shapes(), clusters())
 def test_throughput_is_what_trying_everything_finds(shape: ModelShape, candidates: Candidates) -> None:
     every = list(layouts(shape, candidates))
@@ -70,7 +70,7 @@ def test_throughput_is_what_trying_everything_finds(shape: ModelShape, candidate
 
 
 @pytest.mark.timeout(300)
-@settings(max_examples=effort(100, 1000), deadline=None)
+@settings(max_examples=effort(100, 1000, 25), deadline=None)
 @given(shapes(), clusters(), st.sampled_from([0.1, 0.5, 0.7, 0.9, 1.0]))
 def test_with_guesses_it_is_as_fast_as_trying_everything(
     shape: ModelShape, candidates: Candidates, acceptance: float
@@ -96,7 +96,7 @@ def test_with_guesses_it_is_as_fast_as_trying_everything(
     assert expected((found.workers, found.ranges)) <= max(map(expected, good)) * (1 + 1e-9)
 
 
-@settings(max_examples=effort(40, 150), deadline=None)
+@settings(max_examples=effort(40, 150, 10), deadline=None)
 @given(shapes(), clusters())
 def test_a_number_of_stages_and_a_worker_can_be_asked_for(shape: ModelShape, candidates: Candidates) -> None:
     every, asked = list(layouts(shape, candidates)), search(shape, candidates, Objective.LATENCY)
@@ -110,7 +110,7 @@ def test_a_number_of_stages_and_a_worker_can_be_asked_for(shape: ModelShape, can
     assert (found.seconds if found else None) == (close(min(with_it), rel=1e-9) if with_it else None)
 
 
-@settings(max_examples=effort(40, 150), deadline=None)
+@settings(max_examples=effort(40, 150, 10), deadline=None)
 @given(shapes(), clusters())
 def test_the_table_has_the_seconds_that_decode_s_predicts(shape: ModelShape, candidates: Candidates) -> None:
     table = StageTable(shape, 1)

@@ -45,7 +45,7 @@ def request(name: str, prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 20
     return Request(name, prompt, SamplingParams(), max_tokens, **more)  # type: ignore[arg-type]
 
 
-@settings(max_examples=effort(25, 300), deadline=None)
+@settings(max_examples=effort(25, 300, 8), deadline=None)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 4),

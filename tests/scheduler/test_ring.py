@@ -218,7 +218,7 @@ def test_a_failure_in_mid_ring_poisons_nothing(
     """
     for module in (marking, saving):
         monkeypatch.setattr(module, "MARK_TOKENS", mark_tokens)
-    for i in range(effort(8, 40)):
+    for i in range(effort(8, 40, 2)):
         rows = 1 if i % 2 else rng.randint(1, 4)
         row = play(rng, fails, trimmable, rows)
         ends = {"finished", "aborted", *(("STAGE_FAILED",) if fails else ()), *(("BROKEN",) if rows > 1 else ())}

@@ -588,7 +588,7 @@ def simulate(seed: int, requests: int, trimmable: bool) -> World:
     return world
 
 
-@settings(max_examples=effort(20, 60), deadline=None)
+@settings(max_examples=effort(20, 60, 5), deadline=None)
 @given(st.integers(0, 2**32), st.booleans())
 def test_whatever_happens_each_request_ends_once_and_nothing_is_left(seed: int, trimmable: bool) -> None:
     simulate(seed, 60, trimmable)
@@ -597,7 +597,7 @@ def test_whatever_happens_each_request_ends_once_and_nothing_is_left(seed: int, 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("trimmable", [True, False])
 def test_thousands_of_requests(rng: random.Random, trimmable: bool) -> None:
-    requests = effort(1_500, 10_000)
+    requests = effort(1_500, 10_000, 500)
     world = simulate(rng.randrange(2**32), requests, trimmable)
     assert len(world.complete) > requests // 5
 
