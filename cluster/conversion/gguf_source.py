@@ -21,7 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from cluster.conversion.converter import Converted, Report, convert_into
 from cluster.conversion.gguf_tensors import GgufTensor, StoredTensor, group_of
 from cluster.conversion.work_folder import open_work_folder, writing
-from cluster.core.errors import BadCheckpoint, MacpipeError
+from cluster.core.errors import BadCheckpoint, MacpipeError, Reason
 from cluster.core.limits import MIB
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.float_cast import cast_floats
@@ -138,7 +138,7 @@ def read_in_process(file: Path, folder: Path, dtype: str) -> Sequence[GgufTensor
     except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
         raise BadCheckpoint(f"the header of {file.name} could not be read; get the file again") from error
     if "reason" in answer:
-        raise MacpipeError.of(answer["reason"], answer["sentence"])
+        raise MacpipeError.of(Reason.parse(answer["reason"]), answer["sentence"])
     return tuple(_tensor(one) for one in answer["tensors"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from cluster.core.errors import Reason
 from cluster.core.request import PromptLogprobs, SamplingParams, TopLogprob
 
 
@@ -203,7 +204,7 @@ class SequenceFailure:
     """An error's reason and sentence for one sequence of a step, whose other sequences have samples."""
 
     sequence: int
-    reason: str
+    reason: Reason
     sentence: str
 
 
@@ -212,7 +213,7 @@ class Failure:
     """An error of a stage: its ``reason`` and sentence, and the stage's index."""
 
     stage: int
-    reason: str
+    reason: Reason
     sentence: str
 
 

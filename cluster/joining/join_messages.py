@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.core.errors import InvalidRequest, MacpipeError
+from cluster.core.errors import InvalidRequest, MacpipeError, Reason
 from cluster.security.admission import AdmissionRequest
 from cluster.security.limits import MAX_JOIN_VALUES, MAX_NAME_CHARS, MAX_PEM_BYTES
 
@@ -91,4 +91,4 @@ def read_refusal(body: bytes) -> MacpipeError | None:
         reason, message = str(fields["reason"])[:64], str(fields["message"])[:500]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return MacpipeError.of(reason, "".join(c for c in message if c.isprintable()))
+    return MacpipeError.of(Reason.parse(reason), "".join(c for c in message if c.isprintable()))

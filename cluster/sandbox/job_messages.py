@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cluster.core.errors import BadFrame
+from cluster.core.errors import BadFrame, Reason
 from cluster.core.limits import MAX_BORDERS, MAX_LISTED_TOKENS, MAX_READ_CALLS, MAX_SPLIT_POINTS
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, Tool, ToolCall
 from cluster.sandbox.limits import MAX_SANDBOX_MESSAGE_BYTES
@@ -173,7 +173,7 @@ class CallsReply:
 class JobFailed:
     """The job failed with the ``MacpipeError`` of that ``reason``, ``sentence``, ``field`` and ``details``."""
 
-    reason: str
+    reason: Reason
     sentence: str
     field: str
     details: Annotated[dict[ShortWord, ShortWord], Field(max_length=8)] = dataclass_field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgpack
 
-from cluster.core.errors import BadFrame
+from cluster.core.errors import BadFrame, Reason
 from cluster.core.training_frames import DataBatch, Purpose
 from cluster.core.training_limits import MAX_BATCH_BYTES
 
@@ -40,7 +40,7 @@ class DataReady:
 class DataFailed:
     """The data cannot be used: an error's reason and sentence."""
 
-    reason: str
+    reason: Reason
     sentence: str
 
 
@@ -81,6 +81,9 @@ def unpack(payload: bytes) -> Made:
         if made is DataBatch:
             number, purpose, iteration, last, shape, tokens, lengths = values
             return DataBatch(number, Purpose(purpose), iteration, last, tuple(shape), tokens, lengths)
+        if made is DataFailed:
+            reason, sentence = values
+            return DataFailed(Reason(reason), sentence)
         message: Made = made(*values)
         return message
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:

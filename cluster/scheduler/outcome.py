@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.core.errors import Reason
 from cluster.core.frames import Sample, StageTiming
 from cluster.core.request import FinishReason, PromptLogprobs
 from cluster.scheduler.guessing import GuessSource
@@ -41,7 +42,7 @@ class SampleFailed:
 
     request_id: str
     stage: int
-    reason: str
+    reason: Reason
     sentence: str
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
-from cluster.core.errors import Busy, InvalidOption, MemberNotFound, TokenRefused
+from cluster.core.errors import Busy, InvalidOption, MemberNotFound, Reason, TokenRefused
 from cluster.security.authority import cluster_id_of
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import date_in_words
@@ -176,7 +176,7 @@ class TokenStore:
 class WrongSecret(TokenRefused):
     """No token has this id and this secret: a guess, or a token that was forgotten."""
 
-    reason = "TOKEN_UNKNOWN"
+    reason = Reason.TOKEN_UNKNOWN
 
 
 def _digest(secret: bytes) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgpack
 
-from cluster.core.errors import BadFrame
+from cluster.core.errors import BadFrame, Reason
 from cluster.core.frames import (
     Compute,
     Failure,
@@ -293,12 +293,12 @@ def _unpack_failure(value: list[Any] | None) -> Failure | None:
     if value is None:
         return None
     f = Fields(value, "error", 3)
-    return Failure(f.count(0), f.text(1), f.text(2))
+    return Failure(f.count(0), Reason.parse(f.text(1)), f.text(2))
 
 
 def _unpack_sequence_failure(value: Any) -> SequenceFailure:
     f = Fields(value, "failure", 3)
-    return SequenceFailure(f.count(0), f.text(1), f.text(2))
+    return SequenceFailure(f.count(0), Reason.parse(f.text(1)), f.text(2))
 
 
 def _timings(flat: tuple[int, ...]) -> tuple[StageTiming, ...]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgpack
 
-from cluster.core.errors import BadFrame
+from cluster.core.errors import BadFrame, Reason
 from cluster.core.frames import Failure, Tensor
 from cluster.core.limits import MAX_FRAME_BYTES, MAX_TENSOR_RANK
 from cluster.core.training_frames import Task, TrainingCommand, TrainingReply
@@ -79,7 +79,7 @@ def decode_reply(message: bytes) -> TrainingReply:
     error = None
     if (value := f.optional_list(10)) is not None:
         e = Fields(value, "error", 3)
-        error = Failure(e.count(0), e.text(1), e.text(2))
+        error = Failure(e.count(0), Reason.parse(e.text(1)), e.text(2))
     return TrainingReply(
         epoch=f.count(1),
         number=f.count(2),

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import msgpack
 
 from cluster.core.adapter import AdapterRef
-from cluster.core.errors import BadFrame
+from cluster.core.errors import BadFrame, Reason
 from cluster.core.limits import MAX_ENGINE_MESSAGE_BYTES, MAX_VERIFIED
 from cluster.core.plan import LayerRange, ModelRef, Profile, StageSpec, valid_verify_costs
 
@@ -201,7 +201,7 @@ class CommandFailed:
     """
 
     call: int
-    reason: str
+    reason: Reason
     sentence: str
     epoch: str = ""
 
@@ -226,7 +226,7 @@ Event = Hello | Progress | Done | CommandFailed | Reported | Measured | Prefixes
 _KINDS = (Begin, *get_args(Command), *get_args(Event))
 _TYPES = {t.__name__: t for t in _KINDS}
 _PLAIN: Mapping[str, tuple[type, ...]] = {
-    "int": (int,), "float": (float, int), "str": (str,), "bytes": (bytes,), "bool": (bool,)
+    "int": (int,), "float": (float, int), "str": (str,), "bytes": (bytes,), "bool": (bool,), "Reason": (str,)
 }  # fmt: skip
 """Types of the fields' annotations."""
 _LISTS: Mapping[str, tuple[type, ...]] = {"tuple[float, ...]": (float, int), "tuple[str, ...]": (str,)}
@@ -259,9 +259,15 @@ def _message(item: object) -> Begin | Command | Event:
         raise BadFrame("the engine's pipe has a message that this version does not know")
     if not all(_has_type(value, annotation) for annotation, value in zip(annotations, values, strict=True)):
         raise BadFrame(f"a message {name} on the engine's pipe has a field of a wrong type")
-    arguments: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+    arguments = [_convert(value, annotation) for value, annotation in zip(values, annotations, strict=True)]
     message: Begin | Command | Event = message_type(*arguments)
     return message
+
+
+def _convert(value: Any, annotation: str) -> Any:
+    if annotation == "Reason":
+        return Reason.parse(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _has_type(value: object, annotation: str) -> bool:

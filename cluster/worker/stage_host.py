@@ -20,6 +20,7 @@ from cluster.core.errors import (
     MacpipeError,
     ModelDiffers,
     PrefixMissing,
+    Reason,
     StageFailed,
     StaleEpoch,
     Unreachable,
@@ -314,7 +315,7 @@ def _run_step(stage: Stage, index: int, frame: Frame) -> Frame:
         return replace(frame, tensors=(), error=Failure(index, reason, sentence))
 
 
-def describe_error(error: Exception) -> tuple[str, str]:
+def describe_error(error: Exception) -> tuple[Reason, str]:
     """Return an error's reason and sentence; an unexpected error counts as StageFailed."""
     if isinstance(error, MacpipeError):
         return error.reason, error.sentence

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.core import errors
+from cluster.security.tokens import WrongSecret
 from cluster.transport import rich_errors as status
 
 
@@ -158,7 +159,7 @@ def test_a_worker_that_does_not_answer_is_not_called_a_coordinator() -> None:
     assert "serve" not in sentence
 
 
-def test_reasons_are_unique() -> None:
-    reasons = [kind.reason for kind in CLASSES]
-    assert len(set(reasons)) == len(reasons)
+def test_each_reason_has_one_class() -> None:
+    reasons = [kind.reason for kind in (*CLASSES, WrongSecret)]
+    assert sorted(reasons) == sorted(errors.Reason)
     assert all(errors.MacpipeError.kind(kind.reason) is kind for kind in CLASSES)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cluster.core.errors import BadFrame
+from cluster.core.errors import BadFrame, Reason
 from cluster.core.frames import (
     Compute,
     Drop,
@@ -133,11 +133,11 @@ frames = st.builds(
     step=st.none() | steps(),
     tensors=st.lists(tensors(), max_size=3).map(tuple),
     samples=st.lists(samples, max_size=3).map(tuple),
-    failures=st.lists(st.builds(SequenceFailure, counts, st.text(max_size=9), st.text(max_size=20)), max_size=3).map(
-        tuple
-    ),
+    failures=st.lists(
+        st.builds(SequenceFailure, counts, st.sampled_from(Reason), st.text(max_size=20)), max_size=3
+    ).map(tuple),
     timings=st.lists(st.builds(StageTiming, small, small, small, small), max_size=4).map(tuple),
-    error=st.none() | st.builds(Failure, small, st.text(max_size=9), st.text(max_size=20)),
+    error=st.none() | st.builds(Failure, small, st.sampled_from(Reason), st.text(max_size=20)),
     prompt_logprobs=st.none() | prompt_logprobs(),
     void=st.booleans(),
 )
@@ -311,6 +311,11 @@ def test_all_alternatives_of_a_whole_lane_may_be_read_again() -> None:
     top = tuple(TopLogprob(2**20, -1.5) for _ in range(MAX_TOP_LOGPROBS))
     frame = Frame(1, 2, 3, samples=tuple(Sample(row, 2**20, 2**20, -1.5, top, False) for row in range(MAX_ROWS)))
     assert decode(encode(frame)) == frame
+
+
+def test_a_newer_workers_reason_is_an_internal_one() -> None:
+    sent = encode(Frame(1, 0, 0, error=Failure(1, "MOON", "the moon is in the way")))  # type: ignore[arg-type]
+    assert decode(sent).error == Failure(1, Reason.INTERNAL, "the moon is in the way")
 
 
 def test_bytes_of_no_tensor_are_refused() -> None:
