@@ -93,15 +93,24 @@ _SIZE: Final = re.compile(
     r"(?P<number>[0-9]{1,18}(\.[0-9]{1,18})?)\s*(?P<prefix>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE
 )
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_LEAST_BARE_SIZE: Final = 64 * 2**20
+"""The smallest number of bytes that may be written without a unit."""
 
 
 def parse_size(written: str, option: str) -> int:
-    """Return bytes: ``24G`` and ``24GB`` are powers of ten, ``24GiB`` of two. Raises InvalidOption for ``option``."""
+    """Return bytes: ``24G`` and ``24GB`` are powers of ten, ``24GiB`` of two.
+
+    Raises InvalidOption for ``option``, also for a small number without a unit: it was meant to have one.
+    """
     found = _SIZE.fullmatch(written.strip())
     base = 1024 if found and found["binary"] else 1000
     size = int(float(found["number"]) * base ** _POWERS[found["prefix"].lower()]) if found else 0
     if size <= 0:
         raise InvalidOption(f"{option} {written!r} is not a size; write it like 24GiB", field=option.lstrip("-"))
+    if found and not found["prefix"] and size < _LEAST_BARE_SIZE:
+        raise InvalidOption(
+            f"{option} {written!r} means {size} bytes; add a unit, like 24GiB", field=option.lstrip("-")
+        )
     return size
 
 

@@ -46,9 +46,9 @@ from cluster.platform.paths import state_home
         ("24g", 24 * 10**9),
         ("24000MiB", 24000 << 20),
         ("1.5 TiB", 3 << 39),
-        ("123456", 123456),
+        ("67108864", 64 << 20),
         ("512KiB", 512 << 10),
-        ("7b", 7),
+        ("7kb", 7000),
     ],
 )
 def test_sizes(written: str, size: int) -> None:
@@ -59,6 +59,12 @@ def test_sizes(written: str, size: int) -> None:
 def test_no_sizes(wrong: str) -> None:
     with pytest.raises(InvalidOption, match="24GiB"):
         parse_size(wrong, "--memory-limit")
+
+
+@pytest.mark.parametrize("small", ["10", "24.5", "64B", "67108863"])
+def test_a_small_size_needs_a_unit(small: str) -> None:
+    with pytest.raises(InvalidOption, match=rf"--memory-limit '{small}' means \d+ bytes; add a unit, like 24GiB"):
+        parse_size(small, "--memory-limit")
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=64))
