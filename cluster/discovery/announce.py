@@ -91,7 +91,8 @@ async def _register(zeroconf: AsyncZeroconf, info: AsyncServiceInfo, what: str) 
         async with asyncio.timeout(ANNOUNCE_S):
             await zeroconf.async_register_service(info, allow_name_change=True)
     except (OSError, Error, TimeoutError) as error:
-        log.warning("announcement: failed, use --peer HOST:PORT on other Macs reason=%r service=%s", error, what)
+        why = str(error) or type(error).__name__
+        log.warning("announcement: failed, use --peer HOST:PORT on other Macs reason=%s service=%s", why, what)
 
 
 async def _keep_up(zeroconf: AsyncZeroconf, make: Callable[[Reach], AsyncServiceInfo], host: str, what: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import sys
 from enum import StrEnum
 from logging.handlers import RotatingFileHandler
@@ -17,6 +19,8 @@ LOG_FILES: Final = 4
 """Older log files that are kept, as ``NAME.1`` to ``NAME.4``."""
 _STDERR: Final = 2
 _FORMAT: Final = "%(asctime)s %(levelname)s %(message)s"
+_SPECIFIER: Final = re.compile(r"(?P<key>=)?%[-#0 +]*\d*(?:\.\d+)?(?P<type>[a-zA-Z%])")
+_NEEDS_QUOTES: Final = re.compile(r"[\s\"=]")
 
 
 class LogLevel(StrEnum):
@@ -26,6 +30,33 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
+
+
+class _LineFormatter(logging.Formatter):
+    """Quotes, as JSON does, the values of ``key=%s`` that have blanks, quotes or ``=``: a program can split the line.
+
+    Only in macpipe's own lines. A value with a line break stays on one line.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the record's line."""
+        if record.name.partition(".")[0] == "cluster" and record.args and isinstance(record.args, tuple):
+            record.message = record.msg % quote_values(record.msg, record.args)
+        return super().formatMessage(record)
+
+
+def quote_values(template: str, arguments: tuple[object, ...]) -> tuple[object, ...]:
+    """Return the arguments of a %-template; those behind ``=`` that need it are quoted."""
+    follows_key = [bool(found["key"]) for found in _SPECIFIER.finditer(template) if found["type"] != "%"]
+    pairs = zip(arguments, follows_key, strict=True)
+    return tuple(_quote(one) if is_value else one for one, is_value in pairs)
+
+
+def _quote(value: object) -> object:
+    text = str(value)
+    if text and not _NEEDS_QUOTES.search(text):
+        return value
+    return json.dumps(text, ensure_ascii=False)
 
 
 class _StderrHandler(logging.Handler):
@@ -70,7 +101,7 @@ def configure_logging(level: LogLevel, file: Path | None = None, max_bytes: int 
     if root.handlers:
         return
     handler = _RotatedLog(file, max_bytes) if file else _StderrHandler()
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_LineFormatter(_FORMAT))
     root.addHandler(handler)
     least = logging.getLevelNamesMapping()[level.upper()]
     root.setLevel(max(least, logging.WARNING))

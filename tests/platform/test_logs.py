@@ -37,6 +37,26 @@ def test_lines_have_time_and_level_and_libraries_only_warn(level: str, ours: lis
     assert len(lines) == len(found)
 
 
+def test_a_value_with_blanks_is_quoted() -> None:
+    code = (
+        "import logging\n"
+        "from cluster.platform.logs import LogLevel, configure_logging\n"
+        "configure_logging(LogLevel.INFO)\n"
+        "log = logging.getLogger('cluster.x')\n"
+        "log.info('a: %d of 9%% lost reason=%s worker=%s wait_s=%.1f', 3, 'it \"said\"\\na=b', 'ada', 2)\n"
+        "log.info('a: 5% as it stands reason=%s')\n"
+        "log.info('a: b path=%s name=%s', '/a', '')\n"
+        "logging.getLogger('other').error('its own=%s', 'two words')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    assert [line.split(" ", 3)[3] for line in run.stderr.splitlines()] == [
+        r'a: 3 of 9% lost reason="it \"said\"\na=b" worker=ada wait_s=2.0',
+        "a: 5% as it stands reason=%s",
+        'a: b path=/a name=""',
+        "its own=two words",
+    ]
+
+
 def test_logging_that_is_configured_already_stays_as_it_is() -> None:
     before = 'logging.basicConfig(format="mine %(message)s", level=logging.ERROR)'
     assert logged("debug", before) == ["mine cluster.platform.paths: error", "mine zeroconf: error"]
