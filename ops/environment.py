@@ -84,7 +84,10 @@ def main(extras: str, wanted: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if up_to_date(extras, wanted):
             return
-        say(f"installing into .venv with Python {sys.version.split()[0]}; the first time takes a minute or two")
+        say(
+            f"downloading and installing the libraries into .venv with Python {sys.version.split()[0]}; nothing is"
+            " shown meanwhile, and the first time takes minutes"
+        )
         start = time.monotonic()
         try:
             make()

@@ -69,8 +69,8 @@ class Authority:
         """Read the authority of ``folder``. Raises ``NoCluster`` if this machine does not hold its key."""
         if not folder.leads:
             raise NoCluster(
-                f"this Mac cannot admit others to a cluster named {folder.cluster}: create one with `macpipe init`, or"
-                " run this command on the Mac that created it"
+                f"this Mac does not lead a cluster named {folder.cluster}: create one with `macpipe init`, or run this"
+                " command on the Mac that did"
             )
         try:
             certificate, key = folder.authority.read_bytes(), folder.authority_key.read_bytes()
