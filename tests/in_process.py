@@ -9,7 +9,7 @@ from cluster.model.answer_parser import AnswerParser, Parsed
 from cluster.model.tokenizer import Tokenizer
 from cluster.sandbox.child import JobRunner
 from cluster.sandbox.job_messages import CheckGrammar, Converse, Encode, Job, Limits, PromptReply
-from cluster.sandbox.sandboxed_tokenizer import TextService, Tokenized, tokenized
+from cluster.sandbox.sandboxed_tokenizer import TextService, Tokenized, convert_reply
 
 NO_LIMITS = Limits(1e6, 1 << 40, 1e6)
 
@@ -46,7 +46,7 @@ class InProcess(TextService):
     def _done(self, job: Job) -> Tokenized:
         reply = self._worker.do(job)
         assert isinstance(reply, PromptReply)
-        return tokenized(reply)
+        return convert_reply(reply)
 
 
 def with_calls_read(

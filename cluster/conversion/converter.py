@@ -16,7 +16,7 @@ from typing import Final
 
 from cluster import __version__
 from cluster.conversion.shards import SHARD_BYTES, ShardLayout, ShardWriter, lay_out, write_index
-from cluster.conversion.work_folder import WorkFolder, open_work_folder, writing
+from cluster.conversion.work_folder import WorkFolder, open_work_folder, report_write_errors
 from cluster.core.limits import MIB
 from cluster.model.checkpoint import TOKENIZER_FILES, open_checkpoint
 from cluster.model.converted_weights import ConvertedTensor, ConvertedWeights
@@ -85,7 +85,7 @@ def convert_into(
     weights = ConvertedWeights(source, conversion)
     layouts = lay_out(weights.tensors, shard_bytes)
     key = _key(fingerprint, conversion, layouts)
-    with writing(work.path):
+    with report_write_errors(work.path):
         done = work.resume(key)
         if not _holds(work.model, layouts, done):
             work.restart()
@@ -97,7 +97,7 @@ def convert_into(
     for tensor in weights.tensors[:done]:
         weights.drop(tensor.name)
     _write_tensors(work, key, weights, layouts, done, report, prepare)
-    with writing(work.path):
+    with report_write_errors(work.path):
         write_index(work.model, layouts, weights.parameters)
         weights.save_config(work.model / "config.json")
         _copy_tokenizer(source, work.model)
@@ -125,7 +125,7 @@ def _write_tensors(
         for tensor in weights.tensors[done:]:
             prepare(tensor.name)
             data = weights.take(tensor.name)
-            with writing(work.path):
+            with report_write_errors(work.path):
                 writer.write(data)
                 written += tensor.nbytes
                 if written - recorded >= RECORD_BYTES:
@@ -134,7 +134,7 @@ def _write_tensors(
             del data  # before the next tensor is computed
             report(ConversionProgress(written, total, resumed))
     finally:
-        with writing(work.path):
+        with report_write_errors(work.path):
             work.record(key, writer.sync())
             writer.close()
 

@@ -100,13 +100,13 @@ class _Reader:
     def number(self, key: str, default: int | None = None) -> int:
         found = self._read(key, default)
         if not isinstance(found, int) or isinstance(found, bool) or found < 0:
-            raise self._invalid(key, found)
+            raise self._invalid_value_error(key, found)
         return found
 
     def real(self, key: str, default: float | None = None) -> float:
         found = self._read(key, default)
         if not isinstance(found, int | float) or not math.isfinite(found):
-            raise self._invalid(key, found)
+            raise self._invalid_value_error(key, found)
         return float(found)
 
     def text(self, key: str) -> str:
@@ -120,7 +120,7 @@ class _Reader:
             )
         return found
 
-    def _invalid(self, key: str, found: object) -> BadCheckpoint:
+    def _invalid_value_error(self, key: str, found: object) -> BadCheckpoint:
         return BadCheckpoint(
             f"{self._architecture}.{key} in the GGUF file's metadata is {str(found)[:40]!r}, which is not usable; get "
             "the file again, or another one"

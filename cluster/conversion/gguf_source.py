@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from cluster.conversion.converter import Converted, Report, convert_into
 from cluster.conversion.gguf_tensors import GgufTensor, StoredTensor, group_of
-from cluster.conversion.work_folder import open_work_folder, writing
+from cluster.conversion.work_folder import open_work_folder, report_write_errors
 from cluster.core.errors import BadCheckpoint, MacpipeError, Reason
 from cluster.core.limits import MIB
 from cluster.model.checkpoint import open_checkpoint
@@ -77,20 +77,20 @@ class GgufSource:
         if members:
             places = [self._places[member.name] for member in members]
             path = self.folder / places[0].file
-            with writing(path):
+            with report_write_errors(path):
                 os.truncate(path, min(place.offset for place in places))
 
     def _fill(self, source: int, tensor: GgufTensor) -> None:
         place = self._places[tensor.name]
         path = self.folder / place.file
-        with writing(path):
+        with report_write_errors(path):
             target = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            with writing(path):
+            with report_write_errors(path):
                 os.lseek(target, place.offset, os.SEEK_SET)
             for numbers in _read_numbers(source, tensor):
                 data = cast_floats(numbers, self._dtype)
-                with writing(path):
+                with report_write_errors(path):
                     write_all(target, data)
         finally:
             os.close(target)
@@ -111,7 +111,7 @@ def convert_gguf(
     tokenizer is not supported) and BadCheckpoint.
     """
     with open_work_folder(target) as work:
-        with writing(work.path):
+        with report_write_errors(work.path):
             work.remove_source()
             work.source.mkdir()
         tensors = (read_header or read_in_process)(file, work.source, conversion.dtype)

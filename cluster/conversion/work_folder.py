@@ -19,7 +19,7 @@ from cluster.core.limits import KIB
 from cluster.platform.json_file import read_json, write_json
 from cluster.platform.private_files import not_written, sync_folder
 
-__all__ = ["WorkFolder", "open_work_folder", "refuse_existing", "writing"]
+__all__ = ["WorkFolder", "open_work_folder", "refuse_existing", "report_write_errors"]
 
 SUFFIX: Final = ".partial"
 MAX_RECORD_BYTES: Final = 4 * KIB
@@ -86,11 +86,11 @@ def open_work_folder(target: Path) -> Iterator[WorkFolder]:
     """
     refuse_existing(target)
     work = WorkFolder(target)
-    with writing(work.path):
+    with report_write_errors(work.path):
         work.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(work.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with writing(work.path):
+        with report_write_errors(work.path):
             _lock(lock, target)
         yield work
     finally:
@@ -104,7 +104,7 @@ def refuse_existing(target: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def report_write_errors(path: Path) -> Iterator[None]:
     """Raise DiskFull or InvalidOption, which name ``path``, for an OSError in the block."""
     try:
         yield

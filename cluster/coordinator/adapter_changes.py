@@ -54,7 +54,7 @@ class AdapterChanges:
                 await self._take_memory(epoch, adapter.ref.name)
                 await self._builder.set_adapters(epoch.plan, epoch.workers)
                 if self._steady_epoch() is not epoch:
-                    raise _moving()
+                    raise _moving_error()
             except BaseException:
                 self._model_info.adapters.remove(adapter.ref.name)
                 with anyio.move_on_after(CONTROL_TIMEOUT_S, shield=True):
@@ -83,7 +83,7 @@ class AdapterChanges:
         except MacpipeError as e:
             log.warning("adapters: not removed everywhere reason=%s adapter=%s", e.sentence, name)
         finally:
-            self._loop.take_adapter_memory(epoch.plan.epoch, self._taken(epoch))
+            self._loop.take_adapter_memory(epoch.plan.epoch, self._count_extra_bytes(epoch))
 
     def adjust_order(self, order: LoadOrder) -> LoadOrder:
         """Return an order of the same model with the adapters that are served now."""
@@ -101,11 +101,11 @@ class AdapterChanges:
     def _require_steady(self) -> Epoch:
         epoch = self._steady_epoch()
         if epoch is None:
-            raise _moving()
+            raise _moving_error()
         return epoch
 
     async def _take_memory(self, epoch: Epoch, name: str) -> None:
-        shape, taken = self._model_info.shape, self._taken(epoch)
+        shape, taken = self._model_info.shape, self._count_extra_bytes(epoch)
         for stage, more in zip(epoch.plan.stages, taken, strict=True):
             if stage.cache_bytes - more < shape.stage_cache_bytes(stage.layers):
                 raise DoesNotFit(
@@ -121,7 +121,7 @@ class AdapterChanges:
                 retry_after_s=RETRY_AFTER_S,
             )
 
-    def _taken(self, epoch: Epoch) -> tuple[int, ...]:
+    def _count_extra_bytes(self, epoch: Epoch) -> tuple[int, ...]:
         """Return the bytes per stage of the loaded adapters beyond those that the epoch's plan counts."""
         return tuple(map(self._more_bytes, epoch.plan.stages))
 
@@ -139,7 +139,7 @@ async def _wait_for_loop(asked: Future[Result]) -> Result:
         raise NotServing("the engine loop is stuck; load the model again") from None
 
 
-def _moving() -> NotServing:
+def _moving_error() -> NotServing:
     return NotServing(
         "layers are moving to other Macs; change the adapters once that is done", retry_after_s=RETRY_AFTER_S
     )

@@ -87,7 +87,7 @@ class EngineLoop:
 
     def _begin_epoch(self, plan: Plan, step_times: StepTimes | None) -> None:
         self._plan, self._step_times = plan, step_times
-        self._occupancy = StageUtilization(len(plan.stages))
+        self._utilization = StageUtilization(len(plan.stages))
         self._history.begin_epoch(plan.epoch, plan.stages)
         self.deadlines = FrameDeadlines(self._clock(), overdue=self.deadlines.overdue)
 
@@ -198,7 +198,7 @@ class EngineLoop:
         return self._inbox.ask(self._view)
 
     def _view(self) -> LoopView:
-        return LoopView.of(self._scheduler, self.answers.progress(), self._occupancy, self._step_times)
+        return LoopView.of(self._scheduler, self.answers.progress(), self._utilization, self._step_times)
 
     def copy_frames(self) -> Future[FramesCopy]:
         """Return a future of the last frames, to trace a request."""
@@ -316,7 +316,7 @@ class EngineLoop:
 
     def _account(self, outcome: Outcome) -> None:
         now = self._clock()
-        self._occupancy.frame(outcome.sent_at, now, outcome.timings)
+        self._utilization.frame(outcome.sent_at, now, outcome.timings)
         if self._step_times and outcome.rows:
             self._step_times.frame(outcome.timings, outcome.rows, outcome.context)
         if self.answers.handle(outcome, now, self._plan.stages):

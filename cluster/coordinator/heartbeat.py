@@ -186,7 +186,7 @@ class HeartbeatMonitor:
         now = time.monotonic()
         self._wake()
         member = self._roster.member(info, problem)
-        change = self._table.answered(address, member, now)
+        change = self._table.enter_answer(address, member, now)
         for name in change.replaced:
             self._report(self._suspicion.on_refusal(name, f"was replaced by {info.name} at {address}", now))
         if not change.name:
@@ -199,7 +199,7 @@ class HeartbeatMonitor:
 
     def _on_failure(self, address: str, error: MacpipeError) -> None:
         """Handle that nobody answered at ``address``. A worker that restarted at another address is not affected."""
-        for name in self._table.failed(address, error.sentence):
+        for name in self._table.mark_unreachable(address, error.sentence):
             if isinstance(error, WorkerRefused):
                 self._report(self._suspicion.on_refusal(name, error.sentence, time.monotonic()))
         self._wake()

@@ -82,7 +82,7 @@ class Journal:
         self._clock, self._monotonic = clock, monotonic
         self.problem = ""
         """Why the journal is off, as a sentence; empty while it is on."""
-        self._previous = {i: k for i, k in _read_live(path, clock()).items() if not self._expired(k)}
+        self._previous = {i: k for i, k in _read_live(path, clock()).items() if not self._is_expired(k)}
         self._live: dict[str, JournaledRequest] = {}
         # packed once, since a long prompt takes a while to pack
         self._records = {i: _pack_opened(k) for i, k in self._previous.items()}
@@ -103,9 +103,9 @@ class Journal:
         retry after an invalid call, or after a call while no model is served.
         """
         kept = self._previous.get(request_id)
-        return None if kept is None or kept.request.client != client or self._expired(kept) else kept
+        return None if kept is None or kept.request.client != client or self._is_expired(kept) else kept
 
-    def _expired(self, kept: JournaledRequest) -> bool:
+    def _is_expired(self, kept: JournaledRequest) -> bool:
         return self._clock() - kept.at > RESUME_S
 
     # Requests of this coordinator
@@ -225,7 +225,7 @@ class Journal:
 
     def _replace(self) -> None:
         """Replace the file with one that holds only live requests. On failure, keep the old file and raise OSError."""
-        for request_id in [i for i, kept in self._previous.items() if self._expired(kept)]:
+        for request_id in [i for i, kept in self._previous.items() if self._is_expired(kept)]:
             self._forget(request_id)
         make_private_folder(self._path.parent)
         answers = (pack_record(_ALL_TOKENS, i, kept.tokens) for i, kept in self._live.items())

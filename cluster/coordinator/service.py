@@ -90,7 +90,7 @@ class ModelService:
             first.plan,
             scheduler,
             tokenizer.decoder,
-            self._broken,
+            self._queue_loss,
             step_times=step_times,
             lag=deps.heartbeat.lag,
             read_prefix=self._read_prefix,
@@ -216,7 +216,7 @@ class ModelService:
 
     # Failures
 
-    def _broken(self, cause: MacpipeError) -> None:
+    def _queue_loss(self, cause: MacpipeError) -> None:
         """Queue the loss of the ring. Called on the loop's thread."""
         self._events.call_soon_threadsafe(self._failures.put_nowait, cause)
 

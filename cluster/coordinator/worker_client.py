@@ -301,18 +301,18 @@ async def _read_with_stall_limit(call: grpc.aio.UnaryStreamCall[Any, Message], w
         try:
             message: Any = await asyncio.wait_for(call.read(), LOAD_STALL_S)
         except TimeoutError:
-            raise _stalled(worker, LOAD_STALL_S) from None
+            raise _stalled_error(worker, LOAD_STALL_S) from None
         if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # its typing stub lacks it
             return
         if message != last:
             last = message
             changed_at = time.monotonic()
         elif time.monotonic() - changed_at > LOAD_STUCK_S:
-            raise _stalled(worker, LOAD_STUCK_S)
+            raise _stalled_error(worker, LOAD_STUCK_S)
         yield message
 
 
-def _stalled(worker: str, seconds: float) -> WorkerLost:
+def _stalled_error(worker: str, seconds: float) -> WorkerLost:
     return WorkerLost(f"worker {worker}: the load made no progress for {seconds:.0f} s", worker=worker)
 
 

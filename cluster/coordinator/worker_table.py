@@ -88,7 +88,7 @@ class WorkerTable:
         entry = self._entries.get(name)
         return entry is not None and entry.heard < since and self.is_asked(name) and self._lives(name, entry)
 
-    def answered(self, address: str, member: RosterEntry, now: float) -> Change:
+    def enter_answer(self, address: str, member: RosterEntry, now: float) -> Change:
         """Enter the answer from an address.
 
         A name and an id belong to their worker until it is no longer asked or is gone. Another process that answers
@@ -135,7 +135,7 @@ class WorkerTable:
         why = f"worker {name} is no longer at {address}: {other} answers there"
         self._entries[name] = Entry(RosterEntry(entry.member.info, why, reachable=False), entry.heard, "")
 
-    def failed(self, address: str, problem: str) -> tuple[str, ...]:
+    def mark_unreachable(self, address: str, problem: str) -> tuple[str, ...]:
         """Mark the worker at an address as unreachable. Return the names that are asked there."""
         self._duplicates.pop(address, None)
         names = self.at(address)

@@ -97,7 +97,7 @@ class TrainingOptions(BaseModel):
         try:
             return TrainingOptions.model_validate(dict(values))
         except ValidationError as error:
-            raise _invalid(error) from None
+            raise _invalid_options_error(error) from None
 
     @staticmethod
     def from_json(text: str) -> TrainingOptions:
@@ -105,7 +105,7 @@ class TrainingOptions(BaseModel):
         try:
             return TrainingOptions.model_validate_json(text)
         except ValidationError as error:
-            raise _invalid(error) from None
+            raise _invalid_options_error(error) from None
 
     def to_json(self) -> str:
         """Return the options as a JSON object."""
@@ -117,7 +117,7 @@ class TrainingOptions(BaseModel):
         return plain
 
 
-def _invalid(error: ValidationError) -> InvalidOption:
+def _invalid_options_error(error: ValidationError) -> InvalidOption:
     first = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     said = str(first["msg"]).removeprefix("Value error, ")

@@ -93,20 +93,24 @@ def read_adapter_config(config: Mapping[str, Any]) -> AdapterConfig:
         raise ModelUnsupported(f"the adapter's fine_tune_type is {str(kind)[:40]!r}; lora and dora are supported")
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
-        raise _invalid("lora_parameters", "an object with rank and scale; adapters of other programs need a conversion")
+        raise _invalid_field_error(
+            "lora_parameters", "an object with rank and scale; adapters of other programs need a conversion"
+        )
     layers = config.get("num_layers")
     if type(layers) is not int:
-        raise _invalid("num_layers", "a whole number")
+        raise _invalid_field_error("num_layers", "a whole number")
     rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
     if type(rank) is not int or rank < 1:
-        raise _invalid("lora_parameters.rank", "a whole number above 0")
+        raise _invalid_field_error("lora_parameters.rank", "a whole number above 0")
     if not _is_number(scale):
-        raise _invalid("lora_parameters.scale", "a number (mlx-lm's scale, not the alpha of other programs)")
+        raise _invalid_field_error(
+            "lora_parameters.scale", "a number (mlx-lm's scale, not the alpha of other programs)"
+        )
     if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise _invalid("lora_parameters.dropout", "a number from 0 to 1")
+        raise _invalid_field_error("lora_parameters.dropout", "a number from 0 to 1")
     keys = parameters.get("keys")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
-        raise _invalid("lora_parameters.keys", "a list of names")
+        raise _invalid_field_error("lora_parameters.keys", "a list of names")
     made = {"rank": rank, "scale": scale, "dropout": dropout, **({} if keys is None else {"keys": keys})}
     return AdapterConfig(max(layers, 0), MappingProxyType(made), dora=kind == "dora")
 
@@ -115,7 +119,7 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _invalid(field: str, wanted: str) -> BadCheckpoint:
+def _invalid_field_error(field: str, wanted: str) -> BadCheckpoint:
     return BadCheckpoint(f"{field} in {ADAPTER_CONFIG} must be {wanted}", file=ADAPTER_CONFIG)
 
 

@@ -68,7 +68,7 @@ def _at(tokens: int, short: Any, long: Any, max_chunk: int, quantization: KVQuan
     if isinstance(getattr(short, "keys", None), mx.array) and hasattr(short, "update_and_fetch"):
         rows = short.keys, short.values
         cache = short if quantization is None else quantization.apply(short)
-        return _grown(tokens, cache, *rows, max_chunk=max_chunk)
+        return _measure_growth(tokens, cache, *rows, max_chunk=max_chunk)
     short_bytes, long_bytes = (tree_bytes(cache.state) for cache in (short, long))
     bytes_per_token = -(-(long_bytes - short_bytes) // (LENGTHS[1] - LENGTHS[0]))  # rounded up
     return long_bytes + max(0, bytes_per_token) * max(0, tokens - LENGTHS[1])
@@ -87,7 +87,7 @@ def _mark_at(tokens: int, short: Any, long: Any) -> int:
     return row_bytes * int(min(window, tokens + KVCache.step - 1))
 
 
-def _grown(tokens: int, cache: Any, keys: mx.array, values: mx.array, *, max_chunk: int) -> int:
+def _measure_growth(tokens: int, cache: Any, keys: mx.array, values: mx.array, *, max_chunk: int) -> int:
     """Grow a cache of rows like ``keys`` and ``values``, and return its bytes: all but one chunk first, then the chunk.
 
     A buffer grows in whole blocks from its current end, so it may exceed its tokens by up to one block minus one token.

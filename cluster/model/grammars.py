@@ -83,7 +83,7 @@ class Grammars:
         """
         constraint = self.constraint(replace(grammar, free_until=()), 0)
         give_up = time.thread_time() + WALK_CPU_S
-        for choose in (_lowest, _scattered):
+        for choose in (_take_lowest, _take_scattered):
             constraint.forget()
             try:
                 self._walk(constraint, choose, give_up)
@@ -293,12 +293,12 @@ class Constraint:
         return next((i + len(mark) for i in places if list(tokens[i : i + len(mark)]) == mark), None)
 
 
-def _lowest(left: NDArray[np.int_], step: int) -> int:
+def _take_lowest(left: NDArray[np.int_], step: int) -> int:
     """A step of the walk that repeats itself: what is ambiguous becomes worse with each repetition."""
     return int(left[0])
 
 
-def _scattered(left: NDArray[np.int_], step: int) -> int:
+def _take_scattered(left: NDArray[np.int_], step: int) -> int:
     """A step of the walk that goes elsewhere each time."""
     return int(left[(7 * step + 3) % len(left)])
 

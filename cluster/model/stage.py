@@ -252,7 +252,7 @@ class Stage:
     def _compute(self, lane: int, step: Step, tensors: tuple[Tensor, ...]) -> _Result:
         """Validate the step and its tensors, then run it."""
         part = self._require_loaded()
-        rows = self._checked_rows(part, step)
+        rows = self._check_rows(part, step)
         incoming = unpack(tensors, part.inlet, len(rows), len(step.tokens[0]))
         try:
             result = self._run(part, lane, rows, step, incoming)
@@ -269,7 +269,7 @@ class Stage:
             raise StageFailed("this stage has been closed")
         return self._slice
 
-    def _checked_rows(self, part: ModelSlice, step: Step) -> list[LiveSequence]:
+    def _check_rows(self, part: ModelSlice, step: Step) -> list[LiveSequence]:
         """Return the step's sequences, row by row. Raises BadFrame if the step is invalid."""
         _require_rows(step)
         if len(step.sequences) > 1 and not part.batchable:

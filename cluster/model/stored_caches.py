@@ -64,7 +64,7 @@ def take_rows(caches: SequenceCaches, leaf: str, start: int, end: int) -> Stored
     values = {name: _encode(_cut(getattr(cache, name), start, end), arrays) for name in _ROWS}
     if isinstance(cache, QuantizedKVCache):
         values |= {"group_size": cache.group_size, "bits": cache.bits}
-    return _packed(cache, values, arrays)
+    return _pack(cache, values, arrays)
 
 
 def take_state(caches: SequenceCaches, leaf: str, excess: int, mark: CacheMark | None) -> StoredPiece | None:
@@ -85,7 +85,7 @@ def take_state(caches: SequenceCaches, leaf: str, excess: int, mark: CacheMark |
         values = {name: _encode(value, arrays) for name, value in vars(cache).items()}
     except TypeError:
         return None
-    return _packed(cache, values, arrays)
+    return _pack(cache, values, arrays)
 
 
 @dataclass(slots=True)
@@ -197,7 +197,7 @@ def _cut(tree: Any, start: int, end: int) -> Any:
     return tuple(_cut(part, start, end) for part in tree)
 
 
-def _packed(cache: Any, values: Mapping[str, Any], arrays: Sequence[mx.array]) -> StoredPiece:
+def _pack(cache: Any, values: Mapping[str, Any], arrays: Sequence[mx.array]) -> StoredPiece:
     """Copy the arrays to memory of their own. Evaluates them."""
     whole = [mx.contiguous(array) for array in arrays]
     mx.eval(whole)

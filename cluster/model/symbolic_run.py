@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from cluster.model.module_tree import Module
 from cluster.model.pytree import flatten
 
-__all__ = ["LayerCall", "Recording", "calls_replaced", "record"]
+__all__ = ["LayerCall", "Recording", "record", "replace_calls"]
 
 Call = Callable[..., Any]
 
@@ -45,7 +45,7 @@ class Recording:
 
 
 @contextmanager
-def calls_replaced(layers: Sequence[Module], call_of: Callable[[int, Call], Call]) -> Iterator[None]:
+def replace_calls(layers: Sequence[Module], call_of: Callable[[int, Call], Call]) -> Iterator[None]:
     """Replace the call of each layer i, inside the block, by ``call_of(i, original_call)``."""
     classes = [type(layer) for layer in layers]
     try:
@@ -85,7 +85,7 @@ def record(model: Module, length: int, warm: int = 0, rows: int = 1, before: Seq
 
         return call
 
-    with calls_replaced(model.layers, recorded):
+    with replace_calls(model.layers, recorded):
         if warm:
             model(mx.zeros((rows, warm), mx.int32), cache=caches)
             calls.clear()

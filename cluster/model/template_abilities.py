@@ -63,26 +63,26 @@ class TemplateAbilities:
     @cached_property
     def takes_user_after_result(self) -> bool:
         """Whether a user message may follow a tool's result."""
-        return self._shows((*self._called(1, self.call_form), _user(LATER)), f"{RESULT}-0", LATER)
+        return self._shows((*self._make_calls(1, self.call_form), _user(LATER)), f"{RESULT}-0", LATER)
 
     @cached_property
     def call_form(self) -> CallForm:
         """The first form of tool calls that the template renders; the default if it renders none."""
         forms = (CallForm(text, short) for short in (False, True) for text in (False, True))
         default = CallForm()
-        return next((form for form in forms if self._shows(self._called(1, form), f"{ARGUMENT}-0")), default)
+        return next((form for form in forms if self._shows(self._make_calls(1, form), f"{ARGUMENT}-0")), default)
 
     @cached_property
     def takes_parallel_calls(self) -> bool:
         """Whether one assistant message may have several tool calls, whose results follow it."""
-        return self._shows(self._called(2, self.call_form), *(f"{ARGUMENT}-{i}" for i in range(2)), f"{RESULT}-1")
+        return self._shows(self._make_calls(2, self.call_form), *(f"{ARGUMENT}-{i}" for i in range(2)), f"{RESULT}-1")
 
     def _shows(self, messages: Sequence[Message], *words: str) -> bool:
         text = self._render(messages)
         return text is not None and all(word in text for word in words)
 
     @staticmethod
-    def _called(count: int, form: CallForm) -> tuple[Message, ...]:
+    def _make_calls(count: int, form: CallForm) -> tuple[Message, ...]:
         ids = [f"probe{i:04d}" if form.short_ids else f"call_probe_{i}" for i in range(count)]
         calls = []
         for i, identity in enumerate(ids):

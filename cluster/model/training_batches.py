@@ -38,20 +38,20 @@ class TrainingSets:
     def batches(self, options: TrainingOptions) -> Iterator[DataBatch]:
         """Yield all batches of a run, in the order in which one process would use them."""
         np.random.seed(options.seed)
-        for number, batch in enumerate(self._ordered(options), 1):
+        for number, batch in enumerate(self._iterate_run(options), 1):
             yield DataBatch(number, *batch)
 
-    def _ordered(self, options: TrainingOptions) -> Iterator[_Made]:
+    def _iterate_run(self, options: TrainingOptions) -> Iterator[_Made]:
         if options.train:
             steps = _iterate(self.sets["train"], options, loop=True)
             for iteration, batch in zip(range(1, options.iters + 1), steps, strict=False):
                 if "valid" in self.sets and _is_due(iteration, options):
-                    yield from self._evaluation(Purpose.VALIDATE, iteration, options)
+                    yield from self._iterate_evaluation(Purpose.VALIDATE, iteration, options)
                 yield Purpose.TRAIN, iteration, True, *batch
         if options.test:
-            yield from self._evaluation(Purpose.TEST, options.iters if options.train else 0, options)
+            yield from self._iterate_evaluation(Purpose.TEST, options.iters if options.train else 0, options)
 
-    def _evaluation(self, purpose: Purpose, iteration: int, options: TrainingOptions) -> Iterator[_Made]:
+    def _iterate_evaluation(self, purpose: Purpose, iteration: int, options: TrainingOptions) -> Iterator[_Made]:
         name, most = ("valid", options.val_batches) if purpose is Purpose.VALIDATE else ("test", options.test_batches)
         made = list(islice(_iterate(self.sets[name], options), most if most >= 0 else None))
         for i, batch in enumerate(made, 1):
@@ -65,7 +65,7 @@ _Made = tuple[Purpose, int, bool, tuple[int, int], bytes, bytes]
 
 def read_training_data(folder: Path, tokenizer: Tokenizer, options: TrainingOptions) -> TrainingSets:
     """Read and tokenize the data sets in ``folder``. Raises InvalidRequest, which names file and line."""
-    sets = {name: _read_set(folder / f"{name}.jsonl", tokenizer, options) for name in _needed(options)}
+    sets = {name: _read_set(folder / f"{name}.jsonl", tokenizer, options) for name in _list_needed_sets(options)}
     found = {name: data for name, data in sets.items() if data is not None}
     for name, needed in (("train", options.train), ("test", options.test)):
         if needed and name not in found:
@@ -81,7 +81,7 @@ def read_training_data(folder: Path, tokenizer: Tokenizer, options: TrainingOpti
     return TrainingSets(found, sum(length > options.max_seq_length for length in lengths), max(lengths, default=0))
 
 
-def _needed(options: TrainingOptions) -> list[str]:
+def _list_needed_sets(options: TrainingOptions) -> list[str]:
     validates = options.train and options.val_batches != 0
     return [name for name, use in zip(DATA_SETS, (options.train, validates, options.test), strict=True) if use]
 

@@ -16,10 +16,10 @@ __all__ = ["trusted_profiles"]
 
 def trusted_profiles(workers: Sequence[WorkerInfo]) -> list[Profile]:
     """Return the profile with which to plan each worker, in order."""
-    return [_trusted(worker, workers) for worker in workers]
+    return [_choose_profile(worker, workers) for worker in workers]
 
 
-def _trusted(worker: WorkerInfo, workers: Sequence[WorkerInfo]) -> Profile:
+def _choose_profile(worker: WorkerInfo, workers: Sequence[WorkerInfo]) -> Profile:
     if not worker.chip or not worker.profile.known or worker.profile.corrections:
         return worker.profile
     equal = [w.profile for w in workers if _hardware(w) == _hardware(worker) and w.profile.known]

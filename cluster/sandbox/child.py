@@ -59,7 +59,7 @@ class JobRunner:
     def reply(self, job: Job) -> bytes:
         """Run a job within its limits. Return the serialized reply or error."""
         try:
-            with limited(job.limits):
+            with enforce_limits(job.limits):
                 return pack_reply(self.do(job))
         except BaseException as error:
             failed = _failure(job, error)
@@ -139,7 +139,7 @@ def _conversation(tokenizer: Tokenizer, job: Converse, *, with_split_points: boo
 
 
 @contextmanager
-def limited(limits: Limits) -> Iterator[None]:
+def enforce_limits(limits: Limits) -> Iterator[None]:
     """Run the body within ``limits``. If it exceeds its CPU time, SIGPROF kills the process.
 
     If it exceeds its memory, allocations fail. Only Linux limits memory here; elsewhere the parent watches it.

@@ -188,23 +188,23 @@ _REPLIES: Final[TypeAdapter[Reply]] = TypeAdapter(Annotated[Reply, Field(discrim
 
 def pack_job(job: Job) -> bytes:
     """Serialize ``job`` with its length prefix. Raises ``BadFrame`` if it is too large."""
-    return _framed(_JOBS.dump_python(job))
+    return _add_length(_JOBS.dump_python(job))
 
 
 def pack_reply(reply: Reply) -> bytes:
     """Serialize ``reply`` with its length prefix. Raises ``BadFrame`` if it is too large."""
-    return _framed(_REPLIES.dump_python(reply))
+    return _add_length(_REPLIES.dump_python(reply))
 
 
 def unpack_job(body: bytes) -> Job:
     """Parse a job. Raises ``BadFrame``."""
-    job: Job = _validated(_JOBS, body)
+    job: Job = _parse(_JOBS, body)
     return job
 
 
 def unpack_reply(body: bytes) -> Reply:
     """Parse a reply. Raises ``BadFrame``."""
-    reply: Reply = _validated(_REPLIES, body)
+    reply: Reply = _parse(_REPLIES, body)
     return reply
 
 
@@ -231,14 +231,14 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _framed(content: Any) -> bytes:
+def _add_length(content: Any) -> bytes:
     body = msgpack.packb(content)
     if len(body) > MAX_SANDBOX_MESSAGE_BYTES:
         raise BadFrame(f"a sandbox message has {len(body)} bytes; at most {MAX_SANDBOX_MESSAGE_BYTES} are allowed")
     return HEADER.pack(len(body)) + bytes(body)
 
 
-def _validated(adapter: TypeAdapter[Any], body: bytes) -> Any:
+def _parse(adapter: TypeAdapter[Any], body: bytes) -> Any:
     try:
         return adapter.validate_python(msgpack.unpackb(body))
     except (ValueError, ValidationError, msgpack.UnpackException, RecursionError) as error:

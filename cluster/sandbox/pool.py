@@ -69,7 +69,7 @@ class ProcessPool:
     async def close(self) -> None:
         """Kill every process. Running and waiting jobs fail with ``NotServing``."""
         self._closed = True
-        self._fail_waiting(_closed())
+        self._fail_waiting(_closed_error())
         async with anyio.create_task_group() as tasks:
             for process in self._processes | self._opening_now:
                 tasks.start_soon(process.stop)
@@ -83,7 +83,7 @@ class ProcessPool:
 
     async def _acquire(self) -> SandboxProcess:
         if self._closed:
-            raise _closed()
+            raise _closed_error()
         while self._idle:
             process = self._idle.pop()
             if process.alive:
@@ -190,5 +190,5 @@ class ProcessPool:
             task.exception()  # mark it as retrieved: the waiting caller has already received it
 
 
-def _closed() -> NotServing:
+def _closed_error() -> NotServing:
     return NotServing("the model was unloaded while the request was being tokenized; send it again")

@@ -104,7 +104,7 @@ class SandboxProcess:
         except (OSError, EOFError, BadFrame):
             await anyio.to_thread.run_sync(self._reap)  # the exit code tells why the process ended
             await self._kill("")
-            raise self._ended(job) from None
+            raise self._diagnose_exit(job) from None
         finally:
             watch.cancel()
         if not self._resident or self._was_watched:
@@ -155,7 +155,7 @@ class SandboxProcess:
         with suppress(TimeoutExpired):
             self._child.wait(END_S)
 
-    def _ended(self, job: Job) -> MacpipeError:
+    def _diagnose_exit(self, job: Job) -> MacpipeError:
         """Return the error of a job during which the process ended."""
         if self._stopped:
             return NotServing("the model was unloaded while the request was being tokenized; send it again")

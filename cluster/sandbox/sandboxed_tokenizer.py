@@ -50,7 +50,7 @@ from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
 
 log = logging.getLogger(__name__)
-__all__ = ["SandboxedTokenizer", "TextService", "Tokenized", "prompt_limits", "tokenized"]
+__all__ = ["SandboxedTokenizer", "TextService", "Tokenized", "convert_reply", "prompt_limits"]
 
 CHECKS_KEPT: Final = 256
 """Number of grammars whose check result is cached."""
@@ -196,10 +196,10 @@ class SandboxedTokenizer:
         reply = await pool.run(job)
         if not isinstance(reply, PromptReply):
             raise BadFrame("the sandbox sent a reply of the wrong type")
-        return tokenized(reply)
+        return convert_reply(reply)
 
 
-def tokenized(prompt: PromptReply) -> Tokenized:
+def convert_reply(prompt: PromptReply) -> Tokenized:
     """Convert a reply for callers. Raises ``BadFrame`` if its token ids are invalid."""
     ids = unpack_tokens(prompt.ids)
     return Tokenized(

@@ -49,14 +49,14 @@ class Acceptance:
 
     def learn(self, own: dict[GuessSource, RightShare], source: GuessSource, *, right: bool) -> None:
         """Account for a guess that was right or wrong. ``own`` are the shares of its sequence."""
-        self._own(own, source).add(right, OWN_DECAY)
+        self._share_of(own, source).add(right, OWN_DECAY)
         self._source(source).add(right, SOURCE_DECAY)
 
     def estimate(self, own: dict[GuessSource, RightShare], source: GuessSource) -> float:
         """Return the probability that the next guess of ``source`` is right, rather too low than too high."""
-        return self._own(own, source).cautious
+        return self._share_of(own, source).cautious
 
-    def _own(self, own: dict[GuessSource, RightShare], source: GuessSource) -> RightShare:
+    def _share_of(self, own: dict[GuessSource, RightShare], source: GuessSource) -> RightShare:
         return own.setdefault(source, RightShare.assumed(self._source(source).mean))
 
     def _source(self, source: GuessSource) -> RightShare:

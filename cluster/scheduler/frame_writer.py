@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from cluster.core.frames import Compute, Edit, Frame, Step, Trim
 from cluster.scheduler.in_flight import InFlightFrame, InFlightFrames
 from cluster.scheduler.pending_edits import first_load, tidy
-from cluster.scheduler.reordering import touched_by
+from cluster.scheduler.reordering import find_touched_by
 
 
 class FrameWriter:
@@ -56,7 +56,7 @@ class FrameWriter:
 
     def _edits_would_delay(self, sequences: tuple[int, ...]) -> bool:
         """Return whether a step of ``sequences`` needs no pending edit, but would wait for a frame with them."""
-        own, edited = touched_by(sequences, ()), touched_by((), self.edits)
+        own, edited = find_touched_by(sequences, ()), find_touched_by((), self.edits)
         return own.isdisjoint(edited) and self.flights.touches(edited)
 
     def _write_frame(
@@ -75,7 +75,7 @@ class FrameWriter:
         compute = step.compute if step else None
         self.written += 1
         del self.edits[:count]
-        scoring, touched = step.scoring if step else None, touched_by(sequences, edits)
+        scoring, touched = step.scoring if step else None, find_touched_by(sequences, edits)
         guessed, sampled = (step.guessed, max(step.sampled, 1)) if step else (False, 1)
         self.flights.add(
             InFlightFrame(number, lane, compute, sequences, prefills, now, touched, scoring, guessed, sampled)

@@ -39,42 +39,42 @@ class InFlightFrames:
     """The frames of one epoch that are in the ring, in the order in which they were written."""
 
     def __init__(self) -> None:
-        self._flights: dict[int, InFlightFrame] = {}
+        self._frames: dict[int, InFlightFrame] = {}
         self._leaving: dict[int, ScheduledSequence] = {}
         """Sequences that have ended but still have a frame in the ring, so their rows and caches are still in use."""
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._frames)
 
     @property
     def prefills(self) -> int:
         """The number of prefill frames in the ring."""
-        return sum(f.compute is Compute.PREFILL for f in self._flights.values())
+        return sum(f.compute is Compute.PREFILL for f in self._frames.values())
 
     def oldest(self) -> tuple[float, int] | None:
         """Return when the oldest frame in the ring was written and how many tokens it prefills; None if empty."""
-        return next(((f.sent_at, f.prefills) for f in self._flights.values()), None)
+        return next(((f.sent_at, f.prefills) for f in self._frames.values()), None)
 
     def sent_at(self, number: int) -> float:
         """Return when a frame that is in the ring was written."""
-        return self._flights[number].sent_at
+        return self._frames[number].sent_at
 
     def decodes_sent_at(self) -> list[float]:
         """Return when the decode frames in the ring were written, the oldest first."""
-        return [f.sent_at for f in self._flights.values() if f.compute is Compute.DECODE]
+        return [f.sent_at for f in self._frames.values() if f.compute is Compute.DECODE]
 
     @property
     def has_edits_only(self) -> bool:
         """Whether an edit-only frame is in the ring."""
-        return any(f.compute is None for f in self._flights.values())
+        return any(f.compute is None for f in self._frames.values())
 
     def touches(self, touched: Touched) -> bool:
         """Return whether a frame in the ring touches any of these."""
-        return any(not touched.isdisjoint(f.touched) for f in self._flights.values())
+        return any(not touched.isdisjoint(f.touched) for f in self._frames.values())
 
     def touches_before(self, sequence: int, number: int) -> bool:
         """Return whether a frame in the ring that was written before frame ``number`` touches the sequence."""
-        return any(f.number < number and ("sequence", sequence) in f.touched for f in self._flights.values())
+        return any(f.number < number and ("sequence", sequence) in f.touched for f in self._frames.values())
 
     def defer_leave(self, sequence: ScheduledSequence) -> bool:
         """Return whether a frame in the ring touches the sequence. If so, ``take_departed`` returns it later."""
@@ -95,16 +95,16 @@ class InFlightFrames:
         return back
 
     def add(self, flight: InFlightFrame) -> None:
-        self._flights[flight.number] = flight
+        self._frames[flight.number] = flight
 
     def receive(self, frame: Frame) -> InFlightFrame:
         """Remove and return the record of a frame that came back.
 
         Raise ``BadFrame`` if the frame is not in the ring, answers a sequence twice, or shows that another was lost.
         """
-        if frame.number not in self._flights:
+        if frame.number not in self._frames:
             raise BadFrame(f"unexpected frame {frame.number} of epoch {frame.epoch}: it is not in the ring")
-        flight = self._flights.pop(frame.number)
+        flight = self._frames.pop(frame.number)
         failed = [f.sequence for f in frame.failures]
         answers = Counter([*(s.sequence for s in frame.samples), *failed])
         most = dict.fromkeys(flight.sequences, flight.sampled)
@@ -119,7 +119,7 @@ class InFlightFrames:
         ``cluster.scheduler.reordering`` defines which frames may overtake which.
         """
         behind_prefill = behind_guess = False
-        for older in self._flights.values():
+        for older in self._frames.values():
             if older.number > back.number:
                 return
             prefill = older.compute is Compute.PREFILL

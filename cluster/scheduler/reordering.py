@@ -51,7 +51,7 @@ class ReorderBuffer:
         if len(self._waiting) >= MAX_FRAMES_WAITING:
             raise BadFrame(f"too many frames wait on one stage: {len(self._waiting)}")
         self._void_trimmed(frame)
-        self._waiting.append(_WaitingFrame(frame, ready, touched(frame)))
+        self._waiting.append(_WaitingFrame(frame, ready, find_touched(frame)))
 
     def _void_trimmed(self, frame: Frame) -> None:
         """Make waiting frames void whose tokens are guesses that ``frame`` trims away."""
@@ -114,18 +114,18 @@ class ReorderBuffer:
         return None
 
 
-def touched(frame: Frame) -> Touched:
+def find_touched(frame: Frame) -> Touched:
     """Return the sequences and prefixes whose state a frame reads or changes."""
     rows = frame.step.sequences if frame.step else ()
-    return touched_by(rows, frame.edits)
+    return find_touched_by(rows, frame.edits)
 
 
-def touched_by(sequences: Iterable[int], edits: Iterable[Edit]) -> Touched:
+def find_touched_by(sequences: Iterable[int], edits: Iterable[Edit]) -> Touched:
     """Return the sequences and prefixes that a step of ``sequences`` and ``edits`` touch."""
-    return frozenset([*(("sequence", s) for s in sequences), *(t for e in edits for t in _touched_by_edit(e))])
+    return frozenset([*(("sequence", s) for s in sequences), *(t for e in edits for t in _find_touched_by_edit(e))])
 
 
-def _touched_by_edit(edit: Edit) -> tuple[tuple[str, int], ...]:
+def _find_touched_by_edit(edit: Edit) -> tuple[tuple[str, int], ...]:
     if isinstance(edit, Drop | Persist):
         return (("prefix", edit.prefix),)
     if isinstance(edit, Save | Restore):

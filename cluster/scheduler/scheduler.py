@@ -398,7 +398,7 @@ class Scheduler:
         """Drop what was copied from a sequence after its step failed. Start live copies again."""
         failed = set(flight.sequences) if frame.error else {f.sequence for f in frame.failures}
         if failed:
-            spoiled = self._copies.spoiled(failed, frame.number)
+            spoiled = self._copies.find_spoiled(failed, frame.number)
             self._edits += map(Drop, [*self._prefixes.forget(failed, frame.number), *self._prefixes.forget(spoiled)])
             for sequence in (*self._lanes, *self._flights.leaving):
                 sequence.broken = sequence.broken or sequence.id in failed | spoiled

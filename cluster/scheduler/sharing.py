@@ -80,7 +80,7 @@ class Copies:
         """Record a copy whose edits travel on frame ``number`` or on a later one, but before the source's next step."""
         self._copies.append(_Copy(source, copy, number))
 
-    def spoiled(self, failed: Collection[int], number: int) -> set[int]:
+    def find_spoiled(self, failed: Collection[int], number: int) -> set[int]:
         """Return the copies, and copies of these, made after a step of ``failed`` that failed in frame ``number``."""
         found: set[int] = set()
         for each in self._copies:  # in the order in which they were made

@@ -46,7 +46,7 @@ class _TextPosition:
     position: int
 
 
-class _Followed:
+class _GuessContext:
     """A sequence, packed, and the text that it follows."""
 
     def __init__(self, request: Request, tokens: Sequence[int]) -> None:
@@ -77,14 +77,14 @@ class TextGuesser:
     """Guesses the tokens of all requests. ``clock`` returns seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, _GuessContext] = {}
         self.answers = EarlierAnswers(clock)
 
     def propose(self, request: Request, tokens: Sequence[int], count: int) -> Guess | None:
         """Guess at most ``count`` tokens after ``tokens``: the prompt, the verified answer and guesses in flight."""
         followed = self._followed.get(request.id)
         if followed is None:
-            followed = self._followed[request.id] = _Followed(request, tokens)
+            followed = self._followed[request.id] = _GuessContext(request, tokens)
         if forced := _read_forced(followed, tokens):
             return Guess(forced[:count], GuessSource.GRAMMAR)
         followed.update(tokens)
@@ -119,7 +119,7 @@ class TextGuesser:
         """Drop the answers of a client."""
         self.answers.forget(client)
 
-    def _find(self, followed: _Followed, request: Request, length: int) -> _TextPosition | None:
+    def _find(self, followed: _GuessContext, request: Request, length: int) -> _TextPosition | None:
         """Find a text that goes on where the sequence ends."""
         answered = length - len(request.prompt)
         if followed.prediction and (index := _find_in_prediction(followed, answered)) is not None:
@@ -143,7 +143,7 @@ def _longer(
     return _TextPosition(GuessSource.NGRAM, earlier, other.end, at) if other else None
 
 
-def _go_on(followed: _Followed, length: int) -> _TextPosition | None:
+def _go_on(followed: _GuessContext, length: int) -> _TextPosition | None:
     """Return the next place in the text that was followed last, or None if the sequence has left it."""
     last = followed.place
     if last is None:
@@ -157,7 +157,7 @@ def _go_on(followed: _Followed, length: int) -> _TextPosition | None:
     return _TextPosition(last.source, last.text, index, length)
 
 
-def _find_in_prediction(followed: _Followed, answered: int) -> int | None:
+def _find_in_prediction(followed: _GuessContext, answered: int) -> int | None:
     """Return the index in the prediction at which an answer of so many tokens goes on, or None."""
     if not answered:
         return 0
@@ -171,7 +171,7 @@ def _find_in_prediction(followed: _Followed, answered: int) -> int | None:
     return None
 
 
-def _read_forced(followed: _Followed, tokens: Sequence[int]) -> tuple[int, ...]:
+def _read_forced(followed: _GuessContext, tokens: Sequence[int]) -> tuple[int, ...]:
     """Return the tokens that the grammar forces after ``tokens``, as far as they are known."""
     known = len(tokens) - followed.forced_start
     if not 0 <= known < len(followed.forced) or tuple(tokens[followed.forced_start :]) != followed.forced[:known]:

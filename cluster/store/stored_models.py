@@ -112,7 +112,7 @@ def remove_model(home: Path, fingerprint: str) -> None:
     folder = models / fingerprint
     doomed = models / f".rm-{secrets.token_hex(4)}"
     try:
-        with _locked_alone(folder):
+        with _lock_exclusively(folder):
             folder.rename(doomed)  # at once: a removal that is interrupted leaves no half of a model
     except FileNotFoundError:
         raise ModelNotFound(f"the store of this Mac has no model {fingerprint[:12]} any more") from None
@@ -201,7 +201,7 @@ def _disk_bytes(folder: Path) -> int:
 
 def _is_locked(folder: Path) -> bool:
     try:
-        with _locked_alone(folder):
+        with _lock_exclusively(folder):
             return False
     except ModelInUse:
         return True
@@ -210,7 +210,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked_alone(folder: Path) -> Iterator[None]:
+def _lock_exclusively(folder: Path) -> Iterator[None]:
     """Hold the model's lock against everybody who reads it. Raise ModelInUse, or OSError if there is no folder."""
     file = os.open(lock_file(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:

@@ -132,19 +132,19 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
         message = self._requests.get(details.method)
         if handler is None or message is None or handler.request_streaming:
             return handler
-        parse = functools.partial(self._parsed, message, handler.request_deserializer)
+        parse = functools.partial(self._parse_bounded, message, handler.request_deserializer)
         if handler.response_streaming:
-            streaming = self._streaming(handler.unary_stream, parse)
+            streaming = self._bound_stream(handler.unary_stream, parse)
             return grpc.unary_stream_rpc_method_handler(streaming, None, handler.response_serializer)
         return grpc.unary_unary_rpc_method_handler(
-            self._single(handler.unary_unary, parse), None, handler.response_serializer
+            self._bound_single(handler.unary_unary, parse), None, handler.response_serializer
         )
 
-    async def _parsed(self, message: Descriptor, deserialize: Callable[[bytes], Any] | None, data: bytes) -> Any:
+    async def _parse_bounded(self, message: Descriptor, deserialize: Callable[[bytes], Any] | None, data: bytes) -> Any:
         most = self._most_fields.get(message.full_name, MAX_FIELDS)
         return await PARSING.run(len(data), _parse, message, deserialize, most, data)
 
-    def _streaming(self, behaviour: Any, parse: Callable[[bytes], Awaitable[Any]]) -> Any:
+    def _bound_stream(self, behaviour: Any, parse: Callable[[bytes], Awaitable[Any]]) -> Any:
         async def bounded(data: bytes, context: Context) -> AsyncIterator[Any]:
             with self._bodies.open(self._client(context)) as charge:
                 try:
@@ -159,7 +159,7 @@ class MessageBounds(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
 
         return bounded
 
-    def _single(self, behaviour: Any, parse: Callable[[bytes], Awaitable[Any]]) -> Any:
+    def _bound_single(self, behaviour: Any, parse: Callable[[bytes], Awaitable[Any]]) -> Any:
         async def bounded(data: bytes, context: Context) -> Any:
             with self._bodies.open(self._client(context)) as charge:
                 try:

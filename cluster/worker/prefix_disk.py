@@ -186,11 +186,11 @@ class PrefixDisk:
         node, start = path[-1], 0
         try:
             if node.has_state(leaf):
-                state = _stored(files.read(node, leaf, rows=False))
+                state = _parse_piece(files.read(node, leaf, rows=False))
                 self._on_mlx(order, partial(builder.set_state, leaf, state))
                 return
             for node in path:
-                rows = _stored(files.read(node, leaf, rows=True))
+                rows = _parse_piece(files.read(node, leaf, rows=True))
                 self._on_mlx(order, partial(builder.add_rows, rows, node.end - start))
                 start = node.end
             self._on_mlx(order, partial(builder.end_rows, leaf, order.length))
@@ -247,7 +247,7 @@ def _delete(files: PrefixFiles, node: Node, why: PrefixMissing) -> None:
     files.delete(node)
 
 
-def _stored(piece: Piece) -> StoredPiece:
+def _parse_piece(piece: Piece) -> StoredPiece:
     """Return a file's content as a piece of a cache. Raises PrefixMissing if the header is invalid."""
     try:
         kind, values, forms = piece.header["kind"], piece.header["values"], piece.header["tensors"]

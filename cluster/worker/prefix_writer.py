@@ -97,18 +97,18 @@ class PrefixCopy:
         return [_Span(self._place, n.id, n.parent, at, n.end) for at, n in zip(starts, path, strict=True)]
 
     def _rows(self, span: _Span, leaves: tuple[str, ...]) -> Iterator[_Taken]:
-        for leaf in self._lacking(span, leaves):
+        for leaf in self._find_lacking(span, leaves):
             if piece := take_rows(self.prefix.caches, leaf, span.start, span.end):
                 yield span, leaf, piece, True
 
     def _states(self, spans: list[_Span], leaves: tuple[str, ...]) -> Iterator[_Taken]:
         span = spans[-1]
         excess, mark = len(self.prefix.tokens) - span.end, self.prefix.marks.get(span.end)
-        for leaf in self._lacking(span, leaves):
+        for leaf in self._find_lacking(span, leaves):
             if piece := take_state(self.prefix.caches, leaf, excess, mark):
                 yield span, leaf, piece, False
 
-    def _lacking(self, span: _Span, leaves: tuple[str, ...]) -> Iterator[str]:
+    def _find_lacking(self, span: _Span, leaves: tuple[str, ...]) -> Iterator[str]:
         for leaf in leaves:
             node = self._files.node(span.place, span.id)
             if node is None or not node.has(leaf):

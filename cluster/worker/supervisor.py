@@ -155,7 +155,7 @@ class Supervisor:
             with suppress(WorkerLost):  # the engine has ended, which ``_run_once`` sees
                 answer = await self._ask_report()
                 elapsed_s = time.monotonic() - began
-                self.computing = await self._computed_since(had, _COMPUTING_SHARE * elapsed_s)
+                self.computing = await self._has_computed_since(had, _COMPUTING_SHARE * elapsed_s)
                 if answer:
                     silence.end()
                 else:
@@ -190,14 +190,14 @@ class Supervisor:
             self._last, self._slow = event, False
             return event
         if timeout_s >= REPORT_TIMEOUT_S:
-            self._slow = self._lag() >= OVERLOADED_S or await self._computed_since(had, 0.0)
+            self._slow = self._lag() >= OVERLOADED_S or await self._has_computed_since(had, 0.0)
         return None
 
     async def _processor_seconds(self) -> float | None:
         process = self._process
         return await anyio.to_thread.run_sync(processor_seconds, process.pid) if process else None
 
-    async def _computed_since(self, earlier_s: float | None, least_s: float) -> bool:
+    async def _has_computed_since(self, earlier_s: float | None, least_s: float) -> bool:
         """Return whether the engine got more than ``least_s`` of processor time since it had ``earlier_s``."""
         now_s = await self._processor_seconds() if earlier_s is not None else None
         return now_s is not None and earlier_s is not None and now_s - earlier_s > least_s
@@ -297,7 +297,7 @@ class Supervisor:
             with anyio.move_on_after(interval_s):
                 await self.started.wait()
                 return
-            silence.add(interval_s, excused=await self._computed_since(had, 0.0) or self._lag() >= OVERLOADED_S)
+            silence.add(interval_s, excused=await self._has_computed_since(had, 0.0) or self._lag() >= OVERLOADED_S)
         raise WorkerLost(f"the engine did not start within {ENGINE_START_TIMEOUT_S:.0f} s: {self.problem}")
 
 

@@ -253,8 +253,8 @@ def test_copies_of_copies_are_spoiled_too_but_not_those_made_before() -> None:
     flights.add(InFlightFrame(7, 0, Compute.PREFILL, (2,), 8, 0.0, frozenset([("sequence", 2)])))
     for source, copy, number in ((1, 2, 5), (2, 4, 9), (1, 3, 2)):
         copies.add(source, copy, number)
-    assert copies.spoiled({1}, 3) == {2, 4}
-    assert copies.spoiled({1}, 6) == set()
-    assert copies.spoiled({2}, 7) == {4}
+    assert copies.find_spoiled({1}, 3) == {2, 4}
+    assert copies.find_spoiled({1}, 6) == set()
+    assert copies.find_spoiled({2}, 7) == {4}
     copies.prune(flights)
-    assert copies.spoiled({1}, 0) == {2, 4}
+    assert copies.find_spoiled({1}, 0) == {2, 4}

@@ -46,7 +46,7 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async with self._answer(request, generate_params, request_validation.generate_request, context) as running:
-            for reply in _opening(running):
+            for reply in _yield_opening(running):
                 yield reply
             async for event in running.all_events:
                 yield _encode_generated(event, running)
@@ -102,7 +102,7 @@ class InferenceServicer(InferenceServiceServicer):
             offsets = tuple(request.offsets) or (request.offset,)
             running = await self._service.resume(request.request_id, offsets, self._caller(context).client, model_info)
             async with aclosing(running.all_events):
-                for reply in _opening(running):
+                for reply in _yield_opening(running):
                     yield reply
                 async for event in running.all_events:
                     yield _encode_generated(event, running)
@@ -160,7 +160,7 @@ def _prompt_info(running: RunningRequest) -> pb.PromptInfo:
     return proto_encoding.prompt_info(running.request, f"{name}:{adapter}" if adapter else name)
 
 
-def _opening(running: RunningRequest) -> Iterator[pb.GenerateResponse]:
+def _yield_opening(running: RunningRequest) -> Iterator[pb.GenerateResponse]:
     """Yield the prompt, and its first token if its log-probabilities follow."""
     yield pb.GenerateResponse(prompt=_prompt_info(running))
     if running.request.prompt_logprobs is not None:

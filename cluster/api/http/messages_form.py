@@ -236,7 +236,7 @@ def _text(content: str | list[Block], field: str) -> str:
         return content
     for i, block in enumerate(content):
         _check_type(block, (TEXT,), f"{field}[{i}]")
-    return "\n".join(_required(b.text, f"{field}[{i}].text") for i, b in enumerate(content))
+    return "\n".join(_require(b.text, f"{field}[{i}].text") for i, b in enumerate(content))
 
 
 def _turns(message: AnthropicMessage, field: str, call_ids: Collection[str]) -> Iterator[ChatMessage]:
@@ -257,13 +257,13 @@ def _assistant(blocks: list[Block], field: str) -> ChatMessage:
         at = f"{field}[{i}]"
         _check_type(block, (TEXT, "thinking", "redacted_thinking", "tool_use"), at)
         if block.type == TEXT:
-            texts.append(_required(block.text, f"{at}.text"))
+            texts.append(_require(block.text, f"{at}.text"))
         elif block.type == "thinking":
-            thoughts.append(_required(block.thinking, f"{at}.thinking"))
+            thoughts.append(_require(block.thinking, f"{at}.thinking"))
         elif block.type == "tool_use":
-            arguments = compact(_required(block.input, f"{at}.input"))
-            call_id = _required(block.id, f"{at}.id")
-            name = _required(block.name, f"{at}.name")
+            arguments = compact(_require(block.input, f"{at}.input"))
+            call_id = _require(block.id, f"{at}.id")
+            name = _require(block.name, f"{at}.name")
             calls.append(ToolCall(id=call_id, name=name, arguments=arguments))
     return ChatMessage("assistant", "".join(texts), "".join(thoughts), tuple(calls))
 
@@ -275,7 +275,7 @@ def _user(blocks: list[Block], field: str, call_ids: Collection[str]) -> Iterato
         at = f"{field}[{i}]"
         _check_type(block, (TEXT, "tool_result"), at)
         if block.type == TEXT:
-            texts.append(_required(block.text, f"{at}.text"))
+            texts.append(_require(block.text, f"{at}.text"))
         else:
             result = _result(block, at)
             check_answers(result, call_ids, f"{at}.tool_use_id")
@@ -287,7 +287,7 @@ def _user(blocks: list[Block], field: str, call_ids: Collection[str]) -> Iterato
 def _result(block: Block, field: str) -> ChatMessage:
     text = _text(block.content or "", f"{field}.content")
     content = f"Error: {text}" if block.is_error else text
-    call_id = _required(block.tool_use_id, f"{field}.tool_use_id")
+    call_id = _require(block.tool_use_id, f"{field}.tool_use_id")
     return ChatMessage(role="tool", content=content, tool_call_id=call_id)
 
 
@@ -296,7 +296,7 @@ def _check_type(block: Block, kinds: tuple[str, ...], field: str) -> None:
         raise InvalidRequest(f"{field} has the type {block.type[:32]}; supported here: {', '.join(kinds)}", field=field)
 
 
-def _required(value: T | None, field: str) -> T:
+def _require(value: T | None, field: str) -> T:
     if value is None:
         raise InvalidRequest(f"{field} is missing", field=field)
     return value

@@ -285,9 +285,9 @@ class _ConversationBuilder:
             )
 
     def _add_call(self, item: InputItem, field: str) -> None:
-        arguments = self._arguments.text(_required(item.arguments, f"{field}.arguments"), f"{field}.arguments")
-        call_id = _required(item.call_id, f"{field}.call_id")
-        name = _required(item.name, f"{field}.name")
+        arguments = self._arguments.text(_require(item.arguments, f"{field}.arguments"), f"{field}.arguments")
+        call_id = _require(item.call_id, f"{field}.call_id")
+        name = _require(item.name, f"{field}.name")
         self._in_assistant = True
         self._calls.append(ToolCall(call_id, name, arguments))
         self._call_ids.add(call_id)
@@ -296,7 +296,7 @@ class _ConversationBuilder:
         if item.output is None:
             raise InvalidRequest(f"{field}.output is missing", field=f"{field}.output")
         output = _text(item.output, f"{field}.output")
-        call_id = _required(item.call_id, f"{field}.call_id")
+        call_id = _require(item.call_id, f"{field}.call_id")
         turn = ChatMessage("tool", output, tool_call_id=call_id)
         check_answers(turn, self._call_ids, f"{field}.call_id")
         self._add_turn(turn)
@@ -305,7 +305,7 @@ class _ConversationBuilder:
         if item.content is None:
             raise InvalidRequest(f"{field}.content is missing", field=f"{field}.content")
         text = _text(item.content, f"{field}.content")
-        role = _required(item.role, f"{field}.role")
+        role = _require(item.role, f"{field}.role")
         if role == "assistant":
             self._in_assistant = True
             self._texts.append(text)
@@ -336,7 +336,7 @@ def _text(content: str | list[ResponsesContentPart], field: str) -> str:
     return "".join(part.text or part.refusal or "" for part in content)
 
 
-def _required(value: str | None, field: str) -> str:
+def _require(value: str | None, field: str) -> str:
     if value is None:
         raise InvalidRequest(f"{field} is missing", field=field)
     return value

@@ -23,7 +23,7 @@ from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams
 from cluster.sandbox.job_messages import HEADER as SANDBOX_HEADER
 from cluster.sandbox.job_messages import JobFailed as SandboxFailed
 from cluster.sandbox.job_messages import PromptReply, Ready, pack_reply, pack_tokens, payload_size, unpack_reply
-from cluster.sandbox.sandboxed_tokenizer import tokenized
+from cluster.sandbox.sandboxed_tokenizer import convert_reply
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.partial_checkpoint import PartialCheckpoint, place
 from cluster.worker import pipe_messages as messages
@@ -83,7 +83,7 @@ def sandbox_messages() -> Prepared:
         payload_size(data[:size].ljust(size, b"\0"))
         reply = unpack_reply(data[size:])
         if isinstance(reply, PromptReply):
-            tokenized(reply)
+            convert_reply(reply)
 
     grammar = Grammar(GrammarKind.REGEX, "a+", (1, 2))
     prompt = PromptReply(2, pack_tokens((1, 2)), ("a", "b"), True, grammar, (1,), (-1, 2**40))

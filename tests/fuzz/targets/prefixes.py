@@ -14,7 +14,7 @@ from cluster.core.prefix_keys import owner_key, pack_tokens
 from cluster.model.caches import CacheLayout, SequenceCaches
 from cluster.model.stored_caches import CacheBuilder, StoredPiece, take_rows, take_state
 from cluster.worker.piece_file import pack_piece, read_piece
-from cluster.worker.prefix_disk import _stored
+from cluster.worker.prefix_disk import _parse_piece
 from cluster.worker.prefix_files import ROOT, Node, Place, PrefixFiles
 from fuzz.mutation import by_tree
 from fuzz.targets.kept import scratch
@@ -109,7 +109,7 @@ def read_all(files: PrefixFiles, node: Node) -> None:
         for rows in (True, False):
             attempts += 1
             try:
-                build(leaf, _stored(files.read(node, "0", rows=True)), rows=rows)
+                build(leaf, _parse_piece(files.read(node, "0", rows=True)), rows=rows)
             except MacpipeError as refused:
                 refusals.append(refused)
     try:
