@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 class EngineLoop:
     """Runs one model through any number of epochs. Calls ``broken`` on the loop's thread when a ring is lost.
 
-    While there is no ring, requests wait: the loop sends nothing, ends no request and accepts new ones. ``resume``
-    continues every answer with a new ring. ``refuse`` ends all live requests and rejects new ones until ``resume``.
+    While there is no ring, requests wait: the loop sends nothing, ends no request and accepts new ones. ``continue_on``
+    goes on with every answer on a new ring. ``refuse`` ends all live requests, and rejects new ones until then.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class EngineLoop:
         self._scheduler.disk.open(disk)
         self._thread.start()
 
-    def resume(
+    def continue_on(
         self,
         plan: Plan,
         capacity: Capacity,
@@ -108,10 +108,10 @@ class EngineLoop:
         disk: DiskContents | None = None,
     ) -> None:
         """Continue with a new epoch's ring, whose stages hold no caches but those on their disks."""
-        self._inbox.put(lambda: self._resume(plan, capacity, ring, step_times, disk))
+        self._inbox.put(lambda: self._continue_on(plan, capacity, ring, step_times, disk))
 
     def hold(self) -> None:
-        """Close the ring and keep requests waiting until ``resume`` or ``refuse``."""
+        """Close the ring and keep requests waiting until ``continue_on`` or ``refuse``."""
         self._inbox.put(self._close_ring)
 
     def submit(
@@ -168,7 +168,7 @@ class EngineLoop:
         self._inbox.put(lambda: self._suspect(cause))
 
     def refuse(self, error: MacpipeError) -> None:
-        """End every live request, and every new one until ``resume``, with ``error``."""
+        """End every live request, and every new one until ``continue_on``, with ``error``."""
         self._inbox.put(lambda: self._refuse(error))
 
     def stop(self, error: MacpipeError) -> None:
@@ -325,7 +325,7 @@ class EngineLoop:
     # Loss and replacement of rings
 
     def _on_stream_lost(self, epoch: int, loss: WorkerLost) -> None:
-        self._loss = (epoch, loss)  # the ring may be open but not in use yet; _resume checks this
+        self._loss = (epoch, loss)  # the ring may be open but not in use yet; _continue_on checks this
         if epoch == self._plan.epoch:
             self._suspect(loss)
 
@@ -335,7 +335,7 @@ class EngineLoop:
             self._close_ring()
             self._broken(cause)
 
-    def _resume(
+    def _continue_on(
         self,
         plan: Plan,
         capacity: Capacity,

@@ -28,7 +28,7 @@ from cluster.core.text import format_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.security.trust import worker_of
 from cluster.store.digest_manifest import DigestManifest
-from cluster.store.digests import digests
+from cluster.store.folder_digests import hash_tensors
 from cluster.store.store import FoundModel, Store
 from cluster.store.store_server import StoreServer
 from cluster.transport.grpc_setup import bind, control_server
@@ -147,7 +147,7 @@ class WeightDistribution:
                 "remove it and add it again"
             )
         names = [tensor.name for tensor in adapter.tensors]
-        item.manifest.learn(digests(self._store.home, folder, names, Event()).items(), f"{COORDINATOR}'s folder")
+        item.manifest.learn(hash_tensors(self._store.home, folder, names, Event()).items(), f"{COORDINATOR}'s folder")
 
     async def _open_ports(self, stack: AsyncExitStack, workers: Sequence[WorkerInfo]) -> list[tuple[StorePlace, ...]]:
         """Open the coordinator's store until ``stack`` unwinds. Return where each worker may fetch from."""
@@ -156,7 +156,7 @@ class WeightDistribution:
         return [self._peers(workers, w, ports[host]) for w, host in zip(workers, hosts, strict=True)]
 
     def _own_digests(self, found: FoundModel, names: Sequence[str], stop: Event) -> dict[str, str]:
-        return {} if found.partial else digests(self._store.home, found.folder, names, stop)
+        return {} if found.partial else hash_tensors(self._store.home, found.folder, names, stop)
 
     def _peers(self, workers: Sequence[WorkerInfo], worker: WorkerInfo, port: str) -> tuple[StorePlace, ...]:
         """Return where a worker may fetch from: the coordinator, then the plan's workers, then all others."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from cluster.core.errors import MacpipeError, StageFailed
 from cluster.core.frames import Sample, SequenceFailure
-from cluster.model.sampling import Picked, greedy
+from cluster.model.sampler import Picked, greedy
 from cluster.model.sequences import LiveSequence
 
 __all__ = ["BatchSampling", "sample_row"]

@@ -1,4 +1,4 @@
-"""Compiles grammars and computes masks of the tokens that they allow next, with llguidance.
+"""Computes masks of the tokens that a grammar allows next, and compiles grammars, with llguidance.
 
 It knows token ids and a tokenizer, nothing of logits, sequences and frames. llguidance's limits bound the cost of a
 mask, equally in a check and on the last stage. They do not bound compilation: check a grammar first in a process that

@@ -23,7 +23,7 @@ from cluster.model.caches import HeldCaches, SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.lane_caches import LaneCaches
 from cluster.model.marks import CacheMark
-from cluster.model.sampling import Sampler
+from cluster.model.sampler import Sampler
 
 __all__ = ["LiveSequence", "Prefix", "PrefixStore", "SequenceTable"]
 

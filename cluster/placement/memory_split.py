@@ -79,7 +79,7 @@ def solve(shape: ModelShape, memories: Sequence[WorkerMemory], sequences: int) -
         best = _extend(shape, best, ends, memory, sequences)
     _, ends_found = best[shape.layers]
     ranges = tuple(LayerRange(a, b) for a, b in zip((0, *ends_found), ends_found, strict=False))
-    check(shape, memories, ranges, sequences)
+    require_fit(shape, memories, ranges, sequences)
     return ranges
 
 
@@ -103,7 +103,9 @@ def _extend(
     return found
 
 
-def check(shape: ModelShape, memories: Sequence[WorkerMemory], ranges: Sequence[LayerRange], sequences: int) -> None:
+def require_fit(
+    shape: ModelShape, memories: Sequence[WorkerMemory], ranges: Sequence[LayerRange], sequences: int
+) -> None:
     """Check a layout against clean cuts and memory. Raise ``NoPlan`` or ``DoesNotFit``."""
     check_cuts(shape, ranges)
     short = [

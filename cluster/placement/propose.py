@@ -20,7 +20,7 @@ from cluster.core.plan import Forecast, LayerRange, ModelShape, Objective, Spare
 from cluster.placement import explain
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.layout_forecast import forecast
-from cluster.placement.memory_split import check, check_cuts, place_on_largest, solve
+from cluster.placement.memory_split import check_cuts, place_on_largest, require_fit, solve
 from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.search import Search
 from cluster.placement.stage_table import StageTable
@@ -99,7 +99,7 @@ def _use_given_ranges(
             f"worker{'s' * (count != 1)}; give fewer ranges, or add a worker"
         )
     workers = _choose_workers(shape, candidates, request, layers)
-    check(shape, [w.memory for w in workers], layers, SEQUENCES)
+    require_fit(shape, [w.memory for w in workers], layers, SEQUENCES)
     search = _search(shape, candidates, request) if candidates.known else None
     return _build_proposal(shape, candidates, request, workers, tuple(layers), search)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.core.frames import Drop, Edit
-from cluster.scheduler.cache_memory import CacheMemory
+from cluster.scheduler.cache_accounting import CacheMemory
 from cluster.scheduler.kv_cost import Cost
 from cluster.scheduler.sequence import ScheduledSequence
 
@@ -30,7 +30,7 @@ class AdapterMemory:
         """
         before, self.memory.taken = self.memory.taken, taken
         left = self.memory.beside_sequences()
-        fits = min(left) >= 0 and not any(self.memory.never_fits(s.reserved) for s in self.live.values())
+        fits = min(left) >= 0 and not any(self.memory.why_never_fits(s.reserved) for s in self.live.values())
         dropped = self.memory.prefixes.make_room((0,) * len(left), left) if fits else None
         if dropped is None:
             self.memory.taken = before

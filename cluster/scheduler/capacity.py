@@ -40,7 +40,7 @@ class Capacity:
     queue: int = MAX_QUEUE
     verify_costs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
-    def never_fits(self, tokens: int, taken: Cost = ()) -> str:
+    def why_never_fits(self, tokens: int, taken: Cost = ()) -> str:
         """Return why a sequence of ``tokens`` tokens can never be admitted, or an empty string if it can.
 
         ``taken`` are bytes of each stage's budget that are used for other things; () for none.

@@ -18,12 +18,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from cluster.core.errors import BadFrame
 from cluster.core.frames import Compute, Frame, Join, Sample, Step
 from cluster.core.request import Request
-from cluster.scheduler.acceptance import Acceptance
+from cluster.scheduler.acceptance_rates import AcceptanceRates
 from cluster.scheduler.frame_writer import FrameWriter
+from cluster.scheduler.guess_window import LapMeter, choose_window
 from cluster.scheduler.guessing import Guess, Guesser, GuessSource
 from cluster.scheduler.in_flight import InFlightFrame
 from cluster.scheduler.sequence import ChainLink, ScheduledSequence
-from cluster.scheduler.speculation import LapMeter, choose_window
 from cluster.scheduler.speculation_counts import SpeculationCounts
 from cluster.scheduler.verify_length import Depth, choose_depth
 
@@ -36,7 +36,7 @@ class GuessChains:
 
     def __init__(self, guesser: Guesser | None, eos: frozenset[int]) -> None:
         self._guesser, self._eos = guesser, eos
-        self._acceptance = Acceptance()
+        self._acceptance = AcceptanceRates()
         self._left: list[tuple[Request, tuple[int, ...] | None]] = []
         """Requests that left, each with its tokens if its answer is worth learning. They wait for ``write``."""
         self.counts = SpeculationCounts()

@@ -183,9 +183,9 @@ class Prefixes:
         Return None, and drop nothing, if the marks of live sequences leave too little room.
         """
         left = tuple(most - c for most, c in zip(limit, cost, strict=True))
-        return self.shrink_to(left) if fits(self._live_marks.used, left) else None
+        return self.evict_to(left) if fits(self._live_marks.used, left) else None
 
-    def shrink_to(self, limit: Cost) -> list[int]:
+    def evict_to(self, limit: Cost) -> list[int]:
         """Drop least recently used prefixes until every stage is within ``limit`` bytes. Return the dropped ids.
 
         If the marks of live sequences alone need more, every prefix is dropped.

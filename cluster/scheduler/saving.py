@@ -57,5 +57,5 @@ class Saving:
         self._edits += map(Drop, dropped)
         if prefix is not None:
             self._edits.append(Save(sequence.id, prefix))
-            self._edits += map(Drop, self._prefixes.shrink_to(free))
+            self._edits += map(Drop, self._prefixes.evict_to(free))
         return prefix

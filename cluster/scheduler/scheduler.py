@@ -27,7 +27,7 @@ from cluster.core.errors import BadFrame, InvalidRequest, PromptTooLong, Request
 from cluster.core.frames import Compute, Drop, Frame, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.adapter_memory import AdapterMemory
-from cluster.scheduler.cache_memory import CacheMemory
+from cluster.scheduler.cache_accounting import CacheMemory
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.deferred import DeferredSamples
 from cluster.scheduler.disk_prefixes import DiskContents, DiskPrefixes, DiskUse
@@ -42,7 +42,7 @@ from cluster.scheduler.lanes import LaneAssignment
 from cluster.scheduler.marking import Marking
 from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
-from cluster.scheduler.prefill_turns import PrefillTurns
+from cluster.scheduler.prefill_order import PrefillOrder
 from cluster.scheduler.prefixes import MIN_HIT, Prefixes
 from cluster.scheduler.prompt_scores import account_scores, longest_chunk, scoring_of
 from cluster.scheduler.saving import Saving
@@ -77,7 +77,7 @@ class Scheduler:
         self._saving = Saving(capacity, self._prefixes, self._edits)
         self._copies = Copies()
         self._deferred = DeferredSamples()
-        self._turns = PrefillTurns(self._lanes, self._deferred, limited=capacity.max_step_ms is not None)
+        self._prefill_order = PrefillOrder(self._lanes, self._deferred, limited=capacity.max_step_ms is not None)
         self._memory = CacheMemory(capacity, self._lanes, self._flights, self._prefixes, lambda: self.disk.reserved)
         self.speculation.begin_epoch(
             len(capacity.budget), self._writer, self._memory.has_room_for_marks, capacity.verify_costs
@@ -149,7 +149,7 @@ class Scheduler:
                 raise InvalidRequest(
                     f"a request with the id {request.id} is already live; choose another id", field="request_id"
                 )
-            if why := self._memory.never_fits(len(request.prompt) + request.max_tokens):
+            if why := self._memory.why_never_fits(len(request.prompt) + request.max_tokens):
                 raise PromptTooLong(why, field="max_tokens")
         displaced = self._waiting.make_room(requests[0].client, len(requests))
         for sequence in displaced:
@@ -173,10 +173,10 @@ class Scheduler:
         lost = sorted(self._lanes, key=lambda s: s.id)
         for sequence in self._by_request.values():
             self.speculation.drop_unverified(sequence)
-            sequence.begin_anew()
+            sequence.reset_for_replay()
         self._waiting.put_back(lost)
         self._open(epoch, capacity, disk)
-        refused = [Refused(s.request.id, why) for s in self._waiting if (why := capacity.never_fits(s.reserved))]
+        refused = [Refused(s.request.id, why) for s in self._waiting if (why := capacity.why_never_fits(s.reserved))]
         for refusal in refused:
             removed = self._by_request.pop(refusal.request_id)
             self._waiting.remove(removed)
@@ -235,7 +235,7 @@ class Scheduler:
 
     def guess_frames(self, now: float) -> list[Frame]:
         """Return frames that feed guesses. Call it once the frames of ``next_frames`` have been sent."""
-        return self.speculation.write(self._turns.decoding(), now, busy=self._reads_prompt)
+        return self.speculation.write(self._prefill_order.decoding(), now, busy=self._reads_prompt)
 
     @property
     def _reads_prompt(self) -> bool:
@@ -247,7 +247,7 @@ class Scheduler:
             self.speculation.drop_frames(blocking)
         self._lanes.rebalance(lambda members: fits(self._memory.cost(members), self._memory.beside_prefixes()))
         frames = [*self._writer.write_overflow(now), *self._decodes(now)]
-        while self._flights.prefills < self._capacity.window and (sequence := self._turns.next()):
+        while self._flights.prefills < self._capacity.window and (sequence := self._prefill_order.next()):
             frames.append(self._prefill(sequence, now))
             frames += self._decodes(now)
         frames += self._writer.write_remaining(now)
@@ -277,7 +277,7 @@ class Scheduler:
             return False
         limit = tuple(b - c for b, c in zip(budget, cost, strict=True))
         self._prefixes.touch(sequence.owner, sequence.beginning)
-        self._edits += map(Drop, self._prefixes.shrink_to(limit))
+        self._edits += map(Drop, self._prefixes.evict_to(limit))
         self._marking.drop_marks((*self._lanes, *self._flights.leaving), limit)
         return True
 
@@ -348,7 +348,7 @@ class Scheduler:
         self._deferred.discard(sequence)
         self._lanes.leave(sequence)
         followers = [s for s in self._lanes if s.leader is sequence]
-        sequence.begin_anew()
+        sequence.reset_for_replay()
         self._sequences_seen += 1
         sequence.id = self._sequences_seen
         self._waiting.put_back([sequence])
@@ -474,17 +474,17 @@ class Scheduler:
         for sequence in sequences:
             sequence.feed_next(number)
         if len(sequences) == 1:
-            self.speculation.extend_head(sequences[0], self._turns.decoding(), busy=self._reads_prompt)
+            self.speculation.extend_head(sequences[0], self._prefill_order.decoding(), busy=self._reads_prompt)
         rows = tuple(s.chain[0].tokens for s in sequences)
         self._lanes.begin(lane, sequences, number)
-        self._turns.on_decode(lane)
+        self._prefill_order.on_decode(lane)
         step = Step(Compute.DECODE, tuple(s.id for s in sequences), rows, guesses=len(rows[0]) - 1, start=start)
         return self._writer.write(lane, step, 0, now, trims)
 
     def _prefill(self, sequence: ScheduledSequence, now: float) -> Frame:
         start = len(sequence.fed)
-        others = bool(self._turns.lanes_decoding(sequence))
-        self._turns.on_prefill()
+        others = bool(self._prefill_order.lanes_decoding(sequence))
+        self._prefill_order.on_prefill()
         count = self._prefill_budget.chunk(sequence.cached, start, sequence.unsent, others_decode=others)
         count = min(count, sequence.next_chunk_end - start, longest_chunk(sequence, self._capacity))
         tokens = sequence.base[start : start + count]

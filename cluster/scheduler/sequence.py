@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from cluster.core.request import Request
-from cluster.scheduler.acceptance import RightShare
+from cluster.scheduler.acceptance_rates import RightShare
 from cluster.scheduler.guessing import Guess, GuessSource
 from cluster.scheduler.kept_marks import KeptMark
 from cluster.scheduler.prefixes import Owner, Start
@@ -114,7 +114,7 @@ class ScheduledSequence:
     def __post_init__(self) -> None:
         self.base = (*self.request.prompt, *self.answer)
 
-    def begin_anew(self) -> None:
+    def reset_for_replay(self) -> None:
         """Reset it to queued: the stages lost its state, so prompt and answer so far must be prefilled again."""
         self.base = (*self.request.prompt, *self.answer)
         self.lane = -1

@@ -13,7 +13,7 @@ from typing import Final
 
 from cluster.core.limits import LOOKUP_TOKENS
 from cluster.core.request import Request
-from cluster.scheduler.earlier_answers import BOUNDARY, EarlierAnswers
+from cluster.scheduler.answer_history import BOUNDARY, AnswerHistory
 from cluster.scheduler.guessing import Guess, GuessSource
 from cluster.scheduler.suffix_lookup import (
     ID_BYTES,
@@ -78,7 +78,7 @@ class TextGuesser:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._followed: dict[str, _GuessContext] = {}
-        self.answers = EarlierAnswers(clock)
+        self.answers = AnswerHistory(clock)
 
     def propose(self, request: Request, tokens: Sequence[int], count: int) -> Guess | None:
         """Guess at most ``count`` tokens after ``tokens``: the prompt, the verified answer and guesses in flight."""

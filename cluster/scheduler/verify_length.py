@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from cluster.core.lap_times import LapTimes, mean_token_time
-from cluster.scheduler.speculation import GUESS_COST, LEAST_GAIN, choose_window
+from cluster.scheduler.guess_window import GUESS_COST, LEAST_GAIN, choose_window
 
 __all__ = ["Depth", "choose_depth"]
 

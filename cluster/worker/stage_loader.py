@@ -18,7 +18,7 @@ from cluster.core.futures import ignore_error
 from cluster.core.limits import FETCH_TICK_S, MAX_ANSWER_BYTES
 from cluster.core.plan import ModelRef
 from cluster.security.trust import Trust
-from cluster.store.digests import digests
+from cluster.store.folder_digests import hash_tensors
 from cluster.store.hub import Hub
 from cluster.store.peer_client import Peer
 from cluster.store.store import FoundModel, Store
@@ -166,7 +166,7 @@ class _LoadJob:
         if found.partial:
             verified = found.partial.verified
             return {name: verified[name] for name in self._wanted.tensors}
-        return digests(self._store.home, found.folder, self._wanted.tensors, self.stop)
+        return hash_tensors(self._store.home, found.folder, self._wanted.tensors, self.stop)
 
 
 def _run_on_thread(work: Callable[[], Result]) -> asyncio.Task[Result]:

@@ -50,9 +50,9 @@ from cluster.membership.frame_deadlines import FrameDeadlines
 from cluster.platform import private_files
 from cluster.scheduler import deferred, guess_chains
 from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.guess_window import LapMeter
 from cluster.scheduler.guessing import Guess, Guesser, GuessSource
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.speculation import LapMeter
 from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.wire.frame_codec import decode, encode
@@ -168,7 +168,7 @@ class Bench:
             self.network.faults = {}
         plan = replace(self.plan, epoch=self.epoch)
         ring = Ring(self.network, self.epoch, self.ring_stages, self.loop.on_message, self.loop.on_stream_lost)
-        self.loop.resume(plan, self.capacity, ring)
+        self.loop.continue_on(plan, self.capacity, ring)
 
     async def emptied(self) -> None:
         """Return once the edits that free every sequence have gone round."""

@@ -60,7 +60,7 @@ def test_short_sequences_are_charged_little() -> None:
     limits = capacity(plan, SHAPE, ORDER, ())
     assert [limits.cost_of(n) for n in (1, 10, 11, 100, 101, 1000)] == [(2, 2)] * 2 + [(12, 12)] * 2 + [(100, 100)] * 2
     assert limits.prefix_budget == tuple(int(b * PREFIX_SHARE) for b in limits.budget)
-    assert limits.never_fits(1000) == ""
+    assert limits.why_never_fits(1000) == ""
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -19,8 +19,8 @@ from cluster.core.plan import Plan
 from cluster.core.worker import WorkerInfo
 from cluster.scheduler import guess_chains
 from cluster.scheduler.capacity import Capacity
+from cluster.scheduler.guess_window import LapMeter
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.speculation import LapMeter
 from cluster.scheduler.verify_length import Depth
 from effort import effort
 from faults.scenario import Fault, Kind, Moment, Scenario, pool, scenario

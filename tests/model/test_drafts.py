@@ -13,7 +13,7 @@ from cluster.core.errors import BadFrame
 from cluster.core.frames import Compute, Frame, Join, Leave, Step, Trim
 from cluster.core.plan import ModelShape
 from cluster.core.request import Request, SamplingParams
-from cluster.model.sampling import Sampler
+from cluster.model.sampler import Sampler
 from cluster.scheduler.draft_guesser import DraftGuesser, DraftModel
 from cluster.scheduler.guessing import GuessSource
 from cluster.wire.frame_codec import decode, encode

@@ -19,7 +19,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logi
 from cluster.core.limits import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY
 from cluster.core.plan import ModelShape
 from cluster.core.request import SamplingParams, TopLogprob
-from cluster.model.sampling import Sampler, _min_p, _top_k, _top_p, draw_key, draw_noise
+from cluster.model.sampler import Sampler, _min_p, _top_k, _top_p, draw_key, draw_noise
 from model.ring import PROMPT, Ring, tokens
 
 V = 16

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.core.errors import DoesNotFit, NoPlan
 from cluster.core.limits import GIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, SharedWeight
-from cluster.placement.memory_split import WorkerMemory, check, needed_bytes, solve
+from cluster.placement.memory_split import WorkerMemory, needed_bytes, require_fit, solve
 
 MODEL = ModelRef("m", "", "")
 
@@ -80,8 +80,8 @@ def test_too_few_cuts_say_how_many_workers_would_do() -> None:
 def test_given_layers_obey_the_same_rules() -> None:
     memories = [WorkerMemory("a", 1000), WorkerMemory("b", 1000)]
     s = shape([1] * 4, unclean=(1,))
-    check(s, memories, (LayerRange(0, 2), LayerRange(2, 4)), 1)
+    require_fit(s, memories, (LayerRange(0, 2), LayerRange(2, 4)), 1)
     with pytest.raises(NoPlan, match=r"cannot be cut before layer 1: layers 0 feed .* before 2, 3"):
-        check(s, memories, (LayerRange(0, 1), LayerRange(1, 4)), 1)
+        require_fit(s, memories, (LayerRange(0, 1), LayerRange(1, 4)), 1)
     with pytest.raises(NoPlan, match="layers 0-3, but the ranges end at layer 2"):
-        check(s, memories, (LayerRange(0, 2), LayerRange(2, 3)), 1)
+        require_fit(s, memories, (LayerRange(0, 2), LayerRange(2, 3)), 1)

@@ -14,9 +14,9 @@ from cluster.core.frames import Frame, Sample, Save, SequenceFailure, StageTimin
 from cluster.core.lap_times import LapTimes, mean_token_time
 from cluster.core.request import Request
 from cluster.scheduler import guess_chains
+from cluster.scheduler.guess_window import LapMeter
 from cluster.scheduler.guessing import Guess, GuessSource
 from cluster.scheduler.outcome import Produced, SampleFailed
-from cluster.scheduler.speculation import LapMeter
 from cluster.scheduler.verify_length import Depth, choose_depth
 from effort import effort
 from scheduler.guessers import Oracle

@@ -15,11 +15,11 @@ import pytest
 from cluster.core.frames import Compute, Frame, Sample, StageTiming, Step, Trim
 from cluster.core.lap_times import LapTimes, mean_token_time
 from cluster.core.request import Request, SamplingParams
-from cluster.scheduler.acceptance import Acceptance, RightShare
+from cluster.scheduler.acceptance_rates import AcceptanceRates, RightShare
+from cluster.scheduler.guess_window import choose_window
 from cluster.scheduler.guessing import Guess, GuessSource
 from cluster.scheduler.reordering import ReorderBuffer
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.speculation import choose_window
 from effort import effort
 from scheduler.stages import capacity
 
@@ -293,7 +293,7 @@ def test_a_slow_first_stage_is_guessed_only_for_good_guesses() -> None:
 
 
 def test_what_a_sequence_shows_soon_weighs_more_than_what_was_known() -> None:
-    acceptance, own = Acceptance(), dict[GuessSource, RightShare]()
+    acceptance, own = AcceptanceRates(), dict[GuessSource, RightShare]()
     for _ in range(300):
         acceptance.learn({}, GuessSource.NGRAM, right=True)
     assert acceptance.estimate(own, GuessSource.NGRAM) > 0.9

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.core.limits import ANSWER_AGE_S, CLIENT_ANSWER_BYTES, EARLIER_ANSWER_BYTES, MAX_ANSWER_CLIENTS
 from cluster.core.request import Request, SamplingParams
-from cluster.scheduler.earlier_answers import EarlierAnswers
+from cluster.scheduler.answer_history import AnswerHistory
 from cluster.scheduler.guessing import Guess, GuessSource
 from cluster.scheduler.text_guesser import TextGuesser
 
@@ -154,7 +154,7 @@ def test_a_guess_is_what_followed_somewhere(prompt: list[int], prediction: list[
 
 def test_old_answers_are_dropped() -> None:
     time = [0.0]
-    answers = EarlierAnswers(lambda: time[0])
+    answers = AnswerHistory(lambda: time[0])
     answers.add("a", (1, 2))
     time[0] = ANSWER_AGE_S * 0.6
     answers.add("a", (3, 4))
@@ -169,7 +169,7 @@ def test_old_answers_are_dropped() -> None:
 
 
 def test_bytes_are_bounded() -> None:
-    answers = EarlierAnswers(now)
+    answers = AnswerHistory(now)
     for _ in range(30):
         answers.add("a", tuple(range(CLIENT_ANSWER_BYTES // 30)))
         assert answers.size <= CLIENT_ANSWER_BYTES
@@ -183,13 +183,13 @@ def test_bytes_are_bounded() -> None:
 
 
 def test_clients_are_bounded() -> None:
-    answers = EarlierAnswers(now)
+    answers = AnswerHistory(now)
     for i in range(MAX_ANSWER_CLIENTS + 5):
         answers.add(str(i), (i,))
     assert (answers.of("4"), len(answers.of("5")), answers.size) == (b"", 8, 8 * MAX_ANSWER_CLIENTS)
 
 
 def test_empty_answers_take_no_room() -> None:
-    answers = EarlierAnswers(now)
+    answers = AnswerHistory(now)
     answers.add("a", ())
     assert (answers.of("a"), answers.size) == (b"", 0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from cluster.core.lap_times import LapTimes, mean_token_time
-from cluster.scheduler.speculation import choose_window
+from cluster.scheduler.guess_window import choose_window
 from cluster.scheduler.verify_length import choose_depth
 
 Costs = Mapping[int, float]

@@ -21,7 +21,7 @@ from cluster.core.plan import ModelRef
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.security.credentials import LocalTrust
 from cluster.store.digest_manifest import DigestManifest
-from cluster.store.digests import digests
+from cluster.store.folder_digests import hash_tensors
 from cluster.store.hub import Hub
 from cluster.store.limits import MAX_MODEL_FILES, MAX_STORE_ANSWER_BYTES, MAX_TENSORS_NAMED
 from cluster.store.model_files import StoredFile
@@ -110,7 +110,7 @@ def test_a_whole_folder_is_had_tensor_by_tensor(giving: Giving, published: Path,
     take(home, partial, [peer], list(whole.tensors))
     for file in {t.file for t in whole.tensors.values()}:
         assert (partial.folder / file).read_bytes() == (published / file).read_bytes()
-    assert partial.verified == digests(home, published, whole.tensors, Event())
+    assert partial.verified == hash_tensors(home, published, whole.tensors, Event())
 
 
 def test_a_part_gives_what_it_has_and_says_what_it_knows(
@@ -165,14 +165,14 @@ def test_damaged_bytes_are_taken_from_somebody_else(
 ) -> None:
     home, whole = tmp_path / "mine", open_checkpoint(published)
     bad, good = giving("bob", copied(published, tmp_path / "bad", NAME)), giving("cyd", published)
-    DigestManifest(home, whole.fingerprint).learn(digests(home, published, [NAME], Event()).items(), "a test")
+    DigestManifest(home, whole.fingerprint).learn(hash_tensors(home, published, [NAME], Event()).items(), "a test")
     partial = mine(home, [bad], whole.fingerprint)
     with pytest.raises(FetchFailed, match=f"worker bob has damaged bytes of the tensor {NAME}"):
         take(home, partial, [bad], [NAME])
     assert f"worker bob has damaged bytes of the tensor {NAME}" in caplog.text
     assert caplog.records[0].levelno == logging.WARNING
     take(home, partial, [bad, good], [NAME])
-    assert partial.digest(partial.tensors[NAME]) == digests(home, published, [NAME], Event())[NAME]
+    assert partial.digest(partial.tensors[NAME]) == hash_tensors(home, published, [NAME], Event())[NAME]
 
 
 def test_peers_that_know_different_digests_are_both_named(giving: Giving, published: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_peers_that_know_different_digests_are_both_named(giving: Giving, publis
     for name, flipped in (("bob", ()), ("cyd", (NAME,))):
         folder = copied(published, tmp_path / name, *flipped)
         home = tmp_path / f"home-{name}"
-        DigestManifest(home, fingerprint).learn(digests(home, folder, [NAME], Event()).items(), name)
+        DigestManifest(home, fingerprint).learn(hash_tensors(home, folder, [NAME], Event()).items(), name)
         peers.append(giving(name, folder))
     partial = mine(tmp_path / "mine", peers, fingerprint)
     with pytest.raises(ModelDiffers, match=f"worker bob and worker cyd have different bytes of the tensor {NAME}"):

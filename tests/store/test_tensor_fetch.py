@@ -16,8 +16,8 @@ from cluster.core.limits import GIB, MIB
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.store import range_download as runs
 from cluster.store.digest_manifest import DigestManifest
-from cluster.store.digests import digests
 from cluster.store.disk_space import free_bytes
+from cluster.store.folder_digests import hash_tensors
 from cluster.store.hub import Hub
 from cluster.store.partial_checkpoint import PartialCheckpoint, lock_file, place
 from cluster.store.store import Store
@@ -306,13 +306,13 @@ def test_what_is_known_of_a_model_counts_though_it_cannot_be_written(
 ) -> None:
     names = list(open_checkpoint(published).tensors)[:3]
     failing_disk.room = 10
-    found = digests(tmp_path, published, names, Event())
+    found = hash_tensors(tmp_path, published, names, Event())
     assert set(found) == set(names)
     manifest = DigestManifest(tmp_path, "ab" * 32)
     manifest.learn(found.items(), "this Mac")
     assert manifest.known == found
     failing_disk.room = None
-    assert digests(tmp_path, published, names, Event()) == found
+    assert hash_tensors(tmp_path, published, names, Event()) == found
     assert not DigestManifest(tmp_path, "ab" * 32).known
 
 

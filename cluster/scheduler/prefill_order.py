@@ -7,7 +7,7 @@ from cluster.scheduler.lanes import LaneAssignment
 from cluster.scheduler.sequence import Phase, ScheduledSequence
 
 
-class PrefillTurns:
+class PrefillOrder:
     """The turns of prompts among ``lanes``. ``limited``: others' tokens must not wait long for a chunk."""
 
     def __init__(self, lanes: LaneAssignment, deferred: DeferredSamples, *, limited: bool) -> None:

@@ -41,7 +41,7 @@ class RightShare:
         return max(0.0, self.mean - sqrt(self.mean * max(0.0, 1 - self.mean) / self.total))
 
 
-class Acceptance:
+class AcceptanceRates:
     """The right shares of each source over all sequences. Those of a sequence are its own."""
 
     def __init__(self) -> None:

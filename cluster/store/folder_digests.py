@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 Stopped = Callable[[], bool]
 
 
-def digests(home: Path, folder: Path, names: Iterable[str], stop: Event) -> dict[str, str]:
+def hash_tensors(home: Path, folder: Path, names: Iterable[str], stop: Event) -> dict[str, str]:
     """Return the SHA-256 in hex, by name, of these tensors of the model or the adapter in ``folder``.
 
     If ``stop`` is set, return those of fewer tensors. Raise what ``open_folder`` raises, and KeyError for a tensor that

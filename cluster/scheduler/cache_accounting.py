@@ -37,9 +37,9 @@ class CacheMemory:
         """Worst-case bytes of the live sequences' caches, per stage."""
         return tuple(c - t for c, t in zip(self.cost(self._lanes.members), self.taken, strict=True))
 
-    def never_fits(self, tokens: int) -> str:
+    def why_never_fits(self, tokens: int) -> str:
         """Return why a sequence of ``tokens`` tokens can never be admitted, or an empty string if it can."""
-        return self._capacity.never_fits(tokens, self.taken)
+        return self._capacity.why_never_fits(tokens, self.taken)
 
     def cost(self, members: list[list[ScheduledSequence]]) -> Cost:
         """Return the worst-case bytes of lanes with these members, of leaving sequences, of reads, and of adapters."""

@@ -28,7 +28,7 @@ class _Answers:
     ends: deque[tuple[float, int]] = field(default_factory=deque)
 
 
-class EarlierAnswers:
+class AnswerHistory:
     """The answers of all clients. ``clock`` returns seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
