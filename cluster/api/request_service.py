@@ -133,7 +133,7 @@ class RequestService:
             try:
                 revoked = self.key_usage.revoked(self._answered)
             except ClusterDamaged as e:  # rejects new requests too; live ones were authorized before
-                log.error("keys: cannot check for revoked ones reason=%s", e.sentence)
+                log.error("keys: cannot check for revoked keys reason=%s", e.sentence)
                 continue
             for request_id in [one for one, client in self._live.items() if client in revoked]:
                 with suppress(RequestNotFound, MacpipeError):

@@ -171,7 +171,10 @@ def _request(
 ) -> Request:
     max_tokens = _max_tokens(params.max_tokens, len(prompt), model_info.shape.max_context, caller, least_tokens)
     if len(params.request_id) > MAX_REQUEST_ID_CHARS:
-        raise InvalidRequest(f"the request id is longer than {MAX_REQUEST_ID_CHARS} characters", field="request_id")
+        raise InvalidRequest(
+            f"the request id has {len(params.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed",
+            field="request_id",
+        )
     if not params.request_id.isprintable():  # it is logged: a line break in it could forge a log line
         raise InvalidRequest("the request id has characters that cannot be printed; leave them out", field="request_id")
     if params.samples > MAX_SAMPLES:
@@ -253,7 +256,7 @@ def _max_answer_tokens(prompt: int, context: int) -> int:
     """Return the tokens left for an answer. Raises ``PromptTooLong`` if there are none."""
     if prompt >= context:
         raise PromptTooLong(
-            f"the prompt has {prompt} tokens, the context {context}, so no answer fits; shorten the prompt, or serve "
+            f"the prompt has {prompt} tokens and the context holds {context}, so no answer fits; shorten it, or serve "
             "with a larger --max-context",
             field="prompt",
             tokens=str(prompt),

@@ -141,7 +141,9 @@ def _read_piped_lines() -> Iterator[str]:
     try:
         yield from (line.rstrip("\n") for line in sys.stdin)
     except UnicodeDecodeError:
-        raise InvalidOption("standard input is not UTF-8 text", field="message") from None
+        raise InvalidOption(
+            "standard input is not UTF-8 text; convert it, for example with iconv", field="message"
+        ) from None
 
 
 def _send_once(client: Client, message: str, system: str | None, options: Options, *, json: bool) -> None:

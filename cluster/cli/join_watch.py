@@ -34,7 +34,7 @@ JoinPort = Annotated[
 
 
 def admit(folder: ClusterFolder, tokens: Sequence[JoinToken], host: str, port: int | None) -> int:
-    """Admit Macs until every token was used, revoked or expired, or until Ctrl-C.
+    """Admit Macs until every token is used, revoked or expired, or until Ctrl-C.
 
     Return the exit code: 1 if a token was revoked or expired without being used.
     """

@@ -24,7 +24,7 @@ class WordWrapper:
         return "".join(self._add(character) for character in text)
 
     def flush(self) -> str:
-        """Return the rest, at the end of the text."""
+        """Return the text held back so far. Call it once, after the last piece."""
         rest, self._spaces = self._end_word() + self._spaces, ""
         return rest
 

@@ -55,5 +55,5 @@ def _read(entry: dict[str, Any], data: memoryview) -> Tensor:
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or end > len(data):
         raise ValueError("a tensor is outside the file")
     if end - start != prod(shape) * _ITEM_BYTES[dtype]:
-        raise ValueError("a tensor's size does not fit its shape")
+        raise ValueError(f"a tensor has {end - start} bytes, but its shape needs {prod(shape) * _ITEM_BYTES[dtype]}")
     return Tensor(dtype, shape, data[start:end])

@@ -70,7 +70,7 @@ class GgufSource:
                 for tensor in self._groups[group]:
                     self._fill(source.fileno(), tensor)
         except EOFError as error:
-            raise BadCheckpoint(f"{self._file.name} has become shorter meanwhile; get the file again") from error
+            raise BadCheckpoint(f"{self._file.name} was truncated while it was read; get the file again") from error
 
     def _empty(self, group: str) -> None:
         members = self._groups.get(group)
@@ -150,7 +150,7 @@ def _tensor(told: dict[str, Any]) -> GgufTensor:
 
 
 def _read_numbers(source: int, tensor: GgufTensor) -> Iterator[Any]:
-    """Yield the tensor's numbers as float32 arrays, in the model's order of rows, a chunk at a time."""
+    """Yield the tensor as float32 chunks, its rows in the model's order."""
     stored = tensor.stored
     kind = GGMLQuantizationType(stored.type)
     block, block_bytes = GGML_QUANT_SIZES[kind]

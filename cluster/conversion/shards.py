@@ -34,7 +34,7 @@ class ShardLayout:
 
 
 def lay_out(tensors: Sequence[ConvertedTensor], shard_bytes: int = SHARD_BYTES) -> tuple[ShardLayout, ...]:
-    """Distribute the tensors over files, in order."""
+    """Group tensors, in order, into files of at most ``shard_bytes``. Return one layout per file."""
     groups: list[list[ConvertedTensor]] = []
     size = 0
     for tensor in tensors:

@@ -174,7 +174,7 @@ class DraftService:
         except MacpipeError as e:
             if isinstance(e, StaleEpoch):
                 self._deps.epochs.learn_refusal(e)
-            log.info("draft: not loaded again reason=%s", e.sentence)
+            log.info("draft: cannot reload draft model reason=%s model=%s", e.sentence, self._name)
             self.problem = f"the draft model {self._name} does not guess: {e.sentence}"
         except Exception as e:  # top of the task
             log.exception("draft: not loaded again")

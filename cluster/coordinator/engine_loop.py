@@ -130,7 +130,7 @@ class EngineLoop:
         return self._inbox.ask(lambda: self.answers.end(request_id, error))
 
     def end_adapter(self, adapter: str, error: MacpipeError) -> Future[int]:
-        """End the requests of an adapter with an error, and drop its prefixes. The future has their number."""
+        """End the requests of an adapter with an error, and drop its prefixes. The future resolves to their number."""
         return self._inbox.ask(lambda: self._end_adapter(adapter, error))
 
     def _end_adapter(self, adapter: str, error: MacpipeError) -> int:

@@ -62,7 +62,7 @@ class EpochBuilder:
     async def load(self, plan: Plan, workers: Sequence[WorkerInfo], only: Collection[str] | None = None) -> None:
         """Load the slices of all workers, or of those named in ``only``. Raises ``MacpipeError``.
 
-        A worker that already holds its slice reads and proves nothing. If all workers in ``only`` hold theirs, the
+        A worker that already holds its slice reads and verifies nothing. If all workers in ``only`` hold theirs, the
         coordinator's own folder is not read either, so that a recovery does not wait for it.
         """
         began = time.monotonic()

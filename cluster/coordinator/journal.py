@@ -123,7 +123,7 @@ class Journal:
             log.info("journal: request not recorded reason=%s request=%s", e, request.id)
             return
         if self._needed + len(record) > JOURNAL_BYTES:
-            log.info("journal: full of live requests, request not recorded request=%s", request.id)
+            log.info("journal: request not recorded, journal is full request=%s", request.id)
             return
         self._live[request.id], self._records[request.id] = kept, record
         self._needed += len(record) + _token_bytes(kept)
@@ -208,7 +208,7 @@ class Journal:
             if self._size > MOST_JOURNAL_SIZES * JOURNAL_BYTES:
                 self._switch_off(e)
                 return
-            log.warning("journal: not rewritten reason=%s path=%s", e.strerror or type(e).__name__, self._path)
+            log.warning("journal: cannot compact file reason=%s path=%s", e.strerror or type(e).__name__, self._path)
             self._retry_at = self._monotonic() + JOURNAL_RETRY_S
             self._append()
         else:

@@ -134,7 +134,7 @@ class LiveAnswers:
             try:
                 self._scheduler.end(sample)
             except RequestNotFound:
-                log.debug("answers: sample already left the scheduler request=%s", sample)
+                log.debug("answers: sample already left the scheduler sample=%s", sample)
         self._flush()
         active.answer.put(error)
         if self.journal:

@@ -54,7 +54,7 @@ Failures = asyncio.Queue[MacpipeError]
 
 @dataclass(frozen=True, slots=True)
 class ServiceDeps:
-    """The dependencies of a service: the cluster's workers, the means to reach them, and where it tells of events."""
+    """The dependencies of a service: the cluster's workers, the clients that call them, and the listener of events."""
 
     roster: Roster
     heartbeat: HeartbeatMonitor

@@ -258,7 +258,7 @@ def _usable(members: Sequence[RosterEntry], wanted: int | None) -> tuple[WorkerI
         raise DuplicateId(copied.problem)
     name = next(name for name, count in counts.items() if count > 1)
     where = " and ".join(f.control_address for f in fine if f.name == name)
-    raise DuplicateName(f"two workers are named {name}, at {where}; start one of them with another --name")
+    raise DuplicateName(f"two workers are named {name} (at {where}); restart one with another --name")
 
 
 def _with_duplicates(members: Sequence[RosterEntry]) -> tuple[RosterEntry, ...]:

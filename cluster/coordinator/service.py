@@ -392,7 +392,7 @@ class ModelService:
                 if isinstance(e, NoPlan | NoWorkers) or not worker or worker in without:
                     await self._cannot_leave(leaver, e)
                     return
-                log.warning("move: failed, trying without worker=%s reason=%s", worker, e.sentence)
+                log.warning("move: failed, trying without a worker reason=%s worker=%s", e.sentence, worker)
                 without.add(worker)
         if name not in self._stage_workers():
             await self._release(leaver)
@@ -443,4 +443,4 @@ async def _send_step_time(control: WorkerClient, fingerprint: str, ratio: float)
     try:
         await control.learn(fingerprint, ratio)
     except MacpipeError as e:
-        log.info("service: ratio not learned reason=%s", e.sentence)
+        log.info("service: step-time ratio not sent reason=%s worker=%s", e.sentence, control.name)

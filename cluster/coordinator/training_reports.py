@@ -1,4 +1,4 @@
-"""Sum losses as mlx-lm does, in float32 and in its order, and say when a report is due. Pure but for its clock."""
+"""Sum losses as mlx-lm does, in float32 and in its order, and say when a report is due. Does no I/O; reads a clock."""
 
 from __future__ import annotations
 

@@ -197,7 +197,10 @@ class WorkerClient:
         try:
             found = unpack_beginnings(answer.beginnings)
         except ValueError as e:
-            raise WorkerLost(f"worker {self.name} sent an invalid list of prefixes", worker=self.name) from e
+            raise WorkerLost(
+                f"worker {self.name} sent an invalid list of prefixes; run the same macpipe on all Macs",
+                worker=self.name,
+            ) from e
         return found[:MAX_DISK_NODES]
 
     async def read_prefix(self, order: DiskRead) -> None:

@@ -40,10 +40,10 @@ async def announce(*, id: str, name: str, version: str, cluster: str, host: str,
 
 @contextlib.asynccontextmanager
 async def publish(info: Callable[[Reach], AsyncServiceInfo], host: str, what: str) -> AsyncIterator[None]:
-    """Announce ``what``, which listens on ``host``, during the block. ``info`` makes its records."""
+    """Announce the service ``what`` on ``host`` while the block runs. ``info`` builds its DNS records."""
     here = await _reach(host)
     if not here.senders:
-        log.warning("announcement: not made, no interface has it address=%s service=%s", host, what)
+        log.warning("announcement: skipped, no interface has this address address=%s service=%s", host, what)
     zeroconf = open_multicast(here.senders, f"announce {what}") if here.senders else None
     if zeroconf is None:
         yield
@@ -86,13 +86,13 @@ def _info(fields: txt.Announcement, here: Reach, port: int) -> AsyncServiceInfo:
 
 
 async def _register(zeroconf: AsyncZeroconf, info: AsyncServiceInfo, what: str) -> None:
-    """Register the service. A taken instance name gets a number, which readers never see."""
+    """Register the service. Zeroconf numbers a taken instance name; readers take the name from the TXT record."""
     try:
         async with asyncio.timeout(ANNOUNCE_S):
             await zeroconf.async_register_service(info, allow_name_change=True)
     except (OSError, Error, TimeoutError) as error:
         why = str(error) or type(error).__name__
-        log.warning("announcement: failed, use --peer HOST:PORT on other Macs reason=%s service=%s", why, what)
+        log.warning("announcement: cannot register service reason=%s service=%s", why, what)
 
 
 async def _keep_up(zeroconf: AsyncZeroconf, make: Callable[[Reach], AsyncServiceInfo], host: str, what: str) -> None:

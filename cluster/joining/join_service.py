@@ -81,7 +81,7 @@ class JoinService:
         if isinstance(error, WrongSecret) and not self._guesses.allow():
             error = Busy("there were too many wrong tokens; try again in a second", retry_after_s=1.0)
         else:
-            log.info("join: refused reason=%s", error.reason)
+            log.info("join: refused code=%s", error.reason)
         return JSONResponse(write_refusal(error), status_code=error.http_status)
 
 

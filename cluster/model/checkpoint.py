@@ -175,11 +175,10 @@ def _require_layers(config: Mapping[str, Any], tensors: int) -> None:
 def _small_file(path: Path) -> bytes:
     """Return the content of a config or tokenizer file. Raises BadCheckpoint if it is too large or not a file."""
     size = path.stat().st_size
-    if size > MAX_SMALL_FILE_BYTES or not path.is_file():
-        raise BadCheckpoint(
-            f"{path.name} has {size} bytes or is not a regular file; at most {MAX_SMALL_FILE_BYTES} bytes are allowed",
-            file=path.name,
-        )
+    if not path.is_file():
+        raise BadCheckpoint(f"{path.name} is not a regular file", file=path.name)
+    if size > MAX_SMALL_FILE_BYTES:
+        raise BadCheckpoint(f"{path.name} has {size} bytes; at most {MAX_SMALL_FILE_BYTES} are allowed", file=path.name)
     return path.read_bytes()
 
 

@@ -60,7 +60,7 @@ class LaneCaches:
         return self._alone[sequence]
 
     def copy(self, sequence: int) -> SequenceCaches:
-        """Return a copy of a sequence's caches, without moving them."""
+        """Return a copy of a sequence's caches. The sequence stays where it is, in its lane or alone."""
         return self._extract(sequence) if sequence in self._lane_of else self._alone[sequence].copy()
 
     def mark(self, sequence: int) -> CacheMark:

@@ -105,7 +105,7 @@ class CacheBuilder:
             raise PrefixMissing("the rows of a prefix differ in their form")
         arrays = [_unpack(tensor) for tensor in piece.tensors]
         if not all(array.ndim > 1 and array.shape[-2] == count for array in arrays):
-            raise PrefixMissing("the rows of a prefix are not complete")
+            raise PrefixMissing("the prefix on disk is incomplete: rows are missing")
         mx.eval(arrays)
         self._first = self._first or piece
         self._arrays.append(arrays)

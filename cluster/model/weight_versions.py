@@ -39,7 +39,7 @@ def read_weight_versions(folder: Path, shards: Iterable[Shard]) -> dict[str, str
 
 
 def read_recorded_versions(folder: Path) -> Mapping[str, str]:
-    """Read the editions in a partial checkpoint's record; none if it is damaged, since its own reader rejects it."""
+    """Read the editions in a partial checkpoint's record. Return {} if it is damaged: its own reader reports that."""
     try:
         record = json.loads((folder / RECORDS / ORIGIN).read_bytes())
     except (OSError, ValueError, RecursionError):

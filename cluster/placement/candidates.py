@@ -59,5 +59,5 @@ class Candidates:
         return (RELAYED_HOPS if self.relay else 1) * self.between(one, other).hop_s(nbytes)
 
     def ends_s(self) -> float:
-        """Return the seconds from the coordinator to the first stage and from the last stage back: a few bytes each."""
+        """Return the seconds that a few bytes take from the coordinator to the first stage and from the last back."""
         return self.link.round_trip_s

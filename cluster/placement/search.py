@@ -244,7 +244,10 @@ class Search:
                     yield _Step(key, kind, ((*key[:kind], count - 1, *key[kind + 1 :]),))
 
     def _chains(self) -> Iterator[_Step]:
-        """Yield the transitions in order of speed: each worker after any of the workers before it."""
+        """Yield the transitions of layouts that keep the workers in order of speed and may leave some out.
+
+        A key is the last worker and the number of stages.
+        """
         for kind in range(len(self._kinds)):
             yield _Step((kind, 1), kind, ((-1, 0),))
             for count in range(2, kind + 2):

@@ -40,4 +40,4 @@ def read_json(path: Path, max_bytes: int) -> Any:
 
 
 def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not valid JSON")

@@ -61,10 +61,10 @@ def protect_home(home: Path) -> None:
             return  # other users can at most create files of their own
         if found.st_uid == os.geteuid() and _holds_state_alone(home):
             home.chmod(0o700)
-            log.warning("state folder: closed to other users path=%s mode_before=%03o", home, mode)
+            log.warning("state folder: removed access of other users path=%s mode_before=%03o", home, mode)
             return
     except OSError as e:
-        log.info("state folder: not checked reason=%s path=%s", e.strerror, home)
+        log.info("state folder: cannot check permissions reason=%s path=%s", e.strerror, home)
         return
     if mode & _WRITERS:
         raise InvalidOption(

@@ -100,7 +100,7 @@ class TextService(Protocol):
         """Raise ``InvalidGrammar`` if the last stage could not enforce ``grammar`` at a bounded cost."""
 
     async def read_calls(self, body: str, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
-        """Return the calls of ``tools`` in a part of an answer; none if any is invalid, or takes too much work."""
+        """Return the calls of ``tools`` in a part of an answer; () if one is invalid or parsing takes too long."""
 
     async def close(self) -> None:
         """Fail all running and waiting jobs with ``NotServing``."""

@@ -93,7 +93,7 @@ class DraftGuesser:
         drafted = self._by_id[samples[0].sequence]
         first = drafted.start + len(drafted.tokens)
         if [s.position for s in samples] != list(range(first, first + len(samples))):
-            raise BadFrame(f"invalid frame {frame.number}: its drafts are not for the positions that were asked for")
+            raise BadFrame(f"invalid draft frame {frame.number}: its positions are not those requested, {first} and on")
         tokens = [s.token for s in samples]
         drafted.held += tokens[:-1]
         drafted.tokens += tuple(takewhile(lambda token: token < self._model.target_vocabulary, tokens))

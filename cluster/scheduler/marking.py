@@ -1,4 +1,7 @@
-"""Chooses where the prompts of one epoch are marked, and writes the edits for it, within the budget of prefixes."""
+"""Chooses where the prompts of one epoch are marked, and writes the edits for it, within the budget of prefixes.
+
+A mark is the state, at one length, of the caches that cannot be trimmed; a prompt can start from it (``kept_marks``).
+"""
 
 from __future__ import annotations
 

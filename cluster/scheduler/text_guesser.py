@@ -47,7 +47,7 @@ class _TextPosition:
 
 
 class _GuessContext:
-    """A sequence, packed, and the text that it follows."""
+    """A sequence as packed token ids, and the text from which its next tokens are guessed."""
 
     def __init__(self, request: Request, tokens: Sequence[int]) -> None:
         self._first = max(len(tokens) - LOOKUP_TOKENS, 0)

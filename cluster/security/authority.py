@@ -177,9 +177,9 @@ def read_authority(pem: bytes) -> PresentedAuthority:
         cluster = check_name(str(name.value), "a cluster's")
         fingerprint = hashlib.sha256(public_bytes(certificate.public_key())).digest()
     except _UNFIT:
-        raise ValueError("not an authority's certificate") from None
+        raise ValueError("the certificate is not that of a macpipe authority") from None
     if not constraints.ca:
-        raise ValueError("not an authority's certificate")
+        raise ValueError("the certificate is not that of a macpipe authority")
     return PresentedAuthority(certificate.public_bytes(Encoding.PEM), fingerprint, cluster)
 
 

@@ -62,7 +62,10 @@ class Renewal:
             except ValueError as e:
                 raise InvalidRequest(f"this is not the certificate that was requested: {e}") from e
             if (fresh.party.role, fresh.party.id) != (held.party.role, held.party.id):
-                raise InvalidRequest("this certificate belongs to another party")
+                raise InvalidRequest(
+                    f"the new certificate is for {fresh.party.role} {fresh.party.id}, but this machine is"
+                    f" {held.party.role} {held.party.id}"
+                )
             self.folder.keep(self._role, self._worker, key=self._key or b"", certificate=certificate)
             self._key = None
 

@@ -108,7 +108,7 @@ class ClusterFolder:
         return self.keyring(Role.ADMIN) or self.keyring(Role.CLIENT)
 
     def keep(self, role: Role, name: str, *, key: bytes, certificate: bytes) -> None:
-        """Write a party's key and certificate. A reader between the two writes tries again (``Keyring.load``)."""
+        """Write a party's key and certificate. ``Keyring.load`` retries if only one is renewed."""
         folder = self.party(role, name)
         self.write(folder / "key.pem", key)
         self.write(folder / "certificate.pem", certificate)

@@ -64,6 +64,6 @@ def party_of_certificate(certificate: x509.Certificate) -> Party:
     if len(names) != 2 or others != [name_of(role, cluster_id)]:
         raise ValueError("the names do not belong together")
     if not (ID.fullmatch(party_id) and ID.fullmatch(cluster_id)):
-        raise ValueError("an id is invalid")
+        raise ValueError("the party's id or the cluster's is invalid")
     (common,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return Party(role, party_id, cluster_id, str(common.value), certificate.serial_number)

@@ -118,7 +118,9 @@ class Store:
     def _find_or_place(self, model: ModelRef, peers: Sequence[Peer]) -> FoundModel:
         """Return the partial checkpoint of a model or an adapter, which is created if there is none."""
         if not is_digest(model.fingerprint):
-            raise BadCheckpoint(f"invalid model fingerprint {model.fingerprint[:80]!r}")
+            raise BadCheckpoint(
+                f"invalid model fingerprint {model.fingerprint[:80]!r}; run the same macpipe on all Macs"
+            )
         folder = self._models / model.fingerprint
         if not is_partial(folder):
             folder = self._from_peers(model, peers)

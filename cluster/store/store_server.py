@@ -150,7 +150,7 @@ class StoreServer(StoreServiceServicer):
         return self._items.setdefault(fingerprint, item)  # if a load has put its own meanwhile, that one is used
 
     def _recheck(self, item: SharedModel, names: Iterable[str]) -> None:
-        """Start to hash again those of the tensors whose file changed since they were verified. Peers ask again."""
+        """Hash again, in the background, the tensors whose file changed. Until then, peers are told to ask again."""
         if item.partial and (awaiting := item.partial.awaiting_recheck(names) - item.checking):
             item.checking |= awaiting
             task = asyncio.create_task(self._recheck_tensors(item, item.partial, sorted(awaiting)))

@@ -238,11 +238,11 @@ class Fetch:
                 self._pause()  # the peer had them a moment ago, and may have begun to recheck them
                 return
             log.warning(
-                "fetch: source failed model=%s tensors=%s source=%s reason=%s",
+                "fetch: source failed reason=%s model=%s tensors=%s source=%s",
+                error.sentence,
                 self._what,
                 run,
                 run.source.label,
-                error.sentence,
             )
             self._fail((t for t in run.tensors if self._partial.missing_bytes(t)), run.source, error)
         self._verify(run.tensors, run.source)
@@ -277,7 +277,7 @@ class Fetch:
             if sentence in self._notices:
                 return
             self._notices[sentence] = None
-        log.warning("fetch: bad bytes reason=%s", sentence)
+        log.warning("fetch: damaged tensor reason=%s", sentence)
 
     def _fail(self, tensors: Iterable[TensorInfo], source: Peer | Hub, error: MacpipeError) -> None:
         with self._lock:
@@ -302,7 +302,7 @@ def _ask_peer(peer: Peer, names: Sequence[str]) -> Holdings:
     try:
         return peer.holdings(names)
     except MacpipeError as error:
-        log.info("fetch: peer has no tensors peer=%s reason=%s", peer.label, error.sentence)
+        log.info("fetch: peer did not answer reason=%s peer=%s", error.sentence, peer.label)
         return Holdings()
 
 

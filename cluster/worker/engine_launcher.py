@@ -79,4 +79,4 @@ class EngineLauncher:
                 *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=os.sep
             )
         except OSError as e:  # too many files or processes, or too little memory: that may pass
-            raise WorkerLost(f"the engine could not be started: {e.strerror}") from e
+            raise WorkerLost(f"cannot start the engine process: {e.strerror}; it is tried again") from e

@@ -70,7 +70,9 @@ class Inbox:
     def _require_room(self, number: int, size: int) -> None:
         """Count a message's bytes; ``take`` releases them. Raises ``BadFrame`` if too many bytes wait."""
         if self._bytes and self._bytes + size > MAX_WAITING_BYTES:
-            raise BadFrame(f"too many bytes wait on one stage: {self._bytes}, and {size} more arrived")
+            raise BadFrame(
+                f"the stage's inbox is full: {self._bytes} of {MAX_WAITING_BYTES} bytes wait, and {size} more arrived"
+            )
         self._bytes += size
         self._sizes[number] = self._sizes.get(number, 0) + size
 

@@ -195,7 +195,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class CommandFailed:
-    """``reason`` and ``sentence`` are those of a ``MacpipeError``. Call 0 is the engine's own start.
+    """A command failed with the ``MacpipeError`` of that reason and sentence. Call 0: the engine failed to start.
 
     ``epoch`` is the loaded one if the command named another.
     """

@@ -243,7 +243,7 @@ def _read_tokens(files: PrefixFiles, path: list[Node], order: ReadPrefix, editio
 
 
 def _delete(files: PrefixFiles, node: Node, why: PrefixMissing) -> None:
-    log.warning("prefixes: deleted one that cannot be used reason=%s", why.sentence)
+    log.warning("prefixes: deleted unusable prefix reason=%s node=%s", why.sentence, node.id.hex())
     files.delete(node)
 
 
@@ -257,7 +257,7 @@ def _parse_piece(piece: Piece) -> StoredPiece:
             at += int(size)
         return StoredPiece(str(kind), dict(values), tuple(tensors))
     except (KeyError, TypeError, ValueError, OverflowError) as e:
-        raise PrefixMissing("the header of a prefix's file is invalid") from e
+        raise PrefixMissing("the header of a prefix file is invalid") from e
 
 
 def _reason(error: Exception) -> str:

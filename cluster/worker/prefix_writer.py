@@ -199,10 +199,13 @@ class PrefixWriter:
                 if not (write.job.stopped or self.failure):
                     write.job.stopped = not self._write(write)
                     if write.job.stopped:
-                        log.info("prefixes: no room on disk for all of one tokens=%d", len(write.job.prefix.tokens))
+                        log.info(
+                            "prefixes: prefix not fully written, disk quota reached tokens=%d",
+                            len(write.job.prefix.tokens),
+                        )
             except OSError as e:
                 self.failure = e.strerror or type(e).__name__
-                log.warning("prefixes: no more are written to disk for now reason=%s", self.failure)
+                log.warning("prefixes: writing to disk paused reason=%s", self.failure)
             with self._written:
                 self._waiting -= 1
                 self._written.notify_all()

@@ -234,7 +234,7 @@ class StageHost:
 
     def _on_inlet_lost(self, epoch: int, why: str) -> None:
         """Close the outgoing streams too: the stages behind see the loss, up to the coordinator."""
-        log.warning("stage: incoming stream lost reason=%s", why)
+        log.warning("stage: incoming stream lost reason=%s epoch=%d", why, epoch)
         ports = self._ports
         if ports and ports.urgent.epoch == epoch:
             ports.close()

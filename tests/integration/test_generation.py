@@ -171,7 +171,7 @@ def test_what_makes_no_sense_names_its_field(client: Client, options: dict[str, 
 
 def test_a_prompt_that_cannot_fit_is_refused_with_figures(client: Client) -> None:
     context = client.models()[0].max_context
-    with pytest.raises(PromptTooLong, match=f"has {context + 5} tokens, the context {context}"):
+    with pytest.raises(PromptTooLong, match=f"has {context + 5} tokens and the context holds {context}"):
         client.generate([1] * (context + 5))
     with pytest.raises(PromptTooLong, match="ask for at most 10"):
         client.generate([1] * (context - 10), max_tokens=11)

@@ -141,7 +141,7 @@ def test_a_folder_that_becomes_read_only_serves_what_it_has(
     damaged.write_bytes(damaged.read_bytes()[:-1])
     remount("ro")
     assert ask(address, PROMPT) == (greedy(llama, PROMPT, TOKENS), 0)
-    worker.wait_for('no more are written to disk for now reason="Read-only file system"')
+    worker.wait_for('writing to disk paused reason="Read-only file system"')
     assert ask(address, OTHER) == (greedy(llama, OTHER, TOKENS), 0)
     assert ask(address, PROMPT[:600])[0] == greedy(llama, PROMPT[:600], TOKENS)
     assert "Traceback" not in worker.said()

@@ -176,5 +176,5 @@ def test_a_reply_for_other_positions_is_refused(ring: Ring) -> None:
     assert drafting.guesser.propose(request, list(PROMPT), 1) is None
     replies = [drafting.stage.step(frame) for frame in drafting.waiting]
     wrong = replace(replies[-1], samples=replies[-1].samples[1:])
-    with pytest.raises(BadFrame, match="not for the positions"):
+    with pytest.raises(BadFrame, match="its positions are not those requested"):
         drafting.guesser.receive(wrong)

@@ -142,7 +142,7 @@ def test_what_came_along_with_an_authority_is_not_kept(authority: Authority, tmp
 
 
 def test_a_leaf_is_no_authority(folder: ClusterFolder, authority: Authority) -> None:
-    with pytest.raises(ValueError, match="not an authority"):
+    with pytest.raises(ValueError, match="not that of a macpipe authority"):
         read_authority(admitted(folder, authority, Role.WORKER).certificate)
     with pytest.raises(ValueError, match="too long"):
         read_authority(b"x" * 100_000)

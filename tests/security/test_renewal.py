@@ -62,7 +62,7 @@ def test_a_key_stays_where_it_was_made_and_is_used_for_its_own_certificate_alone
     for wrong in (b"", b"x", renew_certificate(lead.folder, Role.WORKER, ada.id, make_request()[1], time.time())):
         with pytest.raises(InvalidRequest, match="not the certificate"):
             renewal.install(wrong)
-    with pytest.raises(InvalidRequest, match="another party"):
+    with pytest.raises(InvalidRequest, match="the new certificate is for"):
         renewal.install(renew_certificate(lead.folder, Role.WORKER, bob.id, request, time.time()))
     renewal.install(renew_certificate(lead.folder, Role.WORKER, ada.id, renewal.request(), time.time()))
     assert lead.trust(Role.WORKER, "ada").serial != ada.serial

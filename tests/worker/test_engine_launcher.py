@@ -92,7 +92,7 @@ def test_a_first_engine_that_the_system_does_not_start_is_told_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asyncio, "create_subprocess_exec", Launches(1))
-    with pytest.raises(WorkerLost, match="the engine could not be started: Too many open files"):
+    with pytest.raises(WorkerLost, match="cannot start the engine process: Too many open files"):
         asyncio.run(Supervisor(WorkerSettings("eve", tmp_path), None).run())
 
 

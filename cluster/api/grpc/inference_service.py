@@ -189,7 +189,7 @@ def client_name(trust: Trust, context: Context) -> str:
 
 
 def _anonymous_name(context: Context) -> str:
-    """Return a hash of the credential that was sent, else the address without its port."""
+    """Return a name for a caller without a certificate: a hash of its credential, or its address without the port."""
     metadata = dict(context.invocation_metadata() or ())
     credential = str(metadata.get("authorization", ""))
     return hashlib.sha256(credential.encode()).hexdigest() if credential else context.peer().rpartition(":")[0]

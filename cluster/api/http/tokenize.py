@@ -29,7 +29,7 @@ class TokenizeForm(Form):
     def params(self) -> str | Conversation:
         """Return the text or the conversation to tokenize. Raises ``InvalidRequest``, naming the field."""
         if (self.prompt is None) == (self.messages is None):
-            raise InvalidRequest("send either prompt or messages", field="prompt")
+            raise InvalidRequest("give exactly one of prompt and messages", field="prompt")
         if self.tools and not self.messages:
             raise InvalidRequest("tools require messages; add messages or leave tools out", field="tools")
         if self.messages is None:
