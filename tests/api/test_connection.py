@@ -48,11 +48,11 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_TICKS", 2)
 
 
-Sweep = Callable[[], Awaitable[None]]
+Wait = Callable[[], Awaitable[None]]
 
 
 @pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch) -> Sweep:
+def sweep(monkeypatch: pytest.MonkeyPatch) -> Wait:
     """Return a function that waits until the server has swept its connections once more."""
     swept = asyncio.Event()
     on_tick = server._Server.on_tick
@@ -68,6 +68,24 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> Sweep:
         await asyncio.wait_for(swept.wait(), 20)
 
     monkeypatch.setattr(server._Server, "on_tick", tick)
+    return wait
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> Wait:
+    """Return a function that waits until the server has read what was sent since it was called last."""
+    read = asyncio.Event()
+    data_received = connection.Connection.data_received
+
+    def note(reading: connection.Connection, data: bytes) -> None:
+        data_received(reading, data)
+        read.set()
+
+    async def wait() -> None:
+        await asyncio.wait_for(read.wait(), 20)
+        read.clear()
+
+    monkeypatch.setattr(connection.Connection, "data_received", note)
     return wait
 
 
@@ -112,7 +130,7 @@ async def end_of(reader: asyncio.StreamReader) -> bytes:
     return b""
 
 
-async def test_200_half_open_connections_are_closed_and_others_are_answered_meanwhile() -> None:
+async def test_200_half_open_connections_are_closed_and_others_are_answered_meanwhile(sweep: Wait) -> None:
     async with listening() as place, httpx.AsyncClient(base_url=f"http://{place[0]}:{place[1]}") as client:
         slow = [await asyncio.open_connection(*place) for _ in range(200)]
         for i, (_, writer) in enumerate(slow):
@@ -123,7 +141,7 @@ async def test_200_half_open_connections_are_closed_and_others_are_answered_mean
             while True:
                 for _, writer in slow[1::2]:
                     writer.write(b"c")
-                await asyncio.sleep(0.2)
+                await sweep()
 
         trickling = asyncio.create_task(trickle())
         answered = [(await client.post("/echo", content=b"abc")).text for _ in range(20)]
@@ -149,7 +167,7 @@ async def test_a_second_request_has_to_come_in_time_as_well() -> None:
         writer.close()
 
 
-async def test_what_was_refused_before_it_was_read_is_not_read_for_ever() -> None:
+async def test_what_was_refused_before_it_was_read_is_not_read_for_ever(sweep: Wait) -> None:
     async with listening() as place:
         reader, writer = await asyncio.open_connection(*place)
         writer.write(b"POST /no HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\nx")
@@ -158,7 +176,7 @@ async def test_what_was_refused_before_it_was_read_is_not_read_for_ever() -> Non
         async def trickle() -> None:
             while True:
                 writer.write(b"x")
-                await asyncio.sleep(0.05)
+                await sweep()
 
         trickling = asyncio.create_task(trickle())
         assert await end_of(reader) == b""
@@ -167,14 +185,14 @@ async def test_what_was_refused_before_it_was_read_is_not_read_for_ever() -> Non
 
 
 @pytest.mark.parametrize("parts", [[b"3", b"\r\n\r\nab", b"c"], [b"3\r\n\r\n", b"abc"], [b"3\r\n\r\nabc"]])
-async def test_what_comes_after_an_early_refusal_is_answered_whole(parts: list[bytes]) -> None:
+async def test_what_comes_after_an_early_refusal_is_answered_whole(parts: list[bytes], received: Wait) -> None:
     """Most clients send head and body apart, and use the connection again."""
     async with listening() as place:
         reader, writer = await asyncio.open_connection(*place)
         writer.write(b"POST /no HTTP/1.1\r\nhost: localhost\r\ncontent-length: ")
         for part in parts:
+            await received()
             writer.write(part)
-            await asyncio.sleep(0.1)
         assert (await reader.readuntil(b"no")).startswith(b"HTTP/1.1 413")
         writer.write(b"POST /long HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\nconnection: close\r\n\r\nx")
         said = await end_of(reader)
@@ -183,13 +201,16 @@ async def test_what_comes_after_an_early_refusal_is_answered_whole(parts: list[b
         writer.close()
 
 
-async def test_a_connection_may_rest_after_an_early_refusal_as_after_any_answer() -> None:
+async def test_a_connection_may_rest_after_an_early_refusal_as_after_any_answer(sweep: Wait) -> None:
     async with listening() as place:
         reader, writer = await asyncio.open_connection(*place)
         writer.write(b"POST /no HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\n")
         assert (await reader.readuntil(b"no")).startswith(b"HTTP/1.1 413")
         writer.write(b"x")
-        await asyncio.sleep(LATE_S + 0.5)  # proves an absence: it is not closed when a head would be late
+        late = time.monotonic() + LATE_S
+        while time.monotonic() <= late:
+            await sweep()
+        await sweep()  # it would close a connection whose head is late
         writer.write(b"POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\n\r\nx")
         assert (await reader.readuntil(b"\r\n\r\n1")).startswith(b"HTTP/1.1 200")
         writer.close()
@@ -248,10 +269,12 @@ async def test_when_all_connections_are_taken_those_who_only_wait_make_room(monk
     monkeypatch.setattr(connection, "HEADER_TIMEOUT_S", 60)
     async with listening() as place, httpx.AsyncClient(base_url=f"http://{place[0]}:{place[1]}") as client:
         slow = [await asyncio.open_connection(*place) for _ in range(20)]
-        while sum(reader.at_eof() for reader, _ in slow) < 12:
-            await asyncio.sleep(0.01)
+        ends = [asyncio.create_task(end_of(reader)) for reader, _ in slow]
+        for end in list(asyncio.as_completed(ends))[:12]:
+            await end
         assert (await client.post("/echo", content=b"abc")).text == "3"
-        for _, writer in slow:
+        for (_, writer), end in zip(slow, ends, strict=True):
+            end.cancel()
             writer.close()
 
 
@@ -330,7 +353,7 @@ GARBAGE = (
 
 
 @pytest.mark.parametrize("sent", GARBAGE, ids=["tls", "version", "upgrade", "chunk"])
-async def test_strangers_cannot_write_to_the_log(sent: bytes, caplog: pytest.LogCaptureFixture, sweep: Sweep) -> None:
+async def test_strangers_cannot_write_to_the_log(sent: bytes, caplog: pytest.LogCaptureFixture, sweep: Wait) -> None:
     """Not their words, and of all of their requests a line a minute."""
     faults: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
@@ -459,7 +482,9 @@ async def shown(place: tuple[str, int], context: ssl.SSLContext) -> bytes:
     return found
 
 
-async def test_https_shows_the_clusters_certificate_and_a_renewed_one_without_a_restart(folder: ClusterFolder) -> None:
+async def test_https_shows_the_clusters_certificate_and_a_renewed_one_without_a_restart(
+    folder: ClusterFolder, sweep: Wait
+) -> None:
     now = [time.time() - 61 * 86_400]
     own = OwnCertificate(folder, ("localhost", "127.0.0.1", "mac-1.local"), lambda: now[0])
     assert {p.stat().st_mode & 0o777 for p in (folder.path / "http").iterdir()} == {0o600}
@@ -470,8 +495,8 @@ async def test_https_shows_the_clusters_certificate_and_a_renewed_one_without_a_
         with pytest.raises(ssl.SSLCertVerificationError):
             await shown(place, ssl.create_default_context())
         now[0] += 61 * 86_400
-        while await shown(place, trusting(folder)) == first:
-            await asyncio.sleep(0.05)
+        await sweep()  # it renews the certificate
+        assert await shown(place, trusting(folder)) != first
 
 
 async def test_hands_that_are_not_shaken_are_taken_back(folder: ClusterFolder) -> None:
@@ -485,7 +510,7 @@ async def test_hands_that_are_not_shaken_are_taken_back(folder: ClusterFolder) -
 
 
 async def test_a_given_certificate_is_read_again_when_it_changes(
-    folder: ClusterFolder, tmp_path: Path, sweep: Sweep
+    folder: ClusterFolder, tmp_path: Path, sweep: Wait
 ) -> None:
     files = tmp_path / "mine.pem", tmp_path / "mine-key.pem"
 
@@ -503,8 +528,8 @@ async def test_a_given_certificate_is_read_again_when_it_changes(
         await sweep()  # it looks at the files
         assert await shown(place, trusting(folder)) == first
         issue()
-        while await shown(place, trusting(folder)) == first:
-            await asyncio.sleep(0.05)
+        await sweep()
+        assert await shown(place, trusting(folder)) != first
 
 
 Settings = Callable[..., ServeSettings]
