@@ -64,7 +64,7 @@ def test_a_socket_has_an_owner_in_either_family(family: socket.AddressFamily) ->
         assert owner(port, there + 1, {os.getpid(): "me"}) == ""
 
 
-def said(client: socket.socket, data: bytes, timeout_s: float = 5.0) -> bytes:
+def said(client: socket.socket, data: bytes, timeout_s: float = 20.0) -> bytes:
     """Return what comes back in time."""
     client.settimeout(timeout_s)
     client.sendall(data)
@@ -87,6 +87,7 @@ def test_a_cut_holds_everything_until_it_is_healed(proxied: tuple[Proxy, socket.
     proxy.link("caller", "server").blocked.add(receiver)
     assert said(client, b"x" * 500, 0.3) == b""
     proxy.heal()
+    client.settimeout(20)
     assert client.recv(500)
 
 
