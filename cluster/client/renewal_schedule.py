@@ -39,7 +39,7 @@ class ScheduledRenewal:
         """Return the seconds until the next renewal: 0 or less if it is due."""
         from cluster.security.certificate_renewal import due_at
 
-        begins, ends = self._trust.valid
+        begins, ends = self._trust.validity
         due = due_at(begins, ends) + self._spread * RENEWAL_SPREAD * (ends - begins)
         return max(due, self._not_before) - self._clock()
 
@@ -57,7 +57,7 @@ class ScheduledRenewal:
     def postpone(self, error: MacpipeError) -> None:
         """Log why the renewal failed. Try again after a tenth of the certificate's remaining life."""
         now = self._clock()
-        left_s = self._trust.valid[1] - now
+        left_s = self._trust.validity[1] - now
         retry_s = MAX_RENEWAL_RETRY_S  # no coordinator renews a certificate that has ended
         if left_s > 0:
             retry_s = min(max(left_s / 10, MIN_RENEWAL_RETRY_S), MAX_RENEWAL_RETRY_S)

@@ -58,7 +58,7 @@ class CertificateRotation:
         """Renew the certificates that are due: this coordinator's, then those of the workers that answer now."""
         from cluster.security.certificate_renewal import is_due
 
-        if is_due(*self._trust.valid, self._clock()):
+        if is_due(*self._trust.validity, self._clock()):
             await anyio.to_thread.run_sync(self._renew_own, renewal)
         for member in await self._ask():
             if member.reachable and member.info.certificate[1] and is_due(*member.info.certificate, self._clock()):

@@ -14,12 +14,12 @@ from dataclasses import replace
 import anyio
 
 from cluster import __version__
-from cluster.coordinator.adoption import adopt_held_slices
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft, read_draft
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
+from cluster.coordinator.held_slices import adopt_held_slices
 from cluster.coordinator.journal import Journal, continue_request
 from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.loop_view import LoopView

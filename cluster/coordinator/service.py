@@ -441,6 +441,6 @@ class ModelService:
 
 async def _send_step_time(control: WorkerClient, fingerprint: str, ratio: float) -> None:
     try:
-        await control.learn(fingerprint, ratio)
+        await control.send_step_time_ratio(fingerprint, ratio)
     except MacpipeError as e:
         log.info("service: step-time ratio not sent reason=%s worker=%s", e.sentence, control.name)

@@ -234,7 +234,7 @@ class WorkerClient:
             raise WorkerLost(f"worker {self.name} reports an impossible link measurement", worker=self.name)
         return Link(answer.round_trip_s, answer.bandwidth)
 
-    async def learn(self, fingerprint: str, ratio: float) -> None:
+    async def send_step_time_ratio(self, fingerprint: str, ratio: float) -> None:
         """Send the worker the ratio of measured to predicted step time for a model, by the model's fingerprint."""
         async with self._map_errors():
             request = pb.LearnRatioRequest(fingerprint=fingerprint, ratio=ratio)

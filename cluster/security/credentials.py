@@ -50,7 +50,7 @@ class LocalTrust:
 
     me: Final = ""
     serial: Final = 0
-    valid: Final = (0.0, 0.0)
+    validity: Final = (0.0, 0.0)
     members: Final = None
     revocations: Final = None
     renewal: Final = None

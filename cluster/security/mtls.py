@@ -57,7 +57,7 @@ class ClusterTrust:
         return self.keyring.party.serial
 
     @property
-    def valid(self) -> tuple[float, float]:
+    def validity(self) -> tuple[float, float]:
         return self.keyring.not_before, self.keyring.not_after
 
     @property

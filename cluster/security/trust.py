@@ -61,7 +61,7 @@ class Trust(Protocol):
         """Return whether a certificate of the cluster was revoked. Raises ``ClusterDamaged``."""
 
     @property
-    def valid(self) -> tuple[float, float]:
+    def validity(self) -> tuple[float, float]:
         """The start and end of the current certificate's validity, in seconds since the epoch; zeros without one."""
 
     @property

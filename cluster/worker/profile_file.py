@@ -57,7 +57,7 @@ class ProfileFile:
         """Store a new measurement and drop corrections of the old one."""
         self._keep(replace(self.kept, profile=profile, disturbed=disturbed))
 
-    def learn(self, fingerprint: str, ratio: float) -> None:
+    def store_correction(self, fingerprint: str, ratio: float) -> None:
         """Move a model's correction towards ``ratio``, which is the measured time of new frames over the predicted one.
 
         It moves by ``LEARN_SHARE`` of the way and begins at the factor that predictions use now. The oldest correction

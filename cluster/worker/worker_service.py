@@ -151,7 +151,7 @@ class WorkerServicer(WorkerServiceServicer):
             busy_ms=report.busy_ms,
             computing=self.supervisor.computing,
             stopping=self.stopping,
-            certificate=self.trust.valid,
+            certificate=self.trust.validity,
             prefix_disk_limit=self.settings.prefix_disk,
             prefix_disk_bytes=report.prefix_disk_bytes,
             prefix_disk_evictions=report.prefix_disk_evictions,
@@ -344,7 +344,7 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
         await _require_names(context, request.fingerprint)
-        self.file.learn(request.fingerprint, request.ratio)
+        self.file.store_correction(request.fingerprint, request.ratio)
         return pb.LearnRatioResponse()
 
 

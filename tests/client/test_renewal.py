@@ -208,7 +208,7 @@ class Certificate:
     """A trust whose certificate is valid from 0 to 90 s."""
 
     renewal = object()
-    valid = (0.0, 90.0)
+    validity = (0.0, 90.0)
 
 
 @pytest.mark.parametrize(("spread", "due"), [(0.0, 60.0), (1.0, 64.5)])

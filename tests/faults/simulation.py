@@ -297,7 +297,7 @@ class Mac(Port):
         if self._caches and self._caches.spec.epoch <= epoch:
             self._drop()
 
-    async def learn(self, fingerprint: str, ratio: float) -> None:
+    async def send_step_time_ratio(self, fingerprint: str, ratio: float) -> None:
         await self._reached()
 
     async def reset(self, why: str, timeout_s: float = 1.0) -> None:

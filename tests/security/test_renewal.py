@@ -47,7 +47,7 @@ def test_a_coordinator_renews_its_own(lead: Lead) -> None:
         anyio.run(belonging.renew, trust.renewal)
     assert trust.serial != before.serial
     assert (trust.keyring.party.role, trust.keyring.party.id) == (before.role, before.id)
-    assert not is_due(*trust.valid, time.time())
+    assert not is_due(*trust.validity, time.time())
     (member,) = lead.members.current()
     assert [one.serial for one in member.issued] == [before.serial, trust.serial]
 

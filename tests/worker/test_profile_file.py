@@ -67,13 +67,13 @@ def test_the_file_of_an_earlier_version_is_read(path: Path) -> None:
 
 def test_ratios_are_learned_by_model_bounded_and_forgotten_with_a_new_measurement(path: Path) -> None:
     file = ProfileFile(path, "k")
-    file.learn("early", 2.0)
+    file.store_correction("early", 2.0)
     assert file.kept.profile.corrections == (), "there is no profile yet that it could correct"
     file.put(PROFILE)
     for i in range(KEPT_CORRECTIONS + 3):
         learn_often(file, f"m{i}", 1.5)
     learn_often(file, "m9", 1000.0)
-    file.learn("bad", float("nan"))
+    file.store_correction("bad", float("nan"))
     profile = ProfileFile(path, "k").kept.profile
     assert len(profile.corrections) == KEPT_CORRECTIONS
     assert profile.corrections[-1] == ("m9", pytest.approx(CORRECTION_BOUND, rel=0.05))
@@ -86,16 +86,16 @@ def test_ratios_are_learned_by_model_bounded_and_forgotten_with_a_new_measuremen
 def learn_often(file: ProfileFile, model: str, ratio: float) -> None:
     """Report the same ratio until the correction has settled."""
     for _ in range(30):
-        file.learn(model, ratio)
+        file.store_correction(model, ratio)
 
 
 def test_a_busy_minute_moves_a_correction_a_little_and_is_forgotten(path: Path) -> None:
     file = ProfileFile(path, "k")
     file.put(PROFILE)
     learn_often(file, "m", 1.02)
-    file.learn("m", 8.0)
+    file.store_correction("m", 8.0)
     assert file.kept.profile.correction("m") < 1.5
-    file.learn("m", 0.12)
+    file.store_correction("m", 0.12)
     assert 1 / 1.5 < file.kept.profile.correction("m") < 1.5
     learn_often(file, "m", 1.02)
     assert file.kept.profile.correction("m") == pytest.approx(1.02, rel=0.03)

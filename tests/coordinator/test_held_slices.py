@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.coordinator.adoption import adoptable_plan
+from cluster.coordinator.held_slices import adoptable_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.limits import MIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape
