@@ -15,12 +15,13 @@ import anyio
 
 from cluster import __version__
 from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.answer_resumption import take_answer
 from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft, read_draft
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.held_slices import adopt_held_slices
-from cluster.coordinator.journal import Journal, continue_request
+from cluster.coordinator.journal import Journal
 from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader, choose_model
@@ -358,21 +359,9 @@ class Coordinator:
         return answer
 
     def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, AnswerQueue]:
-        """Resume an answer that a previous coordinator began. ``client`` must be the client that sent it.
-
-        ``offsets`` are the numbers of tokens that the client already has: one per sample, or one for all samples.
-        Raises ``RequestNotFound`` if the journal has no such request of this client, and ``InvalidRequest`` if the
-        number of offsets is neither one nor the number of samples.
-        """
+        """Resume an answer that a previous coordinator began. Raises as ``take_answer``, and ``NotServing``."""
         service = self._require_service()
-        kept = self.journal.take(request_id, client) if self.journal else None
-        if kept is None:
-            why = "" if self.journal else ": this coordinator keeps no journal; serve with --journal"
-            raise RequestNotFound(f"request {request_id} has no answer that can be resumed{why}")
-        tokens, skip = continue_request(kept, offsets)
-        request = kept.request
-        if skip[0]:  # the client has tokens, and so the prompt's log-probabilities, which come first
-            request = replace(request, prompt_logprobs=None)
+        request, tokens, skip = take_answer(self.journal, request_id, offsets, client)
         answer = service.create_answer(request)
         service.loop.submit(request, answer, tokens, skip)
         return request, answer

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -26,7 +26,6 @@ from cluster.coordinator.request_records import (
     token_ids,
     unpack_record,
 )
-from cluster.core.errors import InvalidRequest
 from cluster.core.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S, RESUME_S
 from cluster.core.request import Request
 from cluster.platform.private_files import make_private_folder, open_regular_file, replace_and_open, write_all
@@ -257,26 +256,6 @@ class Journal:
             with suppress(OSError):
                 os.close(self._file)
         self._file = -1
-
-
-def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[AnswerTokens, tuple[int, ...]]:
-    """Return the tokens that each sample of a resumed request starts with, and how many of them the reader already has.
-
-    A token that may have ended its answer is computed again. So are tokens that the reader does not have yet, if their
-    log-probabilities were requested, or those of the prompt, which come first. Raises ``InvalidRequest`` unless there
-    is one offset, or one per sample.
-    """
-    request = kept.request
-    skip = tuple(offsets) * (request.samples if len(offsets) == 1 else 1)
-    if len(skip) != request.samples:
-        raise InvalidRequest(
-            f"got {len(skip)} offsets for {request.samples} samples; give one offset, or one per sample",
-            field="offsets",
-        )
-    last = max(request.max_tokens - 1, 0)
-    scored = request.sampling.logprobs or request.prompt_logprobs is not None
-    ends = [min(last, n) if scored else last for n in skip]
-    return tuple(tuple(s[:end]) for s, end in zip(kept.tokens, ends, strict=True)), skip
 
 
 def _token_bytes(kept: JournaledRequest) -> int:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from cluster.api.metrics import Metrics
 from cluster.coordinator import journal as journal_module
-from cluster.coordinator.journal import Fsync, Journal, JournaledRequest, continue_request
+from cluster.coordinator.answer_resumption import continue_request
+from cluster.coordinator.journal import Fsync, Journal, JournaledRequest
 from cluster.coordinator.request_records import HEADER, as_data, from_data
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import InvalidRequest

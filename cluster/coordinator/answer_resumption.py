@@ -1,0 +1,53 @@
+"""Resume, after a restart of the coordinator, an answer from the journal: its tokens so far, and where it continues.
+
+``Coordinator.resume`` is the caller. The answer's stream itself is made by ``live_answers``, as for a new request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cluster.coordinator.journal import AnswerTokens, Journal, JournaledRequest
+from cluster.core.errors import InvalidRequest, RequestNotFound
+from cluster.core.request import Request
+
+
+def take_answer(
+    journal: Journal | None, request_id: str, offsets: Sequence[int], client: str
+) -> tuple[Request, AnswerTokens, tuple[int, ...]]:
+    """Take a request of ``client`` from the journal. Return it with its tokens, and how many the client has of each.
+
+    ``offsets`` are the numbers of tokens that the client already has: one per sample, or one for all samples. Raises
+    ``RequestNotFound`` if the journal has no such request of this client, and ``InvalidRequest`` for other numbers of
+    offsets.
+    """
+    kept = journal.take(request_id, client) if journal else None
+    if kept is None:
+        why = "" if journal else ": this coordinator keeps no journal; serve with --journal"
+        raise RequestNotFound(f"request {request_id} has no answer that can be resumed{why}")
+    tokens, skip = continue_request(kept, offsets)
+    request = kept.request
+    if skip[0]:  # the client has tokens, and so the prompt's log-probabilities, which come first
+        request = replace(request, prompt_logprobs=None)
+    return request, tokens, skip
+
+
+def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[AnswerTokens, tuple[int, ...]]:
+    """Return the tokens that each sample of a resumed request starts with, and how many of them the reader already has.
+
+    A token that may have ended its answer is computed again. So are tokens that the reader does not have yet, if their
+    log-probabilities were requested, or those of the prompt, which come first. Raises ``InvalidRequest`` unless there
+    is one offset, or one per sample.
+    """
+    request = kept.request
+    skip = tuple(offsets) * (request.samples if len(offsets) == 1 else 1)
+    if len(skip) != request.samples:
+        raise InvalidRequest(
+            f"got {len(skip)} offsets for {request.samples} samples; give one offset, or one per sample",
+            field="offsets",
+        )
+    last = max(request.max_tokens - 1, 0)
+    scored = request.sampling.logprobs or request.prompt_logprobs is not None
+    ends = [min(last, n) if scored else last for n in skip]
+    return tuple(tuple(s[:end]) for s, end in zip(kept.tokens, ends, strict=True)), skip
