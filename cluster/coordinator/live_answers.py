@@ -97,6 +97,7 @@ class LiveAnswers:
         request, answer = resumed.request, resumed.answer
         samples = split_samples(request)
         active = ActiveRequest(request, answer)
+        began = self._clock()  # before its first frame is sent
         try:
             displaced = self._scheduler.submit(*samples, answers=resumed.tokens)
         except MacpipeError as e:
@@ -110,7 +111,7 @@ class LiveAnswers:
         for i, sample in enumerate(samples):
             active.live.add(sample.id)
             timings = RequestTimings(now, stages)
-            self._history.accept(sample.id, request.client, len(request.prompt), now)
+            self._history.accept(sample.id, request.client, len(request.prompt), began)
             self._samples[sample.id] = ActiveSample(active, sample, i, resumed.texts[i], timings, now, resumed.skip[i])
         answer.put(Accepted())
         if self.journal:
