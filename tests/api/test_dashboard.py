@@ -115,9 +115,16 @@ def test_the_counters_of_the_cluster_are_exposed_without_a_model_too() -> None:
     assert "macpipe_worker_power_watts{" not in text
 
 
-def test_promtool_accepts_the_rules() -> None:
+@pytest.mark.parametrize("command", ["check rules --lint=all --lint-fatal alerts.yml", "test rules alerts_test.yml"])
+def test_promtool_accepts_the_rules_and_each_fires_when_it_should(command: str) -> None:
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed; it comes with Debian's prometheus")
-    command = [promtool, "check", "rules", "--lint=all", "--lint-fatal", str(GRAFANA / "alerts.yml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False)
+    arguments = [promtool, *command.split()]
+    done = subprocess.run(arguments, cwd=GRAFANA, capture_output=True, text=True, timeout=15, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_rule_is_among_those_that_are_tested() -> None:
+    tests = yaml.safe_load((GRAFANA / "alerts_test.yml").read_text(encoding="utf-8"))["tests"]
+    fired = re.findall(r'alertname="(\w+)"', str(tests[-1]["promql_expr_test"]))
+    assert sorted(fired) == sorted(rule["alert"] for rule in RULES)
