@@ -276,7 +276,8 @@ class Coordinator:
         links: Links = {}
         if len(found) > 1 and all(w.profile.known for w in found):
             links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
-            self.links = links
+            known = {member.info.name for member in self._roster.members}
+            self.links = {pair: link for pair, link in {**self.links, **links}.items() if known.issuperset(pair)}
         return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
 
     def _report_problem(self, sentence: str) -> None:
