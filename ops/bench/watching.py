@@ -129,14 +129,16 @@ def page(port: int) -> Iterator[bool]:
         connection.close()
 
 
-def measure(client: Client, pid: int, seconds: float) -> float:
-    """Return the coordinator's milliseconds of processor time per generated token over ``seconds``."""
-    before, cpu = client.cluster().tokens_generated, cpu_seconds(pid)
+def measure(client: Client, pid: int, seconds: float) -> tuple[float, float, float]:
+    """Return the coordinator's milliseconds of processor time per token, its MiB, and the cluster's tokens a second."""
+    state, cpu = client.cluster(), cpu_seconds(pid)
     time.sleep(seconds)
-    spent, tokens = cpu_seconds(pid) - cpu, client.cluster().tokens_generated - before
+    spent, after = cpu_seconds(pid) - cpu, client.cluster()
+    tokens = after.tokens_generated - state.tokens_generated
     if not tokens:
         raise RuntimeError(f"no token was generated within {seconds:.0f} s; use a longer --seconds")
-    return spent / tokens * 1e3
+    rate = tokens / (after.uptime_seconds - state.uptime_seconds)
+    return spent / tokens * 1e3, resident_bytes(pid) / 2**20, rate
 
 
 def main() -> int:
@@ -145,8 +147,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=50.0)
     parser.add_argument("--users", type=int, default=4)
     asked = parser.parse_args()
-    found: dict[str, list[float]] = {"alone": [], "watched": []}
-    memory: dict[str, list[float]] = {"alone_memory": [], "watched_memory": []}
+    alone: list[tuple[float, float, float]] = []
+    watched: list[tuple[float, float, float]] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-watching-")))
         model = make_llama(folder / "model", context=CONTEXT, **SHAPE)
@@ -157,15 +159,16 @@ def main() -> int:
         measure(client, pid, asked.seconds / 5)  # a warm-up
         pages = []
         for _ in range(asked.rounds):
-            found["alone"].append(measure(client, pid, asked.seconds))
-            memory["alone_memory"].append(resident_bytes(pid) / 2**20)
+            alone.append(measure(client, pid, asked.seconds))
             with top(client.address), page(port) as has_page:
                 pages.append(has_page)
-                found["watched"].append(measure(client, pid, asked.seconds))
-                memory["watched_memory"].append(resident_bytes(pid) / 2**20)
-    figures = [Figure(name, "ms a token", values) for name, values in found.items()]
-    figures += [Figure(name, "MiB", values) for name, values in memory.items()]
-    ratios = [watched / alone for alone, watched in zip(found["alone"], found["watched"], strict=True)]
+                watched.append(measure(client, pid, asked.seconds))
+    figures = [
+        Figure(f"{name}_{kind}", unit, [one[i] for one in rounds])
+        for i, (kind, unit) in enumerate((("cpu", "ms a token"), ("memory", "MiB"), ("rate", "tokens/s")))
+        for name, rounds in (("alone", alone), ("watched", watched))
+    ]
+    ratios = [after[0] / before[0] for before, after in zip(alone, watched, strict=True)]
     more = {"with_page": all(pages), "users": asked.users}
     print_figures("medians", figures, {"cpu_ratio": median(ratios)}, asked.json, more)
     return 0
