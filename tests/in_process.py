@@ -31,8 +31,9 @@ class InProcess(TextService):
         max_tokens: int,
         *,
         texts: bool = False,
+        owner: str = "",
     ) -> Tokenized:
-        return self._done(Converse(max_tokens, texts, NO_LIMITS, tuple(messages), options, grammar))
+        return self._done(Converse(max_tokens, texts, NO_LIMITS, tuple(messages), options, grammar, owner))
 
     async def check_grammar(self, grammar: Grammar) -> None:
         self._worker.do(CheckGrammar(grammar, NO_LIMITS))

@@ -56,7 +56,7 @@ async def chat_request(params: ChatParams, size: int, model_info: ModelInfo, cal
     _check_grammar(params.grammar)
     await PARSING.run(size, check_conversation, params.conversation, context)
     try:
-        tokenized = await model_info.text.converse(messages, options, params.grammar, context)
+        tokenized = await model_info.text.converse(messages, options, params.grammar, context, owner=caller.client)
     except PromptTooLong as e:
         e.details["maximum"] = str(context - 1)  # the sandbox counts further
         raise

@@ -18,10 +18,11 @@ from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_RENDERED_CHARS
 from cluster.core.request import ChatMessage, ChatOptions, Tool
 from cluster.model.conversation import fit_messages, message_fields
+from cluster.model.known_prompts import KnownPrompts
 from cluster.model.output_markers import OutputMarkers
 from cluster.model.panics import panics_raised_as
 from cluster.model.prompt_length import require_at_most
-from cluster.model.rendered_prompt import RenderedPrompt, tokenize
+from cluster.model.rendered_prompt import RenderedPrompt
 from cluster.model.split_points import SplitPoints, find_split_points
 from cluster.model.template_abilities import CallForm, TemplateAbilities
 
@@ -42,10 +43,16 @@ class ChatTemplate:
         self._wrapper = wrapper
         self._markers = markers
         self._names = _names(wrapper)
+        self._known = KnownPrompts(wrapper)
         self._abilities = TemplateAbilities(self._probe)
 
-    def render(self, messages: Sequence[ChatMessage], options: ChatOptions, most: int | None) -> RenderedPrompt:
-        """Return the prompt, up to the start of the answer. Raises as ``Tokenizer.chat``."""
+    def render(
+        self, messages: Sequence[ChatMessage], options: ChatOptions, most: int | None, owner: str
+    ) -> RenderedPrompt:
+        """Return the prompt, up to the start of the answer. Raises as ``Tokenizer.chat``.
+
+        What it shares with an earlier prompt of the same owner is not tokenized again; "" keeps none.
+        """
         if not self._wrapper.has_chat_template:
             raise InvalidRequest(
                 "this model has no chat template; send it raw text instead (completions, or generate --raw)",
@@ -75,7 +82,7 @@ class ChatTemplate:
         with panics_raised_as(InvalidRequest("the model's tokenizer fails on these messages", field="messages")):
             if most is not None:
                 require_at_most(most, text, partial(self._wrapper.encode, add_special_tokens=False), "messages")
-            return tokenize(self._wrapper, text)
+            return self._known.tokenize(text, owner)
 
     def find_split_points(
         self, messages: Sequence[ChatMessage], options: ChatOptions, prompt: RenderedPrompt

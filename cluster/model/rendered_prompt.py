@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-__all__ = ["RenderedPrompt", "tokenize"]
+__all__ = ["EncodedPiece", "RenderedPrompt", "join_pieces", "tokenize"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPiece:
+    """What follows the first ``characters`` of a text, which have the first ``tokens``: its ``encoding``.
+
+    Only the part up to the next piece counts.
+    """
+
+    characters: int
+    tokens: int
+    encoding: Any
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """``ids`` are the tokens of ``text``; ``tokens_before`` returns how many lie within so many characters."""
+    """``ids`` are the tokens of ``text``; ``tokens_before`` returns how many lie within so many characters.
+
+    ``pieces`` are empty if the tokenizer does not tell where its tokens are.
+    """
 
     text: str
     ids: tuple[int, ...]
     tokens_before: Callable[[int], int]
+    pieces: tuple[EncodedPiece, ...] = ()
 
 
 def tokenize(wrapper: TokenizerWrapper, text: str) -> RenderedPrompt:
@@ -25,14 +42,24 @@ def tokenize(wrapper: TokenizerWrapper, text: str) -> RenderedPrompt:
     if not getattr(wrapper, "is_fast", False):
         return _tokenize_slowly(wrapper, text)
     encoded = wrapper._tokenizer(text, add_special_tokens=False, return_attention_mask=False)
-    ids = tuple(encoded["input_ids"])
-    (tokens,) = encoded.encodings
+    (encoding,) = encoded.encodings
+    return join_pieces(text, tuple(encoded["input_ids"]), (EncodedPiece(0, 0, encoding),))
+
+
+def join_pieces(text: str, ids: tuple[int, ...], pieces: tuple[EncodedPiece, ...]) -> RenderedPrompt:
+    """Return the prompt of these pieces, which are in the order of the text."""
+    starts = [piece.characters for piece in pieces]
+
+    def token_at(character: int) -> int | None:
+        piece = pieces[bisect_right(starts, character) - 1]
+        token: int | None = piece.encoding.char_to_token(character - piece.characters)
+        return None if token is None else piece.tokens + token
 
     def tokens_before(characters: int) -> int:
-        found = (tokens.char_to_token(at) for at in range(characters, len(text)))
+        found = (token_at(at) for at in range(characters, len(text)))
         return next((token for token in found if token is not None), len(ids))
 
-    return RenderedPrompt(text, ids, tokens_before)
+    return RenderedPrompt(text, ids, tokens_before, pieces)
 
 
 def _tokenize_slowly(wrapper: Any, text: str) -> RenderedPrompt:

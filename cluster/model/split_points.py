@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from cluster.core.limits import MAX_BORDERS
 from cluster.core.request import ChatMessage
 
-__all__ = ["SplitPoints", "find_split_points"]
+__all__ = ["SplitPoints", "find_split_points", "shared_length"]
 
 _CONTENT_CHARS: Final = 64
 """Characters by which a message's content is found in the rendered text."""
@@ -47,7 +47,7 @@ def find_split_points(
     ``tools`` are the names of the tools in it.
     """
     rendered = [render(shorter, starts_answer) for shorter, starts_answer in _beginnings(messages)]
-    likely = {_shared_length(text, each) for each in rendered if each is not None}
+    likely = {shared_length(text, each) for each in rendered if each is not None}
     ends = {0, tokens_before(len(text))}
     lengths = {*map(tokens_before, likely)} - ends
     borders = {*map(tokens_before, _find_borders(messages, tools, text))} - ends - lengths
@@ -95,7 +95,7 @@ def _beginnings(messages: Sequence[ChatMessage]) -> Iterator[tuple[Sequence[Chat
     yield (*messages, ChatMessage("assistant", "0")), False
 
 
-def _shared_length(a: str, b: str) -> int:
+def shared_length(a: str, b: str) -> int:
     """Return the number of characters that both begin with."""
     low, high = 0, min(len(a), len(b))
     while low < high:

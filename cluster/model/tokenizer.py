@@ -145,10 +145,14 @@ class Tokenizer:
         return self.render(messages, options, most).ids
 
     def render(
-        self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN, most: int | None = None
+        self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN, most: int | None = None, owner: str = ""
     ) -> RenderedPrompt:
-        """Return the text of the messages, too. Raises as ``chat``."""
-        return self._template.render(messages, options, most)
+        """Return the text of the messages, too. Raises as ``chat``.
+
+        If ``owner`` is not empty, the prompt is kept, so that only what is new of the owner's next one is tokenized.
+        Then it is not thread-safe.
+        """
+        return self._template.render(messages, options, most, owner)
 
     def find_split_points(
         self, messages: Sequence[ChatMessage], options: ChatOptions, prompt: RenderedPrompt

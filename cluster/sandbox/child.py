@@ -124,7 +124,7 @@ def _conversation(tokenizer: Tokenizer, job: Converse, *, with_split_points: boo
             "be both: leave one of them out",
             field="tool_choice",
         )
-    rendered = tokenizer.render(job.messages, job.options, job.most)
+    rendered = tokenizer.render(job.messages, job.options, job.most, job.owner)
     ids = rendered.ids
     parsing = tokenizer.parsing(ids, job.options)
     prompt = _prompt(tokenizer, ids, job)

@@ -106,11 +106,15 @@ class Encode(PromptJob):
 
 @dataclass(frozen=True, slots=True)
 class Converse(PromptJob):
-    """Render a conversation with the chat template and tokenize it."""
+    """Render a conversation with the chat template and tokenize it.
+
+    The process keeps it for later ones of the same ``owner``, unless that is empty.
+    """
 
     messages: tuple[ChatMessage, ...]
     options: ChatOptions
     grammar: Grammar | None
+    owner: str = ""
     kind: Literal["converse"] = "converse"
 
 

@@ -93,8 +93,12 @@ class TextService(Protocol):
         max_tokens: int,
         *,
         texts: bool = False,
+        owner: str = "",
     ) -> Tokenized:
-        """Render and tokenize a conversation; ``grammar`` is that of its answer, if any. Raises ``InvalidRequest``."""
+        """Render and tokenize a conversation; ``grammar`` is that of its answer, if any. Raises ``InvalidRequest``.
+
+        What it shares with an earlier one of the same owner need not be tokenized again; "" keeps none.
+        """
 
     async def check_grammar(self, grammar: Grammar) -> None:
         """Raise ``InvalidGrammar`` if the last stage could not enforce ``grammar`` at a bounded cost."""
@@ -146,9 +150,10 @@ class SandboxedTokenizer:
         max_tokens: int,
         *,
         texts: bool = False,
+        owner: str = "",
     ) -> Tokenized:
         size = await anyio.to_thread.run_sync(prompt_size, messages, options.tools)
-        job = Converse(max_tokens, texts, prompt_limits(size, max_tokens), tuple(messages), options, grammar)
+        job = Converse(max_tokens, texts, prompt_limits(size, max_tokens), tuple(messages), options, grammar, owner)
         return await self._prompt(job, size)
 
     async def check_grammar(self, grammar: Grammar) -> None:

@@ -145,6 +145,18 @@ async def test_prompts_are_those_of_the_tokenizer(plain_sandbox: SandboxedTokeni
     assert refused.value.field == "chat_template_kwargs"
 
 
+async def test_a_longer_conversation_of_the_same_client_has_the_tokens_of_a_fresh_one(
+    plain_sandbox: SandboxedTokenizer,
+) -> None:
+    tokenizer = load_tokenizer(BUNDLED / "faq")
+    messages: tuple[ChatMessage, ...] = (ChatMessage("user", "What is a hop? " * 300),)
+    for turn in range(4):
+        for owner in ("amy", "bob"):
+            chat = await plain_sandbox.converse(messages, PLAIN, None, 10_000, owner=owner)
+            assert chat.ids == tokenizer.chat(messages)
+        messages += (ChatMessage("assistant", "It is a hop."), ChatMessage("user", f"And {turn}?"))
+
+
 async def test_split_points_of_conversations_come_where_they_are_asked_for(plain_sandbox: SandboxedTokenizer) -> None:
     messages = (ChatMessage("user", "What is a hop?"),)
     plain = await plain_sandbox.converse(messages, PLAIN, None, 100)

@@ -165,8 +165,9 @@ class LateSandbox(TextService):
         max_tokens: int,
         *,
         texts: bool = False,
+        owner: str = "",
     ) -> Tokenized:
-        return await self._opened().converse(messages, options, grammar, max_tokens, texts=texts)
+        return await self._opened().converse(messages, options, grammar, max_tokens, texts=texts, owner=owner)
 
     async def check_grammar(self, grammar: Grammar) -> None:
         await self._opened().check_grammar(grammar)
