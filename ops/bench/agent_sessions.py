@@ -183,14 +183,18 @@ class Script:
             messages += self._call(turn, self._text(THOUGHT_WORDS))
             yield Ask(CHAT, {"messages": list(messages), "tools": self._tools, "chat_template_kwargs": THINKING})
 
-    def agents(self, count: int, tokens: int) -> list[Ask]:
-        """Return the first requests of ``count`` sub-agents. About ``tokens`` at their beginning are the same."""
+    def agents(self, count: int, tokens: int, turns: int) -> Iterator[list[Ask]]:
+        """Yield the requests of ``count`` sub-agents, turn by turn. About ``tokens`` at their beginning are the same.
+
+        Each later turn adds a call with a short result.
+        """
         context = self._filling(tokens)
         parts = [f"{context}\nYour part is {FILES[i % len(FILES)]}, number {i}." for i in range(count)]
-        return [
-            Ask(CHAT, {"messages": [*self._opening(), {"role": "user", "content": part}], "tools": self._tools})
-            for part in parts
-        ]
+        histories = [[*self._opening(), {"role": "user", "content": part}] for part in parts]
+        for turn in range(turns):
+            yield [Ask(CHAT, {"messages": list(history), "tools": self._tools}) for history in histories]
+            for history in histories:
+                history += self._call(turn, self._text(THOUGHT_WORDS))
 
     def _opening(self) -> list[Json]:
         return [{"role": "system", "content": self._system}]

@@ -7,7 +7,7 @@ macpipe runs two workers on loopback, mlx-lm one process; both serve the same mo
   model's own: each call is rendered again, and a new task drops the earlier thinking.
 - ``short``: a prompt of ``--at`` tokens, then turns that add a short call and its result.
 - ``chat``: each prompt has the model's own answers.
-- ``agents``: sub-agents whose prompts begin with the same ``--shared`` tokens start at once.
+- ``agents``: sub-agents whose prompts begin with the same ``--shared`` tokens start at once, and take two more turns.
 
 The reusable part of a prompt is the longest prefix that it shares with any earlier prompt or answer; its last token is
 always computed. A turn is warm if at least half of its prompt is reusable. The ratios:
@@ -50,6 +50,7 @@ ANSWER_TOKENS = 8
 ROOM = 4096
 """Tokens of context beyond the longest prompt."""
 SHORT_TURNS = 3
+AGENT_TURNS = 3
 DISK = ("--prefix-disk", "16GiB")
 REFUSALS = (Refused, InvalidRequest, ValueError)
 """What macpipe's answer, forms and templates raise for an unsupported request."""
@@ -274,7 +275,8 @@ def _replay_generated(replay: Replay, script: Script, plan: Plan, salt: str, num
     replay.session("short", script.short_turns(plan.at, SHORT_TURNS), f"Short. {salt}")
     replay.session("chat", script.chat_session(lambda: replay.last_text), f"Chat. {salt}")
     if plan.agents:
-        replay.at_once(script.agents(plan.agents, plan.shared), f"Agents {number}. {salt}")
+        for asks in script.agents(plan.agents, plan.shared, AGENT_TURNS):
+            replay.at_once(asks, f"Agents {number}. {salt}")
 
 
 def measure(name: str, model: Path | None, plan: Plan, context: int, quiet: bool) -> Report:

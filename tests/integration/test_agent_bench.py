@@ -98,10 +98,15 @@ def test_sub_agents_share_their_beginning(tokenizer: Tokenizer) -> None:
     from agent_sessions import Prompts, Script
 
     prompts = Prompts()
-    first, *others = (render(tokenizer, ask, "Run.\n") for ask in Script(tokenizer, 6000).agents(3, 5000))
+    begun, went_on = Script(tokenizer, 6000).agents(3, 5000, 2)
+    first, *others = (render(tokenizer, ask, "Run.\n") for ask in begun)
     assert len(first) == pytest.approx(5000, rel=0.25)
     prompts.add(first)
     assert all(len(ids) - 40 < prompts.reusable(ids) < len(ids) - 1 for ids in others)
+    for ids in others:
+        prompts.add(ids)
+    for before, ask in zip((first, *others), went_on, strict=True):
+        assert prompts.reusable(render(tokenizer, ask, "Run.\n")) == len(before)
 
 
 USAGES = [
