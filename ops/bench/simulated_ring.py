@@ -72,6 +72,8 @@ class _Stage:
     busy: bool = False
     fed: dict[int, int] = field(default_factory=dict)
     kept: dict[int, int] = field(default_factory=dict)
+    came: dict[int, float] = field(default_factory=dict)
+    """When each frame that waits here arrived."""
 
     def apply(self, frame: Frame) -> None:
         for edit in frame.edits:
@@ -138,6 +140,7 @@ class SimulatedRing:
 
     def _arrive(self, to: int, frame: Frame) -> None:
         if to < len(self._stages):
+            self._stages[to].came[frame.number] = self.now
             self._stages[to].frames.add(frame, ready=True)
             self._work(to)
             return
@@ -157,7 +160,8 @@ class SimulatedRing:
                 frame = replace(frame, void=True)
             else:
                 ms, samples = self._compute(at, frame.step)
-        timing = StageTiming(at, 0, round(ms * 1e3), 0)
+        waited = self.now - stage.came.pop(frame.number)
+        timing = StageTiming(at, round(waited * 1e3), round(ms * 1e3), 0)
         done = replace(frame, timings=(*frame.timings, timing), samples=samples)
         self._at(self.now + ms, lambda: self._finish(at, done))
 
