@@ -11,7 +11,8 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.help import Command
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.cli.plan_options import parse_adapters
-from cluster.core.limits import MIB
+from cluster.cli.screen import format_bytes
+from cluster.core.adapter import join_model_name
 from cluster.core.text import count_in_words
 
 adapter = typer.Typer(name="adapter", help="Add, list and remove adapters of the served model.", no_args_is_help=True)
@@ -42,7 +43,7 @@ def add(
 
             print_json(added)
             return
-        sys.stdout.write(f"added {added.name} ({added.nbytes / MIB:.1f} MiB)\n")
+        sys.stdout.write(f"added {added.name} ({format_bytes(added.nbytes)})\n")
 
 
 @adapter.command("list", cls=Command)
@@ -58,7 +59,8 @@ def list_adapters(coordinator: Coordinator = None, cluster: Cluster = None, json
             print_json({"model": state.model or None, "adapters": state.adapters})
             return
         for one in state.adapters:
-            sys.stdout.write(f"{state.model}:{one.name}  {one.nbytes / MIB:.1f} MiB  {one.fingerprint[:12]}\n")
+            name, size = join_model_name(state.model, one.name), format_bytes(one.nbytes)
+            sys.stdout.write(f"{name}  {size}  {one.fingerprint[:12]}\n")
         if not state.adapters:
             sys.stderr.write(f"{state.model} has no adapters\n" if state.model else "no model is loaded\n")
 

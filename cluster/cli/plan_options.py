@@ -12,7 +12,7 @@ from cluster.core.adapter import parse_adapter
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import MAX_PREFILL_CHUNK
 from cluster.core.plan import Objective, Route
-from cluster.core.quantization import MODES
+from cluster.core.quantization import require_weight_bits
 from cluster.core.text import parse_layers
 
 Acceptance = Annotated[
@@ -102,7 +102,7 @@ def plan_options(
         "route": route,
         "lanes": lanes,
         "kv_bits": check_kv_bits(kv_bits),
-        "quantize": check_weight_bits(quantize),
+        "quantize": require_weight_bits(quantize),
         "prefill_chunk": prefill_chunk,
         "objective": objective,
         "acceptance": acceptance,
@@ -136,12 +136,4 @@ def check_kv_bits(bits: int) -> int:
     """Return ``bits`` if it is 4, 8, or 0 for no quantization. Raise InvalidOption otherwise."""
     if bits not in (0, 4, 8):
         raise InvalidOption(f"--kv-bits is {bits}; it must be 8 or 4", field="kv_bits")
-    return bits
-
-
-def check_weight_bits(bits: int) -> int:
-    """Return ``bits`` if weights can be quantized to them, or 0 for no quantization. Raise InvalidOption otherwise."""
-    if bits not in (0, *MODES["affine"].bits):
-        known = ", ".join(map(str, sorted(MODES["affine"].bits)))
-        raise InvalidOption(f"--quantize is {bits}; it must be one of {known}", field="quantize")
     return bits

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cluster.core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from cluster.core.errors import InvalidOption
+from cluster.core.errors import InvalidOption, MacpipeError
 from cluster.core.training import DATA_SETS, TrainingOptions
 from cluster.core.training_events import AdapterFile
 from cluster.platform.private_files import not_written, replace_file
@@ -18,8 +18,6 @@ __all__ = ["ChosenTraining", "TrainingFiles", "read_options"]
 
 _PLACES: Final = ("model", "data", "adapter_path", "resume_adapter_file")
 """Options that name what is read and written here."""
-_OF_ADAPTER_WEIGHTS: Final = ("fine_tune_type", "num_layers", "lora_parameters")
-"""Options that an existing adapter decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ def read_options(given: Mapping[str, Any], config: Path | None) -> ChosenTrainin
     path = "adapters" if places["adapter_path"] is None else str(places["adapter_path"])
     adapter_path = Path(path) if path else None
     if values.get("test") and not values.get("train"):
-        values |= _read_adapter_config(adapter_path) if adapter_path else {"num_layers": -1}
+        values |= _read_adapter_options(adapter_path) if adapter_path else {"num_layers": -1}
     resume = places["resume_adapter_file"]
     return ChosenTraining(
         str(places["model"]),
@@ -70,20 +68,27 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _read_adapter_config(folder: Path) -> dict[str, Any]:
+def _read_adapter_options(folder: Path) -> dict[str, Any]:
     """Return the options that made the adapters in ``folder``."""
+    from cluster.model.adapter_files import read_adapter_config
+    from cluster.model.checkpoint import read_json_object
+
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-        found = {name: config[name] for name in _OF_ADAPTER_WEIGHTS if config.get(name) is not None}
+        config = read_adapter_config(read_json_object(folder / ADAPTER_CONFIG))
     except OSError as error:
         raise InvalidOption(
             f"cannot read {folder / ADAPTER_CONFIG}: {error.strerror}; name the adapters to test with --adapter-path, "
             "or --adapter-path '' to test the model without any",
             field="adapter_path",
         ) from error
-    except (ValueError, AttributeError) as error:
-        raise InvalidOption(f"{folder / ADAPTER_CONFIG} is damaged: {error}", field="adapter_path") from error
-    return found
+    except MacpipeError as error:
+        why = f"the adapter in {folder} cannot be tested: {error.sentence}"
+        raise InvalidOption(why, field="adapter_path") from error
+    return {
+        "fine_tune_type": "dora" if config.dora else "lora",
+        "num_layers": config.num_layers or -1,
+        "lora_parameters": dict(config.parameters),
+    }
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ import anyio
 
 from cluster.coordinator.served_adapters import ServedAdapters
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.adapter import Adapter, count_adapters, require_adapter_name
+from cluster.core.adapter import Adapter, count_adapters, require_adapter_name, split_model_name
 from cluster.core.errors import InvalidGrammar, InvalidOption, InvalidRequest, ModelNotFound
 from cluster.core.limits import MIN_CONTEXT
 from cluster.core.plan import ModelShape
@@ -182,7 +182,7 @@ def choose_model(model_info: ModelInfo, model: str, adapter: str) -> ModelInfo:
     """
     name = model_info.shape.model.name
     names = (name, PurePath(name).name)
-    base, _, chosen = ("", "", "") if not model or model in names else model.rpartition(":")
+    base, chosen = ("", "") if not model or model in names else split_model_name(model)
     if (base or chosen) and base not in names:
         raise ModelNotFound(f"model {model} is not served here; the served model is {name}", field="model")
     if chosen and adapter and chosen != adapter:

@@ -16,7 +16,7 @@ from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.training_job import TrainingJob
-from cluster.core.errors import DoesNotFit, InvalidOption, MacpipeError, NotServing
+from cluster.core.errors import DoesNotFit, MacpipeError, NotServing
 from cluster.core.frames import Tensor
 from cluster.core.limits import UNLOAD_TIMEOUT_S
 from cluster.core.plan import ModelShape, Objective, Plan
@@ -128,7 +128,7 @@ class TrainingMode:
         found = await host.gather(order, model_info.shape, report)
         number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
         plan = await _plan(host, number, model_info.shape, found, order, request.options)
-        _require_layers(plan, request.options)
+        request.options.require_layers(plan.stages[-1].layers.end)
         require_room(plan, model_info.shape, request.options, min(data.longest, request.options.max_seq_length))
         report.planned(plan)
         by_name = {w.name: w for w in found}
@@ -143,14 +143,6 @@ class TrainingMode:
             with anyio.CancelScope(shield=True):
                 await unload_workers(deps.epochs.last, [deps.roster.control(a) for a in job.contacted])
                 deps.roster.pin(())
-
-
-def _require_layers(plan: Plan, options: TrainingOptions) -> None:
-    layers = plan.stages[-1].layers.end
-    if options.num_layers > layers:
-        raise InvalidOption(
-            f"--num-layers is {options.num_layers}, but the model has only {layers} layers", field="num_layers"
-        )
 
 
 async def _plan(

@@ -89,6 +89,22 @@ def count_adapters(shape: ModelShape, adapters: Iterable[Adapter]) -> ModelShape
     )
 
 
+def join_model_name(base: str, adapter: str) -> str:
+    """Return the name of a model with an adapter, ``BASE:NAME``; the model's own without one."""
+    return f"{base}:{adapter}" if adapter else base
+
+
+def split_model_name(name: str) -> tuple[str, str]:
+    """Return the model and the adapter that ``BASE:NAME`` names. The model is empty if there is no colon."""
+    base, _, adapter = name.rpartition(":")
+    return base, adapter
+
+
+def name_of_key(key: str) -> str:
+    """Return the name of the adapter with this key; "" for the key of the model alone."""
+    return key.partition("@")[0]
+
+
 def require_adapter_name(name: str) -> str:
     """Return ``name``. Raises InvalidOption unless it is an adapter's name."""
     if not _NAME.fullmatch(name):

@@ -8,7 +8,14 @@ from typing import Final
 
 from cluster.core.errors import InvalidOption
 
-__all__ = ["MODES", "RECIPES", "Quantization", "QuantizationMode", "choose_weight_quantization"]
+__all__ = [
+    "MODES",
+    "RECIPES",
+    "Quantization",
+    "QuantizationMode",
+    "choose_weight_quantization",
+    "require_weight_bits",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,13 @@ def choose_weight_quantization(
             f"mode {mode} has no groups of {group_size}; choose {_in_words(known.group_sizes)}", field="group_size"
         )
     return Quantization(bits or known.bits[0], group_size or known.group_sizes[0], mode)
+
+
+def require_weight_bits(bits: int) -> int:
+    """Return ``bits`` if weights can be quantized to them while they are loaded, or 0. Raise InvalidOption."""
+    if bits and bits not in MODES["affine"].bits:
+        raise InvalidOption(f"quantize is {bits}; it must be {_in_words(MODES['affine'].bits)}", field="quantize")
+    return bits
 
 
 def _in_words(choices: tuple[int, ...]) -> str:

@@ -107,6 +107,13 @@ class TrainingOptions(BaseModel):
         except ValidationError as error:
             raise _invalid_options_error(error) from None
 
+    def require_layers(self, layers: int) -> None:
+        """Raises ``InvalidOption`` if a model with so many layers has fewer than are to be trained."""
+        if self.num_layers > layers:
+            raise InvalidOption(
+                f"--num-layers is {self.num_layers}, but the model has only {layers} layers", field="num_layers"
+            )
+
     def to_json(self) -> str:
         """Return the options as a JSON object."""
         return self.model_dump_json()

@@ -74,11 +74,7 @@ def load_training_slice(spec: StageSpec, path: Path, options: TrainingOptions) -
 
 
 def _add_adapters(model: Module, options: TrainingOptions) -> None:
-    if options.num_layers > len(model.layers):
-        raise InvalidOption(
-            f"--num-layers is {options.num_layers}, but the model has {len(model.layers)} layers; give that or less",
-            field="num_layers",
-        )
+    options.require_layers(len(model.layers))
     parameters = options.lora_parameters
     config: dict[str, Any] = {"rank": parameters.rank, "scale": parameters.scale, "dropout": parameters.dropout}
     if parameters.keys is not None:

@@ -54,7 +54,7 @@ from cluster.worker.pipe_messages import (
 )
 from cluster.worker.prefix_disk import PrefixDisk, PrefixDiskPlace
 from cluster.worker.settings import prefix_folder
-from cluster.worker.stage_host import StageHost, Throttle, describe_error
+from cluster.worker.stage_host import StageHost, Throttle, classify_error
 
 Job = Callable[[], None]
 _Queued = Load | LinkStage | SetAdapters | OpenPrefixes | Unload | Measure
@@ -145,7 +145,7 @@ class Engine:
         try:
             self._dispatch(command)
         except Exception as e:  # the process's edge: the daemon is told, whatever it was
-            reason, sentence = describe_error(e)
+            reason, sentence = classify_error(e)
             epoch = e.details.get("epoch", "") if isinstance(e, StaleEpoch) else ""
             self._send(CommandFailed(command.call, reason, sentence, epoch))
         else:

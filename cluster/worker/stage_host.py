@@ -280,7 +280,7 @@ class StageHost:
                 raise BadFrame("this stage does not train")
             return self._training.run(command)
         except Exception as e:  # MLX or model code may raise anything; it ends the training, not the process
-            reason, sentence = describe_error(e)
+            reason, sentence = classify_error(e)
             unexpected = not isinstance(e, MacpipeError)
             what = command.task.name.lower()
             log.warning("stage: training failed reason=%s task=%s", sentence, what, exc_info=unexpected)
@@ -311,11 +311,11 @@ def _run_step(stage: Stage, index: int, frame: Frame) -> Frame:
     except Exception as e:  # whatever a forward pass raises must end one request, not the engine
         if not isinstance(e, MacpipeError):
             log.exception("stage: frame failed number=%d lane=%d", frame.number, frame.lane)
-        reason, sentence = describe_error(e)
+        reason, sentence = classify_error(e)
         return replace(frame, tensors=(), error=Failure(index, reason, sentence))
 
 
-def describe_error(error: Exception) -> tuple[Reason, str]:
+def classify_error(error: Exception) -> tuple[Reason, str]:
     """Return an error's reason and sentence; an unexpected error counts as StageFailed."""
     if isinstance(error, MacpipeError):
         return error.reason, error.sentence

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import SLICEABLE, make
 from cluster.client import Client
 from cluster.conversion.converter import convert_checkpoint
-from cluster.core.errors import InvalidRequest
+from cluster.core.errors import InvalidOption, InvalidRequest
 from cluster.core.plan import Route
 from cluster.core.quantization import Quantization
 from cluster.model.weight_conversion import Conversion
@@ -98,7 +98,7 @@ def test_weights_that_each_worker_quantizes_give_the_tokens_of_the_converted_mod
 ) -> None:
     folder = make("llama", models / "llama-published", hidden_size=64, intermediate_size=128)
     convert_checkpoint(folder, models / "llama-converted", Conversion(Quantization(4, 64)), lambda _: None)
-    with pytest.raises(InvalidRequest, match="quantize is 7; it must be one of 1, 2, 3, 4, 5, 6, 8"):
+    with pytest.raises(InvalidOption, match="quantize is 7; it must be 1, 2, 3, 4, 5, 6 or 8"):
         serve_model(client, folder, 3, quantize=7)
     serve_model(client, folder, 3, quantize=4)
     answer = client.generate(PROMPT[:80], max_tokens=16, ignore_eos=True)

@@ -23,7 +23,7 @@ from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import DEFAULT_MAX_CONTEXT, MAX_PREFILL_CHUNK
 from cluster.core.plan import LoadProgress, Plan, Speculation
-from cluster.core.quantization import MODES
+from cluster.core.quantization import require_weight_bits
 from cluster.core.text import parse_layers
 from cluster.core.worker import WorkerInfo
 from cluster.security.trust import Trust
@@ -162,7 +162,7 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest, first: LoadOrder) -> Lo
         max_step_ms=_max_step_ms(r.max_step_ms if isinstance(r, pb.LoadModelRequest) else 0.0) or first.max_step_ms,
         prefill_chunk=_prefill_chunk(r.prefill_chunk),
         kv_bits=_kv_bits(r.kv_bits),
-        quantize=_weight_bits(r.quantize),
+        quantize=require_weight_bits(r.quantize),
         objective=decode_objective(r.objective),
         acceptance=r.acceptance,
         take_back=isinstance(r, pb.LoadModelRequest) and r.take_back,
@@ -191,13 +191,6 @@ def _prefill_chunk(value: int) -> int | None:
             f"prefill_chunk is {value}; it must be from 1 to {MAX_PREFILL_CHUNK}", field="prefill_chunk"
         )
     return value or None
-
-
-def _weight_bits(value: int) -> int:
-    if value and value not in MODES["affine"].bits:
-        known = ", ".join(map(str, sorted(MODES["affine"].bits)))
-        raise InvalidRequest(f"quantize is {value}; it must be one of {known}", field="quantize")
-    return value
 
 
 def _kv_bits(value: int) -> int:

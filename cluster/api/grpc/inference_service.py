@@ -18,6 +18,7 @@ from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.requests import AnswerParams, Caller, PreparedRequest, rename_fields
 from cluster.codec.request_trace import encode_trace
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.adapter import join_model_name, name_of_key
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES
 from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent
@@ -122,7 +123,8 @@ class InferenceServicer(InferenceServiceServicer):
         except MacpipeError:
             return pb.ListModelsResponse()
         shape = model_info.shape
-        names = [shape.model.name, *(f"{shape.model.name}:{a.ref.name}" for a in model_info.adapters.served)]
+        adapters = ("", *(a.ref.name for a in model_info.adapters.served))
+        names = [join_model_name(shape.model.name, adapter) for adapter in adapters]
         models = [
             pb.Model(
                 id=name,
@@ -156,8 +158,8 @@ async def _errors_sent(context: Context) -> AsyncIterator[None]:
 
 def _prompt_info(running: RunningRequest) -> pb.PromptInfo:
     name = running.model_info.shape.model.name
-    adapter = running.request.adapter.partition("@")[0]
-    return proto_encoding.prompt_info(running.request, f"{name}:{adapter}" if adapter else name)
+    shown = join_model_name(name, name_of_key(running.request.adapter))
+    return proto_encoding.prompt_info(running.request, shown)
 
 
 def _yield_opening(running: RunningRequest) -> Iterator[pb.GenerateResponse]:

@@ -10,6 +10,7 @@ from typing import Final
 
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_reader import ModelInfo, choose_adapter
+from cluster.core.adapter import join_model_name, split_model_name
 from cluster.core.errors import ModelNotFound
 
 DEFAULT: Final = "default"
@@ -32,7 +33,7 @@ class ModelNames:
         known = (*self._base_names(model_info), name, PurePath(name).name, DEFAULT, "", None)
         if requested in known:
             return model_info
-        base, _, adapter = str(requested).rpartition(":")
+        base, adapter = split_model_name(str(requested))
         if base and base in known and model_info.adapters.find(adapter):
             return choose_adapter(model_info, adapter)
         listed = ", ".join(self.public_names(model_info))
@@ -41,7 +42,7 @@ class ModelNames:
     def public_names(self, model_info: ModelInfo) -> tuple[str, ...]:
         """Return the model's public names, its id first, and then those with each of its adapters."""
         base = self._base_names(model_info)
-        return (*base, *(f"{name}:{a.ref.name}" for a in model_info.adapters.served for name in base))
+        return (*base, *(join_model_name(name, a.ref.name) for a in model_info.adapters.served for name in base))
 
     def _base_names(self, model_info: ModelInfo) -> tuple[str, ...]:
         return tuple(dict.fromkeys((model_id(model_info), *self._aliases)))
@@ -51,7 +52,7 @@ class ModelNames:
         if requested and requested in self.public_names(model_info):
             return requested
         adapter = model_info.adapter
-        return f"{model_id(model_info)}:{adapter.ref.name}" if adapter else model_id(model_info)
+        return join_model_name(model_id(model_info), adapter.ref.name if adapter else "")
 
 
 def model_id(model_info: ModelInfo) -> str:
