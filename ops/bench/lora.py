@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -88,7 +89,7 @@ def two_stages(folder: Path, updates: int) -> dict[bool, list[float]]:
             run = client.train(str(folder / "model"), options, {"train": folder / "data" / "train.jsonl"}, workers=2)
             speeds[checkpoint] = [e.tokens_per_second for e in run if isinstance(e, TrainingReport)]
             while client.cluster().state != "serving":
-                continue
+                time.sleep(0.2)
     return speeds
 
 

@@ -140,6 +140,44 @@ def test_an_engine_that_dies_leaves_the_curve_as_it_is_and_requests_are_told_whe
     wait_serving(address, made.daemons[-1])
 
 
+@pytest.mark.long
+def test_a_worker_that_is_killed_is_replaced_by_a_spare_and_the_curve_is_the_same(data: Path, tmp_path: Path) -> None:
+    """Daemon and engine of one of two workers die; a third one holds nothing until then."""
+    made = Cluster(tmp_path)
+    files = {name: data / f"{name}.jsonl" for name in ("train", "valid")}
+    options = {**BASE, "iters": 40, "save_every": 4}
+    try:
+        for name in ("ada", "bob", "cyd"):
+            made.worker(name)
+        model = make("llama", tmp_path / "model")
+        daemon, address = made.serving(model, 2)
+        expected, adapters = fine_tune(model, data, tmp_path / "expected", **options)
+        reports, notices, killed, final = list[TrainingReport](), list[str](), "", b""
+        with Client(address, timeout_s=60) as client:
+            for event in client.train(str(model), TrainingOptions.of(options), files, workers=2):
+                if isinstance(event, TrainingReport):
+                    reports.append(event)
+                elif isinstance(event, TrainingNotice):
+                    notices.append(event.sentence)
+                elif isinstance(event, AdapterFile):
+                    final = event.content
+                if isinstance(event, TrainingReport) and event.iteration == 5 and not killed:
+                    killed = min(event.peak_memory)[0]
+                    worker = next(one for one in made.daemons if one.name == killed)
+                    os.killpg(worker.process.pid, signal.SIGKILL)
+            wait_serving(address, daemon)
+            assert killed not in {stage.worker for stage in client.cluster().stages}
+    finally:
+        made.close()
+    assert any("training continues from the last kept state" in sentence for sentence in notices)
+    assert set(dict(reports[-1].peak_memory)) == {"ada", "bob", "cyd"} - {killed}
+    losses = [r.train_loss if r.val_loss is None else r.val_loss for r in reports]
+    assert losses == [r.get("train_loss", r.get("val_loss")) for r in expected]
+    (tmp_path / "final.safetensors").write_bytes(final)
+    own = dict(mx.load(str(tmp_path / "final.safetensors")))
+    assert all(mx.array_equal(own[name], array) for name, array in adapters.items())
+
+
 def test_a_client_that_leaves_ends_its_training(trainers: Trainers, data: Path) -> None:
     made, address = trainers
     options = TrainingOptions.of({**BASE, "iters": 100_000})

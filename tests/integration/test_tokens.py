@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters import make_adapter
 from checkpoints import SLICEABLE, make
 from cluster.client import Client
 from cluster.conversion.converter import convert_checkpoint
@@ -100,9 +101,11 @@ def test_weights_that_each_worker_quantizes_give_the_tokens_of_the_converted_mod
     convert_checkpoint(folder, models / "llama-converted", Conversion(Quantization(4, 64)), lambda _: None)
     with pytest.raises(InvalidOption, match="quantize is 7; it must be 1, 2, 3, 4, 5, 6 or 8"):
         serve_model(client, folder, 3, quantize=7)
-    serve_model(client, folder, 3, quantize=4)
-    answer = client.generate(PROMPT[:80], max_tokens=16, ignore_eos=True)
-    assert answer.tokens == greedy(models / "llama-converted", PROMPT[:80], 16)
+    tuned = make_adapter(models / "llama-converted", models / "llama-tuned", 1, num_layers=2, rank=1)
+    serve_model(client, folder, 3, quantize=4, adapters={"tuned": str(tuned)})
+    for name, adapter in (("", None), ("tuned", tuned)):
+        answer = client.generate(PROMPT[:80], max_tokens=16, ignore_eos=True, adapter=name)
+        assert answer.tokens == greedy(models / "llama-converted", PROMPT[:80], 16, adapter=adapter)
     weights = sum(stage.weight_bytes for stage in client.cluster().stages)
     assert weights < 0.3 * (folder / "model.safetensors").stat().st_size
     assert client.plan(str(folder), workers=3, quantize=4).stages[0].weight_bytes < weights
