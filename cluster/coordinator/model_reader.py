@@ -19,12 +19,12 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.core.adapter import Adapter, count_adapters, require_adapter_name, split_model_name
 from cluster.core.errors import InvalidGrammar, InvalidOption, InvalidRequest, ModelNotFound
 from cluster.core.limits import MIN_CONTEXT
-from cluster.core.plan import ModelShape
+from cluster.core.plan import ModelShape, TensorMap
 from cluster.core.request import Grammar
 from cluster.model.adapters import read_adapter
 from cluster.model.device import close_thread
 from cluster.model.model_shape import read_shape
-from cluster.model.tensor_map import TensorMap, tensor_map
+from cluster.model.tensor_map import tensor_map
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
 from cluster.sandbox.process import SandboxProcess
 from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer, TextService

@@ -320,6 +320,28 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorMap:
+    """Tensor names by layer and by shared module.
+
+    ``shared`` has, for each module outside the layers, its tensor names and the layers that read it.
+    """
+
+    layers: tuple[frozenset[str], ...]
+    shared: tuple[tuple[frozenset[str], tuple[int, ...]], ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of all tensors that a layer needs."""
+        return self.of(LayerRange(0, len(self.layers)))
+
+    def of(self, layers: LayerRange) -> frozenset[str]:
+        """Return the names of the tensors that a stage with ``layers`` reads."""
+        local = range(layers.start, layers.end)
+        outside = (names for names, readers in self.shared if any(layer in local for layer in readers))
+        return frozenset().union(*self.layers[layers.start : layers.end], *outside)
+
+
+@dataclass(frozen=True, slots=True)
 class StorePlace:
     """A Mac that answers StoreService: its name, address, and party (``ROLE.ID``)."""
 

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
 
-from cluster.core.plan import LayerRange, SharedWeight
+from cluster.core.plan import SharedWeight, TensorMap
 from cluster.model.checkpoint import TensorInfo, open_checkpoint
 from cluster.model.lazy_graph import LazyGraph
 from cluster.model.module_tree import module_arrays, named_modules
 from cluster.model.skeleton import open_skeleton
 
-__all__ = ["TensorMap", "tensor_map"]
+__all__ = ["tensor_map"]
 
 DTYPES: Final[Mapping[str, mx.Dtype]] = {
     "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16, "U32": mx.uint32,
@@ -30,23 +29,6 @@ DTYPES: Final[Mapping[str, mx.Dtype]] = {
     "F8_E4M3": mx.uint8, "F8_E5M2": mx.uint8, "F8_E8M0": mx.uint8, "F4": mx.uint8, "C64": mx.complex64,
 }  # fmt: skip
 """MLX's type for each type of the format; MLX reads the small floats as bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorMap:
-    """Tensor names by layer and by shared module.
-
-    ``shared`` has, for each module outside the layers, its tensor names and the layers that read it.
-    """
-
-    layers: tuple[frozenset[str], ...]
-    shared: tuple[tuple[frozenset[str], tuple[int, ...]], ...]
-
-    def of(self, layers: LayerRange) -> frozenset[str]:
-        """Return the names of the tensors that a stage with ``layers`` reads."""
-        local = range(layers.start, layers.end)
-        outside = (names for names, readers in self.shared if any(layer in local for layer in readers))
-        return frozenset().union(*self.layers[layers.start : layers.end], *outside)
 
 
 def tensor_map(path: Path, shared: Sequence[SharedWeight]) -> TensorMap:

@@ -31,7 +31,9 @@ MAX_MODEL_BYTES: Final = 8 * 1024 * GIB
 MAX_MODEL_READ_BYTES: Final = GIB
 """Size of one model's small files and headers, which are read before anything else is known of it."""
 MAX_VERSION_BYTES: Final = 4 * KIB
-"""Maximum size of the record that says which version of a model was seen last."""
+"""Size of a record that says which folder has a version of a model."""
+MAX_TENSOR_MAP_BYTES: Final = 64 * MIB
+"""Size of the record that names the tensors of each layer of a quantized copy: 200,000 names."""
 LEFTOVER_S: Final = 86_400.0
 """Age of what an interrupted fetch left before it is removed: no step of a fetch takes a day."""
 DEFER_S: Final = 15.0

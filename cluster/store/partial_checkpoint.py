@@ -136,11 +136,21 @@ class PartialCheckpoint:
         return sum(end - start for start, end in self.gaps(tensor.file, tensor.offset, tensor.end))
 
     def writer(self, file: str) -> int:
-        """Return a file descriptor for ``os.pwrite``, which the caller closes. Raise DiskFull or InvalidOption."""
+        """Return a file descriptor for ``write``, which the caller closes. Raise DiskFull or InvalidOption."""
         try:
             return os.open(self.folder / file, os.O_WRONLY)
         except OSError as e:
             raise not_written(e, self.folder / file, "the model") from e
+
+    def write(self, descriptor: int, data: bytes | memoryview, at: int) -> None:
+        """Write bytes at an offset of a file; ``note`` then records them. Raise DiskFull or InvalidOption."""
+        left = memoryview(data)
+        while left:
+            try:
+                count = os.pwrite(descriptor, left, at)  # raises if it can write nothing, so the loop ends
+            except OSError as e:
+                raise not_written(e, self.folder, "the model") from e
+            left, at = left[count:], at + count
 
     def note(self, descriptor: int, file: str, start: int, end: int) -> None:
         """Sync written bytes to disk, then record them as present. Raise DiskFull or InvalidOption."""

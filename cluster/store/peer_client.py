@@ -91,12 +91,15 @@ class Peer:
                     raise BadCheckpoint(f"{self.label} sent more than {most} bytes of {file.name}")
         return bytes(content)
 
-    def holdings(self, names: Sequence[str]) -> Holdings:
-        """Return what the peer has now: of the tensors ``names``, or of all if there are too many for one request."""
+    def holdings(self, names: Sequence[str], *, sources: bool = False) -> Holdings:
+        """Return what the peer has now: of the tensors ``names``, or of all if there are too many for one request.
+
+        With ``sources``, return the digests of what a quantized copy was made from, by the names of its model.
+        """
         found: dict[int, set[str]] = {presence: set() for presence in pb.Presence.values()}
         digests: dict[str, str] = {}
         few = names if len(names) <= MAX_TENSORS_NAMED else ()
-        request = pb.ListTensorsRequest(fingerprint=self._fingerprint, tensors=few)
+        request = pb.ListTensorsRequest(fingerprint=self._fingerprint, tensors=few, sources=sources)
         with self._failures():
             for part in self._stub.ListTensors(request, timeout=CONTROL_TIMEOUT_S):
                 if len(part.tensors) > MAX_TENSORS_NAMED:

@@ -10,7 +10,6 @@ from threading import Event, Lock
 
 from cluster.core.errors import Aborted, Busy, FetchFailed, HubOffline, HubUnreachable, MacpipeError, Unreachable
 from cluster.model.checkpoint import TensorInfo
-from cluster.platform.private_files import not_written
 from cluster.store.hub import Hub
 from cluster.store.limits import FETCH_ATTEMPTS, FETCH_BACKOFF_S, FETCH_COMMIT_BYTES, FETCH_COMMIT_S
 from cluster.store.partial_checkpoint import PartialCheckpoint
@@ -95,7 +94,7 @@ def _fill(
         for data in run.read(start, end):
             if stop.is_set() or counted.stopped:
                 raise Aborted("the load was cancelled")
-            _write(file, data, at, partial)
+            partial.write(file, data, at)
             at += len(data)
             counted.add(run.source, len(data))
             if at - noted >= FETCH_COMMIT_BYTES or time.monotonic() >= due:
@@ -107,13 +106,3 @@ def _fill(
                 partial.note(file, run.file, noted, at)
         finally:
             os.close(file)
-
-
-def _write(file: int, data: bytes, at: int, partial: PartialCheckpoint) -> None:
-    left = memoryview(data)
-    while left:
-        try:
-            count = os.pwrite(file, left, at)  # raises if it can write nothing, so the loop ends
-        except OSError as error:
-            raise not_written(error, partial.folder, "the model") from error
-        left, at = left[count:], at + count

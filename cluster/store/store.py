@@ -30,6 +30,7 @@ from cluster.store.limits import MAX_VERSION_BYTES
 from cluster.store.model_files import is_digest
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, place, read_origin
 from cluster.store.peer_client import Peer
+from cluster.store.quantized_copy import CopyKey, QuantizedCopy, find_copy
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ class Store:
     def __init__(self, home: Path) -> None:
         self.home = home
         self._models = home / "models"
+
+    @property
+    def models(self) -> Path:
+        """The folder of the models in ``home``."""
+        return self._models
 
     def find_by_name(self, name: str) -> FoundModel:
         """Return the model that ``name`` means on this Mac: a folder, a bundled model, a cached one, or one on the hub.
@@ -95,13 +101,19 @@ class Store:
         headers if needed. Raise ModelDiffers if this Mac has another model at that path, and FetchFailed or the last
         peer's error if it has none and no peer provides the headers.
         """
+        return self.find_whole(model) or self._find_or_place(model, peers)
+
+    def find_whole(self, model: ModelRef) -> FoundModel | None:
+        """Return where this worker has all files of the coordinator's model, or None.
+
+        Raise ModelDiffers if it has another model at the coordinator's path.
+        """
         folder = Path(model.path)
         if folder.is_dir() and (found := _match_folder(folder, model, strict=not _is_id(model.name))):
             return found
         with contextlib.suppress(ModelNotFound):
-            if found := _match_folder(resolve_model(model.name), model, strict=False):
-                return found
-        return self._find_or_place(model, peers)
+            return _match_folder(resolve_model(model.name), model, strict=False)
+        return None
 
     def find_adapter(self, adapter: AdapterRef, peers: Sequence[Peer]) -> FoundModel:
         """Return where this worker has the coordinator's adapter, or can put a part of it, as for a model.
@@ -130,6 +142,10 @@ class Store:
         """Return the store's own partial checkpoint of a model, or None."""
         folder = self._models / fingerprint
         return FoundModel(folder, PartialCheckpoint(folder)) if is_digest(fingerprint) and is_partial(folder) else None
+
+    def find_copy(self, key: CopyKey) -> QuantizedCopy | None:
+        """Return the quantized copy with this key, or None. Raise BadCheckpoint if it is damaged."""
+        return find_copy(self._models, key.digest)
 
     def _from_peers(self, model: ModelRef, peers: Sequence[Peer]) -> Path:
         """Create a partial checkpoint from the headers and small files of the first peer that provides them."""

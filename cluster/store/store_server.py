@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from cluster.store.digest_manifest import DigestManifest
 from cluster.store.limits import MAX_TENSORS_NAMED, PEER_CHUNK_BYTES, STORE_READERS
 from cluster.store.model_files import ADAPTER_FILES, ModelFiles, StoredFile, is_wanted
 from cluster.store.partial_checkpoint import PartialCheckpoint, read_origin
+from cluster.store.quantized_copy import read_sources
 from cluster.store.store import Store
 from cluster.transport.rich_errors import abort
 from cluster.v1 import store_pb2 as pb
@@ -117,9 +118,13 @@ class StoreServer(StoreServiceServicer):
         self, request: pb.ListTensorsRequest, context: Context
     ) -> AsyncIterator[pb.ListTensorsResponse]:
         item = await self._item(request.fingerprint, context)
-        names = [name for name in request.tensors if name in item.checkpoint.tensors] or item.checkpoint.tensors
-        self._recheck(item, names)
-        states = _states(item, names)
+        if request.sources:
+            known = await anyio.to_thread.run_sync(read_sources, item.checkpoint.path)
+            states = _sources(known, request.tensors)
+        else:
+            names = [name for name in request.tensors if name in item.checkpoint.tensors] or item.checkpoint.tensors
+            self._recheck(item, names)
+            states = _states(item, names)
         while batch := list(islice(states, MAX_TENSORS_NAMED)):  # others get their turn between two
             yield pb.ListTensorsResponse(tensors=batch)
 
@@ -207,6 +212,13 @@ def _states(item: SharedModel, names: Iterable[str]) -> Iterator[pb.TensorState]
             yield pb.TensorState(name=name, presence=pb.PRESENCE_DAMAGED, sha256=digest)
         elif digest:
             yield pb.TensorState(name=name, presence=pb.PRESENCE_KNOWN, sha256=digest)
+
+
+def _sources(known: Mapping[str, str], names: Iterable[str]) -> Iterator[pb.TensorState]:
+    """Yield the known digests of the tensors with these names; without names, of all."""
+    for name in list(names) or known:
+        if name in known:
+            yield pb.TensorState(name=name, presence=pb.PRESENCE_KNOWN, sha256=bytes.fromhex(known[name]))
 
 
 def _ranges(checkpoint: Checkpoint, request: pb.ReadTensorsRequest) -> list[Range]:

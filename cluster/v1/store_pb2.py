@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63luster/v1/store.proto\x12\ncluster.v1\"+\n\x14\x44\x65scribeModelRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\"I\n\nStoredFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x0f\n\x07\x65\x64ition\x18\x04 \x01(\t\"\\\n\x15\x44\x65scribeModelResponse\x12%\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x16.cluster.v1.StoredFile\x12\x0c\n\x04repo\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\"4\n\x0fReadFileRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\" \n\x10ReadFileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\":\n\x12ListTensorsRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\"S\n\x0bTensorState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x08presence\x18\x02 \x01(\x0e\x32\x14.cluster.v1.Presence\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"?\n\x13ListTensorsResponse\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.cluster.v1.TensorState\"Z\n\x12ReadTensorsRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"#\n\x13ReadTensorsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\x8d\x01\n\x08Presence\x12\x18\n\x14PRESENCE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRESENCE_KNOWN\x10\x01\x12\x13\n\x0fPRESENCE_COMING\x10\x02\x12\x11\n\rPRESENCE_HERE\x10\x03\x12\x15\n\x11PRESENCE_CHECKING\x10\x04\x12\x14\n\x10PRESENCE_DAMAGED\x10\x05\x32\xd1\x02\n\x0cStoreService\x12T\n\rDescribeModel\x12 .cluster.v1.DescribeModelRequest\x1a!.cluster.v1.DescribeModelResponse\x12G\n\x08ReadFile\x12\x1b.cluster.v1.ReadFileRequest\x1a\x1c.cluster.v1.ReadFileResponse0\x01\x12P\n\x0bListTensors\x12\x1e.cluster.v1.ListTensorsRequest\x1a\x1f.cluster.v1.ListTensorsResponse0\x01\x12P\n\x0bReadTensors\x12\x1e.cluster.v1.ReadTensorsRequest\x1a\x1f.cluster.v1.ReadTensorsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63luster/v1/store.proto\x12\ncluster.v1\"+\n\x14\x44\x65scribeModelRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\"I\n\nStoredFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x0f\n\x07\x65\x64ition\x18\x04 \x01(\t\"\\\n\x15\x44\x65scribeModelResponse\x12%\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x16.cluster.v1.StoredFile\x12\x0c\n\x04repo\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\"4\n\x0fReadFileRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\" \n\x10ReadFileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"K\n\x12ListTensorsRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x0f\n\x07sources\x18\x03 \x01(\x08\"S\n\x0bTensorState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x08presence\x18\x02 \x01(\x0e\x32\x14.cluster.v1.Presence\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"?\n\x13ListTensorsResponse\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.cluster.v1.TensorState\"Z\n\x12ReadTensorsRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x03(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"#\n\x13ReadTensorsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\x8d\x01\n\x08Presence\x12\x18\n\x14PRESENCE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRESENCE_KNOWN\x10\x01\x12\x13\n\x0fPRESENCE_COMING\x10\x02\x12\x11\n\rPRESENCE_HERE\x10\x03\x12\x15\n\x11PRESENCE_CHECKING\x10\x04\x12\x14\n\x10PRESENCE_DAMAGED\x10\x05\x32\xd1\x02\n\x0cStoreService\x12T\n\rDescribeModel\x12 .cluster.v1.DescribeModelRequest\x1a!.cluster.v1.DescribeModelResponse\x12G\n\x08ReadFile\x12\x1b.cluster.v1.ReadFileRequest\x1a\x1c.cluster.v1.ReadFileResponse0\x01\x12P\n\x0bListTensors\x12\x1e.cluster.v1.ListTensorsRequest\x1a\x1f.cluster.v1.ListTensorsResponse0\x01\x12P\n\x0bReadTensors\x12\x1e.cluster.v1.ReadTensorsRequest\x1a\x1f.cluster.v1.ReadTensorsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.store_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRESENCE']._serialized_start=680
-  _globals['_PRESENCE']._serialized_end=821
+  _globals['_PRESENCE']._serialized_start=697
+  _globals['_PRESENCE']._serialized_end=838
   _globals['_DESCRIBEMODELREQUEST']._serialized_start=38
   _globals['_DESCRIBEMODELREQUEST']._serialized_end=81
   _globals['_STOREDFILE']._serialized_start=83
@@ -44,15 +44,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READFILERESPONSE']._serialized_start=306
   _globals['_READFILERESPONSE']._serialized_end=338
   _globals['_LISTTENSORSREQUEST']._serialized_start=340
-  _globals['_LISTTENSORSREQUEST']._serialized_end=398
-  _globals['_TENSORSTATE']._serialized_start=400
-  _globals['_TENSORSTATE']._serialized_end=483
-  _globals['_LISTTENSORSRESPONSE']._serialized_start=485
-  _globals['_LISTTENSORSRESPONSE']._serialized_end=548
-  _globals['_READTENSORSREQUEST']._serialized_start=550
-  _globals['_READTENSORSREQUEST']._serialized_end=640
-  _globals['_READTENSORSRESPONSE']._serialized_start=642
-  _globals['_READTENSORSRESPONSE']._serialized_end=677
-  _globals['_STORESERVICE']._serialized_start=824
-  _globals['_STORESERVICE']._serialized_end=1161
+  _globals['_LISTTENSORSREQUEST']._serialized_end=415
+  _globals['_TENSORSTATE']._serialized_start=417
+  _globals['_TENSORSTATE']._serialized_end=500
+  _globals['_LISTTENSORSRESPONSE']._serialized_start=502
+  _globals['_LISTTENSORSRESPONSE']._serialized_end=565
+  _globals['_READTENSORSREQUEST']._serialized_start=567
+  _globals['_READTENSORSREQUEST']._serialized_end=657
+  _globals['_READTENSORSRESPONSE']._serialized_start=659
+  _globals['_READTENSORSRESPONSE']._serialized_end=694
+  _globals['_STORESERVICE']._serialized_start=841
+  _globals['_STORESERVICE']._serialized_end=1178
 # @@protoc_insertion_point(module_scope)

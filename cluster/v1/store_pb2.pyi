@@ -177,7 +177,12 @@ class ListTensorsRequest(_message.Message):
 
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
+    sources: _builtins.bool
+    """List the known digests of the tensors that this model, a quantized copy, was made from. Names are those of the
+    model that it is a copy of.
+    """
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of tensors; empty: all."""
@@ -187,10 +192,11 @@ class ListTensorsRequest(_message.Message):
         *,
         fingerprint: _builtins.str = ...,
         tensors: _abc.Iterable[_builtins.str] | None = ...,
+        sources: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "sources", b"sources", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

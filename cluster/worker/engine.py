@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluster.core.errors import BadFrame, MacpipeError, PrefixMissing, StaleEpoch
+from cluster.core.plan import LayerRange
 from cluster.core.prefix_keys import pack_beginnings
 from cluster.model import device
 from cluster.model.device_speed import measure_device
@@ -37,6 +38,7 @@ from cluster.worker.pipe_messages import (
     Event,
     GetReport,
     Hello,
+    LayOutCopy,
     LinkStage,
     Load,
     Measure,
@@ -44,6 +46,7 @@ from cluster.worker.pipe_messages import (
     OpenPrefixes,
     PrefixesOpened,
     Progress,
+    QuantizeLayers,
     ReadPrefix,
     Reported,
     SetAdapters,
@@ -55,9 +58,10 @@ from cluster.worker.pipe_messages import (
 from cluster.worker.prefix_disk import PrefixDisk, PrefixDiskPlace
 from cluster.worker.settings import prefix_folder
 from cluster.worker.stage_host import StageHost, Throttle, classify_error
+from cluster.worker.weight_quantizer import lay_out_copy, quantize_layers
 
 Job = Callable[[], None]
-_Queued = Load | LinkStage | SetAdapters | OpenPrefixes | Unload | Measure
+_Queued = Load | LayOutCopy | QuantizeLayers | LinkStage | SetAdapters | OpenPrefixes | Unload | Measure
 """The commands that the MLX thread runs."""
 
 
@@ -157,6 +161,10 @@ class Engine:
             self._send(Measured.of(command.call, *measure_device(self._throttle.stretch)))
         elif isinstance(command, Load):
             self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
+        elif isinstance(command, LayOutCopy):
+            lay_out_copy(Path(command.models), command.key, Path(command.source), command.weight_bits)
+        elif isinstance(command, QuantizeLayers):
+            self._quantize(command)
         elif isinstance(command, LinkStage):
             self._host.link(command.epoch, command.pull_from, command.peer)
         elif isinstance(command, SetAdapters):
@@ -167,6 +175,19 @@ class Engine:
             self._send(PrefixesOpened(command.call, pack_beginnings(found)))
         elif self._host.epoch <= command.epoch:
             self._host.unload()
+
+    def _quantize(self, command: QuantizeLayers) -> None:
+        """Free the present stage first: two would need more memory than one."""
+        self._host.unload()
+        quantize_layers(
+            Path(command.models),
+            command.key,
+            Path(command.source),
+            command.weight_bits,
+            LayerRange(command.start_layer, command.end_layer),
+            lambda done, total: self._send(Progress(command.call, done, total)),
+        )
+        device.release()
 
     def _send(self, event: Event) -> None:
         with self._answering, contextlib.suppress(BrokenPipeError):

@@ -58,6 +58,30 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class LayOutCopy:
+    """Create a quantized copy of the checkpoint in ``source``, without tensors, in the folder ``models``."""
+
+    call: int
+    models: str
+    key: str
+    source: str
+    weight_bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeLayers:
+    """Compute the tensors of these layers that the copy with ``key`` lacks, from the checkpoint in ``source``."""
+
+    call: int
+    models: str
+    key: str
+    source: str
+    weight_bits: int
+    start_layer: int
+    end_layer: int
+
+
+@dataclass(frozen=True, slots=True)
 class LinkStage:
     """Pull frames from the stage at ``pull_from``, which ``peer`` holds; empty: the coordinator feeds them."""
 
@@ -221,7 +245,18 @@ class Reported:
     """Keys of the adapters that the stage holds."""
 
 
-Command = Load | LinkStage | SetAdapters | OpenPrefixes | ReadPrefix | Unload | GetReport | Measure
+Command = (
+    Load
+    | LayOutCopy
+    | QuantizeLayers
+    | LinkStage
+    | SetAdapters
+    | OpenPrefixes
+    | ReadPrefix
+    | Unload
+    | GetReport
+    | Measure
+)
 Event = Hello | Progress | Done | CommandFailed | Reported | Measured | PrefixesOpened
 _KINDS = (Begin, *get_args(Command), *get_args(Event))
 _TYPES = {t.__name__: t for t in _KINDS}

@@ -22,6 +22,7 @@ from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, Worker
 from cluster.core.limits import HOLD_S, LOAD_STALL_S, MAX_PATH_CHARS, MAX_STAGE_PEERS, OVERLOADED_S, RESTART_S
 from cluster.core.plan import LayerRange
 from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
+from cluster.core.quantization import choose_weight_quantization
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
@@ -29,17 +30,20 @@ from cluster.platform.overload import Lag, no_lag
 from cluster.platform.power import PowerReading, no_power
 from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import COORDINATOR, Trust, worker_of
+from cluster.store.quantized_copy import CopyKey
 from cluster.transport.link_probe import measure_link
 from cluster.transport.rich_errors import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
 from cluster.worker.pipe_messages import (
     Hello,
+    LayOutCopy,
     LinkStage,
     Load,
     OpenPrefixes,
     PrefixesOpened,
     Progress,
+    QuantizeLayers,
     ReadPrefix,
     Reported,
     SetAdapters,
@@ -47,7 +51,7 @@ from cluster.worker.pipe_messages import (
 )
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
-from cluster.worker.stage_loader import StageLoader
+from cluster.worker.stage_loader import StageLoader, StageWeights
 from cluster.worker.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -200,7 +204,7 @@ class WorkerServicer(WorkerServiceServicer):
         self.loaded = None
         self._loads += 1
         try:
-            async with aclosing(self.loader.stage(request, lambda path: self._read(request, path))) as events:
+            async with aclosing(self.loader.stage(request, _EngineCalls(self.supervisor, request))) as events:
                 async for event in events:
                     yield event
         except MacpipeError as e:
@@ -236,9 +240,6 @@ class WorkerServicer(WorkerServiceServicer):
         names, folders = tuple(ref.name for ref in refs), tuple(ref.path for ref in refs)
         fingerprints = tuple(ref.fingerprint for ref in refs)
         await self.supervisor.ask(lambda call: SetAdapters(call, epoch, names, folders, fingerprints), LOAD_STALL_S)
-
-    def _read(self, request: pb.LoadStageRequest, folder: Path) -> AsyncIterator[Progress]:
-        return self.supervisor.events(lambda call: _load(call, request, folder))
 
     async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:
         try:
@@ -371,18 +372,47 @@ def _caller(request: CoordinatorRequest | pb.DescribeRequest) -> tuple[str, str]
     return request.coordinator, request.instance
 
 
-def _load(call: int, r: pb.LoadStageRequest, folder: Path) -> Load:
-    return Load(
-        call=call,
-        epoch=r.epoch,
-        index=r.index,
-        count=r.count,
-        model=r.model,
-        path=str(folder),
-        fingerprint=r.fingerprint,
-        start_layer=r.start_layer,
-        end_layer=r.end_layer,
-        max_context=r.max_context,
-        kv_bits=r.kv_bits,
-        weight_bits=r.weight_bits,
-    )
+@dataclass(frozen=True, slots=True)
+class _EngineCalls:
+    """The engine's part of the load that ``request`` asks for; a ``StageEngine``."""
+
+    supervisor: Supervisor
+    request: pb.LoadStageRequest
+
+    def copy_key(self) -> CopyKey:
+        r, hello = self.request, self.supervisor.hello or _NO_ENGINE
+        return CopyKey(
+            r.fingerprint,
+            choose_weight_quantization(bits=r.weight_bits),
+            versions=f"mlx {hello.mlx_version} mlx-lm {hello.mlx_lm_version}",
+            device=f"{hello.chip} {hello.backend}",
+        )
+
+    def lay_out_copy(self, models: Path, source: Path) -> AsyncIterator[Progress]:
+        key, bits = self.copy_key().digest, self.request.weight_bits
+        return self.supervisor.events(lambda call: LayOutCopy(call, str(models), key, str(source), bits))
+
+    def quantize(self, models: Path, source: Path) -> AsyncIterator[Progress]:
+        key, r = self.copy_key().digest, self.request
+        return self.supervisor.events(
+            lambda call: QuantizeLayers(call, str(models), key, str(source), r.weight_bits, r.start_layer, r.end_layer)
+        )
+
+    def read(self, weights: StageWeights) -> AsyncIterator[Progress]:
+        r = self.request
+        return self.supervisor.events(
+            lambda call: Load(
+                call=call,
+                epoch=r.epoch,
+                index=r.index,
+                count=r.count,
+                model=r.model,
+                path=str(weights.folder),
+                fingerprint=weights.fingerprint,
+                start_layer=r.start_layer,
+                end_layer=r.end_layer,
+                max_context=r.max_context,
+                kv_bits=r.kv_bits,
+                weight_bits=weights.weight_bits,
+            )
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -110,15 +111,34 @@ def file_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def quantize_while_loading(client: Client, hub: FakeHub, folder: Path) -> None:
-    """Load another model of the hub so: each worker fetches its slice as published, and nothing else."""
+def publish_wide(hub: FakeHub, folder: Path) -> tuple[Path, tuple[int, ...]]:
+    """Publish ``owner/wide``, which can be quantized. Return its folder, and the answer in 4 bits."""
     source = make("llama_untied", folder / "wide", hidden_size=64, intermediate_size=128)
     hub.folders["owner/wide"] = source
+    convert_checkpoint(source, folder / "converted", Conversion(Quantization(4, 64)), lambda _: None)
+    return source, greedy(folder / "converted", PROMPT, 6)
+
+
+def forget(cluster: Cluster, worker: str, model: Path) -> None:
+    """Remove a worker's tensors of a model, as ``macpipe store rm`` does. Its quantized copy stays."""
+    shutil.rmtree(cluster.folder / f"home-{worker}" / "models" / open_checkpoint(model).fingerprint)
+
+
+def quantize_while_loading(client: Client, hub: FakeHub, cluster: Cluster, folder: Path) -> None:
+    """Load another model of the hub so: each worker fetches its slice as published, and nothing else.
+
+    What was quantized is kept: without the published tensors, a worker reads its own, and takes another's.
+    """
+    source, expected = publish_wide(hub, folder)
     before = hub.weight_bytes
     client.load("owner/wide", workers=2, layers="0-1,2-3", quantize=4).wait()
     assert hub.weight_bytes - before == file_bytes(source)
-    convert_checkpoint(source, folder / "converted", Conversion(Quantization(4, 64)), lambda _: None)
-    assert answer(client) == greedy(folder / "converted", PROMPT, 6)
+    assert answer(client) == expected
+    for worker in ("ada", "bob"):
+        forget(cluster, worker, source)
+    client.load("owner/wide", workers=2, layers="0-2,3-3", quantize=4).wait()
+    assert answer(client) == expected
+    assert hub.weight_bytes - before == file_bytes(source)
 
 
 def test_each_worker_fetches_its_slice_and_the_hub_is_asked_once(
@@ -144,10 +164,30 @@ def test_each_worker_fetches_its_slice_and_the_hub_is_asked_once(
         client.load(NAME, workers=2, layers="0-2,3-3").wait()
         assert answer(client) == expected
         assert hub.weight_bytes == size + tensors[moved].nbytes, "the rest of the layer came from bob"
-        quantize_while_loading(client, hub, tmp_path)
+        quantize_while_loading(client, hub, cluster, tmp_path)
     assert f"store server: damaged tensor counts as missing tensor={moved}" in bob.said()
     assert f"ada: worker bob reports that its copy of the tensor {moved} is damaged" in daemon.said()
     assert "Traceback" not in daemon.said() + ada.said() + bob.said()
+
+
+@pytest.mark.long
+def test_quantized_weights_outlive_a_restart_of_all_daemons(
+    cluster: Cluster, hub: FakeHub, started: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    source, expected = publish_wide(hub, tmp_path)
+    for start in range(2):
+        workers = [started(name) for name in ("ada", "bob")]
+        daemon, address = serve(cluster, hub, "owner/wide", 2, "--quantize", "4")
+        wait_serving(address, daemon)
+        with Client(address, timeout_s=60) as client:
+            assert answer(client) == expected
+        for one in (daemon, *workers):
+            one.stop()
+        if not start:
+            asked = hub.weight_bytes
+            for worker in ("ada", "bob"):
+                forget(cluster, worker, source)
+    assert hub.weight_bytes == asked
 
 
 def test_a_fine_tune_is_not_taken_for_its_base(

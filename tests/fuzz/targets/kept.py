@@ -26,6 +26,7 @@ from cluster.sandbox.job_messages import PromptReply, Ready, pack_reply, pack_to
 from cluster.sandbox.sandboxed_tokenizer import convert_reply
 from cluster.store.digest_manifest import DigestManifest
 from cluster.store.partial_checkpoint import PartialCheckpoint, place
+from cluster.store.quantized_copy import read_map
 from cluster.worker import pipe_messages as messages
 from cluster.worker import profile_file as profiles
 from fuzz.mutation import by_tree, spoil_bytes, spoil_json, spoil_lines, spoil_records
@@ -58,6 +59,8 @@ def engine_messages() -> Prepared:
     said = (
         messages.Load(1, 7, 0, 2, "m", "/m", "ab" * 32, 0, 4, 4096, 8),
         messages.LinkStage(2, 7, "127.0.0.1:7000", "ab" * 8),
+        messages.LayOutCopy(8, "/models", "ab" * 32, "/m", 4),
+        messages.QuantizeLayers(9, "/models", "ab" * 32, "/m", 4, 0, 4),
         messages.Unload(3, 7),
         messages.SetAdapters(6, 7, ("legal",), ("/legal",), ("ab" * 32,)),
         messages.GetReport(4),
@@ -140,6 +143,17 @@ def manifests() -> Prepared:
     return Prepared(_of_file(path, read), (lines,), spoil_lines, ())
 
 
+def tensor_maps() -> Prepared:
+    """Read the record of the tensors that each layer of a quantized copy needs."""
+
+    def read(path: Path) -> None:
+        if found := read_map(path):
+            assert all(isinstance(name, str) for name in found.names)
+
+    kept = {"layers": [["a.0.w"], ["a.1.w", "a.1.s"]], "shared": [{"tensors": ["e.w"], "layers": [0, 1]}]}
+    return Prepared(_of_file(scratch("tensor_map.json"), read), (json.dumps(kept).encode(),), spoil_json, ())
+
+
 def partials() -> Prepared:
     """Read the records of a partial checkpoint: its journal and its origin."""
     from cluster.model.checkpoint import BUNDLED
@@ -201,6 +215,7 @@ TARGETS = (
     Target("journal", 30, coordinator_journals),
     Target("profile", 100, worker_profiles),
     Target("manifest", 80, manifests),
+    Target("tensor-map", 100, tensor_maps),
     Target("partial", 4, partials),
     Target("id", 30, held_ids),
 )
