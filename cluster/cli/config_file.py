@@ -1,7 +1,8 @@
 """Options of a daemon in a TOML file: a table for each command, with the names that the command line has.
 
 The values become defaults of the command's own parser. So the file has the same types, ranges and errors as the command
-line, which overrides it, as environment variables do.
+line, which overrides it, as environment variables do. A settings class, as of pydantic-settings, would declare every
+option a second time, beside the parser, with errors of its own, and each new option could be forgotten there.
 """
 
 from __future__ import annotations

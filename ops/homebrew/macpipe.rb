@@ -1,3 +1,5 @@
+# frozen_string_literal: true
+
 # A formula for a tap of your own: README.md says how to install it. No release exists yet, so it builds from git.
 class Macpipe < Formula
   desc "Serve one large language model on several Macs"
