@@ -27,6 +27,7 @@ from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.epoch_numbers import EpochNumbers
+from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.identity import hold_identity, state_folder
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.reporter import Reporter
@@ -101,7 +102,9 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)
         http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report))
-        addresses = await stack.enter_async_context(_public_port(settings, trust, service, checks))
+        examinations = Examinations(roster, coordinator.members)
+        cluster = ClusterServicer(coordinator, trust, settings.order, examinations)
+        addresses = await stack.enter_async_context(_public_port(settings, trust, service, cluster, checks))
         await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_update_health, coordinator, checks)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
@@ -184,7 +187,11 @@ async def _retry_join_port(folder: ClusterFolder, host: str, port: int) -> None:
 
 @asynccontextmanager
 async def _public_port(
-    settings: ServeSettings, trust: Trust, service: RequestService, checks: health.HealthServicer
+    settings: ServeSettings,
+    trust: Trust,
+    service: RequestService,
+    cluster: ClusterServicer,
+    checks: health.HealthServicer,
 ) -> AsyncIterator[tuple[str, ...]]:
     """Serve gRPC and yield the addresses, the one for this Mac first.
 
@@ -194,9 +201,8 @@ async def _public_port(
     """
     bounds = MessageBounds(DESCRIPTORS, service.bodies, partial(client_name, trust))
     server = public_server(trust, bounds)
-    coordinator = service.coordinator
     add_InferenceServiceServicer_to_server(InferenceServicer(service, trust), server)
-    add_ClusterServiceServicer_to_server(ClusterServicer(coordinator, trust, settings.order), server)
+    add_ClusterServiceServicer_to_server(cluster, server)
     add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
     hosts = _hosts(settings, trust)
@@ -209,7 +215,7 @@ async def _public_port(
             yield tuple(format_address(host, port) for host in hosts)
     finally:
         with anyio.CancelScope(shield=True):
-            await coordinator.close()
+            await service.coordinator.close()
             await server.stop(grace=SHUTDOWN_GRACE_S)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -10,7 +11,8 @@ import typer
 from cluster.cli.error_boundary import FAILED, errors_in_json
 from cluster.cli.options import Coordinator, Home, Json
 from cluster.core.errors import InvalidOption, MacpipeError
-from cluster.core.text import count_in_words, is_loopback, parse_address
+from cluster.core.examination import CheckResult, MacExamination
+from cluster.core.text import count_in_words
 from cluster.platform.paths import short_host_name, state_home
 
 if TYPE_CHECKING:
@@ -20,15 +22,29 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cluster.core.cluster_state import ClusterState
-    from cluster.doctor.finding import CheckResult, Finding
+    from cluster.core.examination import Finding
     from cluster.doctor.readings import Readings
 
 MARKS: Final = {"problem": "PROBLEM", "warning": "warning", "note": "note"}
+CLUSTER: Final = "cluster"
+"""The name under which findings about the whole cluster are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterAnswers:
+    """What a coordinator answered: its ``state`` if it could be asked, and what the workers found on their Macs.
+
+    ``failure`` says what it could not be asked for, and why.
+    """
+
+    state: ClusterState | None = None
+    macs: tuple[MacExamination, ...] = ()
+    failure: CheckResult | None = None
 
 
 def doctor(
     whole_cluster: Annotated[
-        bool, typer.Option("--cluster", help="Examine every Mac of the cluster too, as its coordinator sees it.")
+        bool, typer.Option("--cluster", help="Examine every Mac of the cluster, through its coordinator.")
     ] = False,
     coordinator: Coordinator = None,
     json: Json = False,
@@ -41,94 +57,123 @@ def doctor(
     from cluster.doctor.finding import has_problem
 
     with errors_in_json(json):
-        state, unreachable = read_state(coordinator) if whole_cluster else (None, "")
-        _, results = examine_mac(state_home(home), members_to_reach(coordinator, state), state, unreachable)
+        answers = ask_cluster(coordinator) if whole_cluster else ClusterAnswers()
+        _, examined = examine_macs(state_home(home), coordinator, answers)
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json(results_as_json(results))
+            print_json(examinations_as_json(examined))
         else:
-            show_results(results)
-        if has_problem(results):
+            show_examinations(examined)
+        if any(has_problem(one.results) for one in examined):
             raise typer.Exit(FAILED)
 
 
-def read_state(coordinator: str | None) -> tuple[ClusterState | None, str]:
-    """Return the cluster's state, or None and why its coordinator cannot be asked. Raises ``InvalidOption``."""
+def ask_cluster(coordinator: str | None) -> ClusterAnswers:
+    """Ask the coordinator for the cluster's state, and to have all Macs examined. Raises ``InvalidOption``."""
+    from cluster.cli.screen import note
     from cluster.client import Client
+    from cluster.doctor.cluster_checks import report_not_examined, report_unreachable
 
     try:
         with Client(coordinator) as client:
-            return client.cluster(), ""
+            state = client.cluster()
+            if sys.stderr.isatty():
+                note("examining the Macs of the cluster, which takes a few seconds")
+            try:
+                return ClusterAnswers(state, client.examine())
+            except MacpipeError as error:
+                return ClusterAnswers(state, failure=report_not_examined(error.sentence))
     except InvalidOption:
         raise
     except MacpipeError as error:
-        return None, error.sentence
+        return ClusterAnswers(failure=report_unreachable(error.sentence))
 
 
 def members_to_reach(coordinator: str | None, state: ClusterState | None) -> list[tuple[str, str, int]]:
     """Return name, host and port of the coordinator and of each worker, except on this machine's loopback."""
     from cluster.client.coordinator_address import choose_coordinator
+    from cluster.doctor.gathering import list_members
 
-    listed = [("the coordinator", choose_coordinator(coordinator, None).address)]
-    listed += [(worker.name, worker.control_address) for worker in state.workers] if state else []
-    members = []
-    for name, address in listed:
-        try:
-            host, port = parse_address(address)
-        except MacpipeError:  # a worker of which the coordinator knows no address
-            continue
-        if not is_loopback(host):
-            members.append((name, host, port))
-    return members
+    workers = state.workers if state else ()
+    listed = [(worker.name, worker.control_address) for worker in workers]
+    return list_members([("the coordinator", choose_coordinator(coordinator, None).address), *listed])
 
 
-def examine_mac(
-    home: Path, members: list[tuple[str, str, int]], state: ClusterState | None, unreachable: str
-) -> tuple[Readings, tuple[CheckResult, ...]]:
-    """Read and judge this Mac, then the cluster: its ``state``, or why that is ``unreachable`` if it was asked for."""
-    from cluster.doctor.cluster_checks import CLUSTER_CHECKS, report_unreachable
+def examine_macs(
+    home: Path, coordinator: str | None, answers: ClusterAnswers
+) -> tuple[Readings, tuple[MacExamination, ...]]:
+    """Read and judge this Mac, then the cluster and its Macs by the coordinator's answers.
+
+    The first examination is this Mac's. What a worker on this Mac found besides is part of it.
+    """
     from cluster.doctor.examination import examine
-    from cluster.doctor.finding import name_mac, run_checks
+    from cluster.doctor.finding import add_results, name_mac
     from cluster.doctor.gathering import read_mac
 
-    readings = read_mac(home, members)
-    results = name_mac(examine(readings), short_host_name())
-    if state is not None:
-        results += name_mac(run_checks(CLUSTER_CHECKS, state), "cluster")
-    elif unreachable:
-        results += name_mac((report_unreachable(unreachable),), "cluster")
-    return readings, results
+    readings = read_mac(home, members_to_reach(coordinator, answers.state))
+    name = short_host_name()
+    results = name_mac(examine(readings), name)
+    for one in answers.macs:
+        if one.mac == name:
+            results = add_results(results, one.results)
+    cluster = _examine_cluster(answers)
+    others = [one for one in answers.macs if one.mac != name]
+    return readings, (MacExamination(name, results), *([cluster] if cluster.results else []), *others)
 
 
-def results_as_json(results: Iterable[CheckResult]) -> dict[str, Any]:
-    """Return the findings, the worst first, and the outcome of each check: ok, found or unknown."""
+def _examine_cluster(answers: ClusterAnswers) -> MacExamination:
+    """Judge the cluster's state. Workers that do not answer have a finding of their own if Macs were examined."""
+    from cluster.doctor.cluster_checks import ANSWER_CHECKS, CLUSTER_CHECKS
+    from cluster.doctor.finding import name_mac, run_checks
+
+    results: tuple[CheckResult, ...] = (answers.failure,) if answers.failure else ()
+    if answers.state is not None:
+        checks = CLUSTER_CHECKS if answers.macs else ANSWER_CHECKS | CLUSTER_CHECKS
+        results += run_checks(checks, answers.state)
+    return MacExamination(CLUSTER, name_mac(results, CLUSTER))
+
+
+def examinations_as_json(examined: tuple[MacExamination, ...]) -> dict[str, Any]:
+    """Return all findings, the worst first, and the outcome of each check on each Mac: ok, found or unknown."""
     from cluster.doctor.finding import all_findings
 
-    checks = {one.check: "unknown" if one.findings is None else "found" if one.findings else "ok" for one in results}
-    return {"findings": all_findings(results), "checks": checks}
+    findings = all_findings(result for one in examined for result in one.results)
+    return {"findings": findings, "checks": {one.mac: _outcomes(one.results) for one in examined}}
 
 
-def show_results(results: tuple[CheckResult, ...]) -> None:
-    """Print the findings, then what was fine and what could not be told."""
+def _outcomes(results: Iterable[CheckResult]) -> dict[str, str]:
+    return {one.check: "unknown" if one.findings is None else "found" if one.findings else "ok" for one in results}
+
+
+def show_examinations(examined: tuple[MacExamination, ...]) -> None:
+    """Print the findings of each Mac, then what was fine and what could not be told, and the counts at the end."""
     from cluster.cli.screen import console
     from cluster.doctor.finding import all_findings
 
     screen = console(sys.stdout)
-    findings = all_findings(results)
-    for finding in findings:
-        _show_finding(screen, finding)
-    fine = [one.check for one in results if one.findings == ()]
-    unknown = [one.check for one in results if one.findings is None]
-    _show_wrapped(screen, "fine: ", ", ".join(fine) or "nothing")
-    if unknown:
-        _show_wrapped(screen, "not known here: ", ", ".join(unknown))
-    screen.print(_count(findings))
+    for one in examined:
+        if len(examined) > 1:
+            _show_wrapped(screen, "", f"== {one.mac} ==" if one is not examined[0] else f"== {one.mac} (this Mac) ==")
+        findings = all_findings(one.results)
+        for finding in findings:
+            _show_finding(screen, finding, one.mac)
+        fine = [result.check for result in one.results if result.findings == ()]
+        unknown = [result.check for result in one.results if result.findings is None]
+        if fine or not findings:
+            _show_wrapped(screen, "fine: ", ", ".join(fine) or "nothing")
+        if unknown:
+            _show_wrapped(screen, "not known here: ", ", ".join(unknown))
+        if len(examined) > 1:
+            screen.print()
+    screen.print(_count(all_findings(result for one in examined for result in one.results)))
 
 
-def _show_finding(screen: Console, finding: Finding) -> None:
+def _show_finding(screen: Console, finding: Finding, mac: str) -> None:
+    """Print a finding. It names its Mac if that is not ``mac``, under whose name it is shown."""
     mark = MARKS[finding.severity.value]
-    _show_wrapped(screen, f"{mark}: ", f"{finding.mac}: {finding.what}" if finding.mac else finding.what)
+    named = "" if finding.mac in ("", mac) else f"{finding.mac}: "
+    _show_wrapped(screen, f"{mark}: ", named + finding.what)
     _show_wrapped(screen, "  why:  ", finding.why)
     if finding.remedy:
         _show_wrapped(screen, "  mend: ", finding.remedy)

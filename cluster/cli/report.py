@@ -43,14 +43,14 @@ def report(
 
 
 def _collect(home: Path, coordinator: str | None) -> bytes:
-    from cluster.cli.doctor import examine_mac, members_to_reach, read_state, results_as_json
+    from cluster.cli.doctor import ask_cluster, examinations_as_json, examine_macs
     from cluster.core.json_types import to_json_types
     from cluster.doctor.report_bundle import pack_report
 
-    state, unreachable = read_state(coordinator)  # no answer is a common reason for a report
-    members = members_to_reach(coordinator, state)
-    readings, results = examine_mac(home, members, state, unreachable)
-    facts = {"findings.json": results_as_json(results), "readings.json": readings, "cluster.json": state or {}}
+    answers = ask_cluster(coordinator)  # no answer is a common reason for a report
+    readings, examined = examine_macs(home, coordinator, answers)
+    findings = examinations_as_json(examined)
+    facts = {"findings.json": findings, "readings.json": readings, "cluster.json": answers.state or {}}
     return pack_report({name: to_json_types(one) for name, one in facts.items()}, _user_name(), str(Path.home()))
 
 

@@ -23,10 +23,12 @@ from cluster.client.streams import Loading, Stream
 from cluster.client.training import Training
 from cluster.client.training_encoding import encode_training
 from cluster.codec.cluster_state import decode_adapter, decode_cluster_state
+from cluster.codec.examination import decode_examination
 from cluster.codec.plan import decode_plan
 from cluster.codec.request_trace import decode_trace
 from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan
-from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
+from cluster.core.examination import MacExamination
+from cluster.core.limits import CONTROL_TIMEOUT_S, EXAMINE_S, PLAN_TIMEOUT_S
 from cluster.core.request_trace import RequestTrace
 from cluster.v1 import cluster_pb2, inference_pb2
 
@@ -182,6 +184,15 @@ class Client:
         request = cluster_pb2.DrainRequest(worker=worker, undo=undo)
         reply = self._connection.ask(lambda to: to.cluster.Drain, request, None)
         return decode_cluster_state(reply.cluster)
+
+    def examine(self) -> tuple[MacExamination, ...]:
+        """Have each worker examine its Mac, as ``macpipe doctor`` does, and return what they find. Nothing is changed.
+
+        It needs an admin's certificate. A worker that does not answer has a finding that says so.
+        """
+        request = cluster_pb2.ExamineClusterRequest()
+        reply = self._ask(lambda to: to.cluster.ExamineCluster, request, EXAMINE_S + 2 * CONTROL_TIMEOUT_S)
+        return tuple(map(decode_examination, reply.macs))
 
     def close(self) -> None:
         """Close the connection. Running calls end with Aborted."""

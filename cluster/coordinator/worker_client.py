@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 import grpc
 
+from cluster.codec.examination import decode_results
 from cluster.codec.worker_info import decode_info
 from cluster.core.adapter import Adapter
 from cluster.core.errors import (
@@ -23,8 +24,10 @@ from cluster.core.errors import (
     WorkerRefused,
     WorkerReplaced,
 )
+from cluster.core.examination import CheckResult
 from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
+    EXAMINE_S,
     GONE_S,
     LOAD_STALL_S,
     LOAD_STUCK_S,
@@ -251,6 +254,17 @@ class WorkerClient:
         async with self._map_errors():
             request = pb.ResetEngineRequest(coordinator=self._coordinator, instance=self._instance, why=why)
             await self._stub.ResetEngine(request, timeout=timeout_s)
+
+    async def examine(self, others: Iterable[WorkerInfo]) -> tuple[CheckResult, ...]:
+        """Have the worker examine its Mac, and try to connect to ``others``.
+
+        Raises ``VersionMismatch`` if it is of a version that cannot.
+        """
+        members = [pb.MemberAddress(name=one.name, address=one.control_address) for one in others]
+        async with self._map_errors():
+            request = pb.ExamineRequest(members=members)
+            answer = await self._stub.Examine(request, timeout=EXAMINE_S + self._deadline())
+        return decode_results(answer.results, self.name)
 
     async def renew(self, certify: Callable[[bytes], bytes]) -> None:
         """Renew the worker's certificate. ``certify`` makes it from the worker's signing request, on a thread."""

@@ -184,6 +184,9 @@ RECONNECT_TIMEOUT_S: Final = 2.0
 """The same for a data stream to a peer whose stream just fell silent. A link of 100 ms needs half of it."""
 CONTROL_TIMEOUT_S: Final = 10.0
 """Deadline of a control call that moves no weights."""
+EXAMINE_S: Final = 20.0
+"""Time that a worker's examination of its Mac may take. Commands have 5 s and connections 3 s, at once; the rest is for
+a Mac that is busy."""
 LOAD_STALL_S: Final = 120.0
 """A load without progress for this long has failed."""
 FRAME_TIMEOUT_S: Final = 120.0

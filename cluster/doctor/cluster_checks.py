@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Final
 
 from cluster.core.cluster_state import ClusterState
+from cluster.core.examination import CheckResult, Finding, Severity
 from cluster.core.text import duration_in_words
 from cluster.core.worker import WorkerState
-from cluster.doctor.finding import Check, CheckResult, Finding, Severity
+from cluster.doctor.finding import Check
 from cluster.security.limits import CLOCKS_DIFFER_S
 
 
@@ -125,8 +126,9 @@ def check_service(state: ClusterState) -> list[Finding]:
     return found
 
 
+ANSWER_CHECKS: Final[dict[str, Check[ClusterState]]] = {"workers answer": check_answers}
+"""Part of the coordinator's own findings where it has Macs examined."""
 CLUSTER_CHECKS: Final[dict[str, Check[ClusterState]]] = {
-    "workers answer": check_answers,
     "clocks": check_clocks,
     "versions": check_versions,
     "load": check_loads,
@@ -139,3 +141,11 @@ def report_unreachable(sentence: str) -> CheckResult:
     why = "Without it only this Mac could be examined."
     finding = Finding(Severity.PROBLEM, sentence, why, "macpipe doctor, on the coordinator's Mac")
     return CheckResult("coordinator", (finding,))
+
+
+def report_not_examined(sentence: str) -> CheckResult:
+    """Return the result of a cluster whose Macs the coordinator did not have examined; ``sentence`` says why."""
+    what = f"the other Macs were not examined: {sentence}"
+    why = "Only an admin of the cluster, as on the coordinator's Mac, can have them examined."
+    remedy = "macpipe doctor --cluster, on the coordinator's Mac; or macpipe doctor on each Mac"
+    return CheckResult("other Macs", (Finding(Severity.WARNING, what, why, remedy),))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from cluster.doctor.finding import Check, CheckResult, run_checks
+from cluster.core.examination import CheckResult
+from cluster.doctor.finding import Check, run_checks
 from cluster.doctor.network_checks import (
     check_firewall,
     check_mdns,

@@ -1,49 +1,17 @@
-"""What an examination finds: findings, and for each check whether it found something, nothing, or could not tell."""
+"""Runs checks, and orders and counts what they find."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Final, TypeVar
+
+from cluster.core.examination import CheckResult, Finding, Severity
 
 Facts = TypeVar("Facts")
 
-
-class Severity(StrEnum):
-    """How much a finding matters. Only problems make the command fail."""
-
-    PROBLEM = "problem"
-    """Something does not work, or an answer will end because of it."""
-    WARNING = "warning"
-    """It works, but slower or less reliably than it could."""
-    NOTE = "note"
-    """Worth knowing; nothing has to be done."""
-
-
 ORDER: Final = tuple(Severity)
 """The worst first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """``what`` is so, ``why`` it matters, and the ``remedy``: a command or steps, which macpipe never runs itself."""
-
-    severity: Severity
-    what: str
-    why: str
-    remedy: str = ""
-    mac: str = ""
-    """The Mac's name; empty for the one that was asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """``findings`` is None if the check could not tell, as where a command does not exist."""
-
-    check: str
-    findings: tuple[Finding, ...] | None = ()
-
 
 Check = Callable[[Facts], Iterable[Finding] | None]
 """Returns findings, or None if the facts do not say enough."""
@@ -67,6 +35,18 @@ def name_mac(results: Iterable[CheckResult], mac: str) -> tuple[CheckResult, ...
         else replace(one, findings=tuple(found if found.mac else replace(found, mac=mac) for found in one.findings))
         for one in results
     )
+
+
+def add_results(results: Iterable[CheckResult], others: Iterable[CheckResult]) -> tuple[CheckResult, ...]:
+    """Return the results of a Mac, with what ``others``, a second examination of it, found besides."""
+    merged = {one.check: one.findings for one in results}
+    for other in others:
+        known = merged.get(other.check)
+        if known is None:
+            merged[other.check] = other.findings
+        else:
+            merged[other.check] = known + tuple(one for one in other.findings or () if one not in known)
+    return tuple(CheckResult(check, findings) for check, findings in merged.items())
 
 
 def all_findings(results: Iterable[CheckResult]) -> tuple[Finding, ...]:

@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Final
 from cluster import __version__
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import KIB, MAX_ROSTER
+from cluster.core.text import is_loopback, parse_address
 from cluster.discovery.interfaces import interfaces
 from cluster.doctor.readings import (
     CertificateReading,
@@ -48,6 +49,22 @@ COORDINATOR_PORTS: Final = (7700, 8080)
 MULTICAST: Final = ("224.0.0.251", 5353)
 
 _OURS: Final = re.compile(r"(?:-m cluster|(?:^|/)macpipe)(?:(\.[\w.]{1,60})| ([a-z]{1,20}))(?:\s|$)")
+
+
+def list_members(addresses: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
+    """Return name, host and port of each member of which name and address are given.
+
+    Members on loopback, and those without a valid address, are left out.
+    """
+    members = []
+    for name, address in addresses:
+        try:
+            host, port = parse_address(address)
+        except MacpipeError:
+            continue
+        if not is_loopback(host):
+            members.append((name, host, port))
+    return members
 
 
 def read_mac(home: Path, members: Sequence[tuple[str, str, int]]) -> Readings:

@@ -6,9 +6,9 @@ import re
 from ipaddress import ip_address
 from typing import Final
 
+from cluster.core.examination import Finding, Severity
 from cluster.core.text import format_address
 from cluster.discovery.interfaces import Medium
-from cluster.doctor.finding import Finding, Severity
 from cluster.doctor.readings import MemberConnection, Reached, Readings
 
 SETTINGS_PATH: Final = "System Settings > Privacy & Security > Local Network"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from cluster.doctor.finding import Finding, Severity
+from cluster.core.examination import Finding, Severity
 from cluster.doctor.readings import Readings
 
 _SETTING: Final = re.compile(r"^\s*(SleepDisabled|sleep|powermode|lowpowermode)\s+(\d{1,6})\b", re.MULTILINE)

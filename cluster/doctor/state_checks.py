@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from cluster.core.examination import Finding, Severity
 from cluster.core.text import count_in_words, duration_in_words
-from cluster.doctor.finding import Finding, Severity
 from cluster.doctor.readings import CertificateReading, Readings
 from cluster.security.certificate_renewal import due_at
 

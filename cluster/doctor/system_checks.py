@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from cluster.core.examination import Finding, Severity
 from cluster.core.limits import GIB
 from cluster.core.text import gib_in_words
-from cluster.doctor.finding import Finding, Severity
 from cluster.doctor.readings import Readings
 from cluster.platform.macos import parse_pressure, parse_version, parse_wired_limit
 

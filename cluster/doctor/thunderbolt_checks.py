@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cluster.doctor.finding import Finding, Severity
+from cluster.core.examination import Finding, Severity
 from cluster.doctor.readings import Readings
 from cluster.platform.macos import parse_version
 

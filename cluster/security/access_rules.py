@@ -37,6 +37,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "DrainWorker": _COORDINATORS,
         "RequestCertificate": _COORDINATORS,
         "InstallCertificate": _COORDINATORS,
+        "Examine": _COORDINATORS,
     },
     "cluster.v1.StageService": {
         "Feed": _COORDINATORS,
@@ -69,6 +70,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "AddAdapter": _ADMINS,
         "RemoveAdapter": _ADMINS,
         "RenewCertificate": _RENEWERS,
+        "ExamineCluster": _ADMINS,
     },
     "grpc.health.v1.Health": {"Check": _CALLERS, "List": _CALLERS, "Watch": _CALLERS},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _CALLERS},

@@ -175,6 +175,31 @@ EVENT_KIND_RETURN: EventKind.ValueType  # 4
 """A lost worker is back."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
+class _FindingSeverity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FindingSeverityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingSeverity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINDING_SEVERITY_UNSPECIFIED: _FindingSeverity.ValueType  # 0
+    FINDING_SEVERITY_PROBLEM: _FindingSeverity.ValueType  # 1
+    """Something does not work."""
+    FINDING_SEVERITY_WARNING: _FindingSeverity.ValueType  # 2
+    """It works, but slower or less reliably than it could."""
+    FINDING_SEVERITY_NOTE: _FindingSeverity.ValueType  # 3
+    """Nothing has to be done."""
+
+class FindingSeverity(_FindingSeverity, metaclass=_FindingSeverityEnumTypeWrapper): ...
+
+FINDING_SEVERITY_UNSPECIFIED: FindingSeverity.ValueType  # 0
+FINDING_SEVERITY_PROBLEM: FindingSeverity.ValueType  # 1
+"""Something does not work."""
+FINDING_SEVERITY_WARNING: FindingSeverity.ValueType  # 2
+"""It works, but slower or less reliably than it could."""
+FINDING_SEVERITY_NOTE: FindingSeverity.ValueType  # 3
+"""Nothing has to be done."""
+Global___FindingSeverity: _TypeAlias = FindingSeverity  # noqa: Y015
+
 @_typing.final
 class GetClusterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -1537,3 +1562,120 @@ class RenewCertificateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RenewCertificateResponse: _TypeAlias = RenewCertificateResponse  # noqa: Y015
+
+@_typing.final
+class ExamineClusterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExamineClusterRequest: _TypeAlias = ExamineClusterRequest  # noqa: Y015
+
+@_typing.final
+class ExamineClusterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MACS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def macs(self) -> _containers.RepeatedCompositeFieldContainer[Global___MacExamination]:
+        """One for each worker, by name. One that does not answer, or is of an older version, has a finding that says so."""
+
+    def __init__(
+        self,
+        *,
+        macs: _abc.Iterable[Global___MacExamination] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["macs", b"macs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExamineClusterResponse: _TypeAlias = ExamineClusterResponse  # noqa: Y015
+
+@_typing.final
+class MacExamination(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAC_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    mac: _builtins.str
+    """The worker's name."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckResult]: ...
+    def __init__(
+        self,
+        *,
+        mac: _builtins.str = ...,
+        results: _abc.Iterable[Global___CheckResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MacExamination: _TypeAlias = MacExamination  # noqa: Y015
+
+@_typing.final
+class CheckResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    check: _builtins.str
+    unknown: _builtins.bool
+    """The check could not tell, as where a command does not exist."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]: ...
+    def __init__(
+        self,
+        *,
+        check: _builtins.str = ...,
+        findings: _abc.Iterable[Global___Finding] | None = ...,
+        unknown: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "findings", b"findings", "unknown", b"unknown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckResult: _TypeAlias = CheckResult  # noqa: Y015
+
+@_typing.final
+class Finding(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEVERITY_FIELD_NUMBER: _builtins.int
+    WHAT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    severity: Global___FindingSeverity.ValueType
+    what: _builtins.str
+    """What is so, why it matters, and the command or steps that mend it."""
+    why: _builtins.str
+    remedy: _builtins.str
+    def __init__(
+        self,
+        *,
+        severity: Global___FindingSeverity.ValueType = ...,
+        what: _builtins.str = ...,
+        why: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["remedy", b"remedy", "severity", b"severity", "what", b"what", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finding: _TypeAlias = Finding  # noqa: Y015

@@ -79,6 +79,11 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateResponse.FromString,
                 _registered_method=True)
+        self.ExamineCluster = channel.unary_unary(
+                '/cluster.v1.ClusterService/ExamineCluster',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.ExamineClusterRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.ExamineClusterResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -148,6 +153,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExamineCluster(self, request, context):
+        """ExamineCluster has each worker examine its Mac, and returns what each one finds. It changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -195,6 +207,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.RenewCertificate,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.RenewCertificateResponse.SerializeToString,
+            ),
+            'ExamineCluster': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExamineCluster,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.ExamineClusterRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.ExamineClusterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -440,6 +457,33 @@ class ClusterService:
             '/cluster.v1.ClusterService/RenewCertificate',
             cluster_dot_v1_dot_cluster__pb2.RenewCertificateRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.RenewCertificateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExamineCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/ExamineCluster',
+            cluster_dot_v1_dot_cluster__pb2.ExamineClusterRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.ExamineClusterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,8 @@ class ClusterServiceStub:
     """RemoveAdapter ends the live requests of an adapter and frees its memory."""
     RenewCertificate: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RenewCertificateRequest, _cluster_pb2.RenewCertificateResponse]
     """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
+    ExamineCluster: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ExamineClusterRequest, _cluster_pb2.ExamineClusterResponse]
+    """ExamineCluster has each worker examine its Mac, and returns what each one finds. It changes nothing."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -75,6 +77,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """RemoveAdapter ends the live requests of an adapter and frees its memory."""
     RenewCertificate: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RenewCertificateRequest, _cluster_pb2.RenewCertificateResponse]  # type: ignore[assignment]
     """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
+    ExamineCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ExamineClusterRequest, _cluster_pb2.ExamineClusterResponse]  # type: ignore[assignment]
+    """ExamineCluster has each worker examine its Mac, and returns what each one finds. It changes nothing."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -150,5 +154,13 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.RenewCertificateResponse, _abc.Awaitable[_cluster_pb2.RenewCertificateResponse]]:
         """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
+
+    @_abc_1.abstractmethod
+    def ExamineCluster(
+        self,
+        request: _cluster_pb2.ExamineClusterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ExamineClusterResponse, _abc.Awaitable[_cluster_pb2.ExamineClusterResponse]]:
+        """ExamineCluster has each worker examine its Mac, and returns what each one finds. It changes nothing."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -99,6 +99,11 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.InstallCertificateRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.InstallCertificateResponse.FromString,
                 _registered_method=True)
+        self.Examine = channel.unary_unary(
+                '/cluster.v1.WorkerService/Examine',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.ExamineRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.ExamineResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -197,6 +202,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Examine(self, request, context):
+        """Examine has the worker examine its Mac, in a process of low priority. It changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -264,6 +276,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.InstallCertificate,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.InstallCertificateRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.InstallCertificateResponse.SerializeToString,
+            ),
+            'Examine': grpc.unary_unary_rpc_method_handler(
+                    servicer.Examine,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.ExamineRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.ExamineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -617,6 +634,33 @@ class WorkerService:
             '/cluster.v1.WorkerService/InstallCertificate',
             cluster_dot_v1_dot_worker__pb2.InstallCertificateRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.InstallCertificateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Examine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/Examine',
+            cluster_dot_v1_dot_worker__pb2.ExamineRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.ExamineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -65,6 +65,8 @@ class WorkerServiceStub:
     """RequestCertificate lets the worker create a new key and returns its certificate request."""
     InstallCertificate: _grpc.UnaryUnaryMultiCallable[_worker_pb2.InstallCertificateRequest, _worker_pb2.InstallCertificateResponse]
     """InstallCertificate delivers the certificate, which the worker then uses."""
+    Examine: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ExamineRequest, _worker_pb2.ExamineResponse]
+    """Examine has the worker examine its Mac, in a process of low priority. It changes nothing."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -99,6 +101,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """RequestCertificate lets the worker create a new key and returns its certificate request."""
     InstallCertificate: _aio.UnaryUnaryMultiCallable[_worker_pb2.InstallCertificateRequest, _worker_pb2.InstallCertificateResponse]  # type: ignore[assignment]
     """InstallCertificate delivers the certificate, which the worker then uses."""
+    Examine: _aio.UnaryUnaryMultiCallable[_worker_pb2.ExamineRequest, _worker_pb2.ExamineResponse]  # type: ignore[assignment]
+    """Examine has the worker examine its Mac, in a process of low priority. It changes nothing."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -208,5 +212,13 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.InstallCertificateResponse, _abc.Awaitable[_worker_pb2.InstallCertificateResponse]]:
         """InstallCertificate delivers the certificate, which the worker then uses."""
+
+    @_abc_1.abstractmethod
+    def Examine(
+        self,
+        request: _worker_pb2.ExamineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ExamineResponse, _abc.Awaitable[_worker_pb2.ExamineResponse]]:
+        """Examine has the worker examine its Mac, in a process of low priority. It changes nothing."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -19,7 +19,15 @@ from cluster import __version__
 from cluster.codec.worker_info import encode_info
 from cluster.core.adapter import MAX_ADAPTER_KEY_CHARS, MAX_ADAPTERS, AdapterRef
 from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
-from cluster.core.limits import HOLD_S, LOAD_STALL_S, MAX_PATH_CHARS, MAX_STAGE_PEERS, OVERLOADED_S, RESTART_S
+from cluster.core.limits import (
+    HOLD_S,
+    LOAD_STALL_S,
+    MAX_PATH_CHARS,
+    MAX_ROSTER,
+    MAX_STAGE_PEERS,
+    OVERLOADED_S,
+    RESTART_S,
+)
 from cluster.core.plan import LayerRange
 from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
 from cluster.core.quantization import choose_weight_quantization
@@ -35,6 +43,7 @@ from cluster.transport.link_probe import measure_link
 from cluster.transport.rich_errors import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
+from cluster.worker.examiner import Examiner
 from cluster.worker.pipe_messages import (
     Hello,
     LayOutCopy,
@@ -98,6 +107,7 @@ class WorkerServicer(WorkerServiceServicer):
     def __post_init__(self) -> None:
         """Look up the interface once, not at every heartbeat: the bound address does not change."""
         self._interface = self.settings.interface or interface_of(self.settings.host)
+        self._examiner = Examiner(self.settings.home)
 
     @property
     def is_busy(self) -> bool:
@@ -342,6 +352,15 @@ class WorkerServicer(WorkerServiceServicer):
         if (renewal := self.trust.renewal) is None:
             await abort(context, InvalidRequest("this worker is in no cluster and has no certificate"))
         return renewal
+
+    async def Examine(self, request: pb.ExamineRequest, context: Context) -> pb.ExamineResponse:
+        if len(request.members) > MAX_ROSTER:
+            await abort(context, InvalidRequest(f"a cluster has at most {MAX_ROSTER} workers", field="members"))
+        await _require_names(context, *(text for member in request.members for text in (member.name, member.address)))
+        try:
+            return await self._examiner.examine(request)
+        except MacpipeError as e:
+            await abort(context, e)
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
         await _require_names(context, request.fingerprint)

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from client.scripted import Coordinator, cluster_reply
-from cluster.cli.doctor import members_to_reach, results_as_json, show_results
+from cluster.cli.doctor import ClusterAnswers, examinations_as_json, examine_macs, members_to_reach, show_examinations
 from cluster.codec.cluster_state import decode_cluster_state
-from cluster.doctor.finding import CheckResult, Finding, Severity
+from cluster.codec.examination import encode_examination
+from cluster.core.examination import CheckResult, Finding, MacExamination, Severity
 
 Macpipe = Any
 LONG = Finding(
@@ -30,27 +31,63 @@ RESULTS = (
     CheckResult("disk"),
     CheckResult("RDMA", None),
 )
+FULL_DISK = Finding(Severity.PROBLEM, "0.488 GiB are free", "Layers are stored there.", "du -sh", "mac-2")
+EXAMINED = (MacExamination("mac-1", RESULTS), MacExamination("mac-2", (CheckResult("disk", (FULL_DISK,)),)))
 
 
-def test_a_screen_of_80_columns_shows_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.StringIO()
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A terminal of 80 columns."""
+    shown = io.StringIO()
     monkeypatch.setattr(
         "cluster.cli.screen.console",
-        lambda _: Console(file=screen, width=80, force_terminal=True, color_system=None, markup=False, highlight=False),
+        lambda _: Console(file=shown, width=80, force_terminal=True, color_system=None, markup=False, highlight=False),
     )
-    show_results(RESULTS)
+    return shown
+
+
+def test_a_screen_of_80_columns_shows_all(screen: io.StringIO) -> None:
+    show_examinations(EXAMINED[:1])
     lines = screen.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0].startswith("PROBLEM: mac-1: macOS blocks connections to mac-2")
+    assert lines[0].startswith("PROBLEM: macOS blocks connections to mac-2")
     assert lines[1].startswith(" " * len("PROBLEM: "))
     assert " ".join(" ".join(lines).split()).count(LONG.remedy) == 1
     assert lines[-3:] == ["fine: disk", "not known here: RDMA", "1 problem, 0 warnings, 1 note"]
 
 
+def test_findings_are_shown_by_mac(screen: io.StringIO) -> None:
+    show_examinations(EXAMINED)
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "== mac-1 (this Mac) =="
+    second = lines.index("== mac-2 ==")
+    assert lines.index("PROBLEM: 0.488 GiB are free") > second > lines.index("fine: disk")
+    assert lines[-1] == "2 problems, 0 warnings, 1 note"
+
+
 def test_json_has_the_findings_and_each_outcome() -> None:
-    shown = results_as_json(RESULTS)
-    assert [one.severity for one in shown["findings"]] == ["problem", "note"]
-    assert shown["checks"] == {"VPN": "found", "connections to members": "found", "disk": "ok", "RDMA": "unknown"}
+    shown = examinations_as_json(EXAMINED)
+    assert [(one.severity, one.mac) for one in shown["findings"]] == [
+        ("problem", "mac-1"),
+        ("problem", "mac-2"),
+        ("note", ""),
+    ]
+    first = {"VPN": "found", "connections to members": "found", "disk": "ok", "RDMA": "unknown"}
+    assert shown["checks"] == {"mac-1": first, "mac-2": {"disk": "found"}}
+
+
+def test_what_a_worker_on_this_mac_finds_is_part_of_its_examination(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The worker's own permission for the local network may differ from that of the terminal."""
+    monkeypatch.setattr("cluster.cli.doctor.short_host_name", lambda: "mac-1")
+    _, alone = examine_macs(tmp_path, None, ClusterAnswers())
+    same = tuple(one for one in alone[0].results if one.findings)
+    theirs = (*same, CheckResult("connections to members", (LONG,)))
+    _, both = examine_macs(tmp_path, None, ClusterAnswers(macs=(MacExamination("mac-1", theirs), EXAMINED[1])))
+    assert [one.mac for one in both] == ["mac-1", "mac-2"]
+    before, after = ({one.check: one.findings for one in found[0].results} for found in (alone, both))
+    assert after == before | {"connections to members": (LONG,)}
 
 
 def test_members_on_loopback_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +100,8 @@ def test_members_on_loopback_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> N
 def test_doctor_judges_this_machine(macpipe: Macpipe, tmp_path: Path) -> None:
     done = macpipe("doctor", "--json", "--home", str(tmp_path))
     found = json.loads(done.stdout)
-    assert {"MLX", "disk", "certificates", "RDMA"} <= set(found["checks"])
+    (checks,) = found["checks"].values()
+    assert {"MLX", "disk", "certificates", "RDMA"} <= set(checks)
     assert done.returncode == any(one["severity"] == "problem" for one in found["findings"])
     assert list(tmp_path.iterdir()) == []
 
@@ -74,14 +112,28 @@ def test_doctor_of_a_cluster_names_a_worker_that_does_not_answer(
     done = macpipe("doctor", "--cluster", "--json", "--home", str(tmp_path), to=coordinator)
     found = json.loads(done.stdout)
     assert done.returncode == 1
-    assert found["checks"]["workers answer"] == "found"
-    assert ("mac-b", "no answer for 3 s") in [(one["mac"], one["what"]) for one in found["findings"]]
+    assert found["checks"]["cluster"]["workers answer"] == "found"
+    named = [(one["mac"], one["what"]) for one in found["findings"]]
+    assert ("mac-b", "no answer for 3 s") in named
+    assert any(what.startswith("the other Macs were not examined: ") for mac, what in named if mac == "cluster")
+
+
+def test_doctor_of_a_cluster_shows_what_the_workers_found(
+    macpipe: Macpipe, coordinator: Coordinator, tmp_path: Path
+) -> None:
+    coordinator.script.examined = [encode_examination(one) for one in EXAMINED]
+    done = macpipe("doctor", "--cluster", "--home", str(tmp_path), to=coordinator)
+    assert done.returncode == 1
+    assert done.stdout.count("no route to host") == 1
+    mac_2 = done.stdout.partition("== mac-2 ==")[2]
+    assert "PROBLEM: 0.488 GiB are free\n  why:  Layers are stored there.\n  mend: du -sh\n" in mac_2
+    assert "it has not answered" not in done.stdout
 
 
 def test_doctor_without_a_coordinator_still_judges_this_machine(macpipe: Macpipe, tmp_path: Path) -> None:
     done = macpipe("doctor", "--cluster", "--coordinator", "127.0.0.1:1", "--home", str(tmp_path))
     assert done.returncode == 1
-    assert "PROBLEM: cluster: no coordinator answers at 127.0.0.1:1" in done.stdout
+    assert "PROBLEM: no coordinator answers at 127.0.0.1:1" in done.stdout
     assert "fine: " in done.stdout
 
 
@@ -106,4 +158,4 @@ def test_report_without_a_coordinator_says_so_in_the_bundle(macpipe: Macpipe, tm
     assert json.loads(done.stdout) == {"file": str(file)}
     with zipfile.ZipFile(file) as bundle:
         assert json.loads(bundle.read("cluster.json")) == {}
-        assert json.loads(bundle.read("findings.json"))["checks"]["coordinator"] == "found"
+        assert json.loads(bundle.read("findings.json"))["checks"]["cluster"]["coordinator"] == "found"

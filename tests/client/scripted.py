@@ -115,6 +115,7 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
         self.cancelled = threading.Event()
         self.cluster = cluster_reply()
         self.plan = cluster_pb2.PlanResponse()
+        self.examined: list[cluster_pb2.MacExamination] | None = None
 
     async def answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
         for event in answer_of(request):
@@ -175,6 +176,12 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
     async def Plan(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)
         return self.plan
+
+    async def ExamineCluster(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        if self.examined is None:  # an older coordinator
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+        return cluster_pb2.ExamineClusterResponse(macs=self.examined)
 
     async def UnloadModel(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)

@@ -14,11 +14,20 @@ import pytest
 from cluster.codec.answer import decode_token, encode_token
 from cluster.codec.cluster_state import decode_cluster_state, encode_cluster_state
 from cluster.codec.conversation import decode_message, decode_tool_choice, encode_message, encode_tool_choice
+from cluster.codec.examination import (
+    MAX_FINDING_CHARS,
+    MAX_FINDINGS,
+    decode_examination,
+    decode_results,
+    encode_examination,
+    encode_results,
+)
 from cluster.codec.plan import decode_plan, decode_progress, encode_plan, encode_progress
 from cluster.codec.request_trace import decode_trace, encode_trace
 from cluster.codec.worker_info import decode_info, encode_info
 from cluster.core.cluster_state import ClusterState, EventKind, ModelPlan, RequestState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, WorkerLost
+from cluster.core.examination import CheckResult, Finding, MacExamination, Severity
 from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
 from cluster.core.plan import LayerRange, LoadProgress
 from cluster.core.request import ChatMessage, TokenEvent, ToolChoice
@@ -148,3 +157,24 @@ def test_a_client_tells_its_coordinator_everything_of_a_conversation() -> None:
     assert decode_tool_choice(inference_pb2.ToolChoice()) is ToolChoice.AUTO
     with pytest.raises(InvalidRequest, match="unknown mode 99"):
         decode_tool_choice(inference_pb2.ToolChoice(mode=99))  # type: ignore[arg-type]
+
+
+def test_an_examination_survives_and_its_findings_name_the_mac() -> None:
+    found = tuple(Finding(severity, f"what {severity}", "why", "remedy", "mac-2") for severity in Severity)
+    examined = MacExamination("mac-2", (CheckResult("disk", found), CheckResult("sleep"), CheckResult("RDMA", None)))
+    sent = cluster_pb2.MacExamination.FromString(encode_examination(examined).SerializeToString())
+    assert decode_examination(sent) == examined
+    newer = encode_examination(examined)
+    newer.results[0].findings[0].severity = 99
+    assert (decode_examination(newer).results[0].findings or ())[0].severity is Severity.NOTE
+
+
+def test_a_worker_that_finds_too_much_is_not_believed() -> None:
+    long = Finding(Severity.NOTE, "x" * (MAX_FINDING_CHARS + 1), "")
+    many = (CheckResult("disk", (long,) * (MAX_FINDINGS + 1)),)
+    decode_results(encode_results(many), "ada")
+    too_long = cluster_pb2.CheckResult(findings=[cluster_pb2.Finding(what=long.what)])
+    too_many = cluster_pb2.CheckResult(findings=[cluster_pb2.Finding()] * (MAX_FINDINGS + 1))
+    for invalid in (too_long, too_many, cluster_pb2.CheckResult(check="x" * (MAX_FACT_CHARS + 1))):
+        with pytest.raises(WorkerLost, match="worker ada sent an invalid examination"):
+            decode_results([invalid], "ada")

@@ -10,8 +10,9 @@ import pytest
 from client.scripted import cluster_reply
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.core.cluster_state import ClusterState
-from cluster.doctor.cluster_checks import CLUSTER_CHECKS, report_unreachable
-from cluster.doctor.finding import Finding, Severity, all_findings, has_problem, run_checks
+from cluster.core.examination import Finding, Severity
+from cluster.doctor.cluster_checks import ANSWER_CHECKS, CLUSTER_CHECKS, report_not_examined, report_unreachable
+from cluster.doctor.finding import all_findings, has_problem, run_checks
 
 
 def state(**second: Any) -> ClusterState:
@@ -22,7 +23,7 @@ def state(**second: Any) -> ClusterState:
 
 
 def findings(found: ClusterState) -> list[Finding]:
-    return list(all_findings(run_checks(CLUSTER_CHECKS, found)))
+    return list(all_findings(run_checks(ANSWER_CHECKS | CLUSTER_CHECKS, found)))
 
 
 def test_nothing_is_found_in_a_healthy_cluster() -> None:
@@ -67,3 +68,10 @@ def test_problems_of_the_service() -> None:
 
 def test_an_unreachable_coordinator_is_a_problem() -> None:
     assert has_problem((report_unreachable("no coordinator answers"),))
+
+
+def test_macs_that_were_not_examined_are_a_warning() -> None:
+    (found,) = report_not_examined("ExamineCluster is for admin, and mac-2 is a worker").findings or ()
+    assert found.severity is Severity.WARNING
+    assert "mac-2 is a worker" in found.what
+    assert "on the coordinator's Mac" in found.remedy

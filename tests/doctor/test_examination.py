@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from cluster.core.examination import Finding, Severity
 from cluster.discovery.interfaces import Interface
 from cluster.doctor.examination import MAC_CHECKS, examine
-from cluster.doctor.finding import Finding, Severity, all_findings, has_problem
+from cluster.doctor.finding import all_findings, has_problem
 from cluster.doctor.network_checks import is_local
 from cluster.doctor.readings import (
     CertificateReading,

@@ -15,8 +15,10 @@ import grpc
 
 from cluster.api.grpc.training_stream import train
 from cluster.codec.cluster_state import encode_adapter, encode_cluster_state
+from cluster.codec.examination import encode_examination
 from cluster.codec.plan import decode_objective, decode_route, decode_speculation, encode_plan, encode_progress
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_adapters, describe_plan
 from cluster.core.adapter import MAX_ADAPTERS
@@ -37,10 +39,11 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class ClusterServicer(ClusterServiceServicer):
     """Serves ClusterService for one coordinator. ``first`` is the order of the model that it was started with."""
 
-    def __init__(self, coordinator: Coordinator, trust: Trust, first: LoadOrder) -> None:
+    def __init__(self, coordinator: Coordinator, trust: Trust, first: LoadOrder, examinations: Examinations) -> None:
         self._coordinator = coordinator
         self._trust = trust
         self._first = first
+        self._examinations = examinations
 
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
         return encode_cluster_state(await self._coordinator.snapshot())
@@ -113,6 +116,13 @@ class ClusterServicer(ClusterServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.RemoveAdapterResponse(ended_requests=ended)
+
+    async def ExamineCluster(self, request: pb.ExamineClusterRequest, context: Context) -> pb.ExamineClusterResponse:
+        try:
+            examined = await self._examinations.run()
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.ExamineClusterResponse(macs=map(encode_examination, examined))
 
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context

@@ -69,7 +69,7 @@ class _Methods:
 
 
 class _Nothing:
-    """An empty supervisor or stage loader: every call raises ``Passed``."""
+    """An empty supervisor, stage loader or group of Macs: every call raises ``Passed``."""
 
     hello = None
     computing = False
@@ -78,6 +78,9 @@ class _Nothing:
         raise Passed(PASSED)
 
     async def ask(self, *given: object) -> None:
+        raise Passed(PASSED)
+
+    async def run(self) -> None:
         raise Passed(PASSED)
 
     def reset(self, why: str) -> None: ...
@@ -90,7 +93,8 @@ class _Nothing:
 def _public(methods: _Methods) -> None:
     trust = LocalTrust()
     add_InferenceServiceServicer_to_server(InferenceServicer(request_service(), trust), methods)  # type: ignore[arg-type]
-    servicer = ClusterServicer(request_service().coordinator, trust, LoadOrder("faq"))
+    nothing: Any = _Nothing()
+    servicer = ClusterServicer(request_service().coordinator, trust, LoadOrder("faq"), nothing)
     add_ClusterServiceServicer_to_server(servicer, methods)  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ import httpx2
 from google.protobuf.message import DecodeError
 from mlx_lm import tool_parsers
 
+from cluster.codec.examination import decode_results
 from cluster.codec.worker_info import decode_info
 from cluster.core.errors import MacpipeError
 from cluster.core.request import Grammar, GrammarKind, Parsing, Tool
@@ -26,7 +27,7 @@ from cluster.model.tokenizer import load_tokenizer
 from cluster.store.hub import Hub, HubName, look_up
 from cluster.store.partial_checkpoint import place
 from cluster.store.peer_client import Peer
-from cluster.v1 import store_pb2, worker_pb2
+from cluster.v1 import cluster_pb2, store_pb2, worker_pb2
 from fuzz.mutation import apart, joined, spoil_bytes, spoil_json, spoil_parts, spoil_proto
 from fuzz.targets.asked import served
 from fuzz.targets.kept import scratch
@@ -211,6 +212,18 @@ def facts() -> Prepared:
     return Prepared(run, (said.SerializeToString(),), spoil_proto, (MacpipeError, DecodeError))
 
 
+def findings() -> Prepared:
+    """Read what a worker found on its Mac."""
+    finding = cluster_pb2.Finding(severity=cluster_pb2.FINDING_SEVERITY_NOTE, what="a VPN is connected", why="w")
+    results = [cluster_pb2.CheckResult(check="VPN", findings=[finding]), cluster_pb2.CheckResult(unknown=True)]
+
+    def run(data: bytes) -> None:
+        decode_results(worker_pb2.ExamineResponse.FromString(data).results, "mac-1")
+
+    seed = worker_pb2.ExamineResponse(results=results).SerializeToString()
+    return Prepared(run, (seed,), spoil_proto, (MacpipeError, DecodeError))
+
+
 def _grammar(kind: GrammarKind, *seeds: str) -> Callable[[], Prepared]:
     def prepare() -> Prepared:
         tokenizer = served().tokenizer
@@ -275,6 +288,7 @@ TARGETS = (
     Target("hub", 4, hub_answers),
     Target("peer", 8, peers),
     Target("facts", 80, facts),
+    Target("findings", 40, findings),
     Target("schema", 8, _grammar(GrammarKind.JSON_SCHEMA, SCHEMA)),
     Target("regex", 8, _grammar(GrammarKind.REGEX, "(a|b)+[0-9]{2,5}x?")),
     Target("lark", 4, _grammar(GrammarKind.LARK, LARK)),
