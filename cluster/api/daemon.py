@@ -25,6 +25,7 @@ from cluster.api.metrics import Metrics
 from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
+from cluster.coordinator.cluster_stores import ClusterStores
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.examinations import Examinations
@@ -103,7 +104,8 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         tasks.start_soon(service.end_revoked)
         http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report))
         examinations = Examinations(roster, coordinator.members)
-        cluster = ClusterServicer(coordinator, trust, settings.order, examinations)
+        stores = ClusterStores(roster, coordinator.members, store.home)
+        cluster = ClusterServicer(coordinator, trust, settings.order, examinations, stores)
         addresses = await stack.enter_async_context(_public_port(settings, trust, service, cluster, checks))
         await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_update_health, coordinator, checks)

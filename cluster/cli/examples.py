@@ -46,7 +46,11 @@ EXAMPLES: Final = {
     "doctor": ("macpipe doctor", "macpipe doctor --cluster"),
     "report": ("macpipe report", "macpipe report bug.zip"),
     "launch": ("macpipe launch codex -- --help", "macpipe launch claude --run"),
-    "store rm": ("macpipe store rm mlx-community/Qwen3-32B-4bit", "macpipe store rm 3f2a9c01"),
+    "store list": ("macpipe store list", "macpipe store list --everywhere"),
+    "store rm": (
+        "macpipe store rm mlx-community/Qwen3-32B-4bit",
+        "macpipe store rm mlx-community/Qwen3-32B-4bit --everywhere",
+    ),
     "store prune": ("macpipe store prune --unused 30d", "macpipe store prune --keep 200GiB --dry-run"),
     "store quota": ("macpipe store quota 500GiB", "macpipe store quota off"),
     "service install": ("macpipe service install worker", "macpipe service install serve -- --config macpipe.toml"),

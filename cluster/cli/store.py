@@ -1,4 +1,4 @@
-"""``macpipe store list|rm|prune|quota``: shows and removes the models that macpipe has fetched to this Mac."""
+"""``macpipe store list|rm|prune|quota``: shows and removes the models that macpipe has fetched to this or all Macs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.error_boundary import FAILED, errors_in_json
 from cluster.cli.help import Command
-from cluster.cli.options import Home, Json
+from cluster.cli.options import Coordinator, Home, Json
 from cluster.core.errors import InvalidOption
 from cluster.core.text import count_in_words, parse_duration, parse_size
 from cluster.platform.paths import state_home
@@ -19,21 +19,34 @@ from cluster.platform.paths import state_home
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cluster.store.stored_models import StoredModel
+    from rich.table import Table
 
-store = typer.Typer(name="store", help="List and remove the models on this Mac's disk.", no_args_is_help=True)
+    from cluster.core.stored_models import MacStore, StoredModel, StoreRemoval
+
+store = typer.Typer(name="store", help="List and remove the models on the disks of Macs.", no_args_is_help=True)
 
 
 @store.command("list", cls=Command)
-def list_stored(home: Home = None, json: Json = False) -> None:
+def list_stored(
+    everywhere: Annotated[
+        bool, typer.Option("--everywhere", help="List what is on every Mac of the cluster, through its coordinator.")
+    ] = False,
+    coordinator: Coordinator = None,
+    home: Home = None,
+    json: Json = False,
+) -> None:
     """List the models that macpipe has fetched to this Mac.
 
     Models in the Hugging Face cache (HF_HOME) and in folders of your own are not among them. With --json, layers are
-    [start, end): [0, 27] means layers 0-26.
+    [start, end): [0, 27] means layers 0-26. With --everywhere, exits with 1 if a Mac could not be asked.
     """
     from cluster.store.stored_models import list_models
 
     with errors_in_json(json):
+        _require_one_place(everywhere, coordinator, home)
+        if everywhere:
+            _list_everywhere(coordinator, json)
+            return
         folder = state_home(home)
         stored = list_models(folder)
         if json:
@@ -51,16 +64,26 @@ def remove(
     model: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Hugging Face ids, or starts of fingerprints.")
     ],
+    everywhere: Annotated[
+        bool, typer.Option("--everywhere", help="Remove them from every Mac of the cluster, through its coordinator.")
+    ] = False,
+    coordinator: Coordinator = None,
     home: Home = None,
     json: Json = False,
 ) -> None:
     """Remove models from this Mac's disk.
 
-    A model that a worker or coordinator of this Mac has open is not removed. Other Macs keep their layers.
+    A model that a worker or coordinator of this Mac has open is not removed. Other Macs keep their layers. With
+    --everywhere, nothing is removed if a Mac uses one of the models; exits with 1 if a Mac could not be asked or keeps
+    a model.
     """
     from cluster.store.stored_models import find_models, list_models
 
     with errors_in_json(json):
+        _require_one_place(everywhere, coordinator, home)
+        if everywhere:
+            _remove_everywhere(model, coordinator, json)
+            return
         folder = state_home(home)
         stored = list_models(folder)
         found = dict.fromkeys(one for name in model for one in find_models(stored, name))
@@ -131,6 +154,59 @@ def quota(
             sys.stdout.write(f"the store may take {format_bytes(current)}\n" if current else "the store has no quota\n")
 
 
+def _require_one_place(everywhere: bool, coordinator: str | None, home: Path | None) -> None:
+    """Raise InvalidOption for options of which one concerns this Mac and the other all Macs."""
+    if everywhere and home is not None:
+        raise InvalidOption("--home is for this Mac's store; leave it out with --everywhere", field="home")
+    if coordinator is not None and not everywhere:
+        raise InvalidOption("--coordinator needs --everywhere", field="coordinator")
+
+
+def _list_everywhere(coordinator: str | None, json: bool) -> None:
+    from cluster.client import Client
+
+    with Client(coordinator) as client:
+        stores = client.stored_models()
+    if json:
+        from cluster.cli.json_output import print_json
+
+        print_json({"stores": stores})
+    else:
+        _print_stores(stores)
+    if any(one.problem for one in stores):
+        raise typer.Exit(FAILED)
+
+
+def _remove_everywhere(models: Sequence[str], coordinator: str | None, json: bool) -> None:
+    from cluster.client import Client
+
+    with Client(coordinator) as client:
+        removals = client.remove_stored(*models)
+    if json:
+        from cluster.cli.json_output import print_json
+
+        print_json({"removals": removals})
+    else:
+        _print_removals(removals)
+    if any(one.problem for one in removals):
+        raise typer.Exit(FAILED)
+
+
+def _print_removals(removals: Sequence[StoreRemoval]) -> None:
+    from cluster.cli.screen import format_bytes, note, printable
+
+    for one in removals:
+        if not one.problem:
+            sys.stdout.write(
+                f"removed {printable(one.model)} on {printable(one.mac)} ({format_bytes(one.freed_bytes)})\n"
+            )
+    for one in removals:
+        if one.problem and one.model:
+            note(f"kept {one.model} on {one.mac}: {one.problem}")
+        elif one.problem:
+            note(f"{one.mac} keeps what it has: {one.problem}")
+
+
 def _remove(chosen: Sequence[StoredModel], home: Path, json: bool, freed: int = 0) -> None:
     """Remove the models, and report those removed even if a later one cannot be."""
     from cluster.store.stored_models import remove_model
@@ -161,19 +237,52 @@ def _report(models: Sequence[StoredModel], freed: int, json: bool, did: str) -> 
         sys.stdout.write(f"no model to remove{freed_too}\n")
 
 
+def _print_stores(stores: Sequence[MacStore]) -> None:
+    """Print the models of all Macs, each with a line for each Mac that has layers of it."""
+    from cluster.cli.screen import console, note, printable, table
+
+    shown = table("model", "Mac", "layers there", "on disk", "last used", right=frozenset({"on disk"}))
+    having: dict[str, list[tuple[str, StoredModel]]] = {}
+    for store in stores:
+        for model in store.models:
+            having.setdefault(model.fingerprint, []).append((store.mac, model))
+    for found in having.values():
+        label = next((model.label for _, model in found if model.names), found[0][1].label)
+        for mac, model in found:
+            _add_row(shown, model, printable(label), printable(mac))
+            label = ""
+    screen: Any = console(sys.stdout)
+    if having:
+        screen.print(shown)
+        sys.stdout.write(f"\n{count_in_words(len(having), 'model')} on {count_in_words(len(stores), 'Mac')}\n")
+    else:
+        sys.stdout.write("no models in the stores of the cluster's Macs\n")
+    for store in stores:
+        if store.problem:
+            note(f"the store of {store.mac} is not known: {store.problem}")
+        if store.omitted:
+            note(f"{store.mac} has {count_in_words(store.omitted, 'more model')}; see `macpipe store list` there")
+
+
 def _print_table(stored: Sequence[StoredModel], home: Path) -> None:
-    from cluster.cli.screen import console, format_bytes, format_share, printable, table
+    from cluster.cli.screen import console, format_bytes, printable, table
 
     shown = table("model", "layers here", "on disk", "last used", right=frozenset({"on disk"}))
     for one in stored:
-        ranges = ", ".join(map(str, one.layers)) or "none"
-        used = "in use" if one.in_use else _ago(time.time() - one.last_used)
-        size = format_share(one.disk_bytes, one.model_bytes) if one.model_bytes else format_bytes(one.disk_bytes)
-        shown.add_row(printable(one.label), ranges, size, used)
+        _add_row(shown, one, printable(one.label))
     screen: Any = console(sys.stdout)
     screen.print(shown)
     total = format_bytes(sum(one.disk_bytes for one in stored))
     sys.stdout.write(f"\n{count_in_words(len(stored), 'model')}, {total} in {home / 'models'}\n")
+
+
+def _add_row(shown: Table, model: StoredModel, *first: str) -> None:
+    from cluster.cli.screen import format_bytes, format_share
+
+    ranges = ", ".join(map(str, model.layers)) or "none"
+    used = "in use" if model.in_use else _ago(time.time() - model.last_used)
+    size = format_share(model.disk_bytes, model.model_bytes) if model.model_bytes else format_bytes(model.disk_bytes)
+    shown.add_row(*first, ranges, size, used)
 
 
 def _ago(seconds: float) -> str:

@@ -25,10 +25,12 @@ from cluster.codec.cluster_state import decode_adapter, decode_cluster_state
 from cluster.codec.examination import decode_examination
 from cluster.codec.plan import decode_plan
 from cluster.codec.request_trace import decode_trace
+from cluster.codec.stored_models import decode_removal, decode_store
 from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan
 from cluster.core.examination import MacExamination
-from cluster.core.limits import CONTROL_TIMEOUT_S, EXAMINE_S, PLAN_TIMEOUT_S
+from cluster.core.limits import CONTROL_TIMEOUT_S, EXAMINE_S, PLAN_TIMEOUT_S, STORE_S
 from cluster.core.request_trace import RequestTrace
+from cluster.core.stored_models import MacStore, StoreRemoval
 from cluster.v1 import cluster_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -194,6 +196,26 @@ class AsyncClient:
         request = cluster_pb2.ExamineClusterRequest()
         reply = await self._ask(lambda to: to.cluster.ExamineCluster, request, EXAMINE_S + 2 * CONTROL_TIMEOUT_S)
         return tuple(map(decode_examination, reply.macs))
+
+    async def stored_models(self) -> tuple[MacStore, ...]:
+        """Return the models in the stores of the cluster's Macs, and which of their layers. It needs an admin.
+
+        A Mac that cannot be asked has an entry with a ``problem``.
+        """
+        request = cluster_pb2.ListStoresRequest()
+        reply = await self._ask(lambda to: to.cluster.ListStores, request, 2 * STORE_S + CONTROL_TIMEOUT_S)
+        return tuple(map(decode_store, reply.stores))
+
+    async def remove_stored(self, *models: str) -> tuple[StoreRemoval, ...]:
+        """Remove models, by id or fingerprint, from the stores of all Macs. Return what became of them on each Mac.
+
+        Raise ModelNotFound if no Mac has one of them, ModelInUse if one is in use; nothing has been removed then. It
+        needs an admin.
+        """
+        request = cluster_pb2.RemoveFromStoresRequest(models=models)
+        usual_s = (2 + len(models)) * STORE_S + CONTROL_TIMEOUT_S
+        reply = await self._ask(lambda to: to.cluster.RemoveFromStores, request, usual_s)
+        return tuple(map(decode_removal, reply.removals))
 
     async def close(self) -> None:
         """Close the connection. Running calls end with Aborted."""

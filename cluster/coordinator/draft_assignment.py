@@ -31,7 +31,7 @@ async def read_draft(reader: ModelReader, target: ModelInfo, order: LoadOrder) -
         draft = await reader.read(LoadOrder(order.draft, max_context=target.shape.max_context))
     except InvalidOption:  # its own limit is lower, so longer requests get no drafts
         draft = await reader.read(LoadOrder(order.draft))
-    await draft.close()  # nobody sends it text
+    await draft.text.close()  # nobody sends it text
     require_matching_draft(target, draft)
     return draft
 

@@ -134,6 +134,7 @@ class DraftService:
             await asyncio.wait((self._task,))
         for ring in self._rings:
             await anyio.to_thread.run_sync(ring.close)
+        self._assignment.model_info.release()
 
     # On the event loop
 

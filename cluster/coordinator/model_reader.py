@@ -79,8 +79,17 @@ class ModelInfo:
         await self.text.check_grammar(grammar)
 
     async def close(self) -> None:
-        """End the processes of ``text``. Requests that they are tokenizing fail."""
+        """End the processes of ``text``, and let the model be removed from the store.
+
+        Requests that are being tokenized fail.
+        """
+        self.release()
         await self.text.close()
+
+    def release(self) -> None:
+        """Let the model be removed from the store: this object may outlive the load."""
+        if self.found.partial:
+            self.found.partial.release()
 
 
 class ModelReader:

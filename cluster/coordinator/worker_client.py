@@ -13,6 +13,7 @@ import anyio
 import grpc
 
 from cluster.codec.examination import decode_results
+from cluster.codec.stored_models import decode_worker_store
 from cluster.codec.worker_info import decode_info
 from cluster.core.adapter import Adapter
 from cluster.core.errors import (
@@ -31,10 +32,12 @@ from cluster.core.limits import (
     GONE_S,
     LOAD_STALL_S,
     LOAD_STUCK_S,
+    STORE_S,
 )
 from cluster.core.plan import FetchOrder, LayerRange, Link, LoadProgress, StageDigests, StageSpec, StorePlace
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
+from cluster.core.stored_models import MacStore
 from cluster.core.worker import WorkerInfo
 from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED
@@ -265,6 +268,17 @@ class WorkerClient:
             request = pb.ExamineRequest(members=members)
             answer = await self._stub.Examine(request, timeout=EXAMINE_S + self._deadline())
         return decode_results(answer.results, self.name)
+
+    async def list_stored(self) -> MacStore:
+        """Return the models in the worker's store. Raises as ``examine``."""
+        async with self._map_errors():
+            answer = await self._stub.ListStored(pb.ListStoredRequest(), timeout=STORE_S)
+        return decode_worker_store(answer.store, self.name)
+
+    async def remove_stored(self, fingerprint: str) -> None:
+        """Remove a model from the worker's store. Raises ``ModelInUse`` and ``ModelNotFound``."""
+        async with self._map_errors():
+            await self._stub.RemoveStored(pb.RemoveStoredRequest(fingerprint=fingerprint), timeout=STORE_S)
 
     async def renew(self, certify: Callable[[bytes], bytes]) -> None:
         """Renew the worker's certificate. ``certify`` makes it from the worker's signing request, on a thread."""

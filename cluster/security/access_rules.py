@@ -38,6 +38,8 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "RequestCertificate": _COORDINATORS,
         "InstallCertificate": _COORDINATORS,
         "Examine": _COORDINATORS,
+        "ListStored": _COORDINATORS,
+        "RemoveStored": _COORDINATORS,
     },
     "cluster.v1.StageService": {
         "Feed": _COORDINATORS,
@@ -71,6 +73,8 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "RemoveAdapter": _ADMINS,
         "RenewCertificate": _RENEWERS,
         "ExamineCluster": _ADMINS,
+        "ListStores": _ADMINS,
+        "RemoveFromStores": _ADMINS,
     },
     "grpc.health.v1.Health": {"Check": _CALLERS, "List": _CALLERS, "Watch": _CALLERS},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _CALLERS},

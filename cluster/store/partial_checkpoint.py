@@ -38,11 +38,12 @@ Read = Callable[[StoredFile], bytes]
 class PartialCheckpoint:
     """The partial checkpoint in ``folder``. Thread-safe. Several processes may fill the same one.
 
-    While this object lives, nobody removes the folder (``stored_models``); opening it records the time of its last use.
+    Until ``release``, nobody removes the folder (``stored_models``); opening it records the time of its last use.
     """
 
     def __init__(self, folder: Path, *, used: bool = True) -> None:
         self.folder = folder
+        self._end_hold: Callable[[], object] | None = None
         if used:
             self._hold()
         checkpoint = open_folder(folder)
@@ -65,15 +66,20 @@ class PartialCheckpoint:
         self._damaged: set[str] = set()
 
     def _hold(self) -> None:
-        """Share the folder's lock as long as this object lives. A folder that cannot be written needs none."""
+        """Share the folder's lock until ``release``, or the end of this object. Only a writable folder needs it."""
         try:
             file = os.open(lock_file(self.folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError:
             return
-        weakref.finalize(self, os.close, file)
+        self._end_hold = weakref.finalize(self, os.close, file)
         with contextlib.suppress(OSError):  # somebody removes the folder just now, and readers notice
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.utime(file)
+
+    def release(self) -> None:
+        """Let the folder be removed from now on, even while this object lives."""
+        if self._end_hold:
+            self._end_hold()
 
     def _replay(self, entry: Entry) -> None:
         match entry:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from cluster.core.errors import MacpipeError, ModelInUse, ModelNotFound
 from cluster.core.plan import LayerRange
+from cluster.core.stored_models import StoredModel
 from cluster.platform.json_file import read_json
 from cluster.platform.private_files import not_written
 from cluster.store.limits import LEFTOVER_S, MAX_VERSION_BYTES
@@ -27,30 +29,6 @@ from cluster.store.model_files import is_digest
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, lock_file
 
 _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredModel:
-    """A model in the store.
-
-    ``names`` are the Hugging Face ids under which it was fetched; there is none if another Mac sent it. ``disk_bytes``
-    is the space that it takes on disk, ``model_bytes`` the size of the whole model. ``layers`` are those that are
-    complete. ``last_used`` is in seconds since the epoch.
-    """
-
-    fingerprint: str
-    names: tuple[str, ...]
-    folder: str
-    disk_bytes: int
-    model_bytes: int
-    layers: tuple[LayerRange, ...]
-    last_used: float
-    in_use: bool
-
-    @property
-    def label(self) -> str:
-        """The name to show: a Hugging Face id, else the start of the fingerprint."""
-        return self.names[0] if self.names else self.fingerprint[:12]
 
 
 def list_models(home: Path) -> tuple[StoredModel, ...]:
@@ -62,6 +40,15 @@ def list_models(home: Path) -> tuple[StoredModel, ...]:
     folders = [folder for folder in _folders(home) if is_digest(folder.name) and is_partial(folder)]
     found = (_describe(folder, names.get(folder.name, ())) for folder in folders)
     return tuple(sorted(found, key=lambda one: (-one.last_used, one.fingerprint)))
+
+
+def store_id(home: Path) -> str:
+    """Return an id that all processes which use the store of ``home`` agree on; empty if there is no store yet."""
+    try:
+        facts = (home / "models").stat()
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{socket.gethostname()} {facts.st_dev} {facts.st_ino}".encode()).hexdigest()[:16]
 
 
 def find_models(stored: Sequence[StoredModel], wanted: str) -> tuple[StoredModel, ...]:
@@ -108,6 +95,8 @@ def remove_model(home: Path, fingerprint: str) -> None:
     Raise ModelInUse if a process reads or fetches it, ModelNotFound if it is gone, DiskFull or InvalidOption if its
     folder cannot be changed.
     """
+    if not is_digest(fingerprint):
+        raise ModelNotFound(f"{fingerprint[:200]!r} is not a model's fingerprint")
     models = home / "models"
     folder = models / fingerprint
     doomed = models / f".rm-{secrets.token_hex(4)}"

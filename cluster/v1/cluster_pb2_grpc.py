@@ -84,6 +84,16 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.ExamineClusterRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.ExamineClusterResponse.FromString,
                 _registered_method=True)
+        self.ListStores = channel.unary_unary(
+                '/cluster.v1.ClusterService/ListStores',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.ListStoresRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.ListStoresResponse.FromString,
+                _registered_method=True)
+        self.RemoveFromStores = channel.unary_unary(
+                '/cluster.v1.ClusterService/RemoveFromStores',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.RemoveFromStoresRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.RemoveFromStoresResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -160,6 +170,20 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListStores(self, request, context):
+        """ListStores returns which models, and which of their layers, are in the stores of the cluster's Macs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveFromStores(self, request, context):
+        """RemoveFromStores removes models from the stores of all Macs. It removes nothing if one of them is in use.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -212,6 +236,16 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ExamineCluster,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.ExamineClusterRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.ExamineClusterResponse.SerializeToString,
+            ),
+            'ListStores': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListStores,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.ListStoresRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.ListStoresResponse.SerializeToString,
+            ),
+            'RemoveFromStores': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveFromStores,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.RemoveFromStoresRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.RemoveFromStoresResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -484,6 +518,60 @@ class ClusterService:
             '/cluster.v1.ClusterService/ExamineCluster',
             cluster_dot_v1_dot_cluster__pb2.ExamineClusterRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.ExamineClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListStores(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/ListStores',
+            cluster_dot_v1_dot_cluster__pb2.ListStoresRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.ListStoresResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveFromStores(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/RemoveFromStores',
+            cluster_dot_v1_dot_cluster__pb2.RemoveFromStoresRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.RemoveFromStoresResponse.FromString,
             options,
             channel_credentials,
             insecure,

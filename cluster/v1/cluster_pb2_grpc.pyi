@@ -53,6 +53,10 @@ class ClusterServiceStub:
     """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
     ExamineCluster: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ExamineClusterRequest, _cluster_pb2.ExamineClusterResponse]
     """ExamineCluster has each worker examine its Mac, and returns what each one finds. It changes nothing."""
+    ListStores: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListStoresRequest, _cluster_pb2.ListStoresResponse]
+    """ListStores returns which models, and which of their layers, are in the stores of the cluster's Macs."""
+    RemoveFromStores: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RemoveFromStoresRequest, _cluster_pb2.RemoveFromStoresResponse]
+    """RemoveFromStores removes models from the stores of all Macs. It removes nothing if one of them is in use."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -79,6 +83,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """RenewCertificate returns a new certificate for the caller's new key. The present certificate identifies the caller."""
     ExamineCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ExamineClusterRequest, _cluster_pb2.ExamineClusterResponse]  # type: ignore[assignment]
     """ExamineCluster has each worker examine its Mac, and returns what each one finds. It changes nothing."""
+    ListStores: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListStoresRequest, _cluster_pb2.ListStoresResponse]  # type: ignore[assignment]
+    """ListStores returns which models, and which of their layers, are in the stores of the cluster's Macs."""
+    RemoveFromStores: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RemoveFromStoresRequest, _cluster_pb2.RemoveFromStoresResponse]  # type: ignore[assignment]
+    """RemoveFromStores removes models from the stores of all Macs. It removes nothing if one of them is in use."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -162,5 +170,21 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ExamineClusterResponse, _abc.Awaitable[_cluster_pb2.ExamineClusterResponse]]:
         """ExamineCluster has each worker examine its Mac, and returns what each one finds. It changes nothing."""
+
+    @_abc_1.abstractmethod
+    def ListStores(
+        self,
+        request: _cluster_pb2.ListStoresRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ListStoresResponse, _abc.Awaitable[_cluster_pb2.ListStoresResponse]]:
+        """ListStores returns which models, and which of their layers, are in the stores of the cluster's Macs."""
+
+    @_abc_1.abstractmethod
+    def RemoveFromStores(
+        self,
+        request: _cluster_pb2.RemoveFromStoresRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.RemoveFromStoresResponse, _abc.Awaitable[_cluster_pb2.RemoveFromStoresResponse]]:
+        """RemoveFromStores removes models from the stores of all Macs. It removes nothing if one of them is in use."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -104,6 +104,16 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.ExamineRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.ExamineResponse.FromString,
                 _registered_method=True)
+        self.ListStored = channel.unary_unary(
+                '/cluster.v1.WorkerService/ListStored',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.ListStoredRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.ListStoredResponse.FromString,
+                _registered_method=True)
+        self.RemoveStored = channel.unary_unary(
+                '/cluster.v1.WorkerService/RemoveStored',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.RemoveStoredRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.RemoveStoredResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -209,6 +219,20 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListStored(self, request, context):
+        """ListStored returns the models in the worker's store.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveStored(self, request, context):
+        """RemoveStored removes a model from the worker's store. It is refused while the model is in use there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -281,6 +305,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Examine,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.ExamineRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.ExamineResponse.SerializeToString,
+            ),
+            'ListStored': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListStored,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.ListStoredRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.ListStoredResponse.SerializeToString,
+            ),
+            'RemoveStored': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveStored,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.RemoveStoredRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.RemoveStoredResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -661,6 +695,60 @@ class WorkerService:
             '/cluster.v1.WorkerService/Examine',
             cluster_dot_v1_dot_worker__pb2.ExamineRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.ExamineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListStored(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/ListStored',
+            cluster_dot_v1_dot_worker__pb2.ListStoredRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.ListStoredResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveStored(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/RemoveStored',
+            cluster_dot_v1_dot_worker__pb2.RemoveStoredRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.RemoveStoredResponse.FromString,
             options,
             channel_credentials,
             insecure,

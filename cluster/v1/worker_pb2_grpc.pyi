@@ -67,6 +67,10 @@ class WorkerServiceStub:
     """InstallCertificate delivers the certificate, which the worker then uses."""
     Examine: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ExamineRequest, _worker_pb2.ExamineResponse]
     """Examine has the worker examine its Mac, in a process of low priority. It changes nothing."""
+    ListStored: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ListStoredRequest, _worker_pb2.ListStoredResponse]
+    """ListStored returns the models in the worker's store."""
+    RemoveStored: _grpc.UnaryUnaryMultiCallable[_worker_pb2.RemoveStoredRequest, _worker_pb2.RemoveStoredResponse]
+    """RemoveStored removes a model from the worker's store. It is refused while the model is in use there."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -103,6 +107,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """InstallCertificate delivers the certificate, which the worker then uses."""
     Examine: _aio.UnaryUnaryMultiCallable[_worker_pb2.ExamineRequest, _worker_pb2.ExamineResponse]  # type: ignore[assignment]
     """Examine has the worker examine its Mac, in a process of low priority. It changes nothing."""
+    ListStored: _aio.UnaryUnaryMultiCallable[_worker_pb2.ListStoredRequest, _worker_pb2.ListStoredResponse]  # type: ignore[assignment]
+    """ListStored returns the models in the worker's store."""
+    RemoveStored: _aio.UnaryUnaryMultiCallable[_worker_pb2.RemoveStoredRequest, _worker_pb2.RemoveStoredResponse]  # type: ignore[assignment]
+    """RemoveStored removes a model from the worker's store. It is refused while the model is in use there."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -220,5 +228,21 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ExamineResponse, _abc.Awaitable[_worker_pb2.ExamineResponse]]:
         """Examine has the worker examine its Mac, in a process of low priority. It changes nothing."""
+
+    @_abc_1.abstractmethod
+    def ListStored(
+        self,
+        request: _worker_pb2.ListStoredRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ListStoredResponse, _abc.Awaitable[_worker_pb2.ListStoredResponse]]:
+        """ListStored returns the models in the worker's store."""
+
+    @_abc_1.abstractmethod
+    def RemoveStored(
+        self,
+        request: _worker_pb2.RemoveStoredRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.RemoveStoredResponse, _abc.Awaitable[_worker_pb2.RemoveStoredResponse]]:
+        """RemoveStored removes a model from the worker's store. It is refused while the model is in use there."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -16,6 +16,7 @@ import anyio
 import grpc
 
 from cluster import __version__
+from cluster.codec.stored_models import encode_store
 from cluster.codec.worker_info import encode_info
 from cluster.core.adapter import MAX_ADAPTER_KEY_CHARS, MAX_ADAPTERS, AdapterRef
 from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
@@ -31,6 +32,7 @@ from cluster.core.limits import (
 from cluster.core.plan import LayerRange
 from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
 from cluster.core.quantization import choose_weight_quantization
+from cluster.core.stored_models import MacStore
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
@@ -39,6 +41,7 @@ from cluster.platform.power import PowerReading, no_power
 from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import COORDINATOR, Trust, worker_of
 from cluster.store.quantized_copy import CopyKey
+from cluster.store.stored_models import list_models, remove_model, store_id
 from cluster.transport.link_probe import measure_link
 from cluster.transport.rich_errors import abort
 from cluster.v1 import worker_pb2 as pb
@@ -108,6 +111,7 @@ class WorkerServicer(WorkerServiceServicer):
         """Look up the interface once, not at every heartbeat: the bound address does not change."""
         self._interface = self.settings.interface or interface_of(self.settings.host)
         self._examiner = Examiner(self.settings.home)
+        self._using_store = anyio.Lock()
 
     @property
     def is_busy(self) -> bool:
@@ -361,6 +365,29 @@ class WorkerServicer(WorkerServiceServicer):
             return await self._examiner.examine(request)
         except MacpipeError as e:
             await abort(context, e)
+
+    async def ListStored(self, request: pb.ListStoredRequest, context: Context) -> pb.ListStoredResponse:
+        home = self.settings.home
+        async with self._using_store:
+            self._close_unused_models()
+            models = await anyio.to_thread.run_sync(list_models, home)
+        store = MacStore(self.settings.name, str(home / "models"), store_id(home), models)
+        return pb.ListStoredResponse(store=encode_store(store))
+
+    async def RemoveStored(self, request: pb.RemoveStoredRequest, context: Context) -> pb.RemoveStoredResponse:
+        async with self._using_store:
+            self._close_unused_models()
+            try:
+                await anyio.to_thread.run_sync(remove_model, self.settings.home, request.fingerprint)
+            except MacpipeError as e:
+                await abort(context, e)
+        return pb.RemoveStoredResponse()
+
+    def _close_unused_models(self) -> None:
+        """Close the models that are open only for other Macs to read, since an open one counts as in use."""
+        if not self._loads:
+            held = self._loaded_request()
+            self.loader.store_server.release(keep=held.fingerprint if held else "")
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
         await _require_names(context, request.fingerprint)

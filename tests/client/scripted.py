@@ -116,6 +116,8 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
         self.cluster = cluster_reply()
         self.plan = cluster_pb2.PlanResponse()
         self.examined: list[cluster_pb2.MacExamination] | None = None
+        self.stores: list[cluster_pb2.MacStore] = []
+        self.removals: list[cluster_pb2.StoreRemoval] = []
 
     async def answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
         for event in answer_of(request):
@@ -182,6 +184,14 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
         if self.examined is None:  # an older coordinator
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
         return cluster_pb2.ExamineClusterResponse(macs=self.examined)
+
+    async def ListStores(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return cluster_pb2.ListStoresResponse(stores=self.stores)
+
+    async def RemoveFromStores(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return cluster_pb2.RemoveFromStoresResponse(removals=self.removals)
 
     async def UnloadModel(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)

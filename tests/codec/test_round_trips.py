@@ -24,6 +24,14 @@ from cluster.codec.examination import (
 )
 from cluster.codec.plan import decode_plan, decode_progress, encode_plan, encode_progress
 from cluster.codec.request_trace import decode_trace, encode_trace
+from cluster.codec.stored_models import (
+    MAX_STORED_MODELS,
+    decode_removal,
+    decode_store,
+    decode_worker_store,
+    encode_removal,
+    encode_store,
+)
 from cluster.codec.worker_info import decode_info, encode_info
 from cluster.core.cluster_state import ClusterState, EventKind, ModelPlan, RequestState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, WorkerLost
@@ -32,6 +40,7 @@ from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
 from cluster.core.plan import LayerRange, LoadProgress
 from cluster.core.request import ChatMessage, TokenEvent, ToolChoice
 from cluster.core.request_trace import RequestTrace
+from cluster.core.stored_models import MacStore, StoredModel, StoreRemoval
 from cluster.core.text import parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.v1 import cluster_pb2, inference_pb2, worker_pb2
@@ -178,3 +187,32 @@ def test_a_worker_that_finds_too_much_is_not_believed() -> None:
     for invalid in (too_long, too_many, cluster_pb2.CheckResult(check="x" * (MAX_FACT_CHARS + 1))):
         with pytest.raises(WorkerLost, match="worker ada sent an invalid examination"):
             decode_results([invalid], "ada")
+
+
+def test_a_store_survives_and_what_became_of_its_models() -> None:
+    model = sample(StoredModel)
+    store = replace(sample(MacStore), models=(replace(model, folder=f"/models/{model.fingerprint}"),), folder="/models")
+    assert decode_store(cluster_pb2.MacStore.FromString(encode_store(store).SerializeToString())) == store
+    removal = sample(StoreRemoval)
+    assert decode_removal(cluster_pb2.StoreRemoval.FromString(encode_removal(removal).SerializeToString())) == removal
+    many = encode_store(replace(store, models=store.models * (MAX_STORED_MODELS + 5)))
+    assert (len(many.models), many.omitted) == (MAX_STORED_MODELS, store.omitted + 5)
+
+
+@pytest.mark.parametrize(
+    ("field", "claim"),
+    [
+        ("fingerprint", "../../x"),
+        ("names", ["\x1b[2J"]),
+        ("names", ["a"] * 5),
+        ("last_used", float("nan")),
+        ("layers", [cluster_pb2.LayerSpan(start=4, end=4)]),
+    ],
+)
+def test_a_worker_that_lists_impossible_models_is_not_believed(field: str, claim: Any) -> None:
+    message = encode_store(MacStore("", "/models", "id", (replace(sample(StoredModel), fingerprint="ab" * 32),)))
+    assert decode_worker_store(message, "ada").mac == "ada"
+    message.models[0].ClearField(field)
+    message.models[0].MergeFrom(cluster_pb2.StoredModel(**{field: claim}))
+    with pytest.raises(WorkerLost, match="worker ada sent an invalid list of its models"):
+        decode_worker_store(message, "ada")

@@ -11,11 +11,11 @@ import pytest
 
 from cluster.core.errors import DiskFull, ModelInUse, ModelNotFound
 from cluster.core.plan import LayerRange
+from cluster.core.stored_models import StoredModel
 from cluster.store.disk_quota import make_room, read_quota, set_quota
 from cluster.store.store import Store
 from cluster.store.store_server import StoreServer
 from cluster.store.stored_models import (
-    StoredModel,
     choose_for_pruning,
     find_models,
     list_models,
@@ -74,6 +74,15 @@ def test_a_model_that_is_open_stays(hub: FakeHub, tmp_path: Path) -> None:
     assert [one.name for one in (tmp_path / "models").iterdir()] == ["refs"]
     with pytest.raises(ModelNotFound):
         remove_model(tmp_path, fingerprint)
+
+
+def test_a_model_that_was_released_can_be_removed(hub: FakeHub, tmp_path: Path) -> None:
+    """A coordinator that has unloaded a model may hold the object for longer."""
+    partial = opened(tmp_path)
+    partial.release()
+    partial.release()
+    assert not list_models(tmp_path)[0].in_use
+    remove_model(tmp_path, partial.fingerprint)
 
 
 def test_a_shared_model_is_open_until_it_is_released(hub: FakeHub, tmp_path: Path) -> None:

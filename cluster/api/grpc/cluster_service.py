@@ -17,6 +17,8 @@ from cluster.api.grpc.training_stream import train
 from cluster.codec.cluster_state import encode_adapter, encode_cluster_state
 from cluster.codec.examination import encode_examination
 from cluster.codec.plan import decode_objective, decode_route, decode_speculation, encode_plan, encode_progress
+from cluster.codec.stored_models import encode_removal, encode_store
+from cluster.coordinator.cluster_stores import ClusterStores
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.settings import LoadOrder
@@ -39,11 +41,19 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class ClusterServicer(ClusterServiceServicer):
     """Serves ClusterService for one coordinator. ``first`` is the order of the model that it was started with."""
 
-    def __init__(self, coordinator: Coordinator, trust: Trust, first: LoadOrder, examinations: Examinations) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        trust: Trust,
+        first: LoadOrder,
+        examinations: Examinations,
+        stores: ClusterStores,
+    ) -> None:
         self._coordinator = coordinator
         self._trust = trust
         self._first = first
         self._examinations = examinations
+        self._stores = stores
 
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
         return encode_cluster_state(await self._coordinator.snapshot())
@@ -123,6 +133,22 @@ class ClusterServicer(ClusterServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.ExamineClusterResponse(macs=map(encode_examination, examined))
+
+    async def ListStores(self, request: pb.ListStoresRequest, context: Context) -> pb.ListStoresResponse:
+        try:
+            stores = await self._stores.list_stores()
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.ListStoresResponse(stores=map(encode_store, stores))
+
+    async def RemoveFromStores(
+        self, request: pb.RemoveFromStoresRequest, context: Context
+    ) -> pb.RemoveFromStoresResponse:
+        try:
+            removals = await self._stores.remove(request.models)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.RemoveFromStoresResponse(removals=map(encode_removal, removals))
 
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context

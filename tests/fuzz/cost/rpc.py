@@ -73,6 +73,7 @@ class _Nothing:
 
     hello = None
     computing = False
+    store_server = SimpleNamespace(release=lambda keep: None)
 
     async def report(self) -> None:
         raise Passed(PASSED)
@@ -80,7 +81,16 @@ class _Nothing:
     async def ask(self, *given: object) -> None:
         raise Passed(PASSED)
 
+    async def examine(self, *given: object) -> None:
+        raise Passed(PASSED)
+
     async def run(self) -> None:
+        raise Passed(PASSED)
+
+    async def list_stores(self) -> None:
+        raise Passed(PASSED)
+
+    async def remove(self, *given: object) -> None:
         raise Passed(PASSED)
 
     def reset(self, why: str) -> None: ...
@@ -94,7 +104,7 @@ def _public(methods: _Methods) -> None:
     trust = LocalTrust()
     add_InferenceServiceServicer_to_server(InferenceServicer(request_service(), trust), methods)  # type: ignore[arg-type]
     nothing: Any = _Nothing()
-    servicer = ClusterServicer(request_service().coordinator, trust, LoadOrder("faq"), nothing)
+    servicer = ClusterServicer(request_service().coordinator, trust, LoadOrder("faq"), nothing, nothing)
     add_ClusterServiceServicer_to_server(servicer, methods)  # type: ignore[arg-type]
 
 
@@ -110,6 +120,7 @@ def _worker(methods: _Methods) -> None:
         file=ProfileFile(scratch("profile.json"), "k"),
         machine=MachineFacts(),
     )
+    control._examiner = nothing  # it would start a process
     add_WorkerServiceServicer_to_server(control, methods)  # type: ignore[arg-type]
 
 

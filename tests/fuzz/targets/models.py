@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from mlx_lm import tool_parsers
 
 from cluster.codec.examination import decode_results
+from cluster.codec.stored_models import decode_worker_store
 from cluster.codec.worker_info import decode_info
 from cluster.core.errors import MacpipeError
 from cluster.core.request import Grammar, GrammarKind, Parsing, Tool
@@ -224,6 +225,19 @@ def findings() -> Prepared:
     return Prepared(run, (seed,), spoil_proto, (MacpipeError, DecodeError))
 
 
+def stored() -> Prepared:
+    """Read which models a worker has in its store."""
+    spans = [cluster_pb2.LayerSpan(start=0, end=2), cluster_pb2.LayerSpan(start=4, end=6)]
+    model = cluster_pb2.StoredModel(fingerprint="ab" * 32, names=["o/n"], disk_bytes=9, layers=spans, last_used=1e9)
+    store = cluster_pb2.MacStore(folder="/models", id="cd" * 8, models=[model])
+
+    def run(data: bytes) -> None:
+        decode_worker_store(worker_pb2.ListStoredResponse.FromString(data).store, "mac-1")
+
+    seed = worker_pb2.ListStoredResponse(store=store).SerializeToString()
+    return Prepared(run, (seed,), spoil_proto, (MacpipeError, DecodeError))
+
+
 def _grammar(kind: GrammarKind, *seeds: str) -> Callable[[], Prepared]:
     def prepare() -> Prepared:
         tokenizer = served().tokenizer
@@ -289,6 +303,7 @@ TARGETS = (
     Target("peer", 8, peers),
     Target("facts", 80, facts),
     Target("findings", 40, findings),
+    Target("stored", 40, stored),
     Target("schema", 8, _grammar(GrammarKind.JSON_SCHEMA, SCHEMA)),
     Target("regex", 8, _grammar(GrammarKind.REGEX, "(a|b)+[0-9]{2,5}x?")),
     Target("lark", 4, _grammar(GrammarKind.LARK, LARK)),

@@ -1,0 +1,60 @@
+"""The models on the disks of a cluster's Macs, and what became of those that were to be removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.core.plan import LayerRange
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model in the store.
+
+    ``names`` are the Hugging Face ids under which it was fetched; there is none if another Mac sent it. ``disk_bytes``
+    is the space that it takes on disk, ``model_bytes`` the size of the whole model. ``layers`` are those that are
+    complete. ``last_used`` is in seconds since the epoch.
+    """
+
+    fingerprint: str
+    names: tuple[str, ...]
+    folder: str
+    disk_bytes: int
+    model_bytes: int
+    layers: tuple[LayerRange, ...]
+    last_used: float
+    in_use: bool
+
+    @property
+    def label(self) -> str:
+        """The name to show: a Hugging Face id, else the start of the fingerprint."""
+        return self.names[0] if self.names else self.fingerprint[:12]
+
+
+@dataclass(frozen=True, slots=True)
+class MacStore:
+    """The store of one Mac, by its worker's name, or by several names if workers share it.
+
+    ``id`` is the same for all processes that use the store; empty if it does not exist yet. ``omitted`` counts further
+    models. ``problem`` says why the store is not known; empty if it is.
+    """
+
+    mac: str
+    folder: str = ""
+    id: str = ""
+    models: tuple[StoredModel, ...] = ()
+    omitted: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRemoval:
+    """What became of a model on one Mac. ``problem`` says why the Mac keeps it; empty if it is removed.
+
+    ``model`` is the name to show; empty if the Mac could not be asked for its models.
+    """
+
+    mac: str
+    model: str = ""
+    freed_bytes: int = 0
+    problem: str = ""
