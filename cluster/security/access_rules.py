@@ -16,10 +16,12 @@ _COORDINATORS: Final = frozenset({Role.COORDINATOR})
 _INSPECTORS: Final = frozenset({Role.COORDINATOR, Role.ADMIN})
 """Admins, because ``macpipe plan`` asks workers itself where no coordinator runs."""
 _MACS: Final = frozenset({Role.COORDINATOR, Role.WORKER})
-_CALLERS: Final = frozenset({Role.CLIENT, Role.ADMIN, Role.WORKER})
-"""Workers too: whoever sits at one of the cluster's Macs may send requests from there."""
-_RENEWERS: Final = frozenset({Role.CLIENT, Role.ADMIN})
-"""The coordinator renews its workers' certificates itself."""
+_CALLERS: Final = frozenset({Role.CLIENT, Role.ADMIN})
+_SENDERS: Final = _CALLERS | {Role.WORKER}
+"""Workers too: whoever sits at one of the cluster's Macs may send requests from there and see the cluster's state.
+
+A worker's Mac reads what passes through it anyway. It may change nothing: no model, no worker, no other's request.
+"""
 _ADMINS: Final = frozenset({Role.ADMIN})
 
 _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
@@ -54,16 +56,16 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "ReadTensors": _MACS,
     },
     "cluster.v1.InferenceService": {
-        "Generate": _CALLERS,
-        "Chat": _CALLERS,
-        "Resume": _CALLERS,
-        "Tokenize": _CALLERS,
-        "ListModels": _CALLERS,
-        "Abort": _CALLERS,
-        "Trace": _CALLERS,
+        "Generate": _SENDERS,
+        "Chat": _SENDERS,
+        "Resume": _SENDERS,
+        "Tokenize": _SENDERS,
+        "ListModels": _SENDERS,
+        "Abort": _SENDERS,
+        "Trace": _SENDERS,
     },
     "cluster.v1.ClusterService": {
-        "GetCluster": _CALLERS,
+        "GetCluster": _SENDERS,
         "Plan": _ADMINS,
         "LoadModel": _ADMINS,
         "UnloadModel": _ADMINS,
@@ -71,12 +73,12 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "Train": _ADMINS,
         "AddAdapter": _ADMINS,
         "RemoveAdapter": _ADMINS,
-        "RenewCertificate": _RENEWERS,
+        "RenewCertificate": _CALLERS,  # the coordinator renews those of its workers itself
         "ExamineCluster": _ADMINS,
         "ListStores": _ADMINS,
         "RemoveFromStores": _ADMINS,
     },
-    "grpc.health.v1.Health": {"Check": _CALLERS, "List": _CALLERS, "Watch": _CALLERS},
+    "grpc.health.v1.Health": {"Check": _SENDERS, "List": _SENDERS, "Watch": _SENDERS},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _CALLERS},
 }
 

@@ -19,7 +19,7 @@ from grpc import aio
 from cluster.core.errors import MacpipeError
 from cluster.security.access_rules import RULES, is_allowed
 from cluster.security.limits import REVOCATION_LOOK_S
-from cluster.security.roles import Party
+from cluster.security.roles import Party, Role
 from cluster.security.trust import AuthContext, Trust
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -35,10 +35,17 @@ def authorize(trust: Trust, method: str, shown: AuthContext) -> Party | Refusal:
     if refusal := _find_revocation(trust, party):
         return refusal
     if not is_allowed(method, party.role):
-        roles = " or ".join(sorted(RULES.get(method, ()))) or "nobody"
-        called, role = method.rpartition("/")[2], _with_article(party.role)
-        return grpc.StatusCode.PERMISSION_DENIED, f"{called} is for {roles}, and {party.name} is {role}"
+        return grpc.StatusCode.PERMISSION_DENIED, _explain_role(method, party)
     return party
+
+
+def _explain_role(method: str, party: Party) -> str:
+    allowed = RULES.get(method, frozenset())
+    roles = " or ".join(sorted(allowed)) or "nobody"
+    why = f"{method.rpartition('/')[2]} is for {roles}, and {party.name} is {_with_article(party.role)}"
+    if Role.ADMIN not in allowed:
+        return why
+    return f"{why}; do it on the coordinator's Mac, or join as an admin (`macpipe token create --role admin`)"
 
 
 def _with_article(role: str) -> str:

@@ -254,3 +254,13 @@ def test_each_role_may_what_the_rules_say(role: Role, lead: Lead, ports: Ports, 
     let_in = {name for name, code in found.items() if code not in DENIED}
     assert let_in == {name for name, roles in RULES.items() if role in roles}
     assert {found[name] for name in found.keys() - let_in} == {grpc.StatusCode.PERMISSION_DENIED}
+
+
+def test_a_workers_mac_may_send_requests_and_look_but_change_nothing() -> None:
+    """A new method does not become a worker's by being listed with those of clients."""
+    client_side = ("cluster.v1.InferenceService/", "cluster.v1.ClusterService/", "grpc.")
+    open_to_workers = {name[1:] for name, roles in RULES.items() if Role.WORKER in roles}
+    assert {name.rpartition("/")[2] for name in open_to_workers if name.startswith(client_side)} == {
+        *("Generate", "Chat", "Resume", "Trace", "Tokenize", "ListModels", "Abort", "GetCluster"),
+        *("Check", "List", "Watch"),
+    }
