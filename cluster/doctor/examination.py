@@ -14,7 +14,7 @@ from cluster.doctor.network_checks import (
     check_routes,
     check_vpn,
 )
-from cluster.doctor.power_checks import check_power, check_sleep
+from cluster.doctor.power_checks import check_display, check_heat, check_power, check_sleep
 from cluster.doctor.readings import Readings
 from cluster.doctor.state_checks import check_certificates, check_processes, check_profiles
 from cluster.doctor.system_checks import check_disk, check_macos, check_memory, check_mlx
@@ -27,6 +27,8 @@ MAC_CHECKS: Final[dict[str, Check[Readings]]] = {
     "disk": check_disk,
     "sleep": check_sleep,
     "power": check_power,
+    "heat": check_heat,
+    "display": check_display,
     "connections to members": check_members,
     "mDNS": check_mdns,
     "firewall": check_firewall,

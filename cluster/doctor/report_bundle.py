@@ -39,7 +39,7 @@ _SECRETS: Final = re.compile(
     r"|\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"  # a UUID of the hardware or of a network service
     r"|\b0x[0-9a-fA-F]{12,16}\b"  # a unique id of a Thunderbolt device
     r"|(?<=\s)[0-9a-fA-F]{16}\b"  # the same without colons
-    r"|(?<=serial_number)[^:,\n]{0,10}:[^,\n]*",
+    r"|(?<=serial[_-]number)[^:,\n]{0,10}:[^,\n]*",
     re.DOTALL,
 )
 

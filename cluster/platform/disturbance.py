@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Final
 
-from cluster.platform.macos import thermal_limit
+from cluster.platform.pmset import FULL_SPEED, thermal_limit
 
 __all__ = ["describe_load", "describe_spread", "processor_share"]
 
@@ -21,7 +21,6 @@ LEAST_SHARE: Final = 0.8
 """With less of a processor than this, the machine has more to do than it has processors for."""
 MAX_SPREAD: Final = 1.5
 """Ratio of the median to the fastest time of a job above which something else ran in between."""
-FULL_SPEED: Final = 100
 
 
 def processor_share() -> float:

@@ -28,6 +28,8 @@ class MacOutputs:
     pressure: str = ""
     sleep: str = ""
     battery: str = ""
+    heat: str = ""
+    displays: str = ""
     firewall: str = ""
     vpn: str = ""
     routes: str = ""
@@ -46,6 +48,8 @@ MAC_COMMANDS: Final = {
     "pressure": ("/usr/sbin/sysctl", "-n", "kern.memorystatus_vm_pressure_level"),
     "sleep": ("/usr/bin/pmset", "-g"),
     "battery": ("/usr/bin/pmset", "-g", "batt"),
+    "heat": ("/usr/bin/pmset", "-g", "therm"),
+    "displays": ("/usr/sbin/system_profiler", "-json", "SPDisplaysDataType"),
     "firewall": ("/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate"),
     "vpn": ("/usr/sbin/scutil", "--nc", "list"),
     "routes": ("/usr/sbin/netstat", "-rn", "-f", "inet"),

@@ -1,5 +1,5 @@
 """Facts that macOS tells about the machine. With ``mac_commands`` it is the only reader of sysctl, sw_vers,
-system_profiler and networksetup.
+system_profiler and networksetup. The module ``pmset`` reads that command.
 
 Each fact is one command, and one function that parses its output. On another system every fact is "not known". The
 module knows nothing of MLX.
@@ -23,7 +23,6 @@ __all__ = [
     "memory_pressure",
     "process_seconds",
     "run_command",
-    "thermal_limit",
 ]
 
 MIB: Final = 2**20
@@ -66,20 +65,9 @@ def memory_pressure() -> str:
     return parse_pressure(run_command("sysctl", "-n", "kern.memorystatus_vm_pressure_level"))
 
 
-def thermal_limit() -> int:
-    """Return the percentage of full speed to which heat limits the processors; 100 if it does not, or not known."""
-    return parse_thermal_limit(run_command("pmset", "-g", "therm")) if platform.system() == "Darwin" else 100
-
-
 def process_seconds(pid: int) -> float | None:
     """Return the processor time of a process in seconds; None if not known."""
     return parse_cpu_time(run_command("ps", "-o", "time=", "-p", str(pid)))
-
-
-def parse_thermal_limit(report: str) -> int:
-    """Parse ``pmset -g therm``: lines such as ``CPU_Speed_Limit = 80``; newer Macs print none at full speed."""
-    limits = re.findall(r"^\s*CPU_(?:Speed|Scheduler)_Limit\s*=\s*(\d{1,3})\s*$", report, re.MULTILINE)
-    return min((int(limit) for limit in limits), default=100)
 
 
 def parse_cpu_time(clock: str) -> float | None:
@@ -111,6 +99,22 @@ def parse_gpu_cores(report: str) -> int:
         return max(int(display.get("sppci_cores", 0)) for display in displays)
     except (ValueError, KeyError, TypeError, AttributeError):
         return 0
+
+
+def parse_displays(report: str) -> tuple[str, ...] | None:
+    """Parse ``system_profiler -json SPDisplaysDataType``: the names of displays that are on; None for other output."""
+    try:
+        cards = json.loads(report)["SPDisplaysDataType"]
+        displays = [display for card in cards for display in card.get("spdisplays_ndrvs", ())]
+        return tuple(str(one.get("_name", "")) for one in displays if _is_on(one))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_on(display: dict[str, object]) -> bool:
+    """Return whether a display is connected and not asleep, as far as its description says."""
+    asleep = any("asleep" in key and str(value).endswith("yes") for key, value in display.items())
+    return not asleep and not str(display.get("spdisplays_online", "")).endswith("no")
 
 
 def parse_wired_limit(value: str) -> int:

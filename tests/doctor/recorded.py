@@ -8,6 +8,8 @@ Recorded by others, in public issues, and shortened:
 - ``NO_VPN``: mrodalgaard/alfred-network-workflow issue 19, 2024-03-13, `scutil --nc list`
 - ``FIREWALL_STRICT``: dan-snelson/Mac-Health-Check pull request 8, 2025-07-23, `socketfilterfw --getglobalstate`
 - ``FIREWALL_ON``, ``FIREWALL_OFF``: rgcr/m-cli issue 160, 2021-03-31, the same command
+- ``DISPLAY``: the keys ``spdisplays_ndrvs``, ``_name`` and ``spdisplays_online`` as public programs read them; the
+  rest, and the key of a display that is asleep, were written from documentation
 - ``THUNDERBOLT_5``: values of exo-explore/exo issue 1390, `system_profiler SPThunderboltDataType`, a Mac mini with a
   Mac Studio. The issue shows the text; its JSON form here was written from documentation
 
@@ -70,6 +72,8 @@ ON_BATTERY = (
     "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1)\t84%; discharging; 5:12 remaining present: true\n"
 )
 ON_POWER = "Now drawing from 'AC Power'\n"
+COOL = "Note: No thermal warning level has been recorded\nNote: No performance warning level has been recorded\n"
+HOT = "CPU_Scheduler_Limit \t= 100\nCPU_Available_CPUs \t= 10\nCPU_Speed_Limit \t= 70\n"
 ROUTES = """Routing tables
 
 Internet:
@@ -135,6 +139,24 @@ def thunderbolt(speed: str, device: str = "Mac16,9") -> str:
 THUNDERBOLT_5 = thunderbolt("80 Gb/s")
 
 
+def displays(*, asleep: bool | None) -> str:
+    """Return a report of the GPU with one display, or with None of a Mac without one."""
+    card: dict[str, Any] = {"_name": "Apple M4 Max", "sppci_cores": "40"}
+    if asleep is not None:
+        card["spdisplays_ndrvs"] = [
+            {
+                "_name": "Studio Display",
+                "_spdisplays_display-serial-number": "fd626d62",
+                "spdisplays_online": "spdisplays_yes",
+            }
+            | ({"spdisplays_asleep": "spdisplays_yes"} if asleep else {})
+        ]
+    return json.dumps({"SPDisplaysDataType": [card]})
+
+
+DISPLAY = displays(asleep=False)
+
+
 def healthy_mac(**changed: str) -> MacOutputs:
     """Return the outputs of an M4 Max with macOS 26.5 on which nothing is wrong, with some of them changed."""
     usual = {
@@ -146,6 +168,8 @@ def healthy_mac(**changed: str) -> MacOutputs:
         "pressure": "1\n",
         "sleep": SLEEP_NEVER,
         "battery": ON_POWER,
+        "heat": COOL,
+        "displays": displays(asleep=None),
         "firewall": FIREWALL_OFF,
         "vpn": NO_VPN,
         "routes": ROUTES,

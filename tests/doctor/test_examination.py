@@ -118,6 +118,7 @@ WARNINGS = [
         "low power mode",
         "lowpowermode 0",
     ),
+    ("heat", outputs(heat=recorded.HOT), "limits the processors to 70% of their speed", "pmset -g therm"),
     ("mDNS", mac(multicast=False), "multicast cannot be used", "--coordinator"),
     ("routes", outputs(routes=recorded.BRIDGE_ROUTES), "goes through bridge0", "networksetup"),
     (
@@ -146,6 +147,7 @@ WARNINGS = [
     ),
 ]
 NOTES = [
+    ("display", outputs(displays=recorded.DISPLAY), "a display is on: Studio Display", "displaysleep 1"),
     ("memory", outputs(wired_limit="0\n"), "about 48 GiB of 64 GiB", "iogpu.wired_limit_mb=57344"),
     ("firewall", outputs(firewall=recorded.FIREWALL_ON), "firewall is on", "--unblockapp"),
     ("VPN", outputs(vpn=recorded.VPN), "connected: Tailscale", "scutil --nc stop 'Tailscale'"),
@@ -187,6 +189,7 @@ def test_finds(severity: Severity, check: str, readings: Readings, what: str, re
         ("MLX", mac(recorded.healthy_mac(chip="Apple M5 Ultra\n"), versions=NEW_WHEEL)),
         ("sleep", outputs(sleep=recorded.SLEEP_M1)),  # SleepDisabled outweighs the minutes
         ("memory", mac(recorded.healthy_mac(memory=f"{16 * recorded.GIB}\n", wired_limit="0\n"))),
+        ("display", outputs(displays=recorded.displays(asleep=True))),
         ("macOS", outputs(release=recorded.release("14.0"))),
         ("macOS", outputs(release=recorded.release("15.6"))),
         ("RDMA", outputs(thunderbolt=recorded.thunderbolt("40 Gb/s"), rdma_devices="")),
@@ -196,6 +199,34 @@ def test_finds(severity: Severity, check: str, readings: Readings, what: str, re
 )
 def test_finds_nothing(check: str, readings: Readings) -> None:
     assert found_by(check, readings) == ()
+
+
+MACS = [
+    ("Apple M1", "14.7.6", "40 Gb/s", "", {}),
+    ("Apple M2 Pro", "15.6.1", "40 Gb/s", "", {}),
+    ("Apple M3 Ultra", "15.6.1", "80 Gb/s", "", {"RDMA": "RDMA needs macOS 26.2, and this Mac has 15.6.1"}),
+    ("Apple M3 Ultra", "26.2", "80 Gb/s", "disabled\n", {"RDMA": "RDMA over Thunderbolt 5 is not enabled"}),
+    ("Apple M4 Max", "26.5", "80 Gb/s", "enabled\n", {}),
+    ("Apple M4", "26.4", "40 Gb/s", "", {"macOS": "macOS 26.4 is known to panic"}),
+    ("Apple M5 Max", "26.5", "80 Gb/s", "enabled\n", {"MLX": "MLX is the build for macOS 15.0"}),
+    ("Apple M5", "26.1", "40 Gb/s", "", {"MLX": "MLX is the build for macOS 15.0"}),
+]
+
+
+@pytest.mark.parametrize(("chip", "release", "link", "rdma", "expected"), MACS)
+def test_macs_from_m1_to_m5(chip: str, release: str, link: str, rdma: str, expected: dict[str, str]) -> None:
+    """Nothing but what is expected is found on a Mac of each generation, with and without RDMA."""
+    read = outputs(
+        chip=f"{chip}\n",
+        release=recorded.release(release),
+        thunderbolt=recorded.thunderbolt(link),
+        rdma=rdma,
+        rdma_devices=recorded.RDMA_DEVICES if rdma else "",
+        rdma_ports=recorded.RDMA_PORTS if rdma else "",
+    )
+    found = {one.check: one.findings for one in examine(read)}
+    assert None not in found.values()
+    assert {check: finding.what for check, findings in found.items() for finding in findings or ()} == expected
 
 
 def test_a_denied_local_network_is_explained_with_the_settings_path() -> None:

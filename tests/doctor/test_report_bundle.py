@@ -25,6 +25,7 @@ SECRETS = [
     "8096a9d9edbaac05",
     "8096:a9d9:edba:ac05",
     "5E0C7A4B",
+    "fd626d62",
 ]
 TEXT = "\n".join(
     (
@@ -34,6 +35,7 @@ TEXT = "\n".join(
         "Authorization: Bearer abcdef.ghi",
         recorded.THUNDERBOLT_5,
         recorded.VPN,
+        recorded.DISPLAY,
         recorded.RDMA_DEVICES,
         recorded.RDMA_PORTS,
     )

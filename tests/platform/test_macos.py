@@ -73,18 +73,25 @@ def test_memory_pressure(said: str, word: str) -> None:
     assert macos.parse_pressure(said) == word
 
 
+def display(**said: str) -> str:
+    cards = json.loads(DISPLAYS)
+    cards["SPDisplaysDataType"][0]["spdisplays_ndrvs"] = [{"_name": "Studio Display"} | said]
+    return json.dumps(cards)
+
+
 @pytest.mark.parametrize(
-    ("said", "limit"),
+    ("said", "names"),
     [
-        # written from documentation: the manual page of pmset
-        ("Note: No thermal warning level has been recorded\nNote: No CPU power status has been recorded\n", 100),
-        ("CPU_Scheduler_Limit \t= 100\n\tCPU_Available_CPUs \t= 8\n\tCPU_Speed_Limit \t= 62\n", 62),
-        ("", 100),
-        ("CPU_Speed_Limit = none", 100),
+        (DISPLAYS, ()),  # a Mac without a display
+        (display(spdisplays_online="spdisplays_yes"), ("Studio Display",)),
+        (display(spdisplays_online="spdisplays_no"), ()),
+        (display(spdisplays_asleep="spdisplays_yes"), ()),
+        ("", None),
+        ('{"SPDisplaysDataType": [1]}', None),
     ],
 )
-def test_heat(said: str, limit: int) -> None:
-    assert macos.parse_thermal_limit(said) == limit
+def test_displays_that_are_on(said: str, names: tuple[str, ...] | None) -> None:
+    assert macos.parse_displays(said) == names
 
 
 def test_hardware_ports() -> None:
@@ -97,7 +104,6 @@ def test_elsewhere_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     macos.machine_facts.cache_clear()
     assert macos.machine_facts() == macos.MachineFacts()
     assert macos.memory_pressure() == ""
-    assert macos.thermal_limit() == 100
 
 
 def test_a_command_that_is_not_there_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
