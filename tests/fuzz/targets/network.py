@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from ipaddress import ip_interface
 
+from google.protobuf.message import DecodeError, Message
 from zeroconf.asyncio import AsyncServiceInfo
 
 from cluster.client.proto_decoding import decode_accepted, decode_finish, decode_load_event
 from cluster.codec.answer import decode_token
 from cluster.codec.cluster_state import decode_cluster_state
+from cluster.codec.examination import decode_examination
 from cluster.codec.plan import decode_plan
 from cluster.codec.request_trace import decode_trace
+from cluster.codec.stored_models import decode_removal, decode_store
 from cluster.core.errors import MacpipeError
 from cluster.core.text import format_address, parse_address, parse_layers, parse_size
 from cluster.discovery import txt_record as txt
@@ -58,7 +61,6 @@ def _size(text: str) -> None:
 
 def replies() -> Prepared:
     """Read a coordinator's replies to its client."""
-    from google.protobuf.message import DecodeError
 
     def run(data: bytes) -> None:
         answer = inference_pb2.GenerateResponse.FromString(data)
@@ -94,10 +96,37 @@ def replies() -> Prepared:
     return Prepared(run, tuple(s.SerializeToString() for s in seeds), spoil_proto, (MacpipeError, DecodeError))
 
 
+def examination() -> Prepared:
+    """Read what a coordinator says of one Mac's examination."""
+    finding = cluster_pb2.Finding(severity=cluster_pb2.FINDING_SEVERITY_NOTE, what="a VPN is connected", why="w")
+    examined = cluster_pb2.MacExamination(mac="n", results=[cluster_pb2.CheckResult(check="VPN", findings=[finding])])
+    return _message(lambda data: decode_examination(cluster_pb2.MacExamination.FromString(data)), examined)
+
+
+def store() -> Prepared:
+    """Read what a coordinator says of the models on one Mac's disk."""
+    model = cluster_pb2.StoredModel(fingerprint="ab" * 32, layers=[cluster_pb2.LayerSpan(start=0, end=2)])
+    listed = cluster_pb2.MacStore(mac="n", folder="/models", models=[model])
+    return _message(lambda data: decode_store(cluster_pb2.MacStore.FromString(data)), listed)
+
+
+def removal() -> Prepared:
+    """Read what a coordinator says of a model that was to be removed."""
+    kept = cluster_pb2.StoreRemoval(mac="n", model="m", problem="it is in use")
+    return _message(lambda data: decode_removal(cluster_pb2.StoreRemoval.FromString(data)), kept)
+
+
+def _message(decode: Callable[[bytes], object], seed: Message) -> Prepared:
+    return Prepared(decode, (seed.SerializeToString(),), spoil_proto, (MacpipeError, DecodeError))
+
+
 TARGETS = (
     Target("txt", 120, announcements),
     Target("address", 150, _text(_address, "mac-1.local:7000", "[fd00::5%en0]:7000", "10.0.0.5:65535")),
     Target("layers", 150, _text(parse_layers, "0-3,4-7", "0", " 0 - 1 , 2-3")),
     Target("size", 80, _text(_size, "24GiB", "1.5 T", "24000MiB", "7")),
     Target("reply", 50, replies),
+    Target("examination", 20, examination),
+    Target("store", 20, store),
+    Target("removal", 10, removal),
 )
