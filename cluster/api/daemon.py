@@ -15,6 +15,8 @@ from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  #
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 
+from cluster.api.background_load import BackgroundLoad, LoadTracker
+from cluster.api.cluster_feed import ClusterFeed
 from cluster.api.grpc.cluster_service import ClusterServicer
 from cluster.api.grpc.inference_service import InferenceServicer, client_name
 from cluster.api.http.app import application
@@ -92,8 +94,9 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         store = Store(settings.home)
         lag = TimerLag().start()
         dialer = GrpcDialer(trust, lag)
+        tracker = LoadTracker(report)
         coordinator = Coordinator(
-            settings.cluster, roster, dialer, report, store, settings.max_schema_bytes, _epochs(settings), lag
+            settings.cluster, roster, dialer, tracker, store, settings.max_schema_bytes, _epochs(settings), lag
         )
         coordinator.journal = _journal(settings)
         http_port_settings = http_port(settings)
@@ -102,11 +105,14 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         service = RequestService(coordinator, Metrics(), key_usage, strict=settings.strict)
         checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)
-        http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report))
+        loads, feed = BackgroundLoad(coordinator, tracker), ClusterFeed()
+        http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report, loads, feed))
+        stack.callback(feed.close)
         examinations = Examinations(roster, coordinator.members)
         stores = ClusterStores(roster, coordinator.members, store.home)
         cluster = ClusterServicer(coordinator, trust, settings.order, examinations, stores)
         addresses = await stack.enter_async_context(_public_port(settings, trust, service, cluster, checks))
+        stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
         await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_update_health, coordinator, checks)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
@@ -134,7 +140,12 @@ def _journal(settings: ServeSettings) -> Journal | None:
 
 @asynccontextmanager
 async def _http_port(
-    settings: ServeSettings, http_port_settings: HttpPort, service: RequestService, report: Reporter
+    settings: ServeSettings,
+    http_port_settings: HttpPort,
+    service: RequestService,
+    report: Reporter,
+    loads: BackgroundLoad,
+    feed: ClusterFeed,
 ) -> AsyncIterator[str]:
     """Serve HTTP and yield its URL; an empty URL if HTTP is off, or its default port is in use.
 
@@ -151,7 +162,7 @@ async def _http_port(
         report.problem(f"HTTP is off: {e.sentence}")
         yield ""
         return
-    app = application(service, settings.http.names, http_port_settings.sites)
+    app = application(service, settings.http.names, http_port_settings.sites, loads, feed)
     async with serve(app, listener, http_port_settings.certificate) as address:
         yield f"{'https' if http_port_settings.certificate else 'http'}://{address}"
 

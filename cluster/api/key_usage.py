@@ -92,6 +92,10 @@ class KeyUsage:
             code="invalid_api_key",
         )
 
+    def find_by_id(self, key_id: str) -> ApiKey | None:
+        """Return the valid key with that id; None if it was revoked."""
+        return self._keys.find_by_id(key_id)
+
     @contextmanager
     def count_request(self, key: ApiKey) -> Iterator[None]:
         """Count one request of ``key`` while the context is open. Raises ``LimitReached``."""

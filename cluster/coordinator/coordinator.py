@@ -424,9 +424,9 @@ class Coordinator:
 
     # Status
 
-    async def snapshot(self) -> ClusterState:
-        """Return the state of the whole cluster, with current answers from the workers and the loop."""
-        members = await self.members()
+    async def snapshot(self, *, ask: bool = True) -> ClusterState:
+        """Return the state of the whole cluster; without ``ask``, with the workers' answers to the last heartbeats."""
+        members = await self.members() if ask or not self._service else self._heartbeat.members()
         loop = await self._view()
         service = self._service
         repair = service.recovery.describe() if service and service.recovery else None

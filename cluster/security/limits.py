@@ -53,6 +53,8 @@ MAX_PEM_BYTES: Final = 16 * KIB
 """Size of a certificate, a key or a certificate request. Ours have under 1 KiB."""
 MAX_KEYS: Final = 1024
 """API keys that are kept, revoked ones included."""
+MAX_KEY_CHARS: Final = 256
+"""A key has 60 characters; a longer text is refused."""
 
 # Joining
 TOKEN_S: Final = 3600.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -10,18 +10,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
+from cluster.api.background_load import BackgroundLoad
+from cluster.api.cluster_feed import ClusterFeed
+from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute, PageRoute
+from cluster.api.http.browser_sessions import BrowserSessions
 from cluster.api.http.chat import Chat
 from cluster.api.http.completions import Completions
 from cluster.api.http.errors import HANDLERS
 from cluster.api.http.health import Health
 from cluster.api.http.json_response import Json
+from cluster.api.http.live import Live
+from cluster.api.http.login import Login
 from cluster.api.http.messages import Messages
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.models import Models
 from cluster.api.http.openapi import description
+from cluster.api.http.operations import Operations
 from cluster.api.http.origin_policy import OriginPolicy
+from cluster.api.http.page_files import PageFiles, wants_page
 from cluster.api.http.responses import Responses
 from cluster.api.http.sse import EventStream
 from cluster.api.http.tokenize import Tokenize
@@ -29,29 +36,38 @@ from cluster.api.request_service import RequestService
 
 Endpoint = Callable[[Request], Awaitable[Response | EventStream[Any]]]
 UNKNOWN: Final = "unknown"
+_PATTERNS: Final = (("/v1/models/", "/v1/models/{model}"), ("/page/", "/page/{name}"))
+"""Paths that begin so are counted as one route."""
 
 
 def application(
-    service: RequestService, aliases: tuple[str, ...] = (), origin_policy: OriginPolicy | None = None
+    service: RequestService,
+    aliases: tuple[str, ...] = (),
+    origin_policy: OriginPolicy | None = None,
+    loads: BackgroundLoad | None = None,
+    feed: ClusterFeed | None = None,
 ) -> ASGIApp:
     """Return the HTTP application of one coordinator; ``aliases`` are further names of the served model.
 
-    Requests need an API key if ``service`` knows keys.
+    Requests need an API key if ``service`` knows keys. ``loads`` runs the loads that people begin on the page,
+    and ``feed`` tells them what happens.
     """
-    routes = table(service, aliases)
+    sessions = BrowserSessions(service.key_usage) if service.key_usage else None
+    page = page_table(service, aliases, loads or BackgroundLoad(service.coordinator), feed or ClusterFeed(), sessions)
+    routes = [*table(service, aliases), *page]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
     known = frozenset(route.path for route in routes)
 
     def observe(method: str, path: str, status: int, seconds: float) -> None:
-        route = path if path in known else "/v1/models/{model}" if path.startswith("/v1/models/") else UNKNOWN
+        route = path if path in known else next((r for p, r in _PATTERNS if path.startswith(p)), UNKNOWN)
         service.metrics.count_response(route, status)
 
-    authorizer = Authorizer(app.routes, service.key_usage)
+    authorizer = Authorizer(app.routes, service.key_usage, sessions)
     return RequestMiddleware(app, observe, authorizer, origin_policy, service.bodies, strict=service.strict)
 
 
 def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
-    """Return all routes, each with the access level that it needs in a cluster."""
+    """Return the routes of the API, each with the access level that it needs in a cluster."""
     names = ModelNames(service.coordinator, aliases)
     health, models, tokenize = Health(service, names), Models(names), Tokenize(names)
     document = description()
@@ -60,7 +76,6 @@ def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[Declar
         return Json(document)
 
     return [
-        *_get("/", health.root),
         *_get("/health", health.ready, Access.ANYONE),
         *_get("/ready", health.ready, Access.ANYONE),
         *_get("/live", health.live, Access.ANYONE),
@@ -76,6 +91,43 @@ def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[Declar
         *_post("/v1/messages/count_tokens", tokenize.count),
         *_post("/tokenize", tokenize.tokens),
     ]
+
+
+def page_table(
+    service: RequestService,
+    aliases: tuple[str, ...],
+    loads: BackgroundLoad,
+    feed: ClusterFeed,
+    sessions: BrowserSessions | None,
+) -> list[DeclaredRoute]:
+    """Return the routes of the page. Its files are for anyone; what it shows and does needs a session or a key."""
+    names = ModelNames(service.coordinator, aliases)
+    files, health, login = PageFiles(), Health(service, names), Login(service.key_usage, sessions)
+    operations = Operations(service.coordinator, loads)
+    live = Live(service, names, loads, feed, sessions)
+
+    async def root(request: Request) -> Response:
+        return files.index(request) if wants_page(request) else await health.root(request)
+
+    return [
+        *_get("/", root, Access.ANYONE),
+        *_get("/page/{name}", files.get, Access.ANYONE),
+        _page_route("/api/session", {"GET": login.show, "POST": login.sign_in, "DELETE": login.sign_out}),
+        _page_route("/api/events", {"GET": live}, Access.INFERENCE),
+        _page_route("/api/chat", {"POST": Chat(service, names)}, Access.INFERENCE, counted=True),
+        _page_route("/api/plan", {"POST": operations.plan}, Access.ADMIN),
+        _page_route("/api/load", {"POST": operations.load}, Access.ADMIN),
+        _page_route("/api/unload", {"POST": operations.unload}, Access.ADMIN),
+    ]
+
+
+def _page_route(
+    path: str, handlers: Mapping[str, Endpoint], access: Access = Access.ANYONE, *, counted: bool = False
+) -> DeclaredRoute:
+    async def endpoint(request: Request) -> Response | EventStream[Any]:
+        return await handlers[request.method](request)
+
+    return PageRoute(path, endpoint, access=access, methods=list(handlers), counted=counted)
 
 
 def _get(path: str, answer: Endpoint, access: Access = Access.INFERENCE) -> list[DeclaredRoute]:

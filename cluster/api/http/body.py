@@ -26,7 +26,7 @@ from cluster.api.http.adjustments import adjustments_of
 from cluster.api.json_elements import ElementCounter
 from cluster.api.limits import MAX_ELEMENTS, MAX_JSON_VALUES, MAX_NAME_CHARS
 from cluster.core.errors import Aborted, DeadlineExceeded, InvalidRequest, TooLarge
-from cluster.core.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_PROMPT_BYTES, MIB
+from cluster.core.limits import BODY_TIMEOUT_S, KIB, MAX_BODY_BYTES, MAX_PROMPT_BYTES, MIB
 from cluster.transport.byte_budget import Charge
 from cluster.transport.parsing_thread import PARSING
 
@@ -41,11 +41,12 @@ MAX_FIELD_CHARS: Final = 256
 class Form(BaseModel):
     """A JSON object as a client sends it. Unknown fields and type coercion (a string for a number) are rejected.
 
-    ``most_commas`` bounds the commas in a body of this form.
+    ``most_commas`` and ``most_bytes`` bound the commas and the bytes in a body of this form.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
     most_commas: ClassVar[int] = MAX_ELEMENTS
+    most_bytes: ClassVar[int] = MAX_BODY_BYTES
 
     @model_validator(mode="before")
     @classmethod
@@ -137,7 +138,7 @@ async def read(request: Request, form: type[F]) -> F:
 
     Raises ``InvalidRequest``, ``TooLarge``, ``Busy``, ``DeadlineExceeded``, or ``Aborted`` if the client disconnects.
     """
-    body = await _receive_body(request, ElementCounter(form.most_commas))
+    body = await _receive_body(request, ElementCounter(form.most_commas), form.most_bytes)
     hints: dict[str, None] = {}
     parsed = await PARSING.run(len(body), _parse, body, form, hints)
     adjustments_of(request.scope).ignore(hints)
@@ -160,21 +161,21 @@ def charge_of(request: Request) -> Charge:
     return charge
 
 
-async def _receive_body(request: Request, elements: ElementCounter) -> bytearray:
+async def _receive_body(request: Request, elements: ElementCounter, most: int) -> bytearray:
     length = request.headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
         raise InvalidRequest(
             "the header content-length is not a number; send the body's length in bytes", field="content-length"
         )
-    if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
-        raise _too_large()
+    if len(length) > len(str(most)) or int(length) > most:
+        raise _too_large(most)
     charge: Charge = request.scope[CHARGE]
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for part in request.stream():
-                if len(body) + len(part) > MAX_BODY_BYTES:
-                    raise _too_large()
+                if len(body) + len(part) > most:
+                    raise _too_large(most)
                 charge.add(len(part))
                 await PARSING.run(len(part), elements.feed, part)
                 body += part
@@ -185,8 +186,9 @@ async def _receive_body(request: Request, elements: ElementCounter) -> bytearray
     return body
 
 
-def _too_large() -> TooLarge:
-    return TooLarge(f"the request's body is longer than {MAX_BODY_BYTES // MIB} MiB; send a shorter one")
+def _too_large(most: int) -> TooLarge:
+    size = f"{most // MIB} MiB" if most >= MIB else f"{most // KIB} KiB"
+    return TooLarge(f"the request's body is longer than {size}; send a shorter one")
 
 
 def parse(body: bytes, form: type[F]) -> F:

@@ -64,11 +64,13 @@ class Health:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def root(self, request: Request) -> Response:
-        """Return a short text for browsers, and for clients that probe the address first."""
+        """Return a short text for clients that probe the address first."""
+        trusted = request.scope.get(TRUSTED)
+        state = f" {__version__}: {self.service.coordinator.state.value}" if trusted else ""
         return Response(
-            f"macpipe {__version__}: {self.service.coordinator.state.value}.\n"
+            f"macpipe{state}.\n"
             "The base URL is /v1 for OpenAI clients, this address for Anthropic clients. "
-            "See /health, /v1/models, /openapi.json.\n",
+            "See /health, /v1/models, /openapi.json. A browser shows the page of this cluster here.\n",
             media_type="text/plain",
         )
 

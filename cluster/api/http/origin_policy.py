@@ -51,7 +51,7 @@ class OriginPolicy:
                 f"--http-allow-host {name}"
             )
         origin = headers.get("origin")
-        if origin is not None and not self._is_same_origin(origin, headers["host"]) and not self.allows(origin):
+        if origin is not None and not is_same_origin(origin, headers["host"]) and not self.allows(origin):
             raise Forbidden(
                 f"web pages of {origin[:128]} may not use this API; serve with --http-allow-origin to allow an origin"
             )
@@ -77,12 +77,13 @@ class OriginPolicy:
             max_age=round(PREFLIGHT_S),
         )
 
-    @staticmethod
-    def _is_same_origin(origin: str, host: str) -> bool:
-        try:
-            return urlsplit(origin).netloc.lower() == host.lower()
-        except ValueError:
-            return False
+
+def is_same_origin(origin: str, host: str) -> bool:
+    """Return whether a page of ``origin`` was served under the Host header ``host``."""
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
 
 
 def check_host(given: str) -> str:

@@ -164,6 +164,13 @@ SEEDS: dict[str, tuple[dict[str, Any], ...]] = {
     "/v1/messages/count_tokens": ({"model": "faq", "messages": [{"role": "user", "content": "hello"}]},),
     "/tokenize": ({"prompt": "hello"}, {"messages": CHAT["messages"], "tools": CHAT["tools"]}),
 }
+PAGE_SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/api/chat", CHAT),
+    ("/api/session", {"key": "mpk_0123456789ab_x"}),
+    ("/api/plan", {"model": "faq", "layers": "0-1,2-3", "max_context": 64, "quantize": 4, "acceptance": 0.5}),
+    ("/api/load", {"model": "faq", "workers": 2, "objective": "throughput", "route": "relay", "kv_bits": 8}),
+    ("/api/unload", {}),
+)
 
 
 class _Nobody(WorkerlessCoordinator):
@@ -207,14 +214,15 @@ def http_requests() -> Prepared:
         status = awaited(_asked(app, request, body if isinstance(event, h11.EndOfMessage) else None))
         assert status != 500, "the request met a fault of ours"
 
-    bodies = [(path, json.dumps(seed)) for path, seeds in SEEDS.items() for seed in seeds]
+    seeds = [*PAGE_SEEDS, *((path, seed) for path, seeds in SEEDS.items() for seed in seeds)]
+    bodies = [(path, json.dumps(seed)) for path, seed in seeds]
     head = (
         "host: localhost:8080\r\norigin: http://localhost:8080\r\nauthorization: Bearer x\r\nx-request-timeout: 3\r\n"
     )
     posts = [f"POST {p} HTTP/1.1\r\n{head}content-length: {len(b)}\r\n\r\n{b}" for p, b in bodies]
     gets = [
         f"GET {p} HTTP/1.1\r\n{head}x-request-id: a\r\n\r\n"
-        for p in ("/v1/models", "/v1/models/faq", "/live", "/metrics")
+        for p in ("/v1/models", "/v1/models/faq", "/live", "/metrics", "/page/app.js", "/api/session", "/api/events")
     ]
     return Prepared(run, tuple(one.encode() for one in (*posts, *gets)), _spoil_http, (h11.RemoteProtocolError,))
 

@@ -1,0 +1,82 @@
+"""POST /api/plan, /api/load and /api/unload: what an admin does on the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+
+from cluster.api.background_load import BackgroundLoad
+from cluster.api.http.body import Form, ShortText, read
+from cluster.api.http.json_response import Json
+from cluster.api.http.sse import while_connected
+from cluster.api.page_limits import MAX_LAYERS_CHARS
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.snapshot import describe_plan
+from cluster.core.json_types import to_json_types
+from cluster.core.plan import Objective, Route
+from cluster.core.text import parse_layers
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class PlanForm(Form):
+    """A model and how to place it; the fields are those of ``LoadOrder``, and None is the default."""
+
+    model: Annotated[ShortText, Field(min_length=1)]
+    workers: Count | None = None
+    layers: Annotated[str, Field(max_length=MAX_LAYERS_CHARS)] | None = None
+    max_context: Count | None = None
+    quantize: Literal[0, 1, 2, 3, 4, 5, 6, 8] = 0
+    kv_bits: Literal[0, 4, 8] = 0
+    objective: Literal["latency", "throughput"] = "latency"
+    route: Literal["direct", "relay"] = "direct"
+    acceptance: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def order(self) -> LoadOrder:
+        """Return the order. Raises ``InvalidOption`` for layers that cannot be."""
+        return LoadOrder(
+            model=self.model,
+            worker_count=self.workers,
+            layers=parse_layers(self.layers) if self.layers else None,
+            route=Route(self.route),
+            max_context=self.max_context,
+            quantize=self.quantize,
+            kv_bits=self.kv_bits,
+            objective=Objective(self.objective),
+            acceptance=self.acceptance,
+        )
+
+
+class EmptyForm(Form):
+    """The body of an operation without parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """The routes' handlers."""
+
+    coordinator: Coordinator
+    loads: BackgroundLoad
+
+    async def plan(self, request: Request) -> Json:
+        """Return which worker would hold which layers, and the predicted speed. Load nothing."""
+        form = await read(request, PlanForm)
+        order = form.order()
+        plan = await while_connected(request, lambda: self.coordinator.plan(order))
+        return Json(to_json_types(describe_plan(plan)))
+
+    async def load(self, request: Request) -> Json:
+        """Begin to load a model. The load goes on without the page, which shows its progress."""
+        form = await read(request, PlanForm)
+        self.loads.start(form.order())
+        return Json({"state": "loading"}, 202)
+
+    async def unload(self, request: Request) -> Json:
+        """End live requests and free the workers' memory."""
+        await read(request, EmptyForm)
+        await self.coordinator.unload()
+        return Json({"state": "idle"})

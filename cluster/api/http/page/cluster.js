@@ -1,0 +1,325 @@
+// The view of the cluster: notices, figures, and the pipeline of Macs.
+
+import { fill, h } from "./dom.js";
+import { bandwidth, bytes, colour, count, duration, figure, layers, milliseconds, percent, whole } from "./format.js";
+import { HISTORY } from "./history.js";
+import { requests } from "./requests.js";
+import { sentence } from "./server.js";
+import { timeline } from "./timeline.js";
+
+const STATES = {
+  idle: "No model is loaded",
+  loading: "Loading",
+  training: "Training",
+  serving: "Serving",
+  recovering: "Recovering",
+  failed: "Not serving",
+  unknown: "Unknown state",
+};
+
+export const stateName = (state) => STATES[state.state] ?? state.state;
+
+export function showCluster(root, state, history) {
+  const pipeline = state.stages.length ? pipelineSection(state) : null;
+  fill(
+    root,
+    title(state),
+    notices(state),
+    state.loading ? loadSection(state.loading) : null,
+    figures(state, history),
+    pipeline,
+    spares(state),
+    requests(state),
+    timeline(state),
+  );
+}
+
+function title(state) {
+  const facts = [
+    count(state.layers, "layer"),
+    `${count(state.stages.length, "stage")}${state.route === "relay" ? " through the coordinator" : ""}`,
+    `${count(state.max_sequences, "answer")} of ${whole(state.max_context)} tokens at once`,
+  ];
+  return h(
+    "div",
+    { class: "title" },
+    h("h1", {}, state.model || stateName(state)),
+    state.model ? h("p", { class: "soft" }, facts.join(" · ")) : null,
+    state.state === "idle"
+      ? h(
+          "p",
+          { class: "soft" },
+          "Choose a model under ",
+          h("a", { href: "#plan" }, "Plan"),
+          ", or with ",
+          h("code", {}, "macpipe load MODEL"),
+          ".",
+        )
+      : null,
+  );
+}
+
+function notices(state) {
+  const found = [];
+  if (state.repair) found.push(["bad", repairSentence("Recovering", state.repair)]);
+  else if (state.problem) found.push(["bad", sentence(state.problem)]);
+  if (state.move) found.push(["note", repairSentence("Moving layers", state.move)]);
+  for (const worker of state.workers) {
+    if (worker.problem && worker.name !== state.repair?.worker) found.push(["bad", problemSentence(worker)]);
+    if (!worker.reachable) continue; // what it said of itself is old
+    if (worker.memory_pressure === "critical")
+      found.push(["note", `${worker.name} is short of memory: end other programs on it.`]);
+    if (worker.lag_seconds)
+      found.push(["note", `${worker.name} is overloaded and answers up to ${figure(worker.lag_seconds)} s late.`]);
+  }
+  for (const warning of state.warnings) found.push(["note", sentence(warning)]);
+  return found.length
+    ? h(
+        "ul",
+        { class: "notices" },
+        found.map(([kind, text]) => h("li", { class: kind }, text)),
+      )
+    : null;
+}
+
+function problemSentence({ name, problem }) {
+  return problem.includes(name) ? sentence(problem) : `${name}: ${problem}.`;
+}
+
+function repairSentence(what, repair) {
+  const expected = repair.expected_seconds ? `, ${duration(repair.expected_seconds)} expected` : "";
+  return `${what}: ${repair.cause}; ${repair.doing} (for ${duration(repair.since_seconds)}${expected}).`;
+}
+
+/** The progress of a load, or why the last one failed. */
+export function loadSection(loading) {
+  if (loading.problem)
+    return h("ul", { class: "notices" }, h("li", { class: "bad" }, `The load failed: ${sentence(loading.problem)}`));
+  const wanted = loading.workers_wanted ? ` of ${loading.workers_wanted}` : "";
+  if (!loading.stages.length)
+    return h("p", { class: "soft" }, `Waiting for workers: ${loading.workers_found}${wanted} found.`);
+  return h(
+    "section",
+    { "aria-label": "Progress of the load" },
+    h("h2", {}, `Loading ${loading.model}`),
+    h(
+      "ul",
+      { class: "loads" },
+      loading.stages.map((stage, i) => {
+        const share = stage.total_bytes ? Math.min(1, stage.done_bytes / stage.total_bytes) : 0;
+        return h(
+          "li",
+          {},
+          h("span", {}, stage.worker),
+          h("progress", { max: "1", value: String(share), "aria-label": `${stage.worker}: ${percent(share)}` }),
+          h("span", { class: "soft num" }, `${bytes(stage.done_bytes)} of ${bytes(stage.total_bytes)}, ${stage.state}`),
+        );
+      }),
+    ),
+  );
+}
+
+function figures(state, history) {
+  const idle = state.stages.length
+    ? state.stages.reduce((sum, stage) => sum + stage.bubble_share, 0) / state.stages.length
+    : 0;
+  const prompts = state.prompt_tokens ?? 0;
+  const waiting = state.queued ? `${state.queued} waiting` : "none waiting";
+  return h(
+    "dl",
+    { class: "figures" },
+    quantity("Tokens a second", figure(history.rate), sparkline(history.rates)),
+    quantity("Requests", whole(state.requests_live), `${waiting} · ${whole(state.requests_finished)} done`),
+    quantity(
+      "Cache hits",
+      prompts ? percent(state.cached_tokens / prompts) : "–",
+      prompts ? `of ${whole(prompts)} prompt tokens` : "no prompt yet",
+    ),
+    quantity("Idle", percent(idle), "of the stages’ last 30\u00a0s"),
+    quantity("Recoveries", whole(state.recoveries), `up ${duration(state.uptime_seconds)}`),
+    state.forecast ? quantity("Predicted", figure(state.forecast.one_user), "tokens a second for one") : null,
+  );
+}
+
+function quantity(name, value, detail) {
+  return h(
+    "div",
+    { "data-key": name },
+    h("dt", {}, name),
+    h("dd", { class: "num big" }, value),
+    h("dd", { class: "soft small" }, detail),
+  );
+}
+
+function sparkline(rates) {
+  const most = Math.max(...rates, 1e-9);
+  const points = rates.map(
+    (rate, i) => `${(HISTORY - rates.length + i) * (100 / (HISTORY - 1))},${22 - 20 * (rate / most)}`,
+  );
+  const label = rates.length ? `At most ${figure(Math.max(...rates))} in the last two minutes` : "No tokens yet";
+  return h(
+    "svg",
+    { class: "spark", viewBox: "0 0 100 24", preserveAspectRatio: "none", role: "img", "aria-label": label },
+    h("line", { x1: 0, y1: 22, x2: 100, y2: 22 }),
+    points.length > 1 ? h("polyline", { points: points.join(" ") }) : null,
+  );
+}
+
+function pipelineSection(state) {
+  const macs = new Map(state.workers.map((worker) => [worker.name, worker]));
+  return h(
+    "section",
+    { "aria-labelledby": "pipeline-title" },
+    h("h2", { id: "pipeline-title" }, "Pipeline"),
+    layerBand(state.stages, state.layers),
+    h(
+      "ol",
+      { class: "pipeline" },
+      state.stages.map((stage, i) => [
+        i ? h("li", { class: "hop", "data-key": `hop-${i}` }, hop(stage)) : null,
+        h(
+          "li",
+          { class: "mac", "data-key": `mac-${i}`, style: { "--mac": colour(i) } },
+          mac(stage, macs.get(stage.worker)),
+        ),
+      ]),
+    ),
+    h(
+      "p",
+      { class: "legend small soft" },
+      [
+        ["weights", "weights"],
+        ["live", "caches in use"],
+        ["kept", "kept prefixes"],
+        ["free", "free"],
+      ].map(([kind, name]) => h("span", {}, h("span", { class: `swatch ${kind}` }), name)),
+    ),
+  );
+}
+
+/** All layers as one band, each Mac with its share. */
+export function layerBand(stages, total) {
+  return h(
+    "div",
+    {
+      class: "band",
+      role: "img",
+      "aria-label": stages.map((stage) => `${stage.worker}: layers ${layers(stage.layers)}`).join("; "),
+    },
+    stages.map((stage, i) =>
+      h(
+        "span",
+        {
+          style: { "flex-grow": String(stage.layers[1] - stage.layers[0]), background: colour(i) },
+          title: `${stage.worker}: layers ${layers(stage.layers)} of ${total}`,
+        },
+        layers(stage.layers),
+      ),
+    ),
+  );
+}
+
+function hop(stage) {
+  const measured = stage.link_round_trip_ms > 0;
+  const figures = measured
+    ? [milliseconds(stage.link_round_trip_ms), bandwidth(stage.link_bandwidth)]
+    : ["not measured"];
+  if (stage.input_route === "relay") figures.unshift("relayed");
+  return [
+    h("span", { class: "wire", "aria-hidden": "true" }),
+    figures.map((text) => h("span", { class: "small soft" }, text)),
+  ];
+}
+
+function mac(stage, worker) {
+  const standing = standingOf(worker);
+  const held = stage.weight_bytes + stage.cache_bytes;
+  const step = stage.measured_ms || stage.predicted_ms;
+  const planned = stage.measured_ms ? stage.expected_ms : 0;
+  return [
+    h("h3", {}, h("span", { class: `dot ${standing.kind}`, "aria-hidden": "true" }), stage.worker),
+    h("p", { class: "small soft" }, standing.text || (worker ? worker.chip || worker.backend : "")),
+    memoryBar(stage, held),
+    h(
+      "dl",
+      { class: "facts" },
+      fact("Layers", layers(stage.layers)),
+      fact("Weights", bytes(stage.weight_bytes)),
+      worker ? fact("Memory", `${bytes(worker.memory_used)} of ${bytes(worker.memory_limit)}`) : null,
+      step
+        ? fact(
+            stage.measured_ms ? "Step" : "Step, predicted",
+            milliseconds(step) + (planned ? ` (plan ${figure(planned)})` : ""),
+          )
+        : null,
+      fact("Idle", percent(stage.bubble_share)),
+      worker?.power_watts ? fact("Power", `${figure(worker.power_watts)} W`) : null,
+    ),
+  ];
+}
+
+function fact(name, value) {
+  return h("div", {}, h("dt", {}, name), h("dd", { class: "num" }, value));
+}
+
+function standingOf(worker) {
+  if (!worker) return { kind: "bad", text: "not seen" };
+  if (worker.standing === "gone") return { kind: "bad", text: `lost ${duration(worker.silent_seconds)} ago` };
+  if (worker.standing === "suspect") return { kind: "note", text: `silent for ${figure(worker.silent_seconds)} s` };
+  if (!worker.reachable) return { kind: "bad", text: "unreachable" };
+  return worker.draining ? { kind: "note", text: "draining" } : { kind: "good", text: "" };
+}
+
+function memoryBar(stage, held) {
+  const part = (kind, size, name) =>
+    h("span", { class: kind, style: { "flex-grow": String(size) }, title: `${name}: ${bytes(size)}` });
+  const free = Math.max(0, stage.cache_bytes - stage.reserved_bytes - stage.prefix_bytes);
+  const label = `${bytes(stage.weight_bytes)} weights, ${bytes(stage.reserved_bytes)} caches in use, ${bytes(stage.prefix_bytes)} kept prefixes, ${bytes(free)} free`;
+  return h(
+    "div",
+    { class: "memory", role: "img", "aria-label": held ? label : "nothing is loaded" },
+    part("weights", stage.weight_bytes, "Weights"),
+    part("live", stage.reserved_bytes, "Caches in use"),
+    part("kept", stage.prefix_bytes, "Kept prefixes"),
+    part("free", free, "Free"),
+  );
+}
+
+function spares(state) {
+  const serving = new Set(state.stages.map((stage) => stage.worker));
+  const why = new Map(state.spares.map((spare) => [spare.worker, spare.why]));
+  const idle = state.workers.filter((worker) => !serving.has(worker.name));
+  if (!idle.length)
+    return state.workers.length
+      ? null
+      : h(
+          "p",
+          { class: "soft" },
+          "No worker answers. Start one on each Mac with ",
+          h("code", {}, "macpipe worker"),
+          ".",
+        );
+  return h(
+    "section",
+    { "aria-labelledby": "spares-title" },
+    h("h2", { id: "spares-title" }, state.stages.length ? "Other Macs" : "Macs"),
+    h(
+      "ul",
+      { class: "spares" },
+      idle.map((worker) => {
+        const standing = standingOf(worker);
+        const facts = [worker.chip || worker.backend, bytes(worker.memory_limit), standing.text];
+        if (worker.name === state.draft_worker) facts.push("holds the draft model");
+        else if (why.get(worker.name)) facts.push(why.get(worker.name));
+        return h(
+          "li",
+          { "data-key": worker.name },
+          h("span", { class: `dot ${standing.kind}`, "aria-hidden": "true" }),
+          h("strong", {}, worker.name),
+          " ",
+          h("span", { class: "soft" }, facts.filter(Boolean).join(" · ")),
+        );
+      }),
+    ),
+  );
+}

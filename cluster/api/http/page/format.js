@@ -1,0 +1,47 @@
+// Figures as people read them, and the colours of Macs.
+
+const GIB = 2 ** 30;
+
+/** About 3 significant digits, without exponents. */
+export function figure(value) {
+  if (!Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  if (size >= 100) return Math.round(value).toLocaleString("en");
+  if (size >= 10) return value.toFixed(1);
+  return value.toFixed(size >= 0.1 ? 2 : size ? 3 : 0);
+}
+
+export const whole = (value) => Math.round(value).toLocaleString("en");
+export const percent = (share) => `${Math.round(100 * share)} %`;
+export const milliseconds = (value) => (value >= 1000 ? `${figure(value / 1000)} s` : `${figure(value)} ms`);
+
+export function bytes(count) {
+  if (count >= GIB / 10) return `${figure(count / GIB)} GiB`;
+  return count >= 2 ** 20 ? `${figure(count / 2 ** 20)} MiB` : `${whole(count / 2 ** 10)} KiB`;
+}
+
+/** A rate of a network, in its usual unit. */
+export function bandwidth(bytesPerSecond) {
+  const bits = 8 * bytesPerSecond;
+  return bits >= 1e9 ? `${figure(bits / 1e9)} Gb/s` : `${figure(bits / 1e6)} Mb/s`;
+}
+
+/** "12 s", "4 min", "3 h 5 min", "2 d 4 h". */
+export function duration(seconds) {
+  const s = Math.max(0, Math.round(seconds));
+  if (s < 60) return `${s} s`;
+  const minutes = Math.floor(s / 60);
+  if (minutes < 60) return `${minutes} min`;
+  const hours = Math.floor(minutes / 60);
+  if (hours < 24) return minutes % 60 ? `${hours} h ${minutes % 60} min` : `${hours} h`;
+  return hours % 24 ? `${Math.floor(hours / 24)} d ${hours % 24} h` : `${Math.floor(hours / 24)} d`;
+}
+
+/** "1 layer", "3 layers". */
+export const count = (number, word) => `${whole(number)} ${word}${number === 1 ? "" : "s"}`;
+
+/** Layers [start, end) as people write them. */
+export const layers = ([start, end]) => (end - start === 1 ? `${start}` : `${start}–${end - 1}`);
+
+/** The colour of a stage's Mac, the same wherever the Mac is shown. */
+export const colour = (index) => `var(--mac-${index % 8})`;
