@@ -1,0 +1,240 @@
+"""The page in a real browser: Debian's Chromium, driven by Playwright. Its routes are tested in ``tests/api``."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.security.keys import KeyScope, KeyStore
+from compat.conftest import Served
+from integration.daemons import Cluster, free_port
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+AXE = os.environ.get("MACPIPE_AXE", "")
+"""Path of axe.min.js from the npm package axe-core."""
+WAIT_MS = 60_000
+PHONE = {"width": 390, "height": 844}
+
+pytestmark = [
+    pytest.mark.xdist_group("compat"),
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=WAIT_MS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open an address in a browser of its own, which has no cookie yet; what it asked for and said is kept."""
+    opened = []
+
+    def open_page(address: str, key: str = "none", **options: Any) -> Any:
+        context = browser.new_context(**options)
+        context.set_default_timeout(WAIT_MS)
+        opened.append(context)
+        page = context.new_page()
+        page.asked, page.problems = [], []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
+        page.goto(address)
+        if key != "none":
+            sign_in(page, key)
+        return page
+
+    yield open_page
+    for context in opened:
+        context.close()
+
+
+def sign_in(page: Any, key: str) -> None:
+    page.fill("#key", key)
+    page.keyboard.press("Enter")
+
+
+def ask(page: Any, text: str) -> str:
+    """Send a message in the chat and wait for the end of the answer; its text."""
+    page.fill("#chat textarea", text)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat .answer:last-child:not([aria-busy])")
+    return str(page.inner_text("#chat .answer:last-child .text"))
+
+
+def test_the_page_shows_the_macs_and_chats_on_a_phone_without_another_host(
+    faq: Served, visit: Callable[..., Any]
+) -> None:
+    page = visit(faq.http, faq.key, viewport=PHONE)
+    for name in ("eve", "fay"):
+        page.wait_for_selector(f".mac h3:has-text('{name}')")
+    page.click("nav a[href='#chat']")
+    assert ask(page, "What is a hop?")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert {httpx.URL(url).netloc for url in page.asked} == {httpx.URL(faq.http).netloc}
+    assert not page.problems
+
+
+@pytest.mark.long
+def test_the_page_can_be_used_by_keyboard_alone(faq: Served, visit: Callable[..., Any]) -> None:
+    page = visit(faq.http, faq.key)
+    page.wait_for_selector(".mac")
+
+    def tab_to(name: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.textContent || document.activeElement.ariaLabel") == name:
+                return
+        raise AssertionError(f"Tab does not lead to {name}")
+
+    tab_to("Chat")
+    page.keyboard.press("Enter")
+    tab_to("Message")
+    page.keyboard.type("What is a hop?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat .answer:not([aria-busy])")
+    page.locator("nav a[href='#plan']").focus()
+    page.keyboard.press("Enter")
+    page.locator("#plan-model").focus()
+    page.keyboard.type("faq")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#plan .result table")
+
+
+@pytest.mark.long
+def test_an_answer_cannot_reach_the_page(faq: Served, visit: Callable[..., Any]) -> None:
+    """A model's text with HTML, pictures and links of every kind becomes elements without effects."""
+    page = visit(faq.http, faq.key)
+    text = (
+        "<img src=x onerror=alert(1)><script>alert(2)</script> ![p](http://evil.example/p.png) "
+        "[a](javascript:alert(3)) [b](https://good.example/) [c](data:text/html,x) **bold** `<b>`\n\n<iframe src=http://evil.example></iframe>\n"
+    )
+    made = page.evaluate(
+        """async (text) => {
+            const { markdown } = await import("/page/markdown.js");
+            const place = document.createElement("div");
+            place.append(...markdown(text));
+            document.body.append(place);
+            return { tags: [...place.querySelectorAll("*")].map((one) => one.localName),
+                     links: [...place.querySelectorAll("a")].map((one) => [one.href, one.rel]), text: place.innerText };
+        }""",
+        text,
+    )
+    assert set(made["tags"]) <= {"p", "span", "a", "strong", "code"}
+    assert [href for href, _ in made["links"]] == ["http://evil.example/p.png", "https://good.example/"]
+    assert all("noopener" in rel for _, rel in made["links"])
+    assert "<script>alert(2)</script>" in made["text"]
+    assert not any("evil.example" in url for url in page.asked)
+
+
+@pytest.mark.long
+def test_a_stopped_answer_keeps_what_there_is(faq: Served, visit: Callable[..., Any]) -> None:
+    page = visit(f"{faq.http}/#chat", faq.key)
+    page.fill("#chat textarea", "Tell a long story.")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat .answer")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#chat .answer:not([aria-busy])")
+    assert page.inner_text("#chat .composer button.main") == "Send"
+    assert ask(page, "What is a hop?")
+
+
+@pytest.mark.long
+def test_two_hundred_requests_at_once_are_shown_and_end(faq: Served, visit: Callable[..., Any]) -> None:
+    page = visit(faq.http, faq.key)
+    page.wait_for_selector(".mac")
+    body = {"prompt": "a", "max_tokens": 40, "ignore_eos": True}
+
+    def send(_: int) -> int:
+        url = f"{faq.openai}/completions"
+        return httpx.post(url, json=body, headers=faq.bearer, timeout=170).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        answers = [pool.submit(send, i) for i in range(200)]
+        page.wait_for_selector("table.requests tbody tr")
+        page.wait_for_selector("text=not shown")
+        assert {answer.result() for answer in answers} == {200}
+    page.wait_for_selector("#cluster >> text=None.")
+    assert not page.problems
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not AXE, reason="MACPIPE_AXE does not name axe.min.js of the npm package axe-core")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(faq: Served, visit: Callable[..., Any], scheme: str) -> None:
+    page = visit(faq.http, faq.key, color_scheme=scheme)
+    page.wait_for_selector(".mac")
+    page.evaluate(Path(AXE).read_text())
+    for view in ("cluster", "chat", "plan"):
+        page.click(f"nav a[href='#{view}']")
+        page.wait_for_selector(f"#{view} h1")
+        found = page.evaluate("axe.run()")["violations"]
+        serious = [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")]
+        assert not serious, view
+
+
+@pytest.mark.long
+def test_without_javascript_there_is_a_sentence_and_a_command(faq: Served, visit: Callable[..., Any]) -> None:
+    page = visit(faq.http, java_script_enabled=False)
+    assert "needs JavaScript" in page.inner_text("main")
+    assert "curl http" in page.inner_text("main pre")
+
+
+@contextmanager
+def started(folder: Path, *, mtls: bool, workers: tuple[str, ...]) -> Iterator[tuple[Cluster, str]]:
+    cluster = Cluster(folder, mtls=mtls)
+    try:
+        for name in workers:
+            cluster.worker(name)
+        http = f"127.0.0.1:{free_port()}"
+        cluster.serving("faq", 2, "--http", http)
+        yield cluster, f"http://{http}"
+    finally:
+        cluster.close()
+
+
+@pytest.mark.long
+def test_a_killed_worker_is_seen_and_its_return_to_service_too(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    with started(tmp_path, mtls=False, workers=("eve", "fay", "gus")) as (cluster, http):
+        page = visit(http)
+        page.wait_for_selector(".mac h3:has-text('fay')")
+        (fay,) = (daemon for daemon in cluster.daemons if daemon.name == "fay")
+        os.killpg(fay.process.pid, signal.SIGKILL)
+        page.wait_for_selector("#pulse:not(:has-text('Serving'))")
+        page.wait_for_selector(".events .recovery")
+        page.wait_for_selector(".mac h3:has-text('gus')")
+
+
+@pytest.mark.long
+def test_keys_in_a_browser(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    """A wrong key, one without the right to plan, and one that is revoked while its page is open."""
+    with started(tmp_path, mtls=True, workers=("eve", "fay")) as (cluster, http):
+        keys = KeyStore(cluster.lead.folder)
+        _, text = keys.create("amy", KeyScope.INFERENCE)
+        page = visit(http)
+        sign_in(page, text[:-1] + ("a" if text[-1] != "a" else "b"))
+        page.wait_for_selector("[role=alert]:has-text('unknown or was revoked')")
+        sign_in(page, text)
+        page.wait_for_selector(".mac h3:has-text('eve')")
+        page.click("nav a[href='#plan']")
+        page.wait_for_selector("text=needs a key with the scope admin")
+        assert page.is_disabled("#plan button.main")
+        assert page.evaluate("document.cookie") == "", "scripts cannot read the session"
+        keys.revoke("amy")
+        page.wait_for_selector("#login #key")
+        assert "sign in again" in page.inner_text("#login")
