@@ -144,7 +144,7 @@ def test_a_message_without_an_end_is_bounded() -> None:
 @pytest.mark.parametrize("costs", [(), ((2, 1.25),), ((3, 1.11), (8, 2.2))])
 def test_an_engine_tells_the_profile_that_it_measured(costs: tuple[tuple[int, float], ...]) -> None:
     profile = Profile(1e11, 1e-5, 1e-4, 1e12, 0.1, verify_costs=costs)
-    (measured,) = read(unpacker(), pack(Measured.of(1, profile)))
+    (measured,) = read(unpacker(), pack(Measured.of(1, profile, disturbed="")))
     assert isinstance(measured, Measured)
     assert measured.profile == profile
     damaged = replace(measured, verify_costs=(float("nan"), 1.0))
