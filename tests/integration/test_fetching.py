@@ -121,7 +121,10 @@ def publish_wide(hub: FakeHub, folder: Path) -> tuple[Path, tuple[int, ...]]:
 
 def forget(cluster: Cluster, worker: str, model: Path) -> None:
     """Remove a worker's tensors of a model, as ``macpipe store rm`` does. Its quantized copy stays."""
-    shutil.rmtree(cluster.folder / f"home-{worker}" / "models" / open_checkpoint(model).fingerprint)
+    config = (model / "config.json").read_bytes()
+    folders = (cluster.folder / f"home-{worker}" / "models").glob("[0-9a-f]*")
+    (found,) = (folder for folder in folders if (folder / "config.json").read_bytes() == config)
+    shutil.rmtree(found)
 
 
 def quantize_while_loading(client: Client, hub: FakeHub, cluster: Cluster, folder: Path) -> None:
