@@ -23,6 +23,7 @@ from cluster.api.http.tokenize import TokenizeForm
 from cluster.api.metrics import Metrics
 from cluster.api.requests import Caller
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import Busy, MacpipeError
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.model_shape import read_shape
@@ -299,12 +300,16 @@ async def _tokenized(message: inference_pb2.TokenizeRequest) -> object:
     return await request_validation.list_tokens(tokenize_prompt(message), message.ByteSize(), served())
 
 
+def _order(message: cluster_pb2.LoadModelRequest | cluster_pb2.PlanRequest) -> object:
+    return _load_order(message, LoadOrder("first"))
+
+
 TARGETS = (
     Target("generate", 40, _proto(inference_pb2.GenerateRequest, lambda m: awaited(_generated(m)), *GENERATES)),
     Target("chat", 20, _proto(inference_pb2.ChatRequest, lambda m: awaited(_chatted(m)), CHAT_PLAIN, CHAT_PROTO)),
     Target("tokenize", 20, _proto(inference_pb2.TokenizeRequest, lambda m: awaited(_tokenized(m)), *TOKENIZE)),
-    Target("load", 60, _proto(cluster_pb2.LoadModelRequest, _load_order, LOAD)),
-    Target("plan", 30, _proto(cluster_pb2.PlanRequest, _load_order, PLAN)),
+    Target("load", 60, _proto(cluster_pb2.LoadModelRequest, _order, LOAD)),
+    Target("plan", 30, _proto(cluster_pb2.PlanRequest, _order, PLAN)),
     Target("http", 30, http_requests),
     *(Target(f"form{path.replace('/', '-')}", 60, _form(form, SEEDS[path])) for path, form, _ in BODIES),
 )

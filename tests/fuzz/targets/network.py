@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ipaddress import ip_interface
+from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 from zeroconf.asyncio import AsyncServiceInfo
@@ -62,15 +63,29 @@ def _size(text: str) -> None:
 def replies() -> Prepared:
     """Read a coordinator's replies to its client."""
 
-    def run(data: bytes) -> None:
-        answer = inference_pb2.GenerateResponse.FromString(data)
+    def read_answer(answer: inference_pb2.GenerateResponse) -> None:
         for name, read in (("prompt", decode_accepted), ("token", decode_token), ("finish", decode_finish)):
             if answer.WhichOneof("event") == name:
                 read(getattr(answer, name))
-        decode_load_event(cluster_pb2.LoadModelResponse.FromString(data))
-        decode_cluster_state(cluster_pb2.GetClusterResponse.FromString(data))
-        decode_plan(cluster_pb2.PlanResponse.FromString(data))
-        decode_trace(inference_pb2.TraceResponse.FromString(data))
+
+    readers: tuple[tuple[Any, Callable[[Any], object]], ...] = (
+        (inference_pb2.GenerateResponse, read_answer),
+        (cluster_pb2.LoadModelResponse, decode_load_event),
+        (cluster_pb2.GetClusterResponse, decode_cluster_state),
+        (cluster_pb2.PlanResponse, decode_plan),
+        (inference_pb2.TraceResponse, decode_trace),
+    )
+
+    def run(data: bytes) -> None:
+        """Read the bytes as each of the replies. Raises the last error if they are none of them."""
+        refused: list[MacpipeError | DecodeError] = []
+        for kind, read in readers:
+            try:
+                read(kind.FromString(data))
+            except (MacpipeError, DecodeError) as error:
+                refused.append(error)
+        if len(refused) == len(readers):
+            raise refused[-1]
 
     figures = inference_pb2.StageFigures(worker="a", start_layer=0, end_layer=2)
     ended = inference_pb2.FinishInfo(reason=inference_pb2.FINISH_REASON_STOP, stages=[figures])
