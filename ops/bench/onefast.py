@@ -3,9 +3,10 @@
 The guesser replays the answer just given, with a set share of right tokens (``replay_coordinator``), since random
 weights give no honest one. Each speed-up stands beside the formula's, which uses the share of tokens that were guessed
 right, and the stage times and the time of a token that the same run has measured without guesses. ``busy_formula`` uses
-the stage times with guesses: while all stages compute, each is slower, since they share memory and the machine. The
-greedy tokens of all answers are compared. ``rows`` counts the guesses that shared a frame with another token: none,
-unless ``--exact off`` or ``--rows`` asks for them.
+the stage times with guesses: stages that compute at the same time share the machine. Every other round has the reverse
+order, because a core that has just been busy is faster. The greedy tokens of all answers are compared. ``sent`` has the
+guesses of an answer. ``rows`` counts those that shared a frame with another token: none, unless ``--exact off`` or
+``--rows`` asks for them.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ REPLAY = Path(__file__).with_name("replay_coordinator.py")
 class Run:
     """One answer: milliseconds per token, its tokens, and each stage's milliseconds per token.
 
-    ``right`` is the share of its tokens that were guessed right.
+    ``right`` is the share of its tokens that were guessed right, and ``sent`` how many guesses were sent.
     """
 
     token_ms: float
     tokens: tuple[int, ...]
     stage_ms: tuple[float, ...]
     right: float
+    sent: int
 
 
 class Bench:
@@ -53,12 +55,16 @@ class Bench:
     def run(self, rate: float | None) -> Run:
         """Answer once; ``rate`` is the share of right guesses, None for no guesses."""
         name = f"off-{next(self._numbers)}" if rate is None else f"replay-{rate}-{next(self._numbers)}"
+        before = self._sent()
         answer: Completion = self._client.generate(
             PROMPT, max_tokens=self._tokens, ignore_eos=True, request_id=name, timeout_s=600
         )
         stages = tuple(stage.compute_ms / self._tokens for stage in answer.stages)
         right = sum(bool(token.guess) for token in answer.events) / max(len(answer.tokens) - 1, 1)
-        return Run(answer.timings.tpot_ms, tuple(answer.tokens), stages, right)
+        return Run(answer.timings.tpot_ms, tuple(answer.tokens), stages, right, self._sent() - before)
+
+    def _sent(self) -> int:
+        return sum(counts.guessed for counts in self._client.cluster().guesses)
 
 
 def stage_times(runs: list[Run]) -> tuple[float, ...]:
@@ -84,6 +90,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=RATES, help="shares of right guesses")
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], help="not two threads of one core, where it has")
     parser.add_argument("--exact", choices=("on", "off"), default="on", help="off: rows where the workers measure gain")
     parser.add_argument("--rows", type=int, default=0, help="tokens of every guessed frame, whatever it costs")
@@ -100,12 +107,12 @@ def main() -> int:
         )
         bench = Bench(client, asked.tokens)
         first = bench.run(None)
-        for rate in RATES:
+        for rate in asked.rates:
             bench.run(rate)
-        runs: dict[float | None, list[Run]] = {rate: [] for rate in (None, *RATES)}
+        runs: dict[float | None, list[Run]] = {rate: [] for rate in (None, *asked.rates)}
         for number in range(1, 1 + asked.rounds):
-            for rate, found in runs.items():
-                found.append(bench.run(rate))
+            for rate in list(runs)[:: 1 if number % 2 else -1]:
+                runs[rate].append(bench.run(rate))
             took = (f"{NAMES[rate]} {found[-1].token_ms:.2f}" for rate, found in runs.items())
             print(f"round {number}, ms a token: {', '.join(took)}", file=sys.stderr, flush=True)
         rows = sum(counts.rows for counts in client.cluster().guesses)
@@ -113,14 +120,15 @@ def main() -> int:
     differ = sum(run.tokens != first.tokens for found in runs.values() for run in found)
     figures = [Figure(NAMES[rate], "ms a token", [run.token_ms for run in found]) for rate, found in runs.items()]
     ratios = {}
-    for rate in RATES:
+    for rate in asked.rates:
         pairs = zip(off, runs[rate], strict=True)
         ratios[f"speedup_{NAMES[rate]}"] = median(before.token_ms / after.token_ms for before, after in pairs)
         ratios[f"formula_{NAMES[rate]}"], ratios[f"busy_formula_{NAMES[rate]}"] = formulas(off, runs[rate])
     facts = {
         "tokens_differ": differ,
         "stage_ms": {NAMES[rate]: [round(ms, 3) for ms in stage_times(found)] for rate, found in runs.items()},
-        "right_share": {NAMES[rate]: round(median(run.right for run in runs[rate]), 3) for rate in RATES},
+        "right_share": {NAMES[rate]: round(median(run.right for run in runs[rate]), 3) for rate in asked.rates},
+        "sent": {NAMES[rate]: median(run.sent for run in runs[rate]) for rate in asked.rates},
         "rows": rows,
     }
     print_figures("ms_per_token", figures, ratios, asked.json, facts)
