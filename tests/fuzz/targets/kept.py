@@ -18,6 +18,7 @@ import msgpack
 
 from cluster.coordinator import journal as coordinator_journal
 from cluster.coordinator.request_records import HEADER, as_data, pack_record, read_records
+from cluster.core.errors import Reason
 from cluster.core.plan import Link, Profile
 from cluster.core.request import Grammar, GrammarKind, Request, SamplingParams
 from cluster.sandbox.job_messages import HEADER as SANDBOX_HEADER
@@ -90,7 +91,7 @@ def sandbox_messages() -> Prepared:
 
     grammar = Grammar(GrammarKind.REGEX, "a+", (1, 2))
     prompt = PromptReply(2, pack_tokens((1, 2)), ("a", "b"), True, grammar, (1,), (-1, 2**40))
-    replies = (Ready(), prompt, SandboxFailed("BUSY", "no", ""))
+    replies = (Ready(), prompt, SandboxFailed(Reason.BUSY, "no", ""))
     return Prepared(run, tuple(map(pack_reply, replies)), spoil_bytes)
 
 
