@@ -135,7 +135,7 @@ async def test_what_the_router_refuses_has_a_body_too() -> None:
 
 
 async def test_a_body_is_bounded_whether_it_says_its_length_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 10)
+    monkeypatch.setattr(ChatForm, "most_bytes", 10)
 
     async def take(request: Request) -> Json:
         await bodies.read(request, ChatForm)
