@@ -28,10 +28,10 @@ from cluster.codec.plan import decode_plan
 from cluster.codec.request_trace import decode_trace
 from cluster.codec.stored_models import decode_removal, decode_store
 from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan
-from cluster.core.examination import MacExamination
-from cluster.core.limits import CONTROL_TIMEOUT_S, EXAMINE_S, PLAN_TIMEOUT_S, STORE_S
+from cluster.core.examination import EXAMINE_S, MacExamination
+from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.core.request_trace import RequestTrace
-from cluster.core.stored_models import MacStore, StoreRemoval
+from cluster.core.stored_models import STORE_S, MacStore, StoreRemoval
 from cluster.v1 import cluster_pb2, inference_pb2
 
 if TYPE_CHECKING:

@@ -25,19 +25,17 @@ from cluster.core.errors import (
     WorkerRefused,
     WorkerReplaced,
 )
-from cluster.core.examination import CheckResult
+from cluster.core.examination import EXAMINE_S, CheckResult
 from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
-    EXAMINE_S,
     GONE_S,
     LOAD_STALL_S,
     LOAD_STUCK_S,
-    STORE_S,
 )
 from cluster.core.plan import FetchOrder, LayerRange, Link, LoadProgress, StageDigests, StageSpec, StorePlace
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
-from cluster.core.stored_models import MacStore
+from cluster.core.stored_models import STORE_S, MacStore
 from cluster.core.worker import WorkerInfo
 from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
+
+EXAMINE_S: Final = 30.0
+"""Time that a worker's examination of its Mac may take. It takes two seconds, but commands have 5 s, connections 3 s,
+and it runs at low priority on a Mac that may be busy."""
 
 
 class Severity(StrEnum):

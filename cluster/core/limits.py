@@ -184,11 +184,6 @@ RECONNECT_TIMEOUT_S: Final = 2.0
 """The same for a data stream to a peer whose stream just fell silent. A link of 100 ms needs half of it."""
 CONTROL_TIMEOUT_S: Final = 10.0
 """Deadline of a control call that moves no weights."""
-EXAMINE_S: Final = 30.0
-"""Time that a worker's examination of its Mac may take. It takes two seconds, but commands have 5 s, connections 3 s,
-and it runs at low priority on a Mac that may be busy."""
-STORE_S: Final = 30.0
-"""Deadline of a call that lists a Mac's models, or removes one: their records are read from a disk that may be busy."""
 LOAD_STALL_S: Final = 120.0
 """A load without progress for this long has failed."""
 FRAME_TIMEOUT_S: Final = 120.0

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from cluster.core.plan import LayerRange
+
+STORE_S: Final = 30.0
+"""Deadline of a call that lists a Mac's models, or removes one: their records are read from a disk that may be busy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ import anyio
 from google.protobuf.message import DecodeError
 
 from cluster.core.errors import Busy, MacpipeError
-from cluster.core.limits import EXAMINE_S, MAX_ANSWER_BYTES, RETRY_AFTER_S
+from cluster.core.examination import EXAMINE_S
+from cluster.core.limits import MAX_ANSWER_BYTES, RETRY_AFTER_S
 from cluster.platform.paths import HOME_VARIABLE
 from cluster.sandbox.child_streams import start_child
 from cluster.v1 import worker_pb2 as pb
