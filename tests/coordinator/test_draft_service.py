@@ -29,12 +29,14 @@ from cluster.core.worker import WorkerInfo
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import load_tokenizer
+from cluster.store.store import FoundModel
 from cluster.wire.frame_codec import decode, encode
 
 
 def model_info(folder: Path) -> ModelInfo:
     unused: Any = None
-    return ModelInfo(read_shape(folder, folder.name, None), load_tokenizer(folder), unused, unused, unused)
+    shape, found = read_shape(folder, folder.name, None), FoundModel(folder)
+    return ModelInfo(shape, load_tokenizer(folder), unused, found, unused)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -59,6 +60,7 @@ from cluster.discovery.sighting_table import SightingTable as Sightings
 from cluster.discovery.static import static_source
 from cluster.membership.suspicion import Belief, Suspicion
 from cluster.security.credentials import LocalTrust
+from cluster.store.store import FoundModel
 from cluster.transport.streams import Line
 from cluster.wire.frame_codec import decode, encode
 from faults.checker import STATUS_S, Verdict, check
@@ -525,7 +527,7 @@ class Simulation:
         self._heartbeat._suspicion = Suspicion(suspect_s=0.12, gone_s=0.25)
         workers = tuple(self.macs[name].info() for name in NAMES[:STAGES])
         first = Assignment(make_plan(self.epochs.next(), SHAPE, workers, order), workers)
-        model_info = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), cast(Any, None), cast(Any, None))
+        model_info = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), FoundModel(Path()), cast(Any, None))
         means = ServiceDeps(roster, self._heartbeat, self._network, _NoBytes(), self.epochs)
         draft = None
         if self.drafted:
