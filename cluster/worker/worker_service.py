@@ -384,10 +384,12 @@ class WorkerServicer(WorkerServiceServicer):
         return pb.RemoveStoredResponse()
 
     def _close_unused_models(self) -> None:
-        """Close the models that are open only for other Macs to read, since an open one counts as in use."""
-        if not self._loads:
-            held = self._loaded_request()
-            self.loader.store_server.release(keep=held.fingerprint if held else "")
+        """Close the models that are open only for other Macs to read, since an open one counts as in use.
+
+        A stage uses its model, or a quantized copy of it; a load closes all others itself.
+        """
+        if not self._loads and self._loaded_request() is None:
+            self.loader.store_server.release()
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
         await _require_names(context, request.fingerprint)

@@ -73,7 +73,7 @@ class _Nothing:
 
     hello = None
     computing = False
-    store_server = SimpleNamespace(release=lambda keep: None)
+    store_server = SimpleNamespace(release=lambda: None)
 
     async def report(self) -> None:
         raise Passed(PASSED)
