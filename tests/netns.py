@@ -85,6 +85,33 @@ def ethernet(count: int = 3) -> Iterator[tuple[Host, ...]]:
             remove(namespace)
 
 
+@contextlib.contextmanager
+def two_cables(slow_mbit: int) -> Iterator[tuple[Host, Host]]:
+    """Two hosts with two cables between them: eth0 (10.77.0.x) lets through ``slow_mbit`` Mbit/s, eth1 (10.78.0.x) all.
+
+    The switch of the first host is its own namespace, and its port is eth1: ``unplug`` cuts that cable.
+    """
+    prefix = f"macpipe-{os.getpid()}-{secrets.token_hex(3)}"
+    hosts = tuple(Host(f"{prefix}-{n}", f"10.77.0.{n}", f"{prefix}-{n}", "eth1") for n in (1, 2))
+    try:
+        for host in hosts:
+            ip("netns", "add", host.namespace)
+            ip("-n", host.namespace, "link", "set", "lo", "up")
+        for number, cable in enumerate(("eth0", "eth1")):
+            other = ("type", "veth", "peer", "name", cable, "netns", hosts[1].namespace)
+            ip("-n", hosts[0].namespace, "link", "add", cable, *other)
+            for end, host in enumerate(hosts, 1):
+                ip("-n", host.namespace, "addr", "add", f"10.{77 + number}.0.{end}/24", "dev", cable)
+                ip("-n", host.namespace, "link", "set", cable, "up")
+        for host in hosts:
+            shape = f"qdisc add dev eth0 root tbf rate {slow_mbit}mbit burst 64kbit latency 400ms"
+            host.run("tc", *shape.split(), check=True)
+        yield hosts[0], hosts[1]
+    finally:
+        for host in hosts:
+            remove(host.namespace)
+
+
 def connect(host: Host) -> None:
     """A cable from the switch's port to the host's eth0."""
     cable = ("type", "veth", "peer", "name", "eth0", "netns", host.namespace)
@@ -114,4 +141,17 @@ def three_hosts() -> Iterator[tuple[Host, ...]]:
             hosts = stack.enter_context(ethernet(3))
         except subprocess.CalledProcessError as error:
             pytest.skip(f"this machine refuses network namespaces: {error.stderr.strip()}")
+        yield hosts
+
+
+@pytest.fixture
+def two_cabled_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts with a slow and a fast cable between them; mark what uses it ``netns``."""
+    if reason := missing() or ("" if shutil.which("tc") else "shaping a link needs the command tc (iproute2)"):
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(two_cables(slow_mbit=50))
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this machine refuses network namespaces or shaping: {error.stderr}")
         yield hosts

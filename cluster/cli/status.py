@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -10,8 +12,8 @@ import typer
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.core.limits import FAR_OFF
-from cluster.core.plan import Speculation
-from cluster.core.text import count_in_words, figure_in_words, gib_in_words
+from cluster.core.plan import Link, Speculation
+from cluster.core.text import count_in_words, figure_in_words, gib_in_words, link_in_words
 from cluster.security.limits import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def describe_state(state: ClusterState, width: int) -> list[str | Table]:
     parts += ["", _workers(state, wide=wide), ""]
     if not wide:
         parts += [f"{worker.name}: {_machine(worker)}" for worker in state.workers]
+    parts += describe_links(state.stages)
     parts += [f"spare: {spare.worker}: {spare.why}" for spare in state.spares]
     if powers := [worker for worker in state.workers if worker.power_watts]:
         parts.append(f"power: {', '.join(f'{worker.name} {worker.power_watts:.0f} W' for worker in powers)}")
@@ -107,6 +110,14 @@ class StatusView:
 
         parts = [Text(printable(one)) if isinstance(one, str) else one for one in describe_state(self._state, width)]
         return Group(*([Text(printable(lost), "bold red")] if lost else []), *parts)
+
+
+def describe_links(stages: Sequence[StageState]) -> list[str]:
+    """Return a line for each measured link between two stages."""
+    known = [(a, b) for a, b in pairwise(stages) if b.link_bandwidth]
+    links = [Link(b.link_round_trip_ms / 1e3, b.link_bandwidth, b.link_interface) for _, b in known]
+    pairs = zip(known, links, strict=True)
+    return [f"link: {a.worker} to {b.worker}{link_in_words(link)}" for (a, b), link in pairs]
 
 
 def _describe_problems(worker: WorkerState, held: list[StageState]) -> list[str]:

@@ -130,6 +130,7 @@ def encode_stage(stage: StageState) -> pb.Stage:
         wasted_seconds=stage.wasted_seconds,
         link_round_trip_ms=stage.link_round_trip_ms,
         link_bandwidth=stage.link_bandwidth,
+        link_interface=stage.link_interface,
     )
 
 
@@ -154,6 +155,7 @@ def decode_stage(message: pb.Stage) -> StageState:
         wasted_seconds=message.wasted_seconds,
         link_round_trip_ms=message.link_round_trip_ms,
         link_bandwidth=message.link_bandwidth,
+        link_interface=message.link_interface,
     )
 
 

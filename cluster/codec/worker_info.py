@@ -13,8 +13,9 @@ from typing import Any, Final, TypeAlias
 from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.errors import WorkerLost
 from cluster.core.limits import KEPT_CORRECTIONS, MAX_FACT_CHARS, MAX_LAG_S, MAX_SENTENCE_CHARS
+from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.plan import LayerRange, Profile, valid_verify_costs
-from cluster.core.text import HIGHEST_PORT, format_address, parse_address
+from cluster.core.text import HIGHEST_PORT, format_address, is_ip_address, parse_address
 from cluster.core.worker import WorkerInfo, WorkerState, WorkerSummary
 from cluster.v1 import cluster_pb2, worker_pb2
 
@@ -43,6 +44,7 @@ def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float)
         kv_bits=info.kv_bits,
         weight_bits=info.weight_bits,
         adapters=info.adapters,
+        data_hosts=info.data_hosts,
         owner=info.owner,
         holder=info.live_owner,
         holder_instance=info.live_owner_process,
@@ -77,6 +79,7 @@ def decode_info(answer: worker_pb2.DescribeResponse, address: str, clock_ahead_s
         kv_bits=answer.kv_bits,
         weight_bits=answer.weight_bits,
         adapters=tuple(answer.adapters),
+        data_hosts=tuple(answer.data_hosts),
         owner=answer.owner,
         live_owner=answer.holder,
         live_owner_process=answer.holder_instance,
@@ -143,7 +146,8 @@ def _require_plausible(answer: worker_pb2.DescribeResponse, address: str) -> Non
     own = [value for name in _SHARED if isinstance(value := getattr(a, name), str)]
     texts = (*own, *a.adapters, a.cluster, a.fingerprint, a.instance, a.holder, a.owner, a.holder_instance)
     valid = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
-    valid = valid and len(a.adapters) <= MAX_ADAPTERS
+    valid = valid and len(a.adapters) <= MAX_ADAPTERS and len(a.data_hosts) <= MAX_DATA_HOSTS
+    valid = valid and all(map(is_ip_address, a.data_hosts))
     if not valid or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
         raise WorkerLost(f"the process at {address} sent an invalid worker description; is it macpipe?")
 

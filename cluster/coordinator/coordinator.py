@@ -272,9 +272,10 @@ class Coordinator:
         return await self._make_plan(0, shape, found, order)
 
     async def _make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:
-        """Return a plan over some of these workers. Measure their links only if every worker's speed is known."""
+        """Return a plan over some of these workers. Measure their links if all speeds are known, or to choose one."""
         links: Links = {}
-        if len(found) > 1 and all(w.profile.known for w in found):
+        choice = all(w.profile.known for w in found) or any(w.data_hosts for w in found)
+        if len(found) > 1 and choice:
             links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
             known = {member.info.name for member in self._roster.members}
             self.links = {pair: link for pair, link in {**self.links, **links}.items() if known.issuperset(pair)}
@@ -450,7 +451,7 @@ class Coordinator:
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
         if service and (epoch := service.epoch):
-            state = with_plan(state, service.adapters.adjust(epoch.plan), epoch.stages, loop, self.links)
+            state = with_plan(state, service.adapters.adjust(epoch.plan), epoch.stages, loop)
             adapters = describe_adapters(service.model_info.adapters.served)
             state = replace(state, speculation=service.speculation, adapters=adapters)
             state = with_requests(state, loop) if loop else state

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 
 from cluster.core.errors import Unreachable
-from cluster.core.plan import Route
+from cluster.core.plan import Link, Route
 from cluster.security.trust import WORKER
 from cluster.transport.streams import Dialer, Line, Received, Sender, Subscription
 
@@ -25,12 +25,16 @@ StageLost = Callable[[int, str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class RingStage:
-    """A stage's worker, data address, input route (stage 0 is always fed), and expected TLS party."""
+    """A stage's worker, data address, input route (stage 0 is always fed), expected TLS party, and the measured link.
+
+    The link is the one over which the stage pulls; None if it is relayed or was not measured.
+    """
 
     worker: str
     address: str
     input_route: Route
     party: str = WORKER
+    link: Link | None = None
 
 
 class Ring:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
+from typing import Any
 
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.planner import Links
@@ -13,7 +14,7 @@ from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import RosterEntry
 from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan, RequestState, StageState
-from cluster.core.plan import Plan, PlannedStage, Route
+from cluster.core.plan import Link, Plan, PlannedStage, Route
 from cluster.core.worker import WorkerState, WorkerSummary
 from cluster.membership.suspicion import Belief, Standing
 from cluster.scheduler.disk_prefixes import ReadOutcome
@@ -35,15 +36,11 @@ def describe_plan(plan: Plan, links: Links | None = None) -> ModelPlan:
     )
 
 
-def with_plan(
-    state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: LoopView | None, links: Links | None = None
-) -> ClusterState:
-    """Return the state of a cluster that serves a plan. ``ring`` has the stages' actual routes.
-
-    ``links`` are the measured ones, by the names (from, to).
-    """
+def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: LoopView | None) -> ClusterState:
+    """Return the state of a cluster that serves a plan. ``ring`` has the stages' actual routes and links."""
     stages = [
-        _describe_stage(stage, ring_stage.input_route) for stage, ring_stage in zip(plan.stages, ring, strict=True)
+        _describe_stage(stage, ring_stage.input_route, ring_stage.link)
+        for stage, ring_stage in zip(plan.stages, ring, strict=True)
     ]
     return replace(
         state,
@@ -53,7 +50,7 @@ def with_plan(
         max_context=plan.max_context,
         max_sequences=plan.max_sequences,
         route=plan.route,
-        stages=_with_links(_with_load(stages, loop) if loop else stages, links or {}),
+        stages=tuple(_with_load(stages, loop) if loop else stages),
         objective=plan.objective,
         forecast=plan.forecast,
         spares=plan.spares,
@@ -101,7 +98,7 @@ def _describe_worker(member: RosterEntry, belief: Belief | None) -> WorkerState:
     )
 
 
-def _describe_stage(planned: PlannedStage, input_route: Route) -> StageState:
+def _describe_stage(planned: PlannedStage, input_route: Route, link: Link | None = None) -> StageState:
     return StageState(
         index=planned.spec.index,
         worker=planned.worker,
@@ -110,6 +107,7 @@ def _describe_stage(planned: PlannedStage, input_route: Route) -> StageState:
         cache_bytes=planned.cache_bytes,
         input_route=input_route,
         predicted_ms=planned.decode_ms,
+        **_link_fields(link),
     )
 
 
@@ -118,8 +116,19 @@ def _with_links(stages: Sequence[StageState], links: Links) -> tuple[StageState,
     found = list(stages)
     for i, (before, after) in enumerate(pairwise(stages), 1):
         if link := links.get((before.worker, after.worker)):
-            found[i] = replace(after, link_round_trip_ms=link.round_trip_s * 1e3, link_bandwidth=link.bandwidth)
+            found[i] = replace(after, **_link_fields(link))
     return tuple(found)
+
+
+def _link_fields(link: Link | None) -> dict[str, Any]:
+    """Return the fields of a stage whose input arrives over this link; none if it is not known."""
+    if link is None:
+        return {}
+    return {
+        "link_round_trip_ms": link.round_trip_s * 1e3,
+        "link_bandwidth": link.bandwidth,
+        "link_interface": link.interface,
+    }
 
 
 def _with_load(stages: Sequence[StageState], loop: LoopView) -> list[StageState]:

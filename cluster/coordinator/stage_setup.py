@@ -11,7 +11,7 @@ import anyio
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import LinkFailed, MacpipeError
-from cluster.core.plan import FetchOrder, LoadProgress, Plan, PlannedStage, Route, StageDigests
+from cluster.core.plan import FetchOrder, Link, LoadProgress, Plan, PlannedStage, Route, StageDigests
 from cluster.core.worker import WorkerInfo
 from cluster.platform.process import first_error
 from cluster.security.trust import worker_of
@@ -64,11 +64,11 @@ async def link_stages(
 
     Raises the first other error and cancels the other links.
     """
-    input_routes: dict[int, Route] = {}
+    inputs: dict[int, tuple[Route, Link | None]] = {}
 
     async def link(i: int, control: WorkerClient) -> None:
         before = workers[i - 1] if i and plan.route is Route.DIRECT else None
-        input_routes[i] = await _link(control, plan.epoch, before)
+        inputs[i] = await _link(control, plan.epoch, before)
 
     try:
         async with anyio.create_task_group() as tasks:
@@ -76,16 +76,19 @@ async def link_stages(
                 tasks.start_soon(link, i, control)
     except* MacpipeError as group:
         raise first_error(group) from None
-    return tuple(RingStage(w.name, w.data_address, input_routes[i], worker_of(w.id)) for i, w in enumerate(workers))
+    stages: list[RingStage] = []
+    for i, worker in enumerate(workers):
+        route, measured = inputs[i]
+        stages.append(RingStage(worker.name, worker.data_address, route, worker_of(worker.id), measured))
+    return tuple(stages)
 
 
-async def _link(control: WorkerClient, epoch: int, before: WorkerInfo | None) -> Route:
+async def _link(control: WorkerClient, epoch: int, before: WorkerInfo | None) -> tuple[Route, Link | None]:
+    """Link a stage. Return the route of its input, and the measured link if it is direct."""
     if before:
         try:
-            await control.link(epoch, before)
+            return Route.DIRECT, await control.link(epoch, before)
         except LinkFailed as e:
             log.warning("link: coordinator relays the hop reason=%s", e.sentence)
-        else:
-            return Route.DIRECT
     await control.link(epoch, None)
-    return Route.RELAY
+    return Route.RELAY, None

@@ -27,15 +27,19 @@ from cluster.core.errors import (
 )
 from cluster.core.examination import EXAMINE_S, CheckResult
 from cluster.core.limits import (
+    CONNECT_TIMEOUT_S,
     CONTROL_TIMEOUT_S,
     GONE_S,
     LOAD_STALL_S,
     LOAD_STUCK_S,
+    MAX_FACT_CHARS,
 )
+from cluster.core.link_limits import MAX_SHARED_HOSTS, PROBE_TIMEOUT_S
 from cluster.core.plan import FetchOrder, LayerRange, Link, LoadProgress, StageDigests, StageSpec, StorePlace
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
 from cluster.core.stored_models import STORE_S, MacStore
+from cluster.core.text import format_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED
@@ -184,12 +188,19 @@ class WorkerClient:
             async for _ in _read_with_stall_limit(self._stub.SetAdapters(request), self.name):
                 pass
 
-    async def link(self, epoch: int, before: WorkerInfo | None) -> None:
-        """Tell the worker to pull its input from the stage ``before``; with None, the coordinator feeds it."""
+    async def link(self, epoch: int, before: WorkerInfo | None) -> Link | None:
+        """Tell the worker to pull its input from the stage ``before``; with None, the coordinator feeds it.
+
+        Return the link that the worker uses; None if there is none, or if it was not measured.
+        """
+        source, others, party = "", list[str](), ""
+        if before:
+            source, others, party = before.data_address, further_addresses(before), worker_of(before.id)
         async with self._map_errors():
-            source, party = (before.data_address, worker_of(before.id)) if before else ("", "")
-            request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party)
-            await self._stub.LinkStage(request, timeout=self._deadline())
+            request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party, others=others)
+            timeout_s = self._deadline() + CONNECT_TIMEOUT_S * min(len(others), MAX_SHARED_HOSTS)
+            answer = await self._stub.LinkStage(request, timeout=timeout_s)
+        return _read_link(answer)
 
     async def open_prefixes(
         self, epoch: int, edition: str, owners: Collection[str], *, anonymous: bool
@@ -230,13 +241,15 @@ class WorkerClient:
 
         Raises ``WorkerLost``, also if the worker cannot reach ``source`` or the figures are impossible.
         """
+        others = further_addresses(source)
         async with self._map_errors():
-            request = pb.MeasureLinkRequest(worker=source.id, address=source.data_address)
-            answer = await self._stub.MeasureLink(request, timeout=CONTROL_TIMEOUT_S)
-        finite = math.isfinite(answer.round_trip_s) and math.isfinite(answer.bandwidth)
-        if not finite or answer.round_trip_s < 0 or answer.bandwidth <= 0:
+            request = pb.MeasureLinkRequest(worker=source.id, address=source.data_address, others=others)
+            timeout_s = CONTROL_TIMEOUT_S + PROBE_TIMEOUT_S * min(len(others), MAX_SHARED_HOSTS)
+            answer = await self._stub.MeasureLink(request, timeout=timeout_s)
+        link = _read_link(answer)
+        if link is None:
             raise WorkerLost(f"worker {self.name} reports an impossible link measurement", worker=self.name)
-        return Link(answer.round_trip_s, answer.bandwidth)
+        return link
 
     async def send_step_time_ratio(self, fingerprint: str, ratio: float) -> None:
         """Send the worker the ratio of measured to predicted step time for a model, by the model's fingerprint."""
@@ -339,6 +352,23 @@ async def _read_with_stall_limit(call: grpc.aio.UnaryStreamCall[Any, Message], w
         elif time.monotonic() - changed_at > LOAD_STUCK_S:
             raise _stalled_error(worker, LOAD_STUCK_S)
         yield message
+
+
+def further_addresses(worker: WorkerInfo) -> list[str]:
+    """Return the data addresses of a worker beside its usual one."""
+    if not worker.data_hosts:
+        return []
+    _, port = parse_address(worker.data_address)
+    return [format_address(host, port) for host in worker.data_hosts]
+
+
+def _read_link(answer: pb.MeasureLinkResponse | pb.LinkStageResponse) -> Link | None:
+    """Return the link that a worker measured; None if there is none, or if its figures are impossible."""
+    finite = math.isfinite(answer.round_trip_s) and math.isfinite(answer.bandwidth)
+    if not finite or answer.round_trip_s < 0 or answer.bandwidth <= 0:
+        return None
+    interface = answer.interface if answer.interface.isprintable() else ""
+    return Link(answer.round_trip_s, answer.bandwidth, interface[:MAX_FACT_CHARS])
 
 
 def _stalled_error(worker: str, seconds: float) -> WorkerLost:

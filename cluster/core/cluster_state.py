@@ -109,6 +109,8 @@ class StageState:
     """Measured round trip of the link from the stage before it; 0 if not measured."""
     link_bandwidth: float = 0.0
     """Measured bytes per second of that link; 0 if not measured."""
+    link_interface: str = ""
+    """What carries it on the receiving Mac, such as ``Thunderbolt Bridge (bridge0)``; empty if not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -452,7 +452,6 @@ Beyond that the workers are ordered by speed, and the search is exact for that o
 PROFILE_TIMEOUT_S: Final = 60.0
 """A worker measures itself in two or three seconds. If it takes this long, it works without a profile."""
 KEPT_CORRECTIONS: Final = 32
-KEPT_LINKS: Final = 64
 CORRECTION_BOUND: Final = 4.0
 """Limit of a correction in either direction: beyond it the cause is something else."""
 LEARN_SHARE: Final = 0.25
@@ -467,14 +466,6 @@ LEARN_STEP: Final = 0.02
 """A correction is left alone, and not written to disk again, if new frames differ from it by less than this share."""
 PLAN_TIMEOUT_S: Final = 60.0
 """Tracing a large model takes seconds, and so may measuring the links of many workers."""
-PROBES: Final = 12
-"""Empty messages that measure a link's round trip."""
-PROBE_BYTES: Final = MIB
-PROBE_MESSAGES: Final = 8
-"""Messages that measure its bandwidth: 8 MiB are 70 ms at 1 Gb/s."""
-PROBE_TIMEOUT_S: Final = 5.0
-LINK_KEPT_S: Final = 24 * 3600.0
-"""A link that was measured within a day is not measured again before a load."""
 
 # Discovery
 MAX_ROSTER: Final = 64

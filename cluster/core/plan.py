@@ -9,7 +9,13 @@ from itertools import pairwise
 from math import isfinite, sqrt
 from typing import Final
 
-from cluster.core.limits import ACTIVE_LAYERS, MAX_VERIFIED, PREFILL_CHUNK, SCORE_BYTES
+from cluster.core.limits import (
+    ACTIVE_LAYERS,
+    MAX_VERIFIED,
+    PREFILL_CHUNK,
+    SCORE_BYTES,
+)
+from cluster.core.link_limits import DECODE_FRAME_BYTES, PREFILL_FRAME_BYTES
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -189,10 +195,19 @@ def valid_verify_costs(costs: Sequence[tuple[int, float]]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One measured direction between two workers: seconds of a round trip, and bytes a second."""
+    """One measured direction between two workers: seconds of a round trip, and bytes a second.
+
+    ``interface`` names what carries it on the Mac that receives; empty if it is not known.
+    """
 
     round_trip_s: float
     bandwidth: float
+    interface: str = ""
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds of a typical decode frame and a typical prefill frame: what links between the same Macs differ in."""
+        return self.hop_s(DECODE_FRAME_BYTES) + self.hop_s(PREFILL_FRAME_BYTES)
 
     def hop_s(self, nbytes: float) -> float:
         """Return the seconds that a message of ``nbytes`` takes to arrive."""

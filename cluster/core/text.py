@@ -8,7 +8,7 @@ from typing import Final
 
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import GIB, KIB, MAX_STAGES, MIB
-from cluster.core.plan import LayerRange
+from cluster.core.plan import LayerRange, Link
 
 HIGHEST_PORT = 65_535
 
@@ -55,6 +55,21 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def is_ip_address(host: str) -> bool:
+    """Return whether this is an IP address rather than a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def link_in_words(link: Link) -> str:
+    """Return what carries a link and its measured speed, to follow the names of its ends."""
+    over = f" over {link.interface}" if link.interface else ""
+    return f"{over}: {figure_in_words(link.bandwidth / 1e9)} GB/s, round trip {link.round_trip_s * 1e3:.1f} ms"
 
 
 _RANGE: Final = re.compile(r"\s*(?P<first>[0-9]{1,6})\s*(-\s*(?P<last>[0-9]{1,6})\s*)?")

@@ -76,6 +76,8 @@ class WorkerInfo(WorkerSummary):
     computing: bool = False
     """Whether the engine has had processor time in its present step."""
     stopping: bool = False
+    data_hosts: tuple[str, ...] = ()
+    """Further IP addresses at which its data port listens, beside that of ``data_address``."""
     certificate: tuple[float, float] = (0.0, 0.0)
     """Start and end of its validity, in seconds since the epoch; zeros without a cluster."""
 

@@ -46,6 +46,12 @@ class Interface:
         return Medium.WIFI if self.port == "Wi-Fi" or self.name.startswith(_WIFI) else Medium.WIRED
 
     @property
+    def title(self) -> str:
+        """Its name for people, with what is behind it where that is known."""
+        kind = self.port or ("Wi-Fi" if self.medium is Medium.WIFI else "")
+        return f"{kind} ({self.name})" if kind else self.name
+
+    @property
     def loopback(self) -> bool:
         return any(a.ip.is_loopback for a in self.addresses)
 
@@ -99,6 +105,35 @@ def best_address(local: Iterable[Interface]) -> str:
         (i.medium, a.ip.version, a.ip.is_link_local, str(a.ip)) for i in outer for a in i.addresses if _usable(a.ip)
     ]
     return min(found)[3] if found else LOOPBACK
+
+
+def further_hosts(host: str, local: Iterable[Interface]) -> tuple[str, ...]:
+    """Return this machine's other addresses at which a server that listens on ``host`` may be reached, too.
+
+    Tunnels and loopback are left out, and IPv6 where an interface has IPv4: it would be the same cable again.
+    """
+    outer = [i for i in local if not i.loopback and i.medium is not Medium.VPN]
+    found: list[str] = []
+    for interface in outer:
+        usable = [a.ip for a in interface.addresses if _usable(a.ip)]
+        found += [str(ip) for ip in usable if ip.version == min(other.version for other in usable)]
+    return tuple(sorted(set(found) - {host}))
+
+
+def shared_hosts(hosts: Iterable[str], local: Iterable[Interface]) -> list[str]:
+    """Return which of another machine's addresses are in a subnet of this one; tunnels and loopback do not count.
+
+    An address that this machine has, too, is left out: virtual networks have the same one on every machine.
+    """
+    outer = [i for i in local if not i.loopback and i.medium is not Medium.VPN]
+    own = [a for i in outer for a in i.addresses]
+    others = [ip for ip in map(ip_address, hosts) if all(ip != a.ip for a in own)]
+    return [str(ip) for ip in others if any(ip in a.network for a in own)]
+
+
+def title_of(host: str, local: Iterable[Interface]) -> str:
+    """Return the name for people of the interface that has this address; empty for an unknown address."""
+    return next((i.title for i in local if any(str(a.ip) == host for a in i.addresses)), "")
 
 
 def reach(host: str, local: Iterable[Interface]) -> Reach:

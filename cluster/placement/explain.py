@@ -11,7 +11,7 @@ from itertools import count, pairwise
 
 from cluster.core.limits import FAR_OFF
 from cluster.core.plan import Forecast, LayerRange, ModelShape, Objective, Spare
-from cluster.core.text import figure_in_words, gib_in_words
+from cluster.core.text import figure_in_words, gib_in_words, link_in_words
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.guessed_token_time import guessed_token_s
 from cluster.placement.layout_forecast import forecast, hops_s, token_s
@@ -145,8 +145,7 @@ def _explain_links(layout: Layout) -> str:
         return ""
     link, (source, to) = min(known, key=lambda one: (one[0].bandwidth, -one[0].round_trip_s))
     which = "the link" if len(known) == 1 else f"the slowest of {len(known)} links"
-    rate = f"{figure_in_words(link.bandwidth / 1e9)} GB/s"
-    return f"{which} is {source} to {to}: {rate}, round trip {_ms(link.round_trip_s)}"
+    return f"{which} is {source} to {to}{link_in_words(link)}"
 
 
 def _explain_guesses(layout: Layout) -> str:

@@ -6,6 +6,7 @@ Client and server both bound the number and size of messages. This module knows 
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -16,12 +17,13 @@ from typing import Any
 import grpc
 
 from cluster.core.errors import Unreachable
-from cluster.core.limits import PROBE_BYTES, PROBE_MESSAGES, PROBE_TIMEOUT_S, PROBES
+from cluster.core.link_limits import PROBE_BYTES, PROBE_MESSAGES, PROBE_TIMEOUT_S, PROBES, REACH_TIMEOUT_S
 from cluster.core.plan import Link
+from cluster.core.text import parse_address
 from cluster.security.trust import WORKER, Trust
 from cluster.transport.grpc_setup import data_channel
 
-__all__ = ["ProbeHandlers", "measure_link"]
+__all__ = ["ProbeHandlers", "find_own_address", "measure_link"]
 
 PROBE = "/cluster.v1.StageService/Probe"
 _SIZE_BYTES = 4
@@ -42,7 +44,7 @@ def _answer_probe(requests: Iterator[bytes], context: grpc.ServicerContext) -> I
 def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
     """Measure the link from the data port of ``peer`` at ``address`` to this process.
 
-    Block for at most ``limits.PROBE_TIMEOUT_S``. Transfer about ``PROBE_MESSAGES`` x ``PROBE_BYTES`` bytes. Raise
+    Block for at most ``PROBE_TIMEOUT_S``. Transfer about ``PROBE_MESSAGES`` x ``PROBE_BYTES`` bytes. Raise
     ``Unreachable``.
     """
     channel = data_channel(trust, address, peer, 2 * PROBE_BYTES)
@@ -63,6 +65,18 @@ def measure_link(trust: Trust, address: str, peer: str = WORKER) -> Link:
     finally:
         sizes.put(None)
         channel.close()
+
+
+def find_own_address(address: str) -> str:
+    """Return this machine's IP address on a connection to ``address``; empty if it cannot be reached.
+
+    Block for at most ``REACH_TIMEOUT_S``.
+    """
+    try:
+        with socket.create_connection(parse_address(address), timeout=REACH_TIMEOUT_S) as connection:
+            return str(connection.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def _compute_link(seconds: Callable[[int], float]) -> Link:

@@ -416,6 +416,7 @@ class Stage(_message.Message):
     ACTIVE_SECONDS_FIELD_NUMBER: _builtins.int
     LINK_ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
     LINK_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    LINK_INTERFACE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
@@ -447,6 +448,8 @@ class Stage(_message.Message):
     link_round_trip_ms: _builtins.float
     """The measured link from the stage before it: milliseconds of a round trip, and bytes a second; 0: not measured."""
     link_bandwidth: _builtins.float
+    link_interface: _builtins.str
+    """What carries it on the receiving Mac, such as `Thunderbolt Bridge (bridge0)`; empty if it is not known."""
     def __init__(
         self,
         *,
@@ -469,10 +472,11 @@ class Stage(_message.Message):
         active_seconds: _builtins.float = ...,
         link_round_trip_ms: _builtins.float = ...,
         link_bandwidth: _builtins.float = ...,
+        link_interface: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "link_bandwidth", b"link_bandwidth", "link_round_trip_ms", b"link_round_trip_ms", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "link_bandwidth", b"link_bandwidth", "link_interface", b"link_interface", "link_round_trip_ms", b"link_round_trip_ms", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -171,7 +171,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def MeasureLink(self, request, context):
-        """MeasureLink measures the link from another worker's data port to this worker, or returns a stored result.
+        """MeasureLink measures the links from another worker's data port to this worker, over each of its addresses that this
+        worker can reach, or takes stored results. It returns the best.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

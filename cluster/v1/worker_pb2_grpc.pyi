@@ -54,7 +54,9 @@ class WorkerServiceStub:
     ReadPrefix: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ReadPrefixRequest, _worker_pb2.ReadPrefixResponse]
     """ReadPrefix reads a prefix from disk. Once it returns, a frame can restore it, or drop it."""
     MeasureLink: _grpc.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinkRequest, _worker_pb2.MeasureLinkResponse]
-    """MeasureLink measures the link from another worker's data port to this worker, or returns a stored result."""
+    """MeasureLink measures the links from another worker's data port to this worker, over each of its addresses that this
+    worker can reach, or takes stored results. It returns the best.
+    """
     LearnRatio: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]
     """LearnRatio stores a model's measured over predicted frame time with the profile."""
     ResetEngine: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ResetEngineRequest, _worker_pb2.ResetEngineResponse]
@@ -94,7 +96,9 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     ReadPrefix: _aio.UnaryUnaryMultiCallable[_worker_pb2.ReadPrefixRequest, _worker_pb2.ReadPrefixResponse]  # type: ignore[assignment]
     """ReadPrefix reads a prefix from disk. Once it returns, a frame can restore it, or drop it."""
     MeasureLink: _aio.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinkRequest, _worker_pb2.MeasureLinkResponse]  # type: ignore[assignment]
-    """MeasureLink measures the link from another worker's data port to this worker, or returns a stored result."""
+    """MeasureLink measures the links from another worker's data port to this worker, over each of its addresses that this
+    worker can reach, or takes stored results. It returns the best.
+    """
     LearnRatio: _aio.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]  # type: ignore[assignment]
     """LearnRatio stores a model's measured over predicted frame time with the profile."""
     ResetEngine: _aio.UnaryUnaryMultiCallable[_worker_pb2.ResetEngineRequest, _worker_pb2.ResetEngineResponse]  # type: ignore[assignment]
@@ -179,7 +183,9 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.MeasureLinkRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.MeasureLinkResponse, _abc.Awaitable[_worker_pb2.MeasureLinkResponse]]:
-        """MeasureLink measures the link from another worker's data port to this worker, or returns a stored result."""
+        """MeasureLink measures the links from another worker's data port to this worker, over each of its addresses that this
+        worker can reach, or takes stored results. It returns the best.
+        """
 
     @_abc_1.abstractmethod
     def LearnRatio(

@@ -57,7 +57,9 @@ async def _run(settings: WorkerSettings) -> None:
     protect_home(settings.home)
     with hold_identity(settings.home, settings.name) as worker_id:
         trust = open_trust(settings.home, settings.cluster, WORKER, name=settings.name)
-        settings = replace(settings, host=settings.host or (best_address(interfaces()) if trust.me else LOOPBACK))
+        if not settings.host:
+            host = best_address(interfaces()) if trust.me else LOOPBACK
+            settings = replace(settings, host=host, every_address=bool(trust.me))
         if trust.revoked(trust.serial):
             raise _removed_error(settings.cluster)
         await anyio.to_thread.run_sync(

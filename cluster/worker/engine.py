@@ -23,13 +23,15 @@ from typing import BinaryIO
 from cluster.core.errors import BadFrame, MacpipeError, PrefixMissing, StaleEpoch
 from cluster.core.plan import LayerRange
 from cluster.core.prefix_keys import pack_beginnings
+from cluster.discovery.interfaces import further_hosts, interfaces
 from cluster.model import device
 from cluster.model.device_speed import measure_device
 from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.overload import TimerLag
 from cluster.security.credentials import open_trust
 from cluster.security.trust import WORKER, Trust
-from cluster.transport.grpc_streams import DataServer, GrpcDialer
+from cluster.transport.grpc_streams import GrpcDialer
+from cluster.worker.data_port import DataPort
 from cluster.worker.pipe_messages import (
     Begin,
     Command,
@@ -77,6 +79,7 @@ class Engine:
         answers: BinaryIO,
         throttle: Throttle | None = None,
         disk: PrefixDiskPlace | None = None,
+        every_address: bool = False,
     ) -> None:
         self._answers = answers
         self._throttle = throttle or Throttle()
@@ -90,13 +93,15 @@ class Engine:
         self._began: float | None = None
         self._disk = PrefixDisk(disk.folder, disk.limit, self._jobs.put) if disk else None
         self._host = StageHost(self._jobs.put, GrpcDialer(trust, TimerLag().start()), self._throttle, self._disk)
-        self._server = DataServer(trust, host, port, self._host)
+        self._data_port = DataPort(trust, host, port, self._host)
+        if every_address:
+            self._data_port.follow(lambda: further_hosts(host, interfaces()))
         self._send_hello(facts, limit)
 
     def _send_hello(self, facts: device.DeviceFacts, limit: int) -> None:
         self._send(
             Hello(
-                self._server.port,
+                self._data_port.port,
                 facts.chip,
                 facts.backend,
                 facts.mlx_version,
@@ -115,7 +120,7 @@ class Engine:
         self._host.unload()
         if self._disk:
             self._disk.close()
-        self._server.stop()
+        self._data_port.stop()
         device.close_thread()
 
     def stop(self) -> None:
@@ -129,7 +134,8 @@ class Engine:
             used, peak = device.memory_used(), device.memory_peak()
             on_disk = (self._disk.nbytes, self._disk.evictions) if self._disk else (0, 0)
             report = Reported(command.call, used, self._host.sequences, peak, busy_ms, *on_disk)
-            self._send(replace(report, adapters=self._host.adapters))
+            hosts = self._data_port.further_hosts
+            self._send(replace(report, adapters=self._host.adapters, data_hosts=hosts))
         elif isinstance(command, ReadPrefix):
             self._read_prefix(command)
         else:
@@ -230,6 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The engine of a macpipe worker; started by its daemon.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--every-address", action="store_true", help="listen on the Mac's other addresses, too")
     parser.add_argument("--memory-limit", type=int)
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--cluster", required=True)
@@ -247,7 +254,16 @@ def main() -> int:
     try:
         trust = open_trust(options.home, options.cluster, WORKER, name=options.worker)
         throttle, disk = Throttle(options.throttle), _prefix_place(options)
-        engine = Engine(trust, options.host, options.port, options.memory_limit, answers, throttle, disk)
+        engine = Engine(
+            trust,
+            options.host,
+            options.port,
+            options.memory_limit,
+            answers,
+            throttle,
+            disk,
+            every_address=options.every_address,
+        )
     except MacpipeError as e:
         answers.write(pack(CommandFailed(0, e.reason, e.sentence)))
         answers.flush()

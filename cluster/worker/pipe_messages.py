@@ -243,6 +243,8 @@ class Reported:
     prefix_disk_evictions: int = 0
     adapters: tuple[str, ...] = ()
     """Keys of the adapters that the stage holds."""
+    data_hosts: tuple[str, ...] = ()
+    """Further addresses at which the data port listens."""
 
 
 Command = (

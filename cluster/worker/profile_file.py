@@ -17,12 +17,11 @@ from typing import Any, Final
 from cluster.core.limits import (
     CORRECTION_BOUND,
     KEPT_CORRECTIONS,
-    KEPT_LINKS,
     KIB,
     LEARN_SHARE,
     LEARN_STEP,
-    LINK_KEPT_S,
 )
+from cluster.core.link_limits import KEPT_LINKS, LINK_KEPT_S
 from cluster.core.plan import Link, Profile, valid_verify_costs
 from cluster.platform.json_file import read_json, write_json
 
@@ -75,10 +74,10 @@ class ProfileFile:
         learned = (*others, (fingerprint, round(moved, 4)))[-KEPT_CORRECTIONS:]
         self._keep(replace(self.kept, profile=replace(self.kept.profile, corrections=learned)))
 
-    def link(self, worker: str, address: str) -> Link | None:
-        """Return the link from a worker, if it was measured recently and to the same host."""
+    def link(self, worker: str, address: str, kept_s: float = LINK_KEPT_S) -> Link | None:
+        """Return the link from a worker, if it was measured within ``kept_s`` seconds and to the same host."""
         end = _link_end(worker, address)
-        fresh = (link for known, link, at in self.kept.links if known == end and 0 <= self._now() - at < LINK_KEPT_S)
+        fresh = (link for known, link, at in self.kept.links if known == end and 0 <= self._now() - at < kept_s)
         return next(fresh, None)
 
     def put_link(self, worker: str, address: str, link: Link) -> None:
@@ -86,6 +85,11 @@ class ProfileFile:
         end = _link_end(worker, address)
         others = [entry for entry in self.kept.links if entry[0] != end]
         self._keep(replace(self.kept, links=(*others, (end, link, self._now()))[-KEPT_LINKS:]))
+
+    def forget_link(self, worker: str, address: str) -> None:
+        """Drop a link that failed, so that it is measured again before it is used."""
+        end = _link_end(worker, address)
+        self._keep(replace(self.kept, links=tuple(entry for entry in self.kept.links if entry[0] != end)))
 
     def _keep(self, kept: StoredProfile) -> None:
         self.kept = kept
@@ -108,10 +112,10 @@ def _read(path: Path, key: str) -> StoredProfile:
     return kept if kept.key == key else StoredProfile(key)
 
 
-def _link(round_trip_s: float, bandwidth: float) -> Link:
+def _link(round_trip_s: float, bandwidth: float, interface: str = "") -> Link:
     if not (math.isfinite(round_trip_s) and round_trip_s >= 0 and math.isfinite(bandwidth) and bandwidth > 0):
         raise ValueError("invalid link")
-    return Link(float(round_trip_s), float(bandwidth))
+    return Link(float(round_trip_s), float(bandwidth), str(interface))
 
 
 def _read_profile(facts: Any) -> StoredProfile:

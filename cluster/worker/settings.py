@@ -37,6 +37,8 @@ class WorkerSettings:
     interface: str = ""
     throttle: float = 1.0
     data_port: int = 0
+    every_address: bool = False
+    """Whether the data port listens on this machine's other addresses, too: in a cluster, if no person named one."""
     prefix_disk: int = 0
     """Maximum bytes of prefixes on disk; 0 keeps none there."""
     standby: bool = True

@@ -74,7 +74,7 @@ class Supervisor:
         slower = [f"--throttle={settings.throttle}"] if settings.throttle != 1.0 else []
         where = [f"--host={settings.host}", f"--port={settings.data_port}"]
         where += [f"--home={settings.home}", f"--cluster={settings.cluster}", f"--worker={settings.name}"]
-        where += [f"--log-level={settings.log_level}"]
+        where += [f"--log-level={settings.log_level}", *(["--every-address"] if settings.every_address else [])]
         self.standby = EngineLauncher([sys.executable, "-m", "cluster.worker.engine", *where, *limit, *disk, *slower])
         self._process: Process | None = None
         self._calls: dict[int, asyncio.Queue[Event | None]] = {}

@@ -29,24 +29,26 @@ from cluster.core.limits import (
     OVERLOADED_S,
     RESTART_S,
 )
+from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.plan import LayerRange
 from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
 from cluster.core.quantization import choose_weight_quantization
 from cluster.core.stored_models import MacStore
+from cluster.core.text import is_ip_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
 from cluster.platform.overload import Lag, no_lag
 from cluster.platform.power import PowerReading, no_power
 from cluster.security.limits import MAX_REVOKED
-from cluster.security.trust import COORDINATOR, Trust, worker_of
+from cluster.security.trust import COORDINATOR, Trust
 from cluster.store.quantized_copy import CopyKey
 from cluster.store.stored_models import list_models, remove_model, store_id
-from cluster.transport.link_probe import measure_link
 from cluster.transport.rich_errors import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
 from cluster.worker.examiner import Examiner
+from cluster.worker.peer_links import PeerLinks, choose_shared
 from cluster.worker.pipe_messages import (
     Hello,
     LayOutCopy,
@@ -112,6 +114,7 @@ class WorkerServicer(WorkerServiceServicer):
         self._interface = self.settings.interface or interface_of(self.settings.host)
         self._examiner = Examiner(self.settings.home)
         self._using_store = anyio.Lock()
+        self._links = PeerLinks(self.trust, self.file)
 
     @property
     def is_busy(self) -> bool:
@@ -161,6 +164,7 @@ class WorkerServicer(WorkerServiceServicer):
             kv_bits=held.kv_bits,
             weight_bits=held.weight_bits,
             adapters=report.adapters if held.epoch else (),
+            data_hosts=report.data_hosts,
             owner=held.coordinator,
             live_owner=self._live_owner(),
             live_owner_process=held.instance if self._owner_was_heard() else "",
@@ -256,11 +260,23 @@ class WorkerServicer(WorkerServiceServicer):
         await self.supervisor.ask(lambda call: SetAdapters(call, epoch, names, folders, fingerprints), LOAD_STALL_S)
 
     async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:
+        r = request
         try:
-            await self.supervisor.ask(lambda call: LinkStage(call, request.epoch, request.pull_from, request.peer))
+            if not r.pull_from:
+                await self.supervisor.ask(lambda call: LinkStage(call, r.epoch, "", ""))
+                return pb.LinkStageResponse()
+            others = await _require_addresses(context, r.pull_from, r.others)
+            link = await self._links.pull(
+                r.peer.partition(".")[2],
+                r.pull_from,
+                others,
+                lambda address: self.supervisor.ask(lambda call: LinkStage(call, r.epoch, address, r.peer)),
+            )
         except MacpipeError as e:
             await abort(context, e)
-        return pb.LinkStageResponse()
+        if link is None:
+            return pb.LinkStageResponse()
+        return pb.LinkStageResponse(round_trip_s=link.round_trip_s, bandwidth=link.bandwidth, interface=link.interface)
 
     async def OpenPrefixes(self, request: pb.OpenPrefixesRequest, context: Context) -> pb.OpenPrefixesResponse:
         await _require_names(context, request.edition)
@@ -299,15 +315,14 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def MeasureLink(self, request: pb.MeasureLinkRequest, context: Context) -> pb.MeasureLinkResponse:
         await _require_names(context, request.worker, request.address)
-        link = None if request.afresh else self.file.link(request.worker, request.address)
-        if link is None:
-            try:
-                peer = worker_of(request.worker)
-                link = await anyio.to_thread.run_sync(measure_link, self.trust, request.address, peer)
-            except MacpipeError as e:
-                await abort(context, e)
-            self.file.put_link(request.worker, request.address, link)
-        return pb.MeasureLinkResponse(round_trip_s=link.round_trip_s, bandwidth=link.bandwidth)
+        r, others = request, await _require_addresses(context, request.address, request.others)
+        try:
+            link = await self._links.measure(r.worker, r.address, others, afresh=r.afresh)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.MeasureLinkResponse(
+            round_trip_s=link.round_trip_s, bandwidth=link.bandwidth, interface=link.interface
+        )
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
         await self._refuse_others(request, context)
@@ -406,6 +421,20 @@ async def _require_names(context: Context, *names: str) -> None:
     """Abort the call if a name or path is too long: some are stored, and repeated in every heartbeat."""
     if any(len(name) > MAX_PATH_CHARS for name in names):
         await abort(context, InvalidRequest(f"names and paths have at most {MAX_PATH_CHARS} characters"))
+
+
+async def _require_addresses(context: Context, address: str, others: Sequence[str]) -> list[str]:
+    """Return which further addresses of a data port this Mac shares. Abort the call for too many or invalid ones."""
+    if len(others) > MAX_DATA_HOSTS:
+        why = f"a data port has at most {MAX_DATA_HOSTS} further addresses, not {len(others)}"
+        await abort(context, InvalidRequest(why, field="others"))
+    try:
+        valid = all(is_ip_address(parse_address(other)[0]) for other in others)
+    except MacpipeError:
+        valid = False
+    if not valid:
+        await abort(context, InvalidRequest("a further address is not an IP address and a port", field="others"))
+    return choose_shared(address, others)
 
 
 async def _require_few_peers(context: Context, peers: Collection[pb.StorePeer]) -> None:

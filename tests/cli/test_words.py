@@ -18,7 +18,7 @@ from cluster.cli.bench_tables import describe_doubt
 from cluster.cli.command_name import command_name
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable
-from cluster.cli.status import describe_deviation, describe_overload, headline, show_state
+from cluster.cli.status import describe_deviation, describe_links, describe_overload, headline, show_state
 from cluster.cli.throughput import Roofline
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.core.cluster_state import (
@@ -193,6 +193,15 @@ def test_a_step_that_takes_something_else_than_was_predicted_is_told() -> None:
         said = describe_deviation("a", [replace(held, measured_ms=took, expected_ms=51.51)])
         assert said.startswith(f"a: a step takes {shown} than the predicted 51.5 ms: the Mac ")
         assert "`macpipe worker --profile new`" in said
+
+
+def test_the_links_between_stages_are_named_with_their_speed() -> None:
+    first = StageState(0, "mac-1", LayerRange(0, 4), 1, 1, Route.RELAY)
+    cable = {"link_round_trip_ms": 0.3, "link_bandwidth": 3.2e9, "link_interface": "Thunderbolt Bridge (bridge0)"}
+    rest = [StageState(i, f"mac-{i + 1}", LayerRange(4 * i, 4 * i + 4), 1, 1, Route.DIRECT) for i in (1, 2)]
+    assert describe_links([first, replace(rest[0], **cable), rest[1]]) == [
+        "link: mac-1 to mac-2 over Thunderbolt Bridge (bridge0): 3.2 GB/s, round trip 0.3 ms"
+    ]
 
 
 def test_a_roofline_above_100_percent_is_told_where_it_shows_a_wrong_profile() -> None:

@@ -37,6 +37,7 @@ from cluster.core.cluster_state import ClusterState, EventKind, ModelPlan, Reque
 from cluster.core.errors import InvalidRequest, MacpipeError, WorkerLost
 from cluster.core.examination import CheckResult, Finding, MacExamination, Severity
 from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
+from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.plan import LayerRange, LoadProgress
 from cluster.core.request import ChatMessage, TokenEvent, ToolChoice
 from cluster.core.request_trace import RequestTrace
@@ -75,8 +76,12 @@ def _value(kind: Any, numbers: Iterator[int]) -> Any:
     return f"text{next(numbers)}" if kind is str else kind(next(numbers))
 
 
+def a_worker() -> WorkerInfo:
+    return replace(sample(WorkerInfo), data_hosts=("10.0.0.5", "fd00::5"))
+
+
 def test_a_worker_tells_its_coordinator_everything() -> None:
-    info = replace(sample(WorkerInfo), control_address="mac.local:7", data_address="mac.local:9", lag_seconds=0.5)
+    info = replace(a_worker(), control_address="mac.local:7", data_address="mac.local:9", lag_seconds=0.5)
     info = replace(info, profile=replace(info.profile, verify_costs=((2, 1.25), (8, 3.5))))
     _, port = parse_address(info.data_address)
     answer = encode_info(info, data_port=port, problem="p", clock=3.0)
@@ -135,25 +140,30 @@ def test_impossible_layers_are_a_protocol_error() -> None:
         ("fingerprint", "x" * (MAX_FACT_CHARS + 1)),
         ("data_port", 70_000),
         ("start_layer", 1000),
+        ("data_hosts", ["mac.local"]),
+        ("data_hosts", ["10.0.0.6"] * MAX_DATA_HOSTS),
     ],
 )
 def test_a_worker_that_claims_what_cannot_be_is_not_believed(field: str, claim: object) -> None:
-    answer = encode_info(sample(WorkerInfo), data_port=9, problem="", clock=0.0)
+    answer = encode_info(a_worker(), data_port=9, problem="", clock=0.0)
     decode_info(answer, "a:1", 0.0)
-    setattr(answer, field, claim)
+    if isinstance(claim, list):
+        getattr(answer, field).extend(claim)
+    else:
+        setattr(answer, field, claim)
     with pytest.raises(WorkerLost, match="the process at a:1 sent an invalid worker description"):
         decode_info(answer, "a:1", 0.0)
 
 
 @pytest.mark.parametrize(("claimed", "believed"), [(-1.0, 0.0), (1e9, MAX_LAG_S), (float("nan"), 0.0)])
 def test_a_lag_is_believed_within_reason(claimed: float, believed: float) -> None:
-    answer = encode_info(replace(sample(WorkerInfo), lag_seconds=claimed), data_port=9, problem="", clock=0.0)
+    answer = encode_info(replace(a_worker(), lag_seconds=claimed), data_port=9, problem="", clock=0.0)
     assert decode_info(answer, "a:1", 0.0).lag_seconds == believed
 
 
 @pytest.mark.parametrize(("claimed", "believed"), [(-1.0, 0.0), (1e300, 10_000.0), (float("inf"), 0.0), (41.5, 41.5)])
 def test_a_power_is_believed_within_reason(claimed: float, believed: float) -> None:
-    answer = encode_info(replace(sample(WorkerInfo), power_watts=claimed), data_port=9, problem="", clock=0.0)
+    answer = encode_info(replace(a_worker(), power_watts=claimed), data_port=9, problem="", clock=0.0)
     assert decode_info(answer, "a:1", 0.0).power_watts == believed
 
 

@@ -98,6 +98,9 @@ def test_a_worker_is_shown_with_what_is_believed_of_it_and_a_duplicate_without()
 
 def test_a_stage_shows_the_measured_link_from_the_one_before() -> None:
     links = {("ada", "bob"): Link(0.002, 1e9), ("bob", "ada"): Link(0.004, 2e9)}
-    for stages in (with_plan(IDLE, PLAN, RING, LOOP, links).stages, describe_plan(PLAN, links).stages):
+    ring = (RING[0], replace(RING[1], link=replace(links["ada", "bob"], interface="en0")))
+    served = with_plan(IDLE, PLAN, ring, LOOP).stages
+    assert [s.link_interface for s in served] == ["", "en0"]
+    for stages in (served, describe_plan(PLAN, links).stages):
         assert [(s.link_round_trip_ms, s.link_bandwidth) for s in stages] == [(0.0, 0.0), (2.0, 1e9)]
     assert with_plan(IDLE, PLAN, RING, LOOP).stages[1].link_bandwidth == 0.0

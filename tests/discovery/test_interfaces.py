@@ -7,7 +7,16 @@ from ipaddress import ip_interface
 import pytest
 
 from cluster.core.errors import InvalidOption
-from cluster.discovery.interfaces import Interface, Medium, address_on, preferred_address, reach
+from cluster.discovery.interfaces import (
+    Interface,
+    Medium,
+    address_on,
+    further_hosts,
+    preferred_address,
+    reach,
+    shared_hosts,
+    title_of,
+)
 
 
 def interface(name: str, *addresses: str, port: str = "") -> Interface:
@@ -55,3 +64,21 @@ def test_an_interface_by_name() -> None:
         address_on("en9", [WIFI, VPN])
     with pytest.raises(InvalidOption, match="no address now"):
         address_on("en7", [interface("en7")])
+
+
+def test_a_data_port_listens_on_every_address_but_a_tunnels() -> None:
+    loopback, both = interface("lo0", "127.0.0.1/8"), interface("en0", "10.0.0.5/24", "fd00::5/64")
+    assert further_hosts("192.168.1.5", [WIFI, CABLE, VPN, loopback, both]) == ("10.0.0.5", "192.168.7.5")
+    assert further_hosts("10.0.0.5", [interface("en1", "fd00::6/64", "fe80::1/64"), both]) == ("fd00::6",)
+
+
+def test_two_macs_share_the_addresses_of_a_common_subnet() -> None:
+    virtual = interface("bridge100", "192.168.64.1/24")
+    theirs = ["192.168.1.9", "192.168.7.9", "100.100.0.9", "192.168.64.1", "10.0.0.9"]
+    assert shared_hosts(theirs, [WIFI, CABLE, VPN, virtual]) == ["192.168.1.9", "192.168.7.9"]
+
+
+def test_an_interface_is_named_with_what_is_behind_it() -> None:
+    local = [WIFI, CABLE, interface("wlan0", "10.1.0.5/24"), interface("eth0", "10.2.0.5/24")]
+    titles = [title_of(host, local) for host in ("192.168.1.5", "192.168.7.5", "10.1.0.5", "10.2.0.5", "10.3.0.5")]
+    assert titles == ["Wi-Fi (en1)", "Thunderbolt Bridge (bridge0)", "Wi-Fi (wlan0)", "eth0", ""]

@@ -182,6 +182,8 @@ def test_the_slowest_link_of_a_plan_is_told() -> None:
     two = Candidates(macs[:2], dict.fromkeys((("a", "b"), ("b", "a")), slow))
     (said,) = [line for line in told(two, model=shape(30)).splitlines() if line.startswith("the link is ")]
     assert said.endswith(": 0.04 GB/s, round trip 5.0 ms")
+    cable = Candidates(macs[:2], dict.fromkeys((("a", "b"), ("b", "a")), replace(slow, interface="Ethernet (en0)")))
+    assert " over Ethernet (en0): 0.04 GB/s, round trip 5.0 ms" in told(cable, model=shape(30))
 
 
 def test_what_another_mac_brings_is_told() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import Unreachable
-from cluster.core.limits import PROBE_BYTES, PROBE_MESSAGES, PROBES
+from cluster.core.link_limits import PROBE_BYTES, PROBE_MESSAGES, PROBES
 from cluster.security.credentials import LocalTrust
 from cluster.security.trust import WORKER
 from cluster.transport.grpc_setup import data_channel

@@ -19,6 +19,7 @@ from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.json_types import to_json_types
 from cluster.core.limits import KEPT_CORRECTIONS, LEARN_SHARE, MAX_PATH_CHARS, MAX_STAGE_PEERS
+from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.plan import Profile
 from cluster.platform.macos import MachineFacts
 from cluster.security.credentials import LocalTrust
@@ -44,6 +45,9 @@ REFUSED = [
     ("SetAdapters", pb.SetAdaptersRequest(adapters=[pb.StageAdapter(name="a" * 65, fingerprint="b" * 64)])),
     ("LearnRatio", pb.LearnRatioRequest(fingerprint=LONG, ratio=2.0)),
     ("MeasureLink", pb.MeasureLinkRequest(worker="a", address=LONG)),
+    ("MeasureLink", pb.MeasureLinkRequest(worker="a", address="10.0.0.1:1", others=["mac.local:1"])),
+    ("MeasureLink", pb.MeasureLinkRequest(worker="a", address="10.0.0.1:1", others=["10.0.0.2"])),
+    ("LinkStage", pb.LinkStageRequest(pull_from="10.0.0.1:1", others=["10.0.0.2:1"] * (MAX_DATA_HOSTS + 1))),
 ]
 
 

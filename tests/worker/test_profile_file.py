@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS, KEPT_LINKS, LINK_KEPT_S
+from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS
+from cluster.core.link_limits import KEPT_LINKS, LINK_KEPT_S
 from cluster.core.plan import Link, Profile
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.stage_host import Throttle

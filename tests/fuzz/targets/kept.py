@@ -73,7 +73,7 @@ def engine_messages() -> Prepared:
         messages.Progress(1, 5, 10),
         messages.Done(1),
         messages.CommandFailed(1, "BAD_CHECKPOINT", "no"),
-        messages.Reported(4, 1, 2, 3, 4),
+        messages.Reported(4, 1, 2, 3, 4, data_hosts=("10.0.0.5",)),
         messages.Measured(5, 1e11, 1e-5, 1e-4, 1e12, 0.1, (1.1, 0.0, 1.3), "the machine is hot"),
     )
     return Prepared(run, (b"".join(map(messages.pack, said)), *map(messages.pack, said)), spoil_records)
@@ -121,7 +121,7 @@ def coordinator_journals() -> Prepared:
 
 def worker_profiles() -> Prepared:
     known = Profile(1e11, 1e-5, 1e-4, 1e12, 0.1, (("ab" * 32, 1.1),), ((2, 1.1), (8, 2.0)))
-    kept = profiles.StoredProfile("k", known, (("w 10.0.0.1", Link(0.001, 1e8), 1e9),))
+    kept = profiles.StoredProfile("k", known, (("w 10.0.0.1", Link(0.001, 1e8, "en0"), 1e9),))
 
     def read(path: Path) -> None:
         file = profiles.ProfileFile(path, "k", lambda: 1e9 + 1)
