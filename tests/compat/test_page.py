@@ -202,7 +202,8 @@ def started(folder: Path, *, mtls: bool, workers: tuple[str, ...]) -> Iterator[t
         for name in workers:
             cluster.worker(name)
         http = f"127.0.0.1:{free_port()}"
-        cluster.serving("faq", 2, "--http", http)
+        options = ("--workers", "2", "--port", str(free_port()), "--http", http)
+        cluster.serve("faq", *options).wait_for("serving faq")
         yield cluster, f"http://{http}"
     finally:
         cluster.close()
