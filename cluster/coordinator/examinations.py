@@ -8,7 +8,7 @@ from typing import Final
 import anyio
 
 from cluster.coordinator.roster import Roster, RosterEntry
-from cluster.core.errors import MacpipeError, VersionMismatch
+from cluster.core.errors import Busy, MacpipeError, VersionMismatch
 from cluster.core.examination import CheckResult, Finding, MacExamination, Severity
 from cluster.core.worker import WorkerInfo
 
@@ -61,4 +61,5 @@ def _describe_failure(info: WorkerInfo, error: MacpipeError) -> Finding:
     if isinstance(error, VersionMismatch):
         what = f"it runs macpipe {info.version}, which cannot examine its Mac for others"
         return Finding(Severity.PROBLEM, what, why, "install the same version on all Macs; until then " + REMEDY)
-    return Finding(Severity.PROBLEM, error.sentence, why, REMEDY)
+    severity = Severity.WARNING if isinstance(error, Busy) else Severity.PROBLEM
+    return Finding(severity, error.sentence, why, REMEDY)

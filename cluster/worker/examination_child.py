@@ -16,7 +16,7 @@ from cluster.sandbox.child_streams import end_with_parent, separate_stdout
 
 LENGTH: Final = Struct("!I")
 """The length of each message, before it."""
-NICENESS: Final = 10
+NICENESS: Final = 5
 """Added to the worker's own: anything else that wants a processor goes first."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.worker_client import WorkerClient
-from cluster.core.errors import MacpipeError, VersionMismatch, WorkerLost
+from cluster.core.errors import Busy, MacpipeError, VersionMismatch, WorkerLost
 from cluster.core.examination import CheckResult, Finding, Severity
 from cluster.core.worker import WorkerInfo
 from cluster.security.credentials import LocalTrust
@@ -32,6 +32,7 @@ async def test_each_worker_is_asked_and_those_that_cannot_be_are_findings() -> N
         "mac-2": VersionMismatch("the server does not implement this call"),
         "mac-3": WorkerLost("worker mac-3 at mac-3 does not answer"),
         "mac-4": (),
+        "mac-6": Busy("worker mac-6: this Mac is busy"),
     }
     told: dict[str, list[str]] = {}
 
@@ -47,13 +48,13 @@ async def test_each_worker_is_asked_and_those_that_cannot_be_are_findings() -> N
     async def members() -> tuple[RosterEntry, ...]:
         away = entry("mac-5", problem="mac-5 does not answer", reachable=False)
         other = entry("mac-4", problem="mac-4 serves faq for another coordinator")
-        return (entry("mac-1"), entry("mac-2"), entry("mac-3"), other, away)
+        return (entry("mac-1"), entry("mac-2"), entry("mac-3"), other, away, entry("mac-6"))
 
     roster: Any = SimpleNamespace(control=control)
     examined = await Examinations(roster, members).run()
-    assert [one.mac for one in examined] == [f"mac-{number}" for number in range(1, 6)]
+    assert [one.mac for one in examined] == [f"mac-{number}" for number in range(1, 7)]
     assert examined[0].results == (CheckResult("worker"), VPN)
-    assert told["mac-1"] == ["mac-2", "mac-3", "mac-4"]
+    assert told["mac-1"] == ["mac-2", "mac-3", "mac-4", "mac-6"]
     assert "mac-5" not in told
     findings = {one.mac: one.results[0].findings or () for one in examined[1:]}
     assert {mac: [one.what for one in found] for mac, found in findings.items()} == {
@@ -61,8 +62,11 @@ async def test_each_worker_is_asked_and_those_that_cannot_be_are_findings() -> N
         "mac-3": ["worker mac-3 at mac-3 does not answer"],
         "mac-4": ["mac-4 serves faq for another coordinator"],
         "mac-5": ["mac-5 does not answer"],
+        "mac-6": ["worker mac-6: this Mac is busy"],
     }
-    assert {one.severity for found in findings.values() for one in found} == {Severity.PROBLEM}
+    severities = {mac: one.severity for mac, found in findings.items() for one in found}
+    assert severities.pop("mac-6") is Severity.WARNING
+    assert set(severities.values()) == {Severity.PROBLEM}
 
 
 @pytest.mark.anyio

@@ -15,6 +15,7 @@ from cluster.core.errors import Busy, MacpipeError
 from cluster.sandbox.child_streams import start_child
 from cluster.v1 import worker_pb2 as pb
 from cluster.worker import examiner
+from cluster.worker.examination_child import NICENESS
 from cluster.worker.examiner import Examiner
 
 REQUEST = pb.ExamineRequest(members=[pb.MemberAddress(name="mac-2", address="0.0.0.0:1"), pb.MemberAddress()])
@@ -33,10 +34,12 @@ class Children:
         return child, ours
 
 
+@pytest.mark.timeout(300)  # at low priority, on a machine that runs other tests
 @pytest.mark.anyio
 async def test_a_process_of_low_priority_examines_the_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children("")
     monkeypatch.setattr(examiner, "start_child", children)
+    monkeypatch.setattr(examiner, "EXAMINE_S", 280.0)
     priorities = []
     exchange = examiner._exchange
 
@@ -51,7 +54,7 @@ async def test_a_process_of_low_priority_examines_the_mac(tmp_path: Path, monkey
     assert {"MLX", "disk", "certificates"} <= found.keys()
     (refused,) = found["connections to members"] or ()
     assert refused.what == "no connection to mac-2 at 0.0.0.0:1: refused"
-    assert priorities == [min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)]
+    assert priorities == [min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)]
     assert [child.returncode is not None for child in children.started] == [True]
 
 
