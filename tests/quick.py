@@ -54,6 +54,7 @@ NOT_QUICK = frozenset(
         "store/test_convert.py",
         "store/test_pull.py",
         "store/test_stored_models.py",
+        "worker/test_quantized_copies.py",
         "worker/test_stage_host.py",
         "worker/test_supervisor.py",
     }

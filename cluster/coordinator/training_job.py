@@ -110,7 +110,6 @@ class TrainingJob:
                     raise
                 self._tell(TrainingNotice(f"{loss.sentence}; training continues from the last kept state"))
                 assignment = await self._replace(assignment, loss)
-                self.reports.pause()
 
     def on_belief(self, belief: Belief) -> None:
         """Handle a changed belief: if a worker that trains is gone, its epoch is lost."""
@@ -158,6 +157,7 @@ class TrainingJob:
             names = await stages.prepare(self._options.to_json())
             await self._write_state(stages, names)
             lowest = next(i for i, own in enumerate(names) if own)
+            self.reports.pause()
             await self._train(stages, TrainingSchedule(len(names), lowest), range(lowest, len(names)))
         finally:
             self._stages = None

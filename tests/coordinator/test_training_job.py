@@ -1,0 +1,60 @@
+"""What a training job counts as training."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.coordinator import training_job
+from cluster.coordinator.training_job import TrainingJob
+from cluster.coordinator.training_reports import TrainingReports
+from cluster.core.training import TrainingOptions
+from cluster.core.training_events import TrainingReport
+from cluster.core.training_frames import DataBatch, Purpose
+from cluster.scheduler.training_schedule import BatchResult
+
+OPTIONS = TrainingOptions.of({"train": True, "iters": 1, "steps_per_report": 1})
+BATCH = DataBatch(1, Purpose.TRAIN, 1, last=False, shape=(1, 2), tokens=b"", lengths=b"")
+
+
+class Job(TrainingJob):
+    """A job of one batch. Loading takes a minute, preparing another, and the batch two seconds."""
+
+    def __init__(self) -> None:
+        nothing: Any = SimpleNamespace(dialer=None, weights=None, roster=SimpleNamespace(pin=lambda workers: None))
+        super().__init__(nothing, nothing, nothing, OPTIONS, nothing, lambda e: None, lambda p: None, {})
+        self.now = 0.0
+        self.reports = TrainingReports(OPTIONS, lambda: self.now)
+        self.report: TrainingReport | None = None
+
+    async def _load(self, assignment: object) -> None:
+        self.now += 60
+
+    async def _train(self, stages: object, schedule: object, training: object) -> None:
+        self.now += 2
+        self.report = self.reports.add(BatchResult(BATCH, 1.0, 10, 1e-5), {})
+
+
+@pytest.mark.anyio
+async def test_the_speed_does_not_count_the_time_of_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job()
+
+    class Stages:
+        def __init__(self, *_arguments: object) -> None: ...
+
+        async def open(self, dialer: object) -> None: ...
+
+        async def prepare(self, options: str) -> list[tuple[str, ...]]:
+            job.now += 60
+            return [("a",)]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(training_job, "TrainingStages", Stages)
+    plan: Any = SimpleNamespace(epoch=1)
+    assignment: Any = SimpleNamespace(plan=plan, workers=())
+    await job._run_epoch(assignment)
+    assert job.report
+    assert job.report.tokens_per_second == 5.0
