@@ -13,9 +13,9 @@ from cluster.cli.options import Cluster, Home, Level
 from cluster.core.errors import InvalidOption
 from cluster.core.text import parse_size
 from cluster.platform.logs import LogLevel
-from cluster.platform.paths import short_host_name, state_home
+from cluster.platform.paths import state_home
 from cluster.platform.process import accept_signals, allow_open_files, end_with_stdin
-from cluster.security.cluster_choice import resolve_cluster
+from cluster.security.cluster_choice import choose_worker_name, resolve_cluster
 from cluster.worker.settings import Profiling, WorkerSettings
 
 LOOPBACK = "127.0.0.1"
@@ -31,7 +31,8 @@ PrefixDisk = Annotated[
 
 def worker(
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="This worker's name.", show_default="the host's name")
+        str | None,
+        typer.Option(metavar="NAME", help="This worker's name.", show_default="that of init or join, else the host's"),
     ] = None,
     host: Annotated[
         str | None,
@@ -73,10 +74,11 @@ def worker(
     Loads and runs the layers that a coordinator assigns. Runs in the foreground; Ctrl-C ends it.
     """
     folder = state_home(home)
+    cluster = resolve_cluster(cluster, folder)
     settings = WorkerSettings(
-        name=short_host_name() if name is None else name,
+        name=choose_worker_name(name, folder, cluster),
         home=folder,
-        cluster=resolve_cluster(cluster, folder),
+        cluster=cluster,
         host=_host(host, interface),
         port=port,
         data_port=data_port,

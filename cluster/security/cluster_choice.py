@@ -16,6 +16,7 @@ from cluster.core.errors import InvalidOption
 from cluster.core.limits import KIB
 from cluster.core.text import format_address, parse_address
 from cluster.platform.json_file import read_json, write_json
+from cluster.platform.paths import short_host_name
 from cluster.security.name_check import check_name
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,23 @@ MAX_RECORD_BYTES: Final = 4 * KIB
 def is_member(home: Path, cluster: str) -> bool:
     """Return whether this machine is in the cluster."""
     return (home / "clusters" / cluster / "authority.pem").is_file()
+
+
+def choose_worker_name(given: str | None, home: Path, cluster: str) -> str:
+    """Return ``given``, else the name under which this machine is the only worker of ``cluster``, else the host's.
+
+    Raises ``InvalidOption`` if this machine is a worker of the cluster, but not by that name.
+    """
+    certificates = (home / "clusters" / cluster / "workers").glob("*/certificate.pem")
+    known = sorted(certificate.parent.name for certificate in certificates)
+    name = given if given is not None else known[0] if len(known) == 1 else short_host_name()
+    if known and name not in known:
+        raise InvalidOption(
+            f"this Mac is a worker of cluster {cluster} as {' and '.join(known)}, not as {name};"
+            f" give --name {known[0]}, or let another worker join with `macpipe join TOKEN --name NAME`",
+            field="name",
+        )
+    return name
 
 
 def resolve_cluster(given: str | None, home: Path) -> str:

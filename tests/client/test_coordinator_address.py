@@ -15,10 +15,13 @@ from zeroconf.asyncio import AsyncServiceInfo
 
 from cluster.client import AsyncClient, Client
 from cluster.client.coordinator_search import find_coordinator
+from cluster.core.errors import InvalidOption
 from cluster.discovery.coordinator_announcement import SERVICE, announce_coordinator, read_coordinator_sighting
 from cluster.discovery.interfaces import interfaces
 from cluster.discovery.sighting import Sighting
+from cluster.platform.paths import short_host_name
 from cluster.security.cluster_choice import (
+    choose_worker_name,
     remember_cluster,
     remember_coordinator,
     remembered_coordinator,
@@ -155,3 +158,14 @@ def test_a_malformed_announcement_is_no_sighting(properties: dict[bytes, bytes |
 
     assert sighting({b"id": ID.encode()}) == Sighting("127.0.0.1:7700", cluster=ID)
     assert sighting(properties) is None
+
+
+def test_a_worker_has_the_name_of_this_machines_membership(lead: Lead, home: Path) -> None:
+    assert choose_worker_name(None, home, "studio") == "mac-2"
+    assert choose_worker_name("mac-2", home, "studio") == "mac-2"
+    assert choose_worker_name(None, home, "other") == short_host_name()
+    assert choose_worker_name("eve", home, "other") == "eve"
+    lead.admit(Role.WORKER, "mac-3", "00112233aabbccdd", home)
+    for unknown in (None, "eve", ""):
+        with pytest.raises(InvalidOption, match="is a worker of cluster studio as mac-2 and mac-3, not as"):
+            choose_worker_name(unknown, home, "studio")
