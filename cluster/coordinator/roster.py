@@ -203,8 +203,9 @@ class Roster:
         if self._all_stay_unusable():
             return NoWorkers(f"no worker can be used: {'; '.join(others)}")
         found = f"found {', '.join(usable)}" if usable else "found no worker"
+        looked = f"waited {wait_s:.0f} s for" if wait_s else "wanted"
         return NoWorkers(
-            f"waited {wait_s:.0f} s for {wanted or 1} worker{'s' * ((wanted or 1) != 1)} of cluster {self._cluster}, "
+            f"{looked} {wanted or 1} worker{'s' * ((wanted or 1) != 1)} of cluster {self._cluster}, "
             f"{found}{''.join(f'; {o}' for o in others)}. Check that `macpipe worker --cluster {self._cluster}` runs "
             "on each Mac with --host set to its network address, that the Macs share a network that lets multicast "
             "through, or name the workers with --peer HOST:PORT"

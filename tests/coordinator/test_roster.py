@@ -82,4 +82,10 @@ def test_a_worker_that_may_come_back_is_waited_for(monkeypatch: pytest.MonkeyPat
     began = time.monotonic()
     error = refusal(monkeypatch, replace(ADA, version=""), replace(BOB, cluster="lab"), wait_s=0.3)
     assert time.monotonic() - began >= 0.3
+    assert error.sentence.startswith("waited 0 s for 1 worker of cluster c, found no worker")
     assert "found no worker; worker ada does not answer; bob belongs to the cluster lab" in error.sentence
+
+
+def test_a_plan_that_waits_for_nobody_does_not_say_that_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = refusal(monkeypatch, replace(ADA, version=""), wait_s=0)
+    assert error.sentence.startswith("wanted 1 worker of cluster c, found no worker")
