@@ -444,7 +444,7 @@ class Coordinator:
             uptime_seconds=time.monotonic() - self._started,
             repair=repair,
             move=service.move.describe() if service and service.move else None,
-            recoveries=service.recoveries if service else 0,
+            recoveries=self._timeline.recoveries,
             events=self._timeline.describe(),
             warnings=self._warnings(),
             draft_worker=service.draft_worker if service else "",
