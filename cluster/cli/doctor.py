@@ -110,10 +110,17 @@ def examine_macs(
     from cluster.doctor.examination import examine
     from cluster.doctor.finding import add_results, name_mac
     from cluster.doctor.gathering import read_mac
+    from cluster.doctor.network_checks import check_members, leave_out_failures
 
     readings = read_mac(home, members_to_reach(coordinator, answers.state))
     name = short_host_name()
-    results = name_mac(examine(readings), name)
+    judged = readings
+    if answers.state is None and answers.failure:
+        # The coordinator is the only member that is known, so the failed connection and the failed call are one fault.
+        judged = leave_out_failures(readings)
+        if check_members(judged):
+            answers = ClusterAnswers(failure=CheckResult(answers.failure.check, None))
+    results = name_mac(examine(judged), name)
     for one in answers.macs:
         if one.mac == name:
             results = add_results(results, one.results)
@@ -164,7 +171,7 @@ def show_examinations(examined: tuple[MacExamination, ...]) -> None:
             _show_wrapped(screen, "fine: ", ", ".join(fine) or "nothing")
         if unknown:
             _show_wrapped(screen, "not known here: ", ", ".join(unknown))
-        if len(examined) > 1:
+        if len(examined) > 1 and (fine or unknown or not findings):  # an empty line follows each finding as it is
             screen.print()
     screen.print(_count(all_findings(result for one in examined for result in one.results)))
 

@@ -139,7 +139,7 @@ CLUSTER_CHECKS: Final[dict[str, Check[ClusterState]]] = {
 def report_unreachable(sentence: str) -> CheckResult:
     """Return the only result of a cluster whose coordinator cannot be asked; ``sentence`` says why."""
     why = "Without it only this Mac could be examined."
-    finding = Finding(Severity.PROBLEM, sentence, why, "macpipe doctor, on the coordinator's Mac")
+    finding = Finding(Severity.PROBLEM, sentence, why, "macpipe serve MODEL, on the Mac that leads")
     return CheckResult("coordinator", (finding,))
 
 

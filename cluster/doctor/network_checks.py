@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Final
 
@@ -21,11 +22,25 @@ def check_members(readings: Readings) -> list[Finding] | None:
     """Find members to which no connection can be made, and say which permission or program is in the way."""
     if not readings.connections:
         return None
-    blocked = [one for one in readings.connections if one.reached is Reached.NO_ROUTE and is_local(one.host)]
-    if readings.is_mac and blocked:
+    blocked = _blocked(readings)
+    if blocked:
         others = [one for one in readings.connections if one not in blocked]
         return [_explain_permission(blocked), *_explain_failures(others)]
     return _explain_failures(readings.connections)
+
+
+def leave_out_failures(readings: Readings) -> Readings:
+    """Return the readings without failed connections, except those that macOS blocked: only this Mac knows of that."""
+    blocked = _blocked(readings)
+    kept = tuple(one for one in readings.connections if one.reached is Reached.CONNECTED or one in blocked)
+    return replace(readings, connections=kept)
+
+
+def _blocked(readings: Readings) -> list[MemberConnection]:
+    """Return the connections that this Mac's permission for the local network does not allow."""
+    if not readings.is_mac:
+        return []
+    return [one for one in readings.connections if one.reached is Reached.NO_ROUTE and is_local(one.host)]
 
 
 def is_local(host: str) -> bool:

@@ -16,6 +16,9 @@ from cluster.cli.doctor import ClusterAnswers, examinations_as_json, examine_mac
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.examination import encode_examination
 from cluster.core.examination import CheckResult, Finding, MacExamination, Severity
+from cluster.doctor.cluster_checks import report_unreachable
+from cluster.doctor.readings import MemberConnection, Reached, Readings, Versions
+from cluster.platform.mac_commands import MacOutputs
 
 Macpipe = Any
 LONG = Finding(
@@ -135,6 +138,29 @@ def test_doctor_without_a_coordinator_still_judges_this_machine(macpipe: Macpipe
     assert done.returncode == 1
     assert "PROBLEM: no coordinator answers at 127.0.0.1:1" in done.stdout
     assert "fine: " in done.stdout
+    assert "\n  mend: macpipe serve MODEL, on the Mac that leads\n\n1 problem" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("reached", "system", "mac", "cluster"),
+    [
+        (Reached.REFUSED, "Darwin", "unknown", "found"),
+        (Reached.NO_ROUTE, "Linux", "unknown", "found"),
+        (Reached.CONNECTED, "Darwin", "ok", "found"),
+        (Reached.NO_ROUTE, "Darwin", "found", "unknown"),
+    ],
+)
+def test_a_coordinator_that_does_not_answer_is_one_problem(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reached: Reached, system: str, mac: str, cluster: str
+) -> None:
+    """The finding of the permission for the local network stays, for only this Mac knows of it."""
+    peer = MemberConnection("the coordinator", "192.168.1.7", 7700, reached)
+    readings = Readings(system, 0.0, MacOutputs(), Versions("0.1.0", "3.12.4"), str(tmp_path), 0, connections=(peer,))
+    monkeypatch.setattr("cluster.doctor.gathering.read_mac", lambda *_: readings)
+    read, examined = examine_macs(tmp_path, None, ClusterAnswers(failure=report_unreachable("no coordinator answers")))
+    outcomes = list(examinations_as_json(examined)["checks"].values())
+    assert (outcomes[0]["connections to members"], outcomes[1]["coordinator"]) == (mac, cluster)
+    assert read.connections == (peer,), "a report holds what was read"
 
 
 def test_report_writes_a_private_bundle_and_never_over_a_file(
