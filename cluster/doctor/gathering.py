@@ -191,8 +191,16 @@ def _read_profiles(home: Path) -> Iterator[ProfileReading]:
     for worker in _folders(home / "workers"):
         path = home / "workers" / worker / "profile.json"
         try:
-            yield ProfileReading(worker, path.stat().st_mtime, str(read_json(path, MAX_PROFILE_BYTES)["key"]))
-        except (OSError, ValueError, TypeError, KeyError):  # the worker ignores such a file and measures again
+            kept = read_json(path, MAX_PROFILE_BYTES)
+            disturbed = str(kept.get("disturbed", ""))
+            yield ProfileReading(worker, path.stat().st_mtime, str(kept["key"]), disturbed)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+        ):  # the worker ignores such a file and measures again
             continue
 
 

@@ -53,6 +53,8 @@ class ProfileReading:
     worker: str
     written: float
     key: str
+    disturbed: str = ""
+    """What disturbed the measurement, in words; "" if nothing did."""
 
 
 @dataclass(frozen=True, slots=True)

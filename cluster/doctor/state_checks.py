@@ -6,7 +6,7 @@ from typing import Final
 
 from cluster.core.examination import Finding, Severity
 from cluster.core.text import count_in_words, duration_in_words
-from cluster.doctor.readings import CertificateReading, Readings
+from cluster.doctor.readings import CertificateReading, ProfileReading, Readings
 from cluster.security.certificate_renewal import due_at
 
 DAY_S: Final = 86_400.0
@@ -42,17 +42,26 @@ def _check_certificate(one: CertificateReading, now: float) -> list[Finding]:
 
 
 def check_profiles(readings: Readings) -> list[Finding]:
-    """Find measurements of a worker's speed that are old."""
+    """Find measurements of a worker's speed that are old, or that were made while the Mac was busy."""
     return [
         Finding(
             Severity.NOTE,
-            f"the stored speed of worker {one.worker} is {duration_in_words(readings.now - one.written)} old",
+            what,
             "Plans divide layers by measured speed.",
             f"macpipe worker --name {one.worker} --profile new",
         )
         for one in readings.profiles
-        if readings.now - one.written > OLD_PROFILE_S
+        if (what := _describe_profile(one, readings.now))
     ]
+
+
+def _describe_profile(one: ProfileReading, now: float) -> str:
+    """Return what may be wrong with a worker's stored speed, or an empty string."""
+    if one.disturbed:
+        return f"the speed of worker {one.worker} was measured while this Mac was busy: {one.disturbed}"
+    if now - one.written > OLD_PROFILE_S:
+        return f"the stored speed of worker {one.worker} is {duration_in_words(now - one.written)} old"
+    return ""
 
 
 def check_processes(readings: Readings) -> list[Finding] | None:

@@ -162,6 +162,12 @@ NOTES = [
         "200 days old",
         "--profile new",
     ),
+    (
+        "measured speed",
+        mac(profiles=(ProfileReading("mac-1", NOW - DAY, "key", "9.0 programs ran on 8 processors"),)),
+        "measured while this Mac was busy: 9.0 programs",
+        "macpipe worker --name mac-1 --profile new",
+    ),
 ]
 
 

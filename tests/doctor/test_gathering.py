@@ -32,7 +32,7 @@ def test_reads_what_is_there(tmp_path: Path) -> None:
     assert [one.reached for one in found.connections] == [Reached.CONNECTED, Reached.REFUSED]
     assert found.versions.mlx
     assert found.disk_free
-    assert [(one.worker, one.key) for one in found.profiles] == [("mac-1", "a key")]
+    assert [(one.worker, one.key, one.disturbed) for one in found.profiles] == [("mac-1", "a key", "hot")]
 
 
 def test_an_empty_or_missing_home_has_nothing(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_certificates_are_read_and_damage_is_told(tmp_path: Path) -> None:
 
 
 def write_json_profile(home: Path) -> None:
-    for worker, content in (("mac-1", {"key": "a key"}), ("mac-2", ["no profile"])):
+    for worker, content in (("mac-1", {"key": "a key", "disturbed": "hot"}), ("mac-2", ["no profile"])):
         (home / "workers" / worker).mkdir(parents=True)
         write_json(home / "workers" / worker / "profile.json", content)
     (home / "workers" / "mac-3").mkdir()
