@@ -79,8 +79,14 @@ def install(ctx: typer.Context, daemon: Daemon, home: Home = None) -> None:
 def uninstall(daemon: Daemon) -> None:
     """Stop a service and remove its definition. Its log and state stay."""
     manager = installed_manager(daemon)
-    manager.uninstall(daemon)
-    sys.stdout.write(f"removed {manager.definition_path(daemon)}\n")
+    path = manager.definition_path(daemon)
+    try:
+        untold = manager.uninstall(daemon)
+    except OSError as e:
+        raise MacpipeError(f"cannot remove {path}: {e.strerror}; check who owns that folder, then try again") from None
+    sys.stdout.write(f"removed {path}\n")
+    if untold:
+        sys.stderr.write(f"the service manager could not be told: {untold}; {daemon} may run until you log out\n")
 
 
 @service.command(cls=Command)

@@ -53,10 +53,15 @@ class Launchd:
         self._folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.definition_path(definition.daemon), plistlib.dumps(property_list(definition)))
 
-    def uninstall(self, daemon: str) -> None:
-        """Unload the agent if it is loaded, and remove its property list."""
-        self.stop(daemon)
+    def uninstall(self, daemon: str) -> str:
+        """Unload the agent if it is loaded, and remove its property list. Return why it could not be unloaded."""
+        why = ""
+        try:
+            self.stop(daemon)
+        except MacpipeError as error:
+            why = error.sentence
         self.definition_path(daemon).unlink(missing_ok=True)
+        return why
 
     def start(self, daemon: str) -> None:
         """Load the agent anew, so that launchd reads the current property list; it starts at once."""

@@ -64,8 +64,11 @@ class ServiceManager(Protocol):
     def install(self, definition: ServiceDefinition) -> None:
         """Write the definition. The service starts at the next login, or with ``start``."""
 
-    def uninstall(self, daemon: str) -> None:
-        """Stop the service and remove its definition."""
+    def uninstall(self, daemon: str) -> str:
+        """Stop the service and remove its definition, even where the manager cannot be told.
+
+        Return why it could not be told; "" if it was. Raise OSError if the definition cannot be removed.
+        """
 
     def start(self, daemon: str) -> None:
         """Start the service."""

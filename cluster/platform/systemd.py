@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cluster.core.errors import MacpipeError
 from cluster.platform.private_files import replace_file
 from cluster.platform.services import (
     RESTART_S,
@@ -17,6 +18,10 @@ from cluster.platform.services import (
 )
 
 _SYSTEMCTL = ("systemctl", "--user")
+_TARGET = "default.target"
+_NO_BUS = "Failed to connect to"
+"""How systemctl begins to say that the user's manager does not run, as in a session of ssh, su or a container."""
+_GET_MANAGER = "log in at the desktop or run `loginctl enable-linger USER`, then try again"
 
 
 class Systemd:
@@ -35,22 +40,47 @@ class Systemd:
         """Write the unit and enable it, so that it starts with the user's manager."""
         self._folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.definition_path(definition.daemon), unit_text(definition).encode())
-        require_success(self._run, *_SYSTEMCTL, "daemon-reload")
-        require_success(self._run, *_SYSTEMCTL, "enable", unit_name(definition.daemon))
+        try:
+            self._order("daemon-reload")
+            self._order("enable", unit_name(definition.daemon))
+        except MacpipeError as error:
+            left = f"{self.definition_path(definition.daemon)} is written but not enabled"
+            remedy = f"`macpipe service uninstall {definition.daemon}` removes it"
+            raise MacpipeError(f"{error.sentence}; {left}, and {remedy}") from None
 
-    def uninstall(self, daemon: str) -> None:
-        """Stop and disable the unit, and remove it."""
-        require_success(self._run, *_SYSTEMCTL, "disable", "--now", unit_name(daemon))
+    def uninstall(self, daemon: str) -> str:
+        """Stop and disable the unit, and remove it. Return why systemd could not be told."""
+        why = ""
+        try:
+            require_success(self._run, *_SYSTEMCTL, "disable", "--now", unit_name(daemon))
+            self._remove(daemon)
+            require_success(self._run, *_SYSTEMCTL, "daemon-reload")
+        except MacpipeError as error:
+            why = error.sentence
+            self._remove(daemon)
+        return why
+
+    def _remove(self, daemon: str) -> None:
+        """Remove the unit, and the link that enables it."""
+        (self._folder / f"{_TARGET}.wants" / unit_name(daemon)).unlink(missing_ok=True)
         self.definition_path(daemon).unlink(missing_ok=True)
-        require_success(self._run, *_SYSTEMCTL, "daemon-reload")
 
     def start(self, daemon: str) -> None:
         """Start the unit, or restart it with its current definition."""
-        require_success(self._run, *_SYSTEMCTL, "restart", unit_name(daemon))
+        self._order("restart", unit_name(daemon))
 
     def stop(self, daemon: str) -> None:
         """Stop the unit."""
-        require_success(self._run, *_SYSTEMCTL, "stop", unit_name(daemon))
+        self._order("stop", unit_name(daemon))
+
+    def _order(self, *words: str) -> None:
+        """Run systemctl. Raise MacpipeError if it fails; where the user has no manager, it says how to get one."""
+        try:
+            require_success(self._run, *_SYSTEMCTL, *words)
+        except MacpipeError as error:
+            if _NO_BUS not in error.sentence:
+                raise
+            raise MacpipeError(f"{error.sentence}; {_GET_MANAGER}") from None
 
     def state(self, daemon: str) -> ServiceState:
         """Return the unit's state."""
@@ -74,7 +104,7 @@ def unit_text(definition: ServiceDefinition) -> str:
         f"WorkingDirectory={str(definition.folder).replace('%', '%%')}\n"
         f"StandardOutput=append:{log}\nStandardError=append:{log}\n"
         f"Restart=always\nRestartSec={RESTART_S}\nTimeoutStopSec={STOP_S}\n\n"
-        "[Install]\nWantedBy=default.target\n"
+        f"[Install]\nWantedBy={_TARGET}\n"
     )
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli.service import PASSED_ON, own_command, service_environment
+from cluster.cli.service import PASSED_ON, own_command, service_environment, uninstall
+from cluster.core.errors import MacpipeError
+from cluster.platform.services import Finished
+from cluster.platform.systemd import Systemd
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stands in for systemctl")
 SYSTEMCTL = """#!/bin/sh
@@ -68,6 +71,23 @@ def test_a_service_is_installed_watched_and_removed(service: Service, tmp_path: 
     assert service("uninstall", "worker").returncode == 0
     assert not unit.exists()
     assert log.exists()
+
+
+def test_a_service_is_removed_although_systemd_cannot_be_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    manager = Systemd(tmp_path, lambda *_: Finished(1, "Failed to connect to bus: No medium found\n"))
+    monkeypatch.setattr("cluster.cli.service.service_manager", lambda: manager)
+    unit = manager.definition_path("worker")
+    unit.touch()
+    uninstall("worker")
+    said = capsys.readouterr()
+    assert (said.out, unit.exists()) == (f"removed {unit}\n", False)
+    why = "`systemctl --user disable --now macpipe-worker.service` failed: Failed to connect to bus: No medium found"
+    assert said.err == f"the service manager could not be told: {why}; worker may run until you log out\n"
+    unit.mkdir()
+    with pytest.raises(MacpipeError, match=f"cannot remove {unit}: "):
+        uninstall("worker")
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,28 @@ def test_a_failed_command_is_an_error_with_what_it_said(tmp_path: Path) -> None:
 def test_an_agent_is_removed_with_its_list(tmp_path: Path) -> None:
     manager = Launchd(tmp_path, Commands(Finished(113, "")))
     manager.install(definition(tmp_path))
-    manager.uninstall("worker")
+    assert not manager.uninstall("worker")
     assert not manager.definition_path("worker").exists()
+
+
+def test_a_definition_is_removed_although_its_manager_cannot_be_told(tmp_path: Path) -> None:
+    agents = Launchd(tmp_path, Commands(Finished(0, RUNNING), Finished(5, "Boot-out failed: 5: Input/output error")))
+    agents.install(definition(tmp_path))
+    assert "Boot-out failed: 5" in agents.uninstall("worker")
+    assert not agents.definition_path("worker").exists()
+    refused = Commands(Finished(0, ""), Finished(0, ""), Finished(1, "Failed to connect to bus: No medium found"))
+    units = Systemd(tmp_path / "user", refused)
+    units.install(definition(tmp_path))
+    enabled = tmp_path / "user" / "default.target.wants" / "macpipe-worker.service"
+    enabled.parent.mkdir()
+    enabled.symlink_to(units.definition_path("worker"))
+    assert "No medium found" in units.uninstall("worker")
+    assert not enabled.is_symlink()
+    assert not units.definition_path("worker").exists()
+    with pytest.raises(MacpipeError, match="No medium found; log in at the desktop or run `loginctl enable-linger"):
+        units.start("worker")
+    with pytest.raises(MacpipeError, match=r"macpipe-worker\.service is written but not enabled, and `macpipe service"):
+        units.install(definition(tmp_path))
 
 
 def test_a_unit_is_enabled_and_removed(tmp_path: Path) -> None:
