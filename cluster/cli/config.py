@@ -31,7 +31,7 @@ def show(
     file: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file with its options.")] = None,
     json: Json = False,
 ) -> None:
-    """Print the options of a worker or of serve, and where each comes from.
+    """Print the options of worker or serve, and where each comes from.
 
     Nothing is started. Options after -- count as given on the command line.
     """

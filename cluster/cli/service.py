@@ -49,10 +49,10 @@ class ServiceFacts:
 
 @service.command(cls=Command, context_settings={"allow_extra_args": True})
 def install(ctx: typer.Context, daemon: Daemon, home: Home = None) -> None:
-    """Define a service that starts at login and is restarted whenever it ends.
+    """Define a service that starts when you log in.
 
-    Options after -- are those of `macpipe worker` or `macpipe serve`, for example --config FILE. They are checked
-    now. Installing again replaces the definition.
+    It is restarted whenever it ends. Options after -- are those of `macpipe worker` or `macpipe serve`, for example
+    --config FILE. They are checked now. Installing again replaces the definition.
     """
     from cluster.platform.private_files import make_private_folder, not_written
     from cluster.platform.services import ServiceDefinition
