@@ -60,6 +60,16 @@ class WorkFolder:
         """Record that the first ``tensors`` tensors are on disk."""
         write_json(self._record, {"key": key, "tensors": tensors})
 
+    def discard_unused(self) -> None:
+        """Delete this folder if no progress is recorded: there is nothing from which to continue."""
+        if self._record.exists():
+            return
+        self.remove_source()
+        shutil.rmtree(self.model, ignore_errors=True)
+        with suppress(OSError):  # it has a file that is not ours
+            (self.path / "lock").unlink(missing_ok=True)
+            self.path.rmdir()
+
     def finish(self) -> None:
         """Give the finished model its name, and delete the rest of this folder. Raises InvalidOption if it exists."""
         for file in self.model.iterdir():
@@ -82,7 +92,8 @@ class WorkFolder:
 def open_work_folder(target: Path) -> Iterator[WorkFolder]:
     """Create or open the work folder of ``target``, and hold it during the block.
 
-    Raises InvalidOption if ``target`` exists, cannot be created, or another process writes it, and DiskFull.
+    A block that fails before any progress is recorded leaves no folder. Raises InvalidOption if ``target`` exists,
+    cannot be created, or another process writes it, and DiskFull.
     """
     refuse_existing(target)
     work = WorkFolder(target)
@@ -92,7 +103,11 @@ def open_work_folder(target: Path) -> Iterator[WorkFolder]:
     try:
         with report_write_errors(work.path):
             _lock(lock, target)
-        yield work
+        try:
+            yield work
+        except BaseException:
+            work.discard_unused()
+            raise
     finally:
         os.close(lock)
 

@@ -60,7 +60,8 @@ class Conversion:
 def convert_model(model: Module, config: dict[str, Any], conversion: Conversion) -> tuple[Module, dict[str, Any]]:
     """Do what mlx-lm's ``convert`` does between loading and saving. Return the model and its new config.
 
-    The model is modified. Raises ModelUnsupported if mlx-lm cannot convert it so.
+    The model is modified. Raises ModelUnsupported if mlx-lm cannot convert it so, and InvalidOption if all of it is
+    quantized otherwise already.
     """
     try:
         predicate = _predicate(model, conversion)
@@ -84,7 +85,29 @@ def _quantize(
         quantized: tuple[Module, dict[str, Any]] = quantize_model(
             model, config, wanted.group_size, wanted.bits, mode=wanted.mode, quant_predicate=predicate
         )
+    _require_quantized(config, quantized[1], wanted, bool(predicate))
     return quantized
+
+
+def _require_quantized(
+    before: Mapping[str, Any], after: Mapping[str, Any], wanted: Quantization, is_mixed: bool
+) -> None:
+    """Raise InvalidOption if nothing was left to quantize, and the weights are not as ``wanted``.
+
+    mlx-lm leaves quantized weights as they are. It quantizes the rest of a model, such as all but gpt-oss's experts,
+    and then notes each matrix in the config.
+    """
+    old = before.get("quantization")
+    if not old or old != after["quantization"]:
+        return
+    found = Quantization(old["bits"], old["group_size"], old.get("mode", "affine"))
+    if found != wanted or is_mixed:
+        raise InvalidOption(
+            f"the model is quantized to {found} already, so it cannot be quantized to "
+            f"{'mixed bits' if is_mixed else wanted}; leave out --bits and the other options that quantize, or "
+            "dequantize it first with --dequantize",
+            field="bits",
+        )
 
 
 def _predicate(model: Module, conversion: Conversion) -> Callable[..., Any] | None:

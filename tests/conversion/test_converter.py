@@ -120,6 +120,32 @@ def test_back_from_four_bits(tmp_path: Path) -> None:
     assert model(mx.array([tokenizer.encode("the")])).shape[-1] == 320
 
 
+@pytest.mark.parametrize(
+    ("conversion", "wanted"),
+    [
+        (Conversion(Quantization(8, 32)), "8 bits (affine, groups of 32)"),
+        (Conversion(Quantization(4, 64)), "4 bits (affine, groups of 64)"),
+        (Conversion(Quantization(4, 32, "mxfp4")), "4 bits (mxfp4, groups of 32)"),
+        (Conversion(Quantization(4, 32), "mixed_2_6"), "mixed bits"),
+    ],
+)
+def test_a_quantized_model_is_not_quantized_otherwise(conversion: Conversion, wanted: str, tmp_path: Path) -> None:
+    """mlx-lm would write it with its old bits, without a word."""
+    source = make("llama_4bit", tmp_path / "source")
+    with pytest.raises(InvalidOption) as refused:
+        convert_checkpoint(source, tmp_path / "out", conversion, ignore)
+    assert refused.value.sentence == (
+        "the model is quantized to 4 bits (affine, groups of 32) already, so it cannot be quantized to "
+        f"{wanted}; leave out --bits and the other options that quantize, or dequantize it first with --dequantize"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_quantized_model_is_copied_by_its_own_quantization(tmp_path: Path) -> None:
+    source = make("llama_4bit", tmp_path / "source")
+    convert_both(source, tmp_path, FOUR_BITS, quantize=True, q_bits=4, q_group_size=32)
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Two of the largest layer are enough, also where mlx-lm stacks experts that are published one by one."""
     config = {**architectures()["qwen3_moe"].config, "num_hidden_layers": 8, "hidden_size": 128}
