@@ -8,15 +8,16 @@ where the file has them, or an error, as one line of JSON.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, ReaderField, ReaderTensor, dequantize
 from gguf.constants import GGML_QUANT_SIZES
 
 from cluster.conversion.gguf_config import build_config, require_supported
@@ -30,6 +31,38 @@ DTYPES: Final[Mapping[str, tuple[str, int]]] = {"float16": ("F16", 2), "bfloat16
 """MLX's type -> the safetensors format's name of it, and bytes of a number."""
 FILE_TYPES: Final[Mapping[int, str]] = {0: "float32", 1: "float16"}
 """``general.file_type`` -> the type of the model's numbers, for files without quantized ones."""
+
+
+class WholeFileReader(GGUFReader):
+    """Raises BadCheckpoint for a file that ends too early, where the package would fail to reshape what is there."""
+
+    def __init__(self, file: Path) -> None:
+        self._name = file.name
+        super().__init__(file)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise BadCheckpoint(
+                f"{self._name} is cut off or damaged: it ends at byte {len(self.data)}, inside its header; "
+                "download it again"
+            )
+        return super()._get(offset, dtype, count, override_order)
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        """Compare the file's size with the last tensor's end, before any tensor is read."""
+        end = max((start_offs + _end_of(field) for field in fields), default=0)
+        if end > len(self.data):
+            raise BadCheckpoint(
+                f"{self._name} is cut off: it ends at {len(self.data)} of {end} bytes; download it again"
+            )
+        super()._build_tensors(start_offs, fields)
+
+
+def _end_of(field: ReaderField) -> int:
+    """Return where a tensor ends, counted from the first tensor's begin."""
+    *_, dims, kind, offset = field.parts
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+    return int(offset[0]) + int(math.prod(dims.tolist())) * block_bytes // block
 
 
 def main(file: str, folder: str, dtype: str) -> None:
@@ -46,9 +79,9 @@ def main(file: str, folder: str, dtype: str) -> None:
 def write_checkpoint(file: Path, folder: Path, dtype: str) -> Sequence[GgufTensor]:
     """Write config, tokenizer and safetensors headers. Return the tensors. Raises MacpipeError and OSError."""
     try:
-        reader = GGUFReader(file)
+        reader = WholeFileReader(file)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except OSError:
+    except (OSError, MacpipeError):
         raise
     except Exception as error:  # a damaged file makes the reader raise anything
         raise BadCheckpoint(
@@ -56,7 +89,6 @@ def write_checkpoint(file: Path, folder: Path, dtype: str) -> Sequence[GgufTenso
         ) from error
     architecture = require_supported(metadata)
     stored = [_describe(tensor) for tensor in reader.tensors]
-    _require_whole(file, stored)
     dtype = dtype or FILE_TYPES.get(metadata.get("general.file_type", -1), "bfloat16")
     shapes = {tensor.name: tensor.shape for tensor in stored}
     vocabulary = shapes.get("token_embd.weight", (0,))[0]
@@ -81,12 +113,6 @@ def _describe(tensor: ReaderTensor) -> StoredTensor:
         ) from error
     shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
     return StoredTensor(tensor.name, int(kind), shape, int(tensor.data_offset), int(tensor.n_bytes))
-
-
-def _require_whole(file: Path, stored: Sequence[StoredTensor]) -> None:
-    missing = max((tensor.offset + tensor.nbytes for tensor in stored), default=0) - file.stat().st_size
-    if missing > 0:
-        raise BadCheckpoint(f"{file.name} is cut short: {missing} bytes are missing; get the file again")
 
 
 def _write_holes(folder: Path, tensors: Sequence[GgufTensor], dtype: str) -> None:

@@ -258,13 +258,20 @@ def test_what_cannot_be_converted_is_named(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("left", [2000, 30, 4])
+@pytest.mark.parametrize("left", [-100, -20_000, 1000, 30, 4])
 def test_files_that_are_cut_short(left: int, tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     size = (tmp_path / "model.gguf").stat().st_size
-    os.truncate(tmp_path / "model.gguf", size - 100 if left == 2000 else left)
-    with pytest.raises(BadCheckpoint, match=r"model\.gguf"):
+    left = left if left > 0 else size + left
+    os.truncate(tmp_path / "model.gguf", left)
+    with pytest.raises(BadCheckpoint) as refused:
         convert_gguf(tmp_path / "model.gguf", tmp_path / "out", Conversion(), ignore, write_checkpoint)
+    if left > size // 2:
+        why = f"is cut off: it ends at {left} of {size} bytes"
+    else:
+        why = f"is cut off or damaged: it ends at byte {left}, inside its header"
+    assert refused.value.sentence == f"model.gguf {why}; download it again"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def test_the_reason_for_a_refusal_comes_from_the_process_that_reads(tmp_path: Path) -> None:
