@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import select
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.generate import require_utf8
 from cluster.cli.options import Cluster, Coordinator, Json, answer_options, takes_options
 from cluster.core.errors import InvalidOption, NotServing
 
@@ -45,6 +47,8 @@ def chat(
     with errors_in_json(json):
         if json and message is None:
             raise InvalidOption("--json needs --message", field="json")
+        for text, source, field in ((message, "-m / --message", "message"), (system, "--system", "system")):
+            require_utf8(text or "", source, field)
         from cluster.client import Client
 
         with Client(coordinator, cluster=cluster) as client:
@@ -66,7 +70,7 @@ def converse(client: Client, options: Options, system: str = "") -> None:
         _greet(state)
         _chat_on_terminal(session)
     else:
-        for line in _read_piped_lines():
+        for line in read_piped_lines():
             if not session.handle_line(line):
                 return
 
@@ -137,13 +141,12 @@ def _is_more_pasted() -> bool:
     return bool(select.select([sys.stdin], [], [], PASTE_S)[0])
 
 
-def _read_piped_lines() -> Iterator[str]:
-    try:
-        yield from (line.rstrip("\n") for line in sys.stdin)
-    except UnicodeDecodeError:
-        raise InvalidOption(
-            "standard input is not UTF-8 text; convert it, for example with iconv", field="message"
-        ) from None
+def read_piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input. Raise InvalidOption at the first one that is not UTF-8, in every locale."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else a whole block of lines would fail
+    for number, line in enumerate(sys.stdin, start=1):
+        yield require_utf8(line.rstrip("\n"), f"line {number} of standard input", "message")
 
 
 def _send_once(client: Client, message: str, system: str | None, options: Options, *, json: bool) -> None:

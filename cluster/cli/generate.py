@@ -54,6 +54,8 @@ def generate(
         if trace and not json:
             raise InvalidOption("--trace needs --json", field="trace")
         text = read_prompt(prompt, file)
+        if system is not None:
+            require_utf8(system, "--system", "system")
         if logprobs is not None:
             options |= {"logprobs": True, "top_logprobs": logprobs}
         if trace:
@@ -71,11 +73,28 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     try:
         if file is not None:
             return file.read_text(encoding="utf-8")
-        return sys.stdin.buffer.read().decode() if prompt == "-" else prompt or ""
+        return (
+            sys.stdin.buffer.read().decode() if prompt == "-" else require_utf8(prompt or "", "-p / --prompt", "prompt")
+        )
     except UnicodeDecodeError:
         raise InvalidOption(f"{file or 'standard input'} is not UTF-8 text", field="prompt") from None
     except OSError as error:
         raise InvalidOption(f"{file} cannot be read: {error.strerror}", field="file") from None
+
+
+def require_utf8(text: str, source: str, field: str) -> str:
+    """Return ``text``, which came from ``source``. Raise InvalidOption if it has bytes that are not UTF-8.
+
+    Python keeps such bytes of an argument, and of a line in some locales, as lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidOption(
+            f"{source} holds bytes that are not UTF-8, so it was not sent; convert it, for example with iconv",
+            field=field,
+        ) from None
+    return text
 
 
 def _answer(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+import sys
 
-from cluster.cli.chat import read_message
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli.chat import read_message, read_piped_lines
+from cluster.cli.main import app
 from cluster.cli.word_wrap import WordWrapper
+from cluster.core.errors import InvalidOption
 
 WRAPPED = [
     ("one two three four", "one two\nthree four"),
@@ -36,3 +42,33 @@ def test_a_message_may_have_lines() -> None:
     assert read_all("def f():", "    pass", pasted=1) == "def f():\n    pass"
     with pytest.raises(UnicodeError):
         read_all("\udce4")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_piped_line_that_is_not_utf8_ends_the_chat(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines before it are sent. Locales differ in ``errors``."""
+    piped = io.BytesIO(b"Why?\nhi \xed\xa0\x80 there\nHow?\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(piped, encoding="utf-8", errors=errors))
+    lines = read_piped_lines()
+    assert next(lines) == "Why?"
+    with pytest.raises(InvalidOption) as refused:
+        next(lines)
+    assert refused.value.sentence == (
+        "line 2 of standard input holds bytes that are not UTF-8, so it was not sent; convert it, for example with "
+        "iconv"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "source"),
+    [
+        ("generate -p", "-p / --prompt"),
+        ("generate -p hi --system", "--system"),
+        ("chat -m", "-m / --message"),
+        ("chat --system", "--system"),
+    ],
+)
+def test_an_option_that_is_not_utf8_is_named(command: str, source: str) -> None:
+    ended = CliRunner().invoke(app, [*command.split(), "a\udced\udca0\udc80"], prog_name="macpipe")
+    assert isinstance(ended.exception, InvalidOption)
+    assert ended.exception.sentence.startswith(f"{source} holds bytes that are not UTF-8, so it was not sent; ")
