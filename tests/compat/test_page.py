@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.api.http.page_files import FOLDER
+from cluster.api.http.sse import event
+from cluster.core.cluster_state import ClusterState, ServingState
+from cluster.core.json_types import to_json_types
+from cluster.core.request import SamplingParams
 from cluster.security.keys import KeyScope, KeyStore
 from compat.conftest import Served
 from integration.daemons import Cluster, free_port
@@ -24,6 +30,7 @@ AXE = os.environ.get("MACPIPE_AXE", "")
 """Path of axe.min.js from the npm package axe-core."""
 WAIT_MS = 60_000
 PHONE = {"width": 390, "height": 844}
+DESKTOP = {"width": 1280, "height": 900}
 
 pytestmark = [
     pytest.mark.xdist_group("compat"),
@@ -64,6 +71,38 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
         context.close()
 
 
+@pytest.fixture
+def show(visit: Callable[..., Any]) -> Callable[..., Any]:
+    """Open the page without a cluster: it is fed ``state``, and ``page.told`` are the bodies that it sends."""
+
+    def open_page(state: ClusterState, view: str) -> Any:
+        facts = to_json_types(state) | {"requests_live": len(state.requests), "models": [], "loading": None}
+        answers = {
+            "/": (FOLDER / "index.html").read_text(),
+            "/api/session": json.dumps({"required": False, "name": None, "scope": "admin", "problem": None}),
+            "/api/events": event(facts, "cluster").decode(),
+            "/api/chat": 'data: {"choices": [{"delta": {"content": "A link."}}]}\n\ndata: [DONE]\n\n',
+        }
+        kinds = {"/": "text/html", "/api/events": "text/event-stream"}
+        told: list[Any] = []
+
+        def answer(route: Any) -> None:
+            path = httpx.URL(route.request.url).path
+            if path.startswith("/page/"):
+                route.fulfill(path=FOLDER / path.removeprefix("/page/"))
+                return
+            told.extend([route.request.post_data_json] if path == "/api/chat" else [])
+            route.fulfill(body=answers[path], content_type=kinds.get(path, "application/json"))
+
+        page = visit("about:blank", viewport=DESKTOP)
+        page.told = told
+        page.route("**/*", answer)
+        page.goto(f"http://page.test/#{view}")
+        return page
+
+    return open_page
+
+
 def sign_in(page: Any, key: str) -> None:
     page.fill("#key", key)
     page.keyboard.press("Enter")
@@ -88,6 +127,12 @@ def test_the_page_shows_the_macs_and_chats_on_a_phone_without_another_host(
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert {httpx.URL(url).netloc for url in page.asked} == {httpx.URL(faq.http).netloc}
     assert not page.problems
+
+
+def test_the_chat_samples_as_the_command_line_does(show: Callable[..., Any]) -> None:
+    page = show(ClusterState("lab", "1", ServingState.SERVING), "chat")
+    assert ask(page, "What is a hop?") == "A link."
+    assert [body["temperature"] for body in page.told] == [SamplingParams().temperature] == [0]
 
 
 @pytest.mark.long

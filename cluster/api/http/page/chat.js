@@ -6,6 +6,8 @@ import { markdown } from "./markdown.js";
 import { events, send } from "./server.js";
 
 const DRAW_MS = 80;
+/** The most likely token always, as `macpipe chat` does: small models sampled at 1, the API's default, may ramble. */
+const TEMPERATURE = 0;
 const turns = [];
 let parts = null;
 let context = null;
@@ -115,7 +117,7 @@ async function answer() {
   running = new AbortController();
   render();
   try {
-    const body = { messages, stream: true, stream_options: { include_usage: true } };
+    const body = { messages, temperature: TEMPERATURE, stream: true, stream_options: { include_usage: true } };
     if (parts.model.value) body.model = parts.model.value;
     const response = await send("POST", "api/chat", body, running.signal);
     for await (const chunk of events(response)) read(turn, chunk);
