@@ -17,7 +17,7 @@ import pytest
 
 from cluster.api.http.page_files import FOLDER
 from cluster.api.http.sse import event
-from cluster.core.cluster_state import ClusterState, ServingState
+from cluster.core.cluster_state import ClusterState, Repair, ServingState
 from cluster.core.json_types import to_json_types
 from cluster.core.request import SamplingParams
 from cluster.security.keys import KeyScope, KeyStore
@@ -133,6 +133,12 @@ def test_the_chat_samples_as_the_command_line_does(show: Callable[..., Any]) -> 
     page = show(ClusterState("lab", "1", ServingState.SERVING), "chat")
     assert ask(page, "What is a hop?") == "A link."
     assert [body["temperature"] for body in page.told] == [SamplingParams().temperature] == [0]
+
+
+def test_the_chat_says_why_it_waits_in_sentences(show: Callable[..., Any]) -> None:
+    repair = Repair("fay", "the worker fay does not answer", 2.0, "planning", 6.0, 1)
+    page = show(ClusterState("lab", "1", ServingState.RECOVERING, repair=repair), "chat")
+    assert page.inner_text("#chat .foot [role=status]").endswith("it is back. The worker fay does not answer.")
 
 
 @pytest.mark.long

@@ -3,7 +3,7 @@
 import { fill, h } from "./dom.js";
 import { figure, whole } from "./format.js";
 import { markdown } from "./markdown.js";
-import { events, send } from "./server.js";
+import { events, send, sentence } from "./server.js";
 
 const DRAW_MS = 80;
 /** The most likely token always, as `macpipe chat` does: small models sampled at 1, the API's default, may ramble. */
@@ -35,7 +35,7 @@ export function showChat(root, given) {
     failed: "The model cannot be served now.",
     idle: "No model is loaded.",
   }[state];
-  fill(parts.note, state === "recovering" && repair ? `${waiting} ${repair.cause}.` : (waiting ?? ""));
+  fill(parts.note, state === "recovering" && repair ? `${waiting} ${sentence(repair.cause)}` : (waiting ?? ""));
   renderButtons();
 }
 
