@@ -141,6 +141,11 @@ def test_the_chat_says_why_it_waits_in_sentences(show: Callable[..., Any]) -> No
     assert page.inner_text("#chat .foot [role=status]").endswith("it is back. The worker fay does not answer.")
 
 
+def test_without_a_model_no_stage_is_idle(show: Callable[..., Any]) -> None:
+    page = show(ClusterState("lab", "1", ServingState.IDLE), "cluster")
+    assert page.inner_text("[data-key=Idle] .big") == "\N{EN DASH}"
+
+
 @pytest.mark.long
 def test_the_page_can_be_used_by_keyboard_alone(faq: Served, visit: Callable[..., Any]) -> None:
     page = visit(faq.http, faq.key)

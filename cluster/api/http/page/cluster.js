@@ -120,9 +120,7 @@ export function loadSection(loading) {
 }
 
 function figures(state, history) {
-  const idle = state.stages.length
-    ? state.stages.reduce((sum, stage) => sum + stage.bubble_share, 0) / state.stages.length
-    : 0;
+  const idle = state.stages.reduce((sum, stage) => sum + stage.bubble_share, 0) / state.stages.length;
   const prompts = state.prompt_tokens ?? 0;
   const waiting = state.queued ? `${state.queued} waiting` : "none waiting";
   return h(
@@ -135,7 +133,9 @@ function figures(state, history) {
       prompts ? percent(state.cached_tokens / prompts) : "–",
       prompts ? `of ${whole(prompts)} prompt tokens` : "no prompt yet",
     ),
-    quantity("Idle", percent(idle), "of the stages’ last 30\u00a0s"),
+    state.stages.length
+      ? quantity("Idle", percent(idle), "of the stages’ last 30\u00a0s")
+      : quantity("Idle", "–", "no stage yet"),
     quantity("Recoveries", whole(state.recoveries), `up ${duration(state.uptime_seconds)}`),
     state.forecast ? quantity("Predicted", figure(state.forecast.one_user), "tokens a second for one") : null,
   );
