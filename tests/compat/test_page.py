@@ -17,7 +17,8 @@ import pytest
 
 from cluster.api.http.page_files import FOLDER
 from cluster.api.http.sse import event
-from cluster.core.cluster_state import ClusterState, Repair, ServingState
+from cluster.api.page_limits import FEED_REQUESTS
+from cluster.core.cluster_state import ClusterState, LiveRequest, Repair, RequestState, ServingState
 from cluster.core.json_types import to_json_types
 from cluster.core.request import SamplingParams
 from cluster.security.keys import KeyScope, KeyStore
@@ -144,6 +145,18 @@ def test_the_chat_says_why_it_waits_in_sentences(show: Callable[..., Any]) -> No
 def test_without_a_model_no_stage_is_idle(show: Callable[..., Any]) -> None:
     page = show(ClusterState("lab", "1", ServingState.IDLE), "cluster")
     assert page.inner_text("[data-key=Idle] .big") == "\N{EN DASH}"
+
+
+def test_what_happened_stays_near_below_many_requests(show: Callable[..., Any]) -> None:
+    requests = tuple(LiveRequest(f"r{i}", RequestState.DECODE, 9, 9, 1, i, 1.0) for i in range(FEED_REQUESTS))
+    page = show(ClusterState("lab", "1", ServingState.SERVING, requests=requests), "cluster")
+    listed = page.get_by_role("region", name="List of live requests")
+    for size in (DESKTOP, PHONE):
+        page.set_viewport_size(size)
+        assert listed.bounding_box()["height"] <= size["height"] / 2
+    listed.focus()
+    page.keyboard.press("End")
+    page.wait_for_function("document.activeElement.scrollTop > 0")
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ export function requests(state) {
     state.requests.length
       ? h(
           "div",
-          { class: "scroll", tabindex: "0", role: "group", "aria-labelledby": "requests-title" },
+          { class: "scroll bounded", tabindex: "0", role: "region", "aria-label": "List of live requests" },
           h(
             "table",
             { class: "requests" },
