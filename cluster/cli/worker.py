@@ -27,13 +27,14 @@ PrefixDisk = Annotated[
         show_default="in memory only",
     ),
 ]
+WorkerName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="This worker's name.", show_default="that of init or join, else the host's"),
+]
 
 
 def worker(
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="This worker's name.", show_default="that of init or join, else the host's"),
-    ] = None,
+    name: WorkerName = None,
     host: Annotated[
         str | None,
         typer.Option(

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from cluster.core.errors import MacpipeError
@@ -100,9 +101,13 @@ def run_command(*command: str) -> Finished:
     return Finished(done.returncode, done.stdout)
 
 
-def require_success(run: RunCommand, *command: str) -> None:
-    """Run a command. Raise MacpipeError with its output if it fails."""
+def require_success(run: RunCommand, *command: str, advice: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Run a command. Raise MacpipeError with its output if it fails.
+
+    ``advice``: what to do, by a part of the output; it is added to the sentence.
+    """
     done = run(*command)
     if done.status:
         why = " ".join(done.output.split())[:300] or f"exit status {done.status}"
-        raise MacpipeError(f"`{' '.join(command)}` failed: {why}")
+        remedies = "".join(f"; {remedy}" for part, remedy in advice.items() if part in done.output)
+        raise MacpipeError(f"`{' '.join(command)}` failed: {why}{remedies}")

@@ -75,12 +75,7 @@ class Systemd:
 
     def _order(self, *words: str) -> None:
         """Run systemctl. Raise MacpipeError if it fails; where the user has no manager, it says how to get one."""
-        try:
-            require_success(self._run, *_SYSTEMCTL, *words)
-        except MacpipeError as error:
-            if _NO_BUS not in error.sentence:
-                raise
-            raise MacpipeError(f"{error.sentence}; {_GET_MANAGER}") from None
+        require_success(self._run, *_SYSTEMCTL, *words, advice={_NO_BUS: _GET_MANAGER})
 
     def state(self, daemon: str) -> ServiceState:
         """Return the unit's state."""
