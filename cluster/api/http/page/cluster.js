@@ -134,7 +134,7 @@ function figures(state, history) {
       prompts ? `of ${whole(prompts)} prompt tokens` : "no prompt yet",
     ),
     state.stages.length
-      ? quantity("Idle", percent(idle), "of the stages’ last 30\u00a0s")
+      ? quantity("Idle", percent(idle), "of the stages’ time with work")
       : quantity("Idle", "–", "no stage yet"),
     quantity("Recoveries", whole(state.recoveries), `up ${duration(state.uptime_seconds)}`),
     state.forecast ? quantity("Predicted", figure(state.forecast.one_user), "tokens a second for one") : null,
