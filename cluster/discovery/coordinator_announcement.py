@@ -1,6 +1,7 @@
-"""Announce a coordinator's gRPC port over Zeroconf, and look for it.
+"""Announce a coordinator's ports over Zeroconf, and look for them: gRPC for clients, the join port for new Macs.
 
-The announcement has only the cluster's id. Whoever finds it must verify by TLS that the cluster's coordinator answers.
+An announcement has only the cluster's id, and the join port's its name. It proves nothing: clients verify by TLS that
+the cluster's coordinator answers, and to a new Mac the coordinator proves it with its authority.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import re
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 from zeroconf.asyncio import AsyncServiceInfo
@@ -19,35 +21,30 @@ from cluster.discovery.browse import MAX_TXT_BYTES, listen
 from cluster.discovery.interfaces import Interface, Reach, preferred_address
 from cluster.discovery.sighting import Sighting, Source
 
-SERVICE: Final = "_macpipe-grpc._tcp.local."
+GRPC_SERVICE: Final = "_macpipe-grpc._tcp.local."
+JOIN_SERVICE: Final = "_macpipe-join._tcp.local."
 _ID: Final = re.compile(r"[0-9a-f]{16}")
 
 
-@contextlib.asynccontextmanager
-async def announce_coordinator(*, cluster_id: str, host: str, port: int) -> AsyncIterator[None]:
+def announce_coordinator(*, cluster_id: str, host: str, port: int) -> AbstractAsyncContextManager[None]:
     """Announce the coordinator that listens on ``host`` and ``port`` to the cluster's other Macs, during the block."""
-    label = f"coordinator-{secrets.token_hex(4)}"
+    return _announce(GRPC_SERVICE, "coordinator", {b"id": cluster_id.encode()}, host, port, "the coordinator")
 
-    def info(here: Reach) -> AsyncServiceInfo:
-        return AsyncServiceInfo(
-            SERVICE,
-            f"{label}.{SERVICE}",
-            port=port,
-            properties={b"id": cluster_id.encode()},
-            server=f"{label}.local.",
-            parsed_addresses=list(here.addresses),
-            host_ttl=TTL_S,
-            other_ttl=TTL_S,
-        )
 
-    async with publish(info, host, "the coordinator"):
-        yield
+def announce_join(*, cluster: str, cluster_id: str, host: str, port: int) -> AbstractAsyncContextManager[None]:
+    """Announce the join port to Macs that want to join, during the block."""
+    label = re.sub(r"[^A-Za-z0-9]+", "-", cluster).strip("-")[:32] or "cluster"
+    properties = {b"cluster": cluster.encode(), b"id": cluster_id.encode()}
+    return _announce(JOIN_SERVICE, label, properties, host, port, "the join port")
 
 
 @contextlib.asynccontextmanager
-async def look_for_coordinator(cluster_id: str) -> AsyncIterator[Source]:
-    """Yield addresses that claim to be the coordinator of the cluster with this id, at most ``MAX_ROSTER``."""
-    async with listen(cluster_id, SERVICE, read_coordinator_sighting, "look for the coordinator") as source:
+async def look_for_coordinator(cluster_id: str, service: str = GRPC_SERVICE) -> AsyncIterator[Source]:
+    """Yield addresses that claim to be this port of the coordinator of the cluster with this id; unverified.
+
+    They are at most ``limits.MAX_ROSTER``.
+    """
+    async with listen(cluster_id, service, read_coordinator_sighting, "look for the coordinator") as source:
         yield source
 
 
@@ -58,3 +55,26 @@ def read_coordinator_sighting(info: AsyncServiceInfo, local: tuple[Interface, ..
         return None
     host = preferred_address(info.parsed_scoped_addresses(), local)
     return Sighting(format_address(host, info.port), cluster=cluster_id) if host else None
+
+
+@contextlib.asynccontextmanager
+async def _announce(
+    service: str, label: str, properties: dict[bytes, bytes], host: str, port: int, what: str
+) -> AsyncIterator[None]:
+    """Announce a port under ``label`` and a random suffix during the block."""
+    unique = f"{label}-{secrets.token_hex(4)}"
+
+    def info(here: Reach) -> AsyncServiceInfo:
+        return AsyncServiceInfo(
+            service,
+            f"{unique}.{service}",
+            port=port,
+            properties=dict(properties),
+            server=f"{unique}.local.",
+            parsed_addresses=list(here.addresses),
+            host_ttl=TTL_S,
+            other_ttl=TTL_S,
+        )
+
+    async with publish(info, host, what):
+        yield

@@ -31,7 +31,7 @@ from cluster.core.errors import (
 )
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT
 from cluster.core.text import format_address, parse_address
-from cluster.discovery.join_announcement import look_for_join
+from cluster.discovery.coordinator_announcement import JOIN_SERVICE, look_for_coordinator
 from cluster.joining.coordinator_search import search
 from cluster.joining.join_messages import AUTHORITY, JOIN, JoinReply, JoinRequest, read_refusal, read_reply
 from cluster.security.admission import clocks_in_words
@@ -154,7 +154,7 @@ async def _find_pinned(order: JoinOrder) -> Presented:
     if order.peer:
         address = _address(order.peer)
         return await _retry_if_cut(lambda: look(address))
-    async with look_for_join(order.token.cluster_id) as source:
+    async with look_for_coordinator(order.token.cluster_id, JOIN_SERVICE) as source:
         return await search(source, look, order.token.cluster_id, JOIN_SEARCH_S)
 
 

@@ -20,7 +20,7 @@ from uvicorn.server import ServerState
 
 from cluster.core.errors import NoCluster, PortInUse
 from cluster.core.text import format_address
-from cluster.discovery.join_announcement import announce_join
+from cluster.discovery.coordinator_announcement import announce_join
 from cluster.joining.join_service import JoinService
 from cluster.security.admission import Admission
 from cluster.security.cluster_folder import ClusterFolder

@@ -16,7 +16,7 @@ from zeroconf.asyncio import AsyncServiceInfo
 from cluster.client import AsyncClient, Client
 from cluster.client.coordinator_search import find_coordinator
 from cluster.core.errors import InvalidOption
-from cluster.discovery.coordinator_announcement import SERVICE, announce_coordinator, read_coordinator_sighting
+from cluster.discovery.coordinator_announcement import GRPC_SERVICE, announce_coordinator, read_coordinator_sighting
 from cluster.discovery.interfaces import interfaces
 from cluster.discovery.sighting import Sighting
 from cluster.platform.paths import short_host_name
@@ -152,8 +152,8 @@ LONG = {b"id": ID.encode(), **{b"%d" % n: b"y" * 200 for n in range(11)}}
 @pytest.mark.parametrize("properties", [{}, {b"id": None}, {b"id": b"0123"}, {b"id": b"\xff" * 16}, LONG])
 def test_a_malformed_announcement_is_no_sighting(properties: dict[bytes, bytes | None]) -> None:
     def sighting(properties: dict[bytes, bytes | None]) -> Sighting | None:
-        name = f"coordinator.{SERVICE}"
-        info = AsyncServiceInfo(SERVICE, name, 7700, properties=properties, parsed_addresses=["127.0.0.1"])
+        name = f"coordinator.{GRPC_SERVICE}"
+        info = AsyncServiceInfo(GRPC_SERVICE, name, 7700, properties=properties, parsed_addresses=["127.0.0.1"])
         return read_coordinator_sighting(info, interfaces())
 
     assert sighting({b"id": ID.encode()}) == Sighting("127.0.0.1:7700", cluster=ID)

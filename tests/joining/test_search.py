@@ -13,7 +13,12 @@ from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 from cluster.core.errors import ForeignAuthority, MacpipeError, Unreachable
 from cluster.core.limits import MAX_ROSTER
 from cluster.discovery import browse as browse_module
-from cluster.discovery.join_announcement import SERVICE, announce_join, look_for_join, read_join_sighting
+from cluster.discovery.coordinator_announcement import (
+    JOIN_SERVICE,
+    announce_join,
+    look_for_coordinator,
+    read_coordinator_sighting,
+)
 from cluster.discovery.sighting_table import SightingTable
 from cluster.joining.coordinator_search import search
 from cluster.security.limits import JOIN_TRIES, MAX_JOIN_TRIED
@@ -28,7 +33,7 @@ def cluster_id() -> str:
 
 
 async def found(cluster_id: str, wait_s: float) -> list[str]:
-    async with look_for_join(cluster_id) as source:
+    async with look_for_coordinator(cluster_id, JOIN_SERVICE) as source:
         end = time.monotonic() + wait_s
         while not (now := source.current()) and time.monotonic() < end:
             await source.changed(end - time.monotonic())
@@ -51,12 +56,12 @@ async def test_an_announcement_says_nothing_but_the_cluster(cluster_id: str) -> 
             def read(
                 info: AsyncServiceInfo, local: tuple[browse_module.Interface, ...]
             ) -> browse_module.Sighting | None:
-                sighting = read_join_sighting(info, local)
+                sighting = read_coordinator_sighting(info, local)
                 if sighting and sighting.cluster == cluster_id:
                     said.append(dict(info.properties))
                 return sighting
 
-            listener = browse_module._Listener(zeroconf, cluster_id, heard, SERVICE, read)
+            listener = browse_module._Listener(zeroconf, cluster_id, heard, JOIN_SERVICE, read)
             async with browse_module.alongside(listener.run()):
                 with anyio.fail_after(SOON_S):
                     while not said:
@@ -67,10 +72,10 @@ async def test_an_announcement_says_nothing_but_the_cluster(cluster_id: str) -> 
 
 
 def records(label: str, cluster_id: str, port: int) -> list[DNSPointer | DNSService | DNSText | DNSAddress]:
-    name, server, ttl = f"{label}.{SERVICE}", f"{label}.local.", 120
-    said = AsyncServiceInfo(SERVICE, name, properties={b"cluster": b"lab", b"id": cluster_id.encode()})
+    name, server, ttl = f"{label}.{JOIN_SERVICE}", f"{label}.local.", 120
+    said = AsyncServiceInfo(JOIN_SERVICE, name, properties={b"cluster": b"lab", b"id": cluster_id.encode()})
     return [
-        DNSPointer(SERVICE, const._TYPE_PTR, const._CLASS_IN, ttl, name),
+        DNSPointer(JOIN_SERVICE, const._TYPE_PTR, const._CLASS_IN, ttl, name),
         DNSService(name, const._TYPE_SRV, const._CLASS_IN, ttl, 0, 0, port, server),
         DNSText(name, const._TYPE_TXT, const._CLASS_IN, ttl, said.text),
         DNSAddress(server, const._TYPE_A, const._CLASS_IN, ttl, b"\x7f\0\0\1"),
@@ -91,11 +96,13 @@ async def test_ten_thousand_strangers_are_tried_a_few_at_a_time_and_not_for_ever
         raise ForeignAuthority(f"{address} is another")
 
     try:
-        listener = browse_module._Listener(zeroconf, cluster_id, roster, SERVICE, read_join_sighting)
+        listener = browse_module._Listener(zeroconf, cluster_id, roster, JOIN_SERVICE, read_coordinator_sighting)
         for number in range(10_000):
             whose = cluster_id if number % 2 else secrets.token_hex(8)
             zeroconf.zeroconf.cache.async_add_records(records(f"flood{number}", whose, 1000 + number))
-            listener._on_change(zeroconf.zeroconf, SERVICE, f"flood{number}.{SERVICE}", ServiceStateChange.Added)
+            listener._on_change(
+                zeroconf.zeroconf, JOIN_SERVICE, f"flood{number}.{JOIN_SERVICE}", ServiceStateChange.Added
+            )
         assert len(roster.current()) == MAX_ROSTER
         with pytest.raises(ForeignAuthority) as ended:
             await search(roster, look, cluster_id, 0.5)
