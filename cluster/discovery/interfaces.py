@@ -55,6 +55,11 @@ class Interface:
     def loopback(self) -> bool:
         return any(a.ip.is_loopback for a in self.addresses)
 
+    @property
+    def outer(self) -> bool:
+        """Whether other Macs may be behind it directly: it is neither loopback nor a tunnel."""
+        return not self.loopback and self.medium is not Medium.VPN
+
 
 @dataclass(frozen=True, slots=True)
 class Reach:
@@ -100,7 +105,7 @@ def address_on(name: str, local: Iterable[Interface]) -> str:
 
 def best_address(local: Iterable[Interface]) -> str:
     """Return this machine's best address for others: wired before Wi-Fi, no tunnel; loopback if there is no other."""
-    outer = [i for i in local if not i.loopback and i.medium is not Medium.VPN]
+    outer = [i for i in local if i.outer]
     found = [
         (i.medium, a.ip.version, a.ip.is_link_local, str(a.ip)) for i in outer for a in i.addresses if _usable(a.ip)
     ]
@@ -112,7 +117,7 @@ def further_hosts(host: str, local: Iterable[Interface]) -> tuple[str, ...]:
 
     Tunnels and loopback are left out, and IPv6 where an interface has IPv4: it would be the same cable again.
     """
-    outer = [i for i in local if not i.loopback and i.medium is not Medium.VPN]
+    outer = [i for i in local if i.outer]
     found: list[str] = []
     for interface in outer:
         usable = [a.ip for a in interface.addresses if _usable(a.ip)]
@@ -125,7 +130,7 @@ def shared_hosts(hosts: Iterable[str], local: Iterable[Interface]) -> list[str]:
 
     An address that this machine has, too, is left out: virtual networks have the same one on every machine.
     """
-    outer = [i for i in local if not i.loopback and i.medium is not Medium.VPN]
+    outer = [i for i in local if i.outer]
     own = [a for i in outer for a in i.addresses]
     others = [ip for ip in map(ip_address, hosts) if all(ip != a.ip for a in own)]
     return [str(ip) for ip in others if any(ip in a.network for a in own)]
@@ -146,7 +151,7 @@ def reach(host: str, local: Iterable[Interface]) -> Reach:
     if ip.is_loopback:
         return Reach((LOOPBACK,), (host,))
     if ip.is_unspecified:
-        return _everywhere(ip, [i for i in local if not i.loopback and i.medium is not Medium.VPN])
+        return _everywhere(ip, [i for i in local if i.outer])
     own = [i for i in local if any(a.ip == ip for a in i.addresses)]
     if not own:
         return Reach((), ())

@@ -89,7 +89,7 @@ def check_mdns(readings: Readings) -> list[Finding] | None:
     """Find a Mac that cannot send or hear announcements."""
     if readings.multicast is None:
         return None
-    usable = [one for one in readings.interfaces if not one.loopback and one.medium is not Medium.VPN and one.addresses]
+    usable = [one for one in readings.interfaces if one.outer and one.addresses]
     if not usable:
         why = "Other Macs cannot reach this one, nor this one them."
         return [
