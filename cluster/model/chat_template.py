@@ -111,7 +111,7 @@ class ChatTemplate:
     def ignored_options(self, options: ChatOptions) -> tuple[str, ...]:
         """Return the names of the hints that the template does not know."""
         ignored = []
-        if not self._can_switch(_wanted_thinking(options)):
+        if not self._can_switch(self._wanted_thinking(options)):
             ignored.append("enable_thinking" if options.enable_thinking is not None else "reasoning_effort")
         if options.reasoning_effort not in ("", "none") and not self._knows_effort(options.reasoning_effort):
             ignored.append("reasoning_effort")
@@ -147,8 +147,8 @@ class ChatTemplate:
             )
 
     def _thinking_fields(self, options: ChatOptions) -> dict[str, Any]:
-        wanted = _wanted_thinking(options)
-        if wanted is None or (not wanted and not self._markers.think_start):
+        wanted = self._wanted_thinking(options)
+        if wanted is None:
             return {}
         if self._can_switch(wanted):
             return {"enable_thinking": wanted}
@@ -158,11 +158,19 @@ class ChatTemplate:
             f"this model's chat template cannot switch reasoning {'on' if wanted else 'off'}", field="enable_thinking"
         )
 
+    def _wanted_thinking(self, options: ChatOptions) -> bool | None:
+        """Return whether the template should switch thinking on or off; None if it need not switch it.
+
+        A model that never thinks need not be told so.
+        """
+        wanted = options.enable_thinking
+        if wanted is None and options.reasoning_effort == "none":
+            wanted = False
+        return None if wanted is False and not self._markers.think_start else wanted
+
     def _can_switch(self, wanted: bool | None) -> bool:
         """Return whether thinking can be as ``wanted``: by default, or because the template can switch it."""
-        if wanted is None or (not wanted and not self._markers.think_start):
-            return True
-        return self._takes("enable_thinking") or self._takes("thinking")
+        return wanted is None or self._takes("enable_thinking") or self._takes("thinking")
 
     def _effort(self, options: ChatOptions) -> dict[str, Any]:
         effort = options.reasoning_effort
@@ -189,13 +197,6 @@ class ChatTemplate:
                 why = "cannot be set here" if name in OURS else "is not used by the model's chat template"
                 raise InvalidRequest(f"chat_template_kwargs: {name[:64]!r} {why}", field="chat_template_kwargs")
         return given
-
-
-def _wanted_thinking(options: ChatOptions) -> bool | None:
-    """Return whether the model should think before it answers; None leaves it to the template."""
-    if options.enable_thinking is None and options.reasoning_effort == "none":
-        return False
-    return options.enable_thinking
 
 
 def describe_tool(tool: Tool) -> dict[str, Any]:
