@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from operator import index
 from pathlib import Path
 
+from cluster.core.errors import BadCheckpoint
 from cluster.core.plan import LayerRange, TensorMap
 from cluster.core.quantization import Quantization
 from cluster.model.weight_versions import RECORDS
@@ -24,11 +25,10 @@ from cluster.store.limits import MAX_TENSOR_MAP_BYTES, MAX_VERSION_BYTES
 from cluster.store.model_files import ModelFiles, is_digest
 from cluster.store.partial_checkpoint import PartialCheckpoint, Read, is_partial, place
 
-__all__ = ["CopyKey", "QuantizedCopy", "find_copy", "place_copy", "read_map", "read_sources"]
+__all__ = ["CopyKey", "QuantizedCopy", "agree", "find_copy", "place_copy", "read_map", "read_sources", "require_copy"]
 
 _MAP = "tensor_map.json"
 _SOURCES = "sources.jsonl"
-_RESET = "reset"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class QuantizedCopy:
 
     def agrees(self, sources: Mapping[str, str]) -> bool:
         """Return whether the copy was made from none but these, as far as they are given."""
-        return all(self.sources.get(name, digest) == digest for name, digest in sources.items())
+        return agree(sources, self.sources)
 
     def bind(self, sources: Mapping[str, str]) -> None:
         """Record what the copy's tensors are made from, before they are. If that was something else, drop them all.
@@ -87,11 +87,16 @@ class QuantizedCopy:
             for tensor in self.partial.tensors.values():
                 self.partial.drop(tensor, forget=True)
             self.sources.clear()
-            entries.append([_RESET])
+            entries.append(["reset"])
         fresh = {name: digest for name, digest in sources.items() if name not in self.sources}
         entries += [[name, digest] for name, digest in fresh.items()]
         self._log.append(entries)
         self.sources |= fresh
+
+
+def agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Return whether no tensor has a digest in both and differs."""
+    return all(other.get(name, digest) == digest for name, digest in one.items())
 
 
 def read_sources(folder: Path) -> dict[str, str]:
@@ -132,6 +137,14 @@ def find_copy(models: Path, key: str) -> QuantizedCopy | None:
         return None
     partial = PartialCheckpoint(folder)
     return QuantizedCopy(partial, needed) if needed.names <= partial.tensors.keys() else None
+
+
+def require_copy(models: Path, key: str) -> QuantizedCopy:
+    """Return the copy with this key, which was found or placed before. Raise BadCheckpoint if it has gone meanwhile."""
+    copy = find_copy(models, key)
+    if copy is None:
+        raise BadCheckpoint("the quantized weights in the store were removed meanwhile; load again")
+    return copy
 
 
 def _find_folder(models: Path, key: str) -> Path | None:

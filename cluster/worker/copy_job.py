@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from threading import Event
 
-from cluster.core.errors import Aborted, BadCheckpoint, MacpipeError
+from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.plan import LayerRange
 from cluster.security.trust import Trust
 from cluster.store.digest_manifest import DigestManifest
@@ -20,7 +20,7 @@ from cluster.store.disk_space import free_bytes, require_room
 from cluster.store.folder_digests import hash_tensors
 from cluster.store.model_files import is_digest
 from cluster.store.peer_client import Peer
-from cluster.store.quantized_copy import CopyKey, QuantizedCopy
+from cluster.store.quantized_copy import CopyKey, QuantizedCopy, agree, require_copy
 from cluster.store.store import Store
 from cluster.store.store_server import StoreServer
 from cluster.store.tensor_fetch import Fetch, Fetched, Wanted
@@ -72,18 +72,12 @@ class CopyJob:
         """Return whether the copy has the stage's tensors, and knows what they were made from."""
         return copy.sources.keys() >= set(self._wanted.tensors) and not copy.missing(self._layers)
 
-    def _require_copy(self) -> QuantizedCopy:
-        copy = self._store.find_copy(self._key)
-        if copy is None:
-            raise BadCheckpoint("the quantized weights in the store were removed meanwhile; load again")
-        return copy
-
     def take(self) -> bool:
         """Fetch what the copy lacks from other Macs that have made it. Return whether it is complete then.
 
         A Mac counts only if it says from which tensors it was made, and no digest contradicts those known here.
         """
-        copy = self._require_copy()
+        copy = require_copy(self._store.models, self._key.digest)
         with open_peers(self._trust, self._wanted.peers, copy.partial.fingerprint) as peers:
             sources, makers = self._agreed_sources(copy, peers)
             missing = copy.missing(self._layers)
@@ -105,7 +99,7 @@ class CopyJob:
         known = DigestManifest(self._store.home, self._wanted.model.fingerprint).known
         for peer in peers:
             told = self._ask_sources(peer)
-            if told and _agree(told, sources) and _agree(told, known):
+            if told and agree(told, sources) and agree(told, known):
                 sources |= told
                 makers.append(peer)
         return sources, makers
@@ -122,7 +116,7 @@ class CopyJob:
 
     def prepare(self, sources: Mapping[str, str]) -> None:
         """Get ready to compute what the copy lacks from these sources. Raise DiskFull or InvalidOption."""
-        copy = self._require_copy()
+        copy = require_copy(self._store.models, self._key.digest)
         copy.bind(sources)
         partial = copy.partial
         needed = sum(partial.tensors[name].nbytes for name in copy.missing(self._layers))
@@ -140,10 +134,6 @@ class CopyJob:
             self._running.run()
         finally:
             item.coming = frozenset()
-
-
-def _agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    return all(other.get(name, digest) == digest for name, digest in one.items())
 
 
 def _have(peers: Sequence[Peer], names: Sequence[str]) -> bool:

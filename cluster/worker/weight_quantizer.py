@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 from cluster.codec.safetensors_header import encode_header
-from cluster.core.errors import BadCheckpoint
 from cluster.core.plan import LayerRange, SharedWeight, TensorMap
 from cluster.core.quantization import choose_weight_quantization
 from cluster.model.checkpoint import TOKENIZER_FILES, TensorInfo
@@ -28,7 +27,7 @@ from cluster.model.weight_conversion import Conversion
 from cluster.store.limits import MAX_MODEL_FILES
 from cluster.store.model_files import ModelFiles, StoredFile
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, read_origin
-from cluster.store.quantized_copy import find_copy, place_copy
+from cluster.store.quantized_copy import place_copy, require_copy
 
 __all__ = ["lay_out_copy", "quantize_layers"]
 
@@ -68,9 +67,7 @@ def quantize_layers(
     kept if this fails. Raise DiskFull or InvalidOption, BadCheckpoint if the model's files cannot be read, and the
     other errors of ``ConvertedWeights``.
     """
-    copy = find_copy(models, key)
-    if copy is None:
-        raise BadCheckpoint("the quantized weights in the store were removed meanwhile; load again")
+    copy = require_copy(models, key)
     partial = copy.partial
     missing = frozenset(copy.missing(layers))
     weights = _open_weights(source, weight_bits)
