@@ -68,7 +68,7 @@ class PartialCheckpoint:
     def _hold(self) -> None:
         """Share the folder's lock until ``release``, or the end of this object. Only a writable folder needs it."""
         try:
-            file = os.open(lock_file(self.folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            file = open_lock(self.folder)
         except OSError:
             return
         self._end_hold = weakref.finalize(self, os.close, file)
@@ -315,6 +315,11 @@ def read_origin(folder: Path) -> ModelFiles:
 def lock_file(folder: Path) -> Path:
     """Return the file whose lock users of the folder share. Its modification time is that of the last use."""
     return folder / RECORDS / "lock"
+
+
+def open_lock(folder: Path) -> int:
+    """Open the folder's lock file, which is created if there is none, and return its descriptor. Raise OSError."""
+    return os.open(lock_file(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def is_partial(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from cluster.platform.json_file import read_json
 from cluster.platform.private_files import not_written
 from cluster.store.limits import LEFTOVER_S, MAX_VERSION_BYTES
 from cluster.store.model_files import is_digest
-from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, lock_file
+from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, lock_file, open_lock
 
 _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -201,7 +201,7 @@ def _is_locked(folder: Path) -> bool:
 @contextlib.contextmanager
 def _lock_exclusively(folder: Path) -> Iterator[None]:
     """Hold the model's lock against everybody who reads it. Raise ModelInUse, or OSError if there is no folder."""
-    file = os.open(lock_file(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    file = open_lock(folder)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
