@@ -24,7 +24,7 @@ from loopback import make_llama, start_cluster
 
 from cluster.cli.process_group import free_port
 from cluster.client import Client
-from cluster.platform.macos import process_seconds
+from cluster.platform.overload import processor_seconds
 from cluster.platform.process import list_commands, resident_bytes
 
 CONTEXT = 2048
@@ -42,15 +42,6 @@ def coordinator_pid() -> int:
         if int(parent) == os.getpid() and " -m cluster serve " in command:
             return int(pid)
     raise RuntimeError("the coordinator was not found among this process's children")
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the processor time of a process so far."""
-    stat = Path(f"/proc/{pid}/stat")
-    if stat.exists():
-        user, system = stat.read_text().rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-    return process_seconds(pid) or 0.0
 
 
 @contextmanager
@@ -131,9 +122,9 @@ def page(port: int) -> Iterator[bool]:
 
 def measure(client: Client, pid: int, seconds: float) -> tuple[float, float, float]:
     """Return the coordinator's milliseconds of processor time per token, its MiB, and the cluster's tokens a second."""
-    state, cpu = client.cluster(), cpu_seconds(pid)
+    state, cpu = client.cluster(), processor_seconds(pid) or 0.0
     time.sleep(seconds)
-    spent, after = cpu_seconds(pid) - cpu, client.cluster()
+    spent, after = (processor_seconds(pid) or 0.0) - cpu, client.cluster()
     tokens = after.tokens_generated - state.tokens_generated
     if not tokens:
         raise RuntimeError(f"no token was generated within {seconds:.0f} s; use a longer --seconds")
