@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from itertools import pairwise
-from typing import Any
 
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.planner import Links
@@ -22,6 +20,10 @@ from cluster.scheduler.disk_prefixes import ReadOutcome
 
 def describe_plan(plan: Plan, links: Links | None = None) -> ModelPlan:
     """Describe a plan for a model that is not loaded. ``links`` are the measured ones, by the names (from, to)."""
+    known, before, stages = links or {}, "", list[StageState]()
+    for stage in plan.stages:
+        stages.append(_describe_stage(stage, plan.route, known.get((before, stage.worker))))
+        before = stage.worker
     return ModelPlan(
         model=plan.model.name,
         layers=plan.stages[-1].layers.end,
@@ -29,7 +31,7 @@ def describe_plan(plan: Plan, links: Links | None = None) -> ModelPlan:
         max_sequences=plan.max_sequences,
         route=plan.route,
         objective=plan.objective,
-        stages=_with_links([_describe_stage(stage, plan.route) for stage in plan.stages], links or {}),
+        stages=tuple(stages),
         forecast=plan.forecast,
         spares=plan.spares,
         reasons=plan.reasons,
@@ -107,28 +109,10 @@ def _describe_stage(planned: PlannedStage, input_route: Route, link: Link | None
         cache_bytes=planned.cache_bytes,
         input_route=input_route,
         predicted_ms=planned.decode_ms,
-        **_link_fields(link),
+        link_round_trip_ms=link.round_trip_s * 1e3 if link else 0.0,
+        link_bandwidth=link.bandwidth if link else 0.0,
+        link_interface=link.interface if link else "",
     )
-
-
-def _with_links(stages: Sequence[StageState], links: Links) -> tuple[StageState, ...]:
-    """Add the measured link from each stage's predecessor."""
-    found = list(stages)
-    for i, (before, after) in enumerate(pairwise(stages), 1):
-        if link := links.get((before.worker, after.worker)):
-            found[i] = replace(after, **_link_fields(link))
-    return tuple(found)
-
-
-def _link_fields(link: Link | None) -> dict[str, Any]:
-    """Return the fields of a stage whose input arrives over this link; none if it is not known."""
-    if link is None:
-        return {}
-    return {
-        "link_round_trip_ms": link.round_trip_s * 1e3,
-        "link_bandwidth": link.bandwidth,
-        "link_interface": link.interface,
-    }
 
 
 def _with_load(stages: Sequence[StageState], loop: LoopView) -> list[StageState]:
