@@ -101,7 +101,6 @@ class ModelService:
         self._sent_step_times: tuple[StageStepTime, ...] = ()
         self.recovery: Recovery | None = None
         self.move: PlannedMove | None = None
-        self.recoveries = 0
 
     @property
     def plan(self) -> Plan:
@@ -287,7 +286,6 @@ class ModelService:
         self._epoch = await recovery.run()
         self.recovery = None
         self._end_leaves_after_loss()
-        self.recoveries += 1
         self._notify_done(EventKind.RECOVERY, recovery)
 
     def _notify_done(self, kind: EventKind, change: EpochChange) -> None:

@@ -30,6 +30,7 @@ from cluster.coordinator.replan import Assignment
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.weight_distribution import WeightDelivery, WeightDistribution
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import (
@@ -466,6 +467,7 @@ class Simulation:
         self.history = History(clock=simulated_now)
         self._network = SimulatedNetwork(random.Random(self.played.seed))
         self.epochs = EpochNumbers(clock=lambda: round(simulated_now() * 1e9))
+        self.timeline = Timeline()
         self._sightings = Sightings() if self.played.announced else None
         self.macs = {name: Mac(name, self._network, self._sightings) for name in NAMES}
         self._struck, self._over = asyncio.Event(), False
@@ -528,7 +530,7 @@ class Simulation:
         workers = tuple(self.macs[name].info() for name in NAMES[:STAGES])
         first = Assignment(make_plan(self.epochs.next(), SHAPE, workers, order), workers)
         model_info = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), FoundModel(Path()), cast(Any, None))
-        means = ServiceDeps(roster, self._heartbeat, self._network, _NoBytes(), self.epochs)
+        means = ServiceDeps(roster, self._heartbeat, self._network, _NoBytes(), self.epochs, timeline=self.timeline)
         draft = None
         if self.drafted:
             order = replace(order, speculation=Speculation.DRAFT, draft="draft")

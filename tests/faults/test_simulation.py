@@ -141,12 +141,12 @@ def test_a_draft_comes_back_and_goes_to_the_mac_that_is_back_after_a_recovery_to
             await until("")
             assert "the draft model draft" in service.draft_problem
             await until("dee")
-            assert service.recoveries == 0
+            assert simulation.timeline.recoveries == 0
             macs["bob"].strike(Kind.KILL_WORKER)
             await until("")
             assert [s.worker for s in service.plan.stages] == ["ada", "dee", "cyd"]
             await until("bob")
-            assert (service.recoveries, service.draft_problem) == (1, "")
+            assert (simulation.timeline.recoveries, service.draft_problem) == (1, "")
             macs["bob"].draining = True
             async with asyncio.timeout(10):
                 while macs["bob"].info().epoch:  # until its memory is free
@@ -250,7 +250,7 @@ async def drained(simulation: Simulation) -> None:
         async with asyncio.timeout(10):
             while service.move:
                 await asyncio.sleep(0.01)
-        assert ([s.worker for s in service.plan.stages], service.recoveries) == (["ada", "dee", "cyd"], 0)
+        assert ([s.worker for s in service.plan.stages], simulation.timeline.recoveries) == (["ada", "dee", "cyd"], 0)
     finally:
         await simulation.close()
 
@@ -315,7 +315,7 @@ def test_a_planned_move_to_a_mac_that_hangs_does_not_hold_a_recovery_up() -> Non
                     await asyncio.sleep(0.01)
                 simulation.macs["bob"].draining = False
                 simulation.macs["cyd"].strike(Kind.RESET)
-                while not service.recoveries:
+                while not simulation.timeline.recoveries:
                     await asyncio.sleep(0.01)
             assert [s.worker for s in service.plan.stages] == ["ada", "bob", "cyd"]
         finally:
@@ -338,7 +338,7 @@ def test_a_refused_epoch_leads_to_a_larger_one(spare: str) -> None:
         try:
             simulation.macs["bob"].strike(Kind.KILL_WORKER if spare == "dee" else Kind.KILL_ENGINE)
             async with asyncio.timeout(10):
-                while not service.recoveries:
+                while not simulation.timeline.recoveries:
                     await asyncio.sleep(0.01)
             assert [s.worker for s in service.plan.stages] == ["ada", spare, "cyd"]
             assert service.plan.epoch > newest
@@ -365,7 +365,7 @@ def test_a_move_that_fails_before_the_switch_takes_nothing_down() -> None:
                 spare.strike(Kind.LEAVE_SPARE)
                 while "bob" in [s.worker for s in service.plan.stages]:
                     await asyncio.sleep(0.01)
-            assert ([s.worker for s in service.plan.stages], service.recoveries) == (["ada", "cyd"], 0)
+            assert ([s.worker for s in service.plan.stages], simulation.timeline.recoveries) == (["ada", "cyd"], 0)
         finally:
             spare.loading.set()
             await simulation.close()
@@ -390,7 +390,7 @@ def test_an_error_that_nobody_foresaw_does_not_end_the_task_that_requests_wait_f
         try:
             monkeypatch.setattr(service, "_move_draining", fail)
             async with asyncio.timeout(10):
-                while not service.recoveries:
+                while not simulation.timeline.recoveries:
                     await asyncio.sleep(0.01)
         finally:
             await simulation.close()
