@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import h11
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from cluster.api import request_validation
 from cluster.api.grpc.cluster_service import _load_order
@@ -24,14 +24,14 @@ from cluster.api.metrics import Metrics
 from cluster.api.requests import Caller
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import Busy, MacpipeError
+from cluster.core.errors import Busy
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import load_tokenizer
 from cluster.transport.byte_budget import ByteBudget
 from cluster.v1 import cluster_pb2, inference_pb2
-from fuzz.mutation import spoil_bytes, spoil_json, spoil_proto
-from fuzz.targets.target import Prepared, Target
+from fuzz.mutation import spoil_bytes, spoil_json
+from fuzz.targets.target import Prepared, Target, prepare_message
 from in_process import InProcess
 from workerless import WorkerlessCoordinator
 
@@ -79,13 +79,7 @@ GRAMMAR = inference_pb2.Grammar(regex="[a-z]+")
 
 
 def _proto(kind: type[Message], take: Callable[[Any], object], *seeds: Message) -> Callable[[], Prepared]:
-    def prepare() -> Prepared:
-        def run(data: bytes) -> None:
-            take(kind.FromString(data))
-
-        return Prepared(run, tuple(one.SerializeToString() for one in seeds), spoil_proto, (MacpipeError, DecodeError))
-
-    return prepare
+    return lambda: prepare_message(kind, take, *seeds)
 
 
 def _form(form: Any, seeds: tuple[dict[str, Any], ...]) -> Callable[[], Prepared]:

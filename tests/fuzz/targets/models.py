@@ -32,7 +32,7 @@ from cluster.v1 import cluster_pb2, store_pb2, worker_pb2
 from fuzz.mutation import apart, joined, spoil_bytes, spoil_json, spoil_parts, spoil_proto
 from fuzz.targets.asked import served
 from fuzz.targets.kept import scratch
-from fuzz.targets.target import Prepared, Target
+from fuzz.targets.target import Prepared, Target, prepare_message
 
 LONGEST_ANSWER = 1_500
 """One of mlx-lm's parsers (minicpm5) takes time that grows with the square of a text without blanks."""
@@ -207,23 +207,15 @@ def facts() -> Prepared:
             verify_costs=[worker_pb2.VerifyCost(tokens=2, cost=1.1)],
         ),
     )  # fmt: skip
-
-    def run(data: bytes) -> None:
-        decode_info(worker_pb2.DescribeResponse.FromString(data), "10.0.0.5:7000", 0.0)
-
-    return Prepared(run, (said.SerializeToString(),), spoil_proto, (MacpipeError, DecodeError))
+    return prepare_message(worker_pb2.DescribeResponse, lambda told: decode_info(told, "10.0.0.5:7000", 0.0), said)
 
 
 def findings() -> Prepared:
     """Read what a worker found on its Mac."""
     finding = cluster_pb2.Finding(severity=cluster_pb2.FINDING_SEVERITY_NOTE, what="a VPN is connected", why="w")
     results = [cluster_pb2.CheckResult(check="VPN", findings=[finding]), cluster_pb2.CheckResult(unknown=True)]
-
-    def run(data: bytes) -> None:
-        decode_results(worker_pb2.ExamineResponse.FromString(data).results, "mac-1")
-
-    seed = worker_pb2.ExamineResponse(results=results).SerializeToString()
-    return Prepared(run, (seed,), spoil_proto, (MacpipeError, DecodeError))
+    seed = worker_pb2.ExamineResponse(results=results)
+    return prepare_message(worker_pb2.ExamineResponse, lambda answer: decode_results(answer.results, "mac-1"), seed)
 
 
 def stored() -> Prepared:
@@ -231,12 +223,8 @@ def stored() -> Prepared:
     spans = [cluster_pb2.LayerSpan(start=0, end=2), cluster_pb2.LayerSpan(start=4, end=6)]
     model = cluster_pb2.StoredModel(fingerprint="ab" * 32, names=["o/n"], disk_bytes=9, layers=spans, last_used=1e9)
     store = cluster_pb2.MacStore(folder="/models", id="cd" * 8, models=[model])
-
-    def run(data: bytes) -> None:
-        decode_worker_store(worker_pb2.ListStoredResponse.FromString(data).store, "mac-1")
-
-    seed = worker_pb2.ListStoredResponse(store=store).SerializeToString()
-    return Prepared(run, (seed,), spoil_proto, (MacpipeError, DecodeError))
+    seed = worker_pb2.ListStoredResponse(store=store)
+    return prepare_message(worker_pb2.ListStoredResponse, lambda told: decode_worker_store(told.store, "mac-1"), seed)
 
 
 def _grammar(kind: GrammarKind, *seeds: str) -> Callable[[], Prepared]:

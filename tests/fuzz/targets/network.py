@@ -6,7 +6,7 @@ from collections.abc import Callable
 from ipaddress import ip_interface
 from typing import Any
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from zeroconf.asyncio import AsyncServiceInfo
 
 from cluster.client.proto_decoding import decode_accepted, decode_finish, decode_load_event
@@ -23,7 +23,7 @@ from cluster.discovery.browse import read_sighting
 from cluster.discovery.interfaces import Interface
 from cluster.v1 import cluster_pb2, inference_pb2
 from fuzz.mutation import spoil_bytes, spoil_proto
-from fuzz.targets.target import Prepared, Target
+from fuzz.targets.target import Prepared, Target, prepare_message
 
 
 def announcements() -> Prepared:
@@ -115,24 +115,20 @@ def examination() -> Prepared:
     """Read what a coordinator says of one Mac's examination."""
     finding = cluster_pb2.Finding(severity=cluster_pb2.FINDING_SEVERITY_NOTE, what="a VPN is connected", why="w")
     examined = cluster_pb2.MacExamination(mac="n", results=[cluster_pb2.CheckResult(check="VPN", findings=[finding])])
-    return _message(lambda data: decode_examination(cluster_pb2.MacExamination.FromString(data)), examined)
+    return prepare_message(cluster_pb2.MacExamination, decode_examination, examined)
 
 
 def store() -> Prepared:
     """Read what a coordinator says of the models on one Mac's disk."""
     model = cluster_pb2.StoredModel(fingerprint="ab" * 32, layers=[cluster_pb2.LayerSpan(start=0, end=2)])
     listed = cluster_pb2.MacStore(mac="n", folder="/models", models=[model])
-    return _message(lambda data: decode_store(cluster_pb2.MacStore.FromString(data)), listed)
+    return prepare_message(cluster_pb2.MacStore, decode_store, listed)
 
 
 def removal() -> Prepared:
     """Read what a coordinator says of a model that was to be removed."""
     kept = cluster_pb2.StoreRemoval(mac="n", model="m", problem="it is in use")
-    return _message(lambda data: decode_removal(cluster_pb2.StoreRemoval.FromString(data)), kept)
-
-
-def _message(decode: Callable[[bytes], object], seed: Message) -> Prepared:
-    return Prepared(decode, (seed.SerializeToString(),), spoil_proto, (MacpipeError, DecodeError))
+    return prepare_message(cluster_pb2.StoreRemoval, decode_removal, kept)
 
 
 TARGETS = (

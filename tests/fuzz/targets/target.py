@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
 
 from cluster.core.errors import MacpipeError
-from fuzz.mutation import Mutate, spoil_bytes
+from fuzz.mutation import Mutate, spoil_bytes, spoil_proto
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,15 @@ class Prepared:
     seeds: tuple[bytes, ...]
     spoil: Mutate = spoil_bytes
     allowed: tuple[type[BaseException], ...] = (MacpipeError,)
+
+
+def prepare_message(kind: type[Message], take: Callable[[Any], object], *seeds: Message) -> Prepared:
+    """Prepare a target that has ``take`` read messages of one kind."""
+
+    def run(data: bytes) -> None:
+        take(kind.FromString(data))
+
+    return Prepared(run, tuple(one.SerializeToString() for one in seeds), spoil_proto, (MacpipeError, DecodeError))
 
 
 @dataclass(frozen=True)
