@@ -70,8 +70,7 @@ class Layout:
     @property
     def guessed_rate(self) -> float:
         """One user's tokens a second if usually many guesses are right."""
-        hops = hops_s(self.shape, self.candidates, self.workers, self.ranges)
-        return 1 / guessed_token_s(self._stages_s, hops, USUAL_ACCEPTANCE)
+        return 1 / replace(self, acceptance=USUAL_ACCEPTANCE).expected_s
 
     def of(self, found: BestLayout) -> Layout:
         """Return another layout for the same shape, candidates and objective."""
