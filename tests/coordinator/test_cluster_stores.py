@@ -14,9 +14,7 @@ from cluster.coordinator.roster import RosterEntry
 from cluster.core.errors import InvalidRequest, ModelInUse, ModelNotFound, VersionMismatch, WorkerLost
 from cluster.core.plan import LayerRange
 from cluster.core.stored_models import MacStore, StoredModel, StoreRemoval
-from cluster.core.worker import WorkerInfo
-
-UNKNOWN = WorkerInfo("", "", "0.0.9", "c", "", "", "", "", "", 0, 0)
+from coordinator.test_examinations import entry
 
 
 def model(number: int, *names: str, in_use: bool = False, layers: tuple[int, int] = (0, 4)) -> StoredModel:
@@ -36,9 +34,7 @@ class Macs:
         self.stores = ClusterStores(roster, self._members, home)
 
     async def _members(self) -> tuple[RosterEntry, ...]:
-        infos = [replace(UNKNOWN, id=name, name=name, control_address=name) for name in self.answers]
-        away = RosterEntry(replace(UNKNOWN, name="mac-9"), "mac-9 does not answer", reachable=False)
-        return (*map(RosterEntry, infos), away)
+        return (*map(entry, self.answers), entry("mac-9", problem="mac-9 does not answer", reachable=False))
 
     def _control(self, name: str) -> Any:
         async def list_stored() -> MacStore:
