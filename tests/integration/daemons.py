@@ -221,3 +221,11 @@ def gone(pid: int, timeout_s: float) -> bool:
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not alive(pid)
+
+
+def until(seen: Callable[[], object], timeout_s: float = START_S) -> None:
+    """Wait until ``seen()`` is true."""
+    deadline = time.monotonic() + timeout_s
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

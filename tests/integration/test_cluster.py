@@ -29,7 +29,7 @@ from cluster.model.tokenizer import load_tokenizer
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.limits import LEAF_S
 from cluster.security.roles import Role
-from integration.daemons import START_S, Cluster, free_port, watchdog_pipe
+from integration.daemons import Cluster, free_port, until, watchdog_pipe
 from integration.reference import greedy
 from parties import shown_by
 
@@ -58,14 +58,6 @@ def secured(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[t
             made.close()
 
 
-def until(seen: object, timeout_s: float = 30.0) -> None:
-    """Wait until ``seen()`` is true."""
-    deadline = time.monotonic() + timeout_s
-    while not seen():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def worker(client: Client, name: str) -> WorkerState:
     return next(w for w in client.cluster().workers if w.name == name)
 
@@ -92,17 +84,17 @@ def test_an_answer_outlives_a_killed_worker(secured: tuple[Cluster, str], llama:
             said += [event.token for event in events]
         assert said == list(greedy(llama, ids, 300))
         cluster.worker("ben").wait_for("of cluster")
-        until(lambda: worker(client, "ben").reachable, START_S)
+        until(lambda: worker(client, "ben").reachable)
         client.load(str(llama), workers=3).wait()
 
 
 def test_a_certificate_that_is_due_was_renewed_while_the_worker_served(secured: tuple[Cluster, str]) -> None:
     cluster, address = secured
     ann = next(m for m in cluster.lead.members.current() if m.name == "ann")
-    until(lambda: len(next(m for m in cluster.lead.members.current() if m.id == ann.id).issued) == 2)
+    until(lambda: len(next(m for m in cluster.lead.members.current() if m.id == ann.id).issued) == 2, 30.0)
     folder = ClusterFolder(cluster.folder / "home", cluster.name)
     fresh = {m.issued[-1].serial for m in cluster.lead.members.current() if m.id == ann.id}
-    until(lambda: {ring.party.serial for ring in [folder.keyring(Role.WORKER, "ann")] if ring} == fresh)
+    until(lambda: {ring.party.serial for ring in [folder.keyring(Role.WORKER, "ann")] if ring} == fresh, 30.0)
     with Client(address, timeout_s=30) as client:
         assert worker(client, "ann").reachable
         assert abs(worker(client, "ann").clock_ahead_seconds) < 5
@@ -255,7 +247,7 @@ def test_a_removed_worker_loses_its_layers_and_nothing_more_is_sent_there(secure
         assert {s.worker for s in state.stages} == {"ann", "ben"}
         home = cluster.folder / "home"
         told = [cluster.lead.like(cluster.lead, home, cluster.name).folder.revoked(name) for name in ("ann", "ben")]
-        until(lambda: all(path.exists() for path in told))
+        until(lambda: all(path.exists() for path in told), 30.0)
         with pytest.raises(MacpipeError, match="3 workers"):
             client.plan("faq", workers=3)
     again = cluster.worker("cal", admit=False)

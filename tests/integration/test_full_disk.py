@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from cluster.client import Client
 from disks import SmallDisk
-from integration.daemons import START_S, Cluster, bound, children, free_port, wait_serving, watchdog_pipe
+from integration.daemons import START_S, Cluster, bound, children, free_port, until, wait_serving, watchdog_pipe
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.small_disk]
 MIB = 2**20
@@ -37,7 +36,7 @@ def test_answers_go_on_while_the_journals_disk_is_full(cluster: Cluster, llama: 
         assert (state.state, state.recoveries, state.requests) == ("serving", 0, ())
         assert "No space left on device" in state.warnings[0]
         disk.free()
-        wait_until(lambda: not client.cluster().warnings)
+        until(lambda: not client.cluster().warnings)
     assert "Traceback" not in serve.said()
 
 
@@ -68,7 +67,7 @@ def test_a_coordinator_starts_serves_and_recovers_on_a_disk_that_is_full(
         os.kill(children(worker.process.pid)[0], signal.SIGKILL)
         assert tuple(begun + [token.token for token in tokens]) == expected
         disk.free()
-        wait_until(lambda: not client.cluster().warnings)
+        until(lambda: not client.cluster().warnings)
     assert serve.stop() == 0
     assert (disk.path / "coordinators" / cluster.name / "journal").is_file()
 
@@ -85,10 +84,3 @@ def test_a_worker_on_a_full_disk_says_so_and_starts_once_there_is_room(
     assert "Traceback" not in refused.said()
     disk.free()
     cluster.worker("solo").wait_for("worker solo of cluster")
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_S
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

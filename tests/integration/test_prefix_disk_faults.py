@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -21,7 +20,7 @@ from cluster.core.prefix_keys import owner_key
 from cluster.security.keys import KeyStore
 from cluster.store.limits import DISK_MARGIN_BYTES
 from disks import SmallDisk
-from integration.daemons import START_S, Cluster, children, free_port
+from integration.daemons import START_S, Cluster, children, free_port, until
 from integration.reference import greedy
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
@@ -34,13 +33,6 @@ SmallDisks = Callable[[Path, int], SmallDisk]
 
 def folder_of(cluster: Cluster, worker: str) -> Path:
     return cluster.folder / "home" / "workers" / worker / "prefixes"
-
-
-def until(reached: Callable[[], object]) -> None:
-    deadline = time.monotonic() + START_S
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def ask(address: str, prompt: list[int]) -> tuple[tuple[int, ...], int]:

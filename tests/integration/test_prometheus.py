@@ -6,11 +6,10 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 import yaml
 
 from cluster.client import Client
-from integration.daemons import Cluster, free_port
+from integration.daemons import Cluster, free_port, until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
@@ -74,14 +73,6 @@ def get(url: str, path: str, **query: str) -> Any:
         return {"activeTargets": [], "result": []}
     assert told["status"] == "success"
     return told["data"]
-
-
-def until(seen: Callable[[], object]) -> None:
-    """Wait until ``seen()`` is true."""
-    deadline = time.monotonic() + 90
-    while not seen():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_every_panel_has_data_and_no_alert_fires(prometheus: str) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from integration.daemons import START_S, Cluster, bound, command, watchdog_pipe
+from integration.daemons import START_S, Cluster, bound, command, until, watchdog_pipe
 from integration.reference import greedy
 from netns import Host
 
@@ -112,10 +111,7 @@ def the_answer_outlives_a_pulled_cable(first: Host, pulled: Host, log: Path) -> 
     options = ("-p", "x", "--raw", "--max-tokens", "800", "--ignore-eos")
     with log.open("wb") as out:
         asking = first.start(*command("generate", *options), stdout=out, stderr=out)
-    deadline = time.monotonic() + START_S
-    while not log.stat().st_size:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: log.stat().st_size)
     pulled.unplug()
     assert asking.wait(100) == 0, log.read_text()
     stages = macpipe(first, "status")["stages"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from integration.daemons import START_S, Cluster, command
+from integration.daemons import START_S, Cluster, command, until
 from integration.test_three_hosts import macpipe, on
 from netns import Host
 
@@ -56,10 +55,7 @@ def test_the_fast_cable_is_used_and_the_slow_one_once_it_is_cut(
     log = cluster.folder / "answer.log"
     with log.open("wb") as out:
         asking = first.start(*command("generate", *ANSWER), stdout=out)
-    deadline = time.monotonic() + START_S
-    while not log.stat().st_size:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: log.stat().st_size)
     first.unplug()
     assert asking.wait(200) == 0
     assert log.read_text() == whole
