@@ -227,7 +227,7 @@ function hop(stage) {
   if (stage.input_route === "relay") figures.unshift("relayed");
   return [
     h("span", { class: "wire", "aria-hidden": "true" }),
-    figures.map((text) => h("span", { class: "small soft" }, text)),
+    figures.map((text) => h("span", { class: "soft" }, text)),
   ];
 }
 

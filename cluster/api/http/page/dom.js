@@ -3,7 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 /** Attributes that are not taken away: styles are compared as a whole, and people open details themselves. */
 const KEPT = new Set(["style", "open"]);
-const SVG_TAGS = new Set(["svg", "path", "polyline", "line", "rect", "circle", "title", "g"]);
+const SVG_TAGS = new Set(["svg", "polyline", "line", "rect"]);
 
 /** Return an element. `props`: attributes; `on*`: listeners; `style`: an object; `value` and `checked`: properties. */
 export function h(tag, props = {}, ...children) {

@@ -1,11 +1,10 @@
 // Requests to the coordinator that served this page, and the events that it sends.
 
 /** A request that was refused or failed; `message` is the coordinator's sentence. */
-export class Refused extends Error {
-  constructor(status, message, code) {
+class Refused extends Error {
+  constructor(status, message) {
     super(message);
     this.status = status;
-    this.code = code;
   }
 }
 
@@ -25,7 +24,7 @@ export async function send(method, path, body, signal) {
   }
   if (response.ok) return response;
   const told = await response.json().catch(() => null);
-  throw new Refused(response.status, sentence(told?.error?.message ?? `status ${response.status}`), told?.error?.code);
+  throw new Refused(response.status, sentence(told?.error?.message ?? `status ${response.status}`));
 }
 
 export const get = async (path) => (await send("GET", path)).json();
