@@ -14,14 +14,17 @@ export function h(tag, props = {}, ...children) {
     else if (name.startsWith("on") || name === "value" || name === "checked") node[name] = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...present(children));
   return node;
 }
 
+/** Return nested children as one list, without those that are null, undefined or false. */
+const present = (children) =>
+  children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+
 /** Make the children of `parent` equal to `children`, and keep the nodes that need no change: so selections stay. */
 export function fill(parent, ...children) {
-  const wanted = children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
-  const nodes = wanted.map((child) => (child instanceof Node ? child : document.createTextNode(child)));
+  const nodes = present(children).map((child) => (child instanceof Node ? child : document.createTextNode(child)));
   nodes.forEach((node, i) => {
     const old = parent.childNodes[i];
     if (!old) parent.append(node);
