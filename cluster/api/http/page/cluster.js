@@ -3,7 +3,7 @@
 import { fill, h } from "./dom.js";
 import { bandwidth, bytes, colour, count, duration, figure, layers, milliseconds, percent, whole } from "./format.js";
 import { HISTORY } from "./history.js";
-import { requests } from "./requests.js";
+import { legend, requests } from "./requests.js";
 import { sentence } from "./server.js";
 import { timeline } from "./timeline.js";
 
@@ -141,7 +141,8 @@ function figures(state, history) {
   );
 }
 
-function quantity(name, value, detail) {
+/** One of the figures in a list of them. */
+export function quantity(name, value, detail) {
   return h(
     "div",
     { "data-key": name },
@@ -184,16 +185,7 @@ function pipelineSection(state) {
         ),
       ]),
     ),
-    h(
-      "p",
-      { class: "legend small soft" },
-      [
-        ["weights", "weights"],
-        ["live", "caches in use"],
-        ["kept", "kept prefixes"],
-        ["free", "free"],
-      ].map(([kind, name]) => h("span", {}, h("span", { class: `swatch ${kind}` }), name)),
-    ),
+    legend({ weights: "weights", live: "caches in use", kept: "kept prefixes", free: "free" }),
   );
 }
 

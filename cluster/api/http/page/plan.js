@@ -1,6 +1,6 @@
 // What if: which Mac would hold which layers of a model, how fast it would be, and why. An admin can load it.
 
-import { layerBand, loadSection } from "./cluster.js";
+import { layerBand, loadSection, quantity } from "./cluster.js";
 import { fill, h } from "./dom.js";
 import { bytes, colour, count, figure, layers, milliseconds, whole } from "./format.js";
 import { post, sentence } from "./server.js";
@@ -247,21 +247,13 @@ function planElement(plan, state) {
 }
 
 function forecast(told, now) {
-  const one = (name, value, detail) =>
-    h("div", {}, h("dt", {}, name), h("dd", { class: "num big" }, value), h("dd", { class: "soft small" }, detail));
+  const speed = (name, users) =>
+    quantity(name, figure(told[users]), now ? `tokens a second; now ${figure(now[users])}` : "tokens a second");
   return h(
     "dl",
     { class: "figures" },
-    one(
-      "For one user",
-      figure(told.one_user),
-      now ? `tokens a second; now ${figure(now.one_user)}` : "tokens a second",
-    ),
-    one(
-      "For eight",
-      figure(told.eight_users),
-      now ? `tokens a second; now ${figure(now.eight_users)}` : "tokens a second",
-    ),
-    one("First token", `${figure(told.first_token_s)} s`, `after a prompt of ${whole(told.prompt_tokens)} tokens`),
+    speed("For one user", "one_user"),
+    speed("For eight", "eight_users"),
+    quantity("First token", `${figure(told.first_token_s)} s`, `after a prompt of ${whole(told.prompt_tokens)} tokens`),
   );
 }

@@ -36,19 +36,17 @@ export function requests(state) {
           ),
         )
       : h("p", { class: "soft" }, "None."),
-    state.requests.length ? legend() : null,
+    state.requests.length ? legend({ weights: "computing", kept: "waiting", sent: "on the wire" }) : null,
     hidden > 0 ? h("p", { class: "small soft" }, `${count(hidden, "further request")} not shown.`) : null,
   );
 }
 
-function legend() {
-  const part = (kind, name) => h("span", {}, h("span", { class: `swatch ${kind}` }), name);
+/** What the colours mean: a name for each kind of swatch. */
+export function legend(names) {
   return h(
     "p",
     { class: "legend small soft" },
-    part("weights", "computing"),
-    part("kept", "waiting"),
-    part("sent", "on the wire"),
+    Object.entries(names).map(([kind, name]) => h("span", {}, h("span", { class: `swatch ${kind}` }), name)),
   );
 }
 
