@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, Final
 
 from cluster.core.frames import StageTiming
@@ -46,9 +45,13 @@ def to_chrome_trace(trace: RequestTrace) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A step of a stage on the coordinator's clock, in microseconds: it arrives, begins after a wait, and ends."""
+    """A step of a stage on the coordinator's clock, in microseconds: it arrives, begins after a wait, and ends.
+
+    ``stage`` is None if the trace does not know it.
+    """
 
     timing: StageTiming
+    stage: TracedStage | None
     arrives: float
     begins: float
 
@@ -113,14 +116,11 @@ class _Builder:
         yield from self._phases()
         frames = sorted(self._trace.frames, key=lambda frame: frame.sent_seconds)
         waits: list[tuple[float, float, int, TracedFrame]] = []
-        flows = count(1)
-        for frame, placed in zip(frames, self._place(frames), strict=True):
-            yield from self._frame(frame, placed, next(flows))
-            stages = self._stages.get(frame.epoch, ())
+        for flow, (frame, placed) in enumerate(zip(frames, self._place(frames), strict=True), 1):
+            yield from self._frame(frame, placed, flow)
             for step in placed:
-                if step.begins > step.arrives and step.timing.compute_us and step.timing.stage < len(stages):
-                    pid = self._macs[stages[step.timing.stage].worker]
-                    waits.append((step.arrives, step.begins, pid, frame))
+                if step.stage and step.begins > step.arrives and step.timing.compute_us:
+                    waits.append((step.arrives, step.begins, self._macs[step.stage.worker], frame))
         for arrives, begins, pid, frame in sorted(waits, key=lambda wait: wait[0]):
             track = self._waits[pid].place(arrives, begins)
             yield _span(f"wait of {_describe(frame)}", _category(frame), pid, track, arrives, begins, {})
@@ -156,10 +156,11 @@ class _Builder:
             stages = self._stages.get(frame.epoch, ())
             steps = []
             for timing in timings:
-                worker = stages[timing.stage].worker if timing.stage < len(stages) else ""
+                stage = stages[timing.stage] if timing.stage < len(stages) else None
+                worker = stage.worker if stage else ""
                 arrives = at + hop
                 begins = max(arrives + timing.wait_us, free_at.get(worker, 0.0) if timing.compute_us else 0.0)
-                steps.append(_Placed(timing, arrives, begins))
+                steps.append(_Placed(timing, stage, arrives, begins))
                 at = steps[-1].ends
                 if timing.compute_us:
                     free_at[worker] = at
@@ -174,10 +175,8 @@ class _Builder:
         yield _span(name, category, COORDINATOR, track, sent, returned, facts)
         if frame.own:
             yield _flow("s", flow, COORDINATOR, track, sent)
-        stages = self._stages.get(frame.epoch, ())
-        steps = [step for step in placed if step.timing.stage < len(stages) and step.timing.compute_us]
-        for i, step in enumerate(steps):
-            stage = stages[step.timing.stage]
+        steps = [(step, step.stage) for step in placed if step.stage and step.timing.compute_us]
+        for i, (step, stage) in enumerate(steps):
             pid, tid = self._macs[stage.worker], self._slices[stage]
             measured = {"wait_us": step.timing.wait_us, "pack_us": step.timing.pack_us}
             yield _span(name, category, pid, tid, step.begins, step.ends, facts | measured)
