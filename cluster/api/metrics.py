@@ -212,6 +212,9 @@ class _StateCollector(Collector):
         def by_stage(values: Iterable[float]) -> list[tuple[list[str], float]]:
             return [([str(i), s.worker], v) for i, (s, v) in enumerate(zip(plan.stages, values, strict=True))]
 
+        def padded(values: Sequence[float]) -> list[float]:
+            return [*values, *[0.0] * len(plan.stages)][: len(plan.stages)]
+
         labels = ["stage", "worker"]
         yield _gauge(
             "macpipe_kv_reserved_bytes", "KV cache reserved for live requests.", labels, by_stage(loop.reserved_bytes)
@@ -221,10 +224,10 @@ class _StateCollector(Collector):
         )
         room = by_stage(s.cache_bytes for s in plan.stages)
         yield _gauge("macpipe_kv_capacity_bytes", "KV cache capacity.", labels, room)
-        busy = by_stage([*loop.busy_s, *[0.0] * len(plan.stages)][: len(plan.stages)])
+        busy = by_stage(padded(loop.busy_s))
         yield _counter("macpipe_stage_compute_seconds", "Compute time of this epoch.", labels, busy)
         bubbles = by_stage(loop.bubbles)
-        wasted = by_stage([*loop.wasted_s, *[0.0] * len(plan.stages)][: len(plan.stages)])
+        wasted = by_stage(padded(loop.wasted_s))
         text = "Compute time of wrong guesses since the last recovery."
         yield _counter("macpipe_wasted_compute_seconds", text, labels, wasted)
         yield _gauge("macpipe_bubble_share", "Share of the ring's active time without compute.", labels, bubbles)
