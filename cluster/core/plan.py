@@ -9,12 +9,7 @@ from itertools import pairwise
 from math import isfinite, sqrt
 from typing import Final
 
-from cluster.core.limits import (
-    ACTIVE_LAYERS,
-    MAX_VERIFIED,
-    PREFILL_CHUNK,
-    SCORE_BYTES,
-)
+from cluster.core.limits import ACTIVE_LAYERS, MAX_VERIFIED, PREFILL_CHUNK, SCORE_BYTES
 from cluster.core.link_limits import DECODE_FRAME_BYTES, PREFILL_FRAME_BYTES
 
 
