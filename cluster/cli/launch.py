@@ -15,6 +15,7 @@ import typer
 from cluster.cli.options import Cluster, Json, open_folder
 from cluster.core.errors import InvalidOption, MacpipeError, Unauthenticated, Unreachable
 from cluster.core.limits import CONNECT_TIMEOUT_S
+from cluster.core.text import is_loopback, parse_address
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
@@ -121,22 +122,19 @@ def fetch_with_key(address: str, key: str, cluster: str | None) -> Served:
         from cluster.security.launch_key import ensure_launch_key
 
         folder = open_folder(None, cluster)
-        if key or not folder.leads or not is_loopback(address):
+        if key or not folder.leads or not is_own_address(address):
             raise
         return fetch_served(address, ensure_launch_key(folder), find_authority(cluster))
 
 
-def is_loopback(given: str) -> bool:
+def is_own_address(given: str) -> bool:
     """Return whether an HTTP address is this machine's own loopback address."""
-    from ipaddress import ip_address
+    host, _ = parse_address(_without_scheme(given))
+    return is_loopback(host)
 
-    from cluster.core.text import parse_address
 
-    host, _ = parse_address(given.removeprefix("https://").removeprefix("http://"))
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _without_scheme(given: str) -> str:
+    return given.removeprefix("https://").removeprefix("http://")
 
 
 def find_authority(cluster: str | None) -> Path | None:
@@ -150,7 +148,7 @@ def fetch_served(given: str, key: str = "", authority: Path | None = None) -> Se
     from http.client import HTTPException
 
     secure = given.startswith("https://")
-    address = given.removeprefix("https://").removeprefix("http://")
+    address = _without_scheme(given)
     connection = _connection(address, secure, authority)
     try:
         connection.request("GET", "/health", headers={"authorization": f"Bearer {key}"} if key else {})
@@ -173,8 +171,6 @@ def fetch_served(given: str, key: str = "", authority: Path | None = None) -> Se
 
 def _connection(address: str, secure: bool, authority: Path | None) -> HTTPConnection:
     from http.client import HTTPConnection, HTTPSConnection
-
-    from cluster.core.text import parse_address
 
     host, port = parse_address(address)
     if not secure:

@@ -21,7 +21,7 @@ from cluster.cli.launch import (
     add_authority,
     fetch_served,
     fetch_with_key,
-    is_loopback,
+    is_own_address,
     shell_lines,
     short_context,
 )
@@ -169,4 +169,4 @@ def test_the_leading_mac_makes_a_key_once_and_sends_it_to_itself_only(
     ],
 )
 def test_a_key_is_for_this_machine(address: str, own: bool) -> None:
-    assert is_loopback(address) is own
+    assert is_own_address(address) is own
