@@ -36,8 +36,8 @@ def show(
     Nothing is started. Options after -- count as given on the command line.
     """
     parsed = parse_daemon_options(ctx, daemon, [*(["--config", str(file)] if file else []), *ctx.args])
-    rows = [(key_of(one), *_value_and_source(parsed, str(one.name))) for one in parsed.command.params]
-    shown = [row for one, row in zip(parsed.command.params, rows, strict=True) if is_settable(one)]
+    settable = [one for one in parsed.command.params if is_settable(one)]
+    shown = [(key_of(one), *_value_and_source(parsed, str(one.name))) for one in settable]
     if json:
         from cluster.cli.json_output import print_json
 
@@ -49,13 +49,18 @@ def show(
         sys.stdout.write(f"{key} = {_as_toml(value)}  # {source}\n" if is_set else f"# {key} is not set\n")
 
 
+def check_daemon(daemon: str) -> None:
+    """Raise InvalidOption for anything but a daemon's name."""
+    if daemon not in TABLES:
+        raise InvalidOption(f"unknown daemon {daemon[:64]}; give worker or serve", field="daemon")
+
+
 def parse_daemon_options(ctx: typer.Context, daemon: str, arguments: list[str]) -> typer.Context:
     """Parse the command line of ``macpipe worker`` or ``macpipe serve`` without running it.
 
     Raise InvalidOption for another daemon, and the parser's usage errors for wrong arguments.
     """
-    if daemon not in TABLES:
-        raise InvalidOption(f"unknown daemon {daemon[:64]}; give worker or serve", field="daemon")
+    check_daemon(daemon)
     root: Any = ctx.find_root()
     parsed: typer.Context = root.command.commands[daemon].make_context(daemon, list(arguments), parent=root)
     return parsed

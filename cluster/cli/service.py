@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from cluster.cli.config import parse_daemon_options
-from cluster.cli.config_file import TABLES
+from cluster.cli.config import check_daemon, parse_daemon_options
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.help import Command
 from cluster.cli.options import Home, Json
-from cluster.core.errors import InvalidOption, MacpipeError
+from cluster.core.errors import MacpipeError
 from cluster.platform.paths import HOME_VARIABLE, absolute_path, state_home
 
 if TYPE_CHECKING:
@@ -155,12 +154,6 @@ def installed_manager(daemon: str) -> ServiceManager:
     if not manager.definition_path(daemon).exists():
         raise MacpipeError(f"the service {daemon} is not installed; run `macpipe service install {daemon}`")
     return manager
-
-
-def check_daemon(daemon: str) -> None:
-    """Raise InvalidOption for anything but a daemon's name."""
-    if daemon not in TABLES:
-        raise InvalidOption(f"unknown daemon {daemon[:64]}; give worker or serve", field="daemon")
 
 
 def log_path(home: Path, daemon: str) -> Path:
