@@ -110,7 +110,7 @@ def status(daemon: Daemon, json: Json = False) -> None:
         check_daemon(daemon)
         path = manager.definition_path(daemon)
         found = manager.state(daemon)
-        log = installed_log(path) if path.exists() else ""
+        log = installed_log(manager, daemon) if path.exists() else ""
         if json:
             from cluster.cli.json_output import print_json
 
@@ -128,7 +128,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are added, until Ctrl-C.")] = False,
 ) -> None:
     """Show the end of a service's log."""
-    log = Path(installed_log(installed_manager(daemon).definition_path(daemon)))
+    log = Path(installed_log(installed_manager(daemon), daemon))
     if not log.exists():
         raise MacpipeError(f"there is no log {log} yet; start the service with `macpipe service start {daemon}`")
     sys.stdout.flush()
@@ -161,16 +161,14 @@ def log_path(home: Path, daemon: str) -> Path:
     return home / "logs" / f"{daemon}.log"
 
 
-def installed_log(definition: Path) -> str:
+def installed_log(manager: ServiceManager, daemon: str) -> str:
     """Return the log file that an installed definition names. Raise MacpipeError if it names none."""
-    from cluster.platform.launchd import read_log_path as read_property_list
-    from cluster.platform.systemd import read_log_path as read_unit
-
     try:
-        return read_property_list(definition) if definition.suffix == ".plist" else read_unit(definition)
+        return manager.log_path(daemon)
     except (OSError, ValueError, KeyError) as e:
+        path = manager.definition_path(daemon)
         raise MacpipeError(
-            f"cannot read {definition}: {e}; define the service again with `macpipe service install`"
+            f"cannot read {path}: {e}; define the service again with `macpipe service install`"
         ) from None
 
 

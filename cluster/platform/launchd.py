@@ -90,6 +90,10 @@ class Launchd:
         done = self._run("launchctl", "list", label_of(daemon))
         return ServiceState(loaded=False) if done.status else parse_list(done.output)
 
+    def log_path(self, daemon: str) -> str:
+        """Return the log file that the property list names. Raises as ``read_log_path`` does."""
+        return read_log_path(self.definition_path(daemon))
+
 
 def label_of(daemon: str) -> str:
     return f"macpipe.{daemon}"

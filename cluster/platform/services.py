@@ -80,6 +80,9 @@ class ServiceManager(Protocol):
     def state(self, daemon: str) -> ServiceState:
         """Return the service's state."""
 
+    def log_path(self, daemon: str) -> str:
+        """Return the log file that the definition names. Raise OSError, ValueError or KeyError if it names none."""
+
 
 def run_command(*command: str) -> Finished:
     """Run a command to its end and return its status and output. Raise MacpipeError if it cannot run."""

@@ -83,6 +83,10 @@ class Systemd:
         done = self._run(*_SYSTEMCTL, "show", unit_name(daemon), names)
         return ServiceState(loaded=False) if done.status else parse_properties(done.output)
 
+    def log_path(self, daemon: str) -> str:
+        """Return the log file that the unit names. Raises as ``read_log_path`` does."""
+        return read_log_path(self.definition_path(daemon))
+
 
 def unit_name(daemon: str) -> str:
     return f"macpipe-{daemon}.service"
