@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cluster.client import ClusterState, Repair, StageState, WorkerState
 
 RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured", "step (plan)"})
+NO_WORKERS: Final = "no workers; start one with `macpipe worker`"
 WIDE_COLUMNS: Final = 100
 """On narrower screens the machines are listed below the table, and a step's two times share a column."""
 
@@ -77,7 +78,7 @@ def describe_state(state: ClusterState, width: int) -> list[str | Table]:
     wide = width >= WIDE_COLUMNS
     parts: list[str | Table] = list(headline(state))
     if not state.workers:
-        return [*parts, "no workers; start one with `macpipe worker`"]
+        return [*parts, NO_WORKERS]
     parts += ["", _workers(state, wide=wide), ""]
     if not wide:
         parts += [f"{worker.name}: {_machine(worker)}" for worker in state.workers]
@@ -114,10 +115,12 @@ class StatusView:
 
 def describe_links(stages: Sequence[StageState]) -> list[str]:
     """Return a line for each measured link between two stages."""
-    known = [(a, b) for a, b in pairwise(stages) if b.link_bandwidth]
-    links = [Link(b.link_round_trip_ms / 1e3, b.link_bandwidth, b.link_interface) for _, b in known]
-    pairs = zip(known, links, strict=True)
-    return [f"link: {a.worker} to {b.worker}{link_in_words(link)}" for (a, b), link in pairs]
+    return [
+        f"link: {a.worker} to {b.worker}"
+        + link_in_words(Link(b.link_round_trip_ms / 1e3, b.link_bandwidth, b.link_interface))
+        for a, b in pairwise(stages)
+        if b.link_bandwidth
+    ]
 
 
 def _describe_problems(worker: WorkerState, held: list[StageState]) -> list[str]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from cluster.cli.keyboard import Key
 from cluster.cli.live_figures import TokenRates, hit_share, time_shares
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable, table
-from cluster.cli.status import describe_move, describe_repair
+from cluster.cli.status import NO_WORKERS, describe_move, describe_repair
 from cluster.client import ClusterState, EventKind, LiveRequest, RequestState, ServingState, StageState, WorkerState
 from cluster.core.text import figure_in_words
 
@@ -27,7 +27,6 @@ LEAST_REQUESTS: Final = 5
 REQUEST_HEADING: Final = 2
 """Lines of the requests' table above the first request."""
 AGE_COLUMNS: Final = 14
-NO_WORKERS: Final = "no workers; start one with `macpipe worker`"
 HIGH_LOAD: Final = 0.9
 """From this share on, used memory is shown as scarce."""
 
