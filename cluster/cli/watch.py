@@ -9,7 +9,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -123,12 +123,12 @@ def _resizes(changed: asyncio.Event) -> Iterator[None]:
 
 def print_states(coordinator: str | None, cluster: str | None) -> None:
     """Print the state as a JSON object every second, until interrupted. Raises MacpipeError if an answer fails."""
-    asyncio.run(_show_each_second(coordinator, cluster, print_json))
+    asyncio.run(_print_each_second(coordinator, cluster))
 
 
-async def _show_each_second(coordinator: str | None, cluster: str | None, show: Callable[[ClusterState], None]) -> None:
+async def _print_each_second(coordinator: str | None, cluster: str | None) -> None:
     async with AsyncClient(coordinator, cluster=cluster, timeout_s=ANSWER_S) as client:
         while True:
-            show(await client.cluster())
+            print_json(await client.cluster())
             sys.stdout.flush()
             await asyncio.sleep(INTERVAL_S)
