@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -251,7 +251,7 @@ def _print_stores(stores: Sequence[MacStore]) -> None:
         for mac, model in found:
             _add_row(shown, model, printable(label), printable(mac))
             label = ""
-    screen: Any = console(sys.stdout)
+    screen = console(sys.stdout)
     if having:
         screen.print(shown)
         sys.stdout.write(f"\n{count_in_words(len(having), 'model')} on {count_in_words(len(stores), 'Mac')}\n")
@@ -270,7 +270,7 @@ def _print_table(stored: Sequence[StoredModel], home: Path) -> None:
     shown = table("model", "layers here", "on disk", "last used", right=frozenset({"on disk"}))
     for one in stored:
         _add_row(shown, one, printable(one.label))
-    screen: Any = console(sys.stdout)
+    screen = console(sys.stdout)
     screen.print(shown)
     total = format_bytes(sum(one.disk_bytes for one in stored))
     sys.stdout.write(f"\n{count_in_words(len(stored), 'model')}, {total} in {home / 'models'}\n")
