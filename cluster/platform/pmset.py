@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from typing import Final
 
@@ -18,8 +17,7 @@ _LIMIT: Final = re.compile(r"^\s*CPU_(?:Speed|Scheduler)_Limit\s*=\s*(\d{1,3})\s
 
 def thermal_limit() -> int:
     """Return the percentage of full speed to which heat limits the processors; 100 if it does not, or not known."""
-    report = run_command("pmset", "-g", "therm") if platform.system() == "Darwin" else ""
-    return parse_thermal_limit(report)
+    return parse_thermal_limit(run_command("pmset", "-g", "therm"))
 
 
 def parse_thermal_limit(report: str) -> int:
