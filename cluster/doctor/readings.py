@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from cluster.discovery.interfaces import Interface
 from cluster.platform.mac_commands import MacOutputs
+from cluster.platform.macos import parse_version
 
 
 class Reached(StrEnum):
@@ -101,6 +102,12 @@ class Readings:
     @property
     def is_mac(self) -> bool:
         return self.system == "Darwin"
+
+    @property
+    def macos(self) -> tuple[int, ...]:
+        """The version of macOS, such as (26, 2); empty if it is not known."""
+        version = parse_version(self.outputs.release)
+        return tuple(map(int, version.split("."))) if version else ()
 
 
 def reached_of(error: OSError) -> Reached:

@@ -9,7 +9,7 @@ from cluster.core.examination import Finding, Severity
 from cluster.core.limits import GIB
 from cluster.core.text import gib_in_words
 from cluster.doctor.readings import Readings
-from cluster.platform.macos import parse_pressure, parse_version, parse_wired_limit
+from cluster.platform.macos import parse_pressure, parse_wired_limit
 
 OLDEST_MACOS: Final = (14, 0)
 """The oldest system for which MLX has wheels."""
@@ -32,7 +32,7 @@ _M5: Final = re.compile(r"\bM5\b")
 
 def check_macos(readings: Readings) -> list[Finding] | None:
     """Find a macOS that MLX does not support, or that is known to panic."""
-    version = _macos(readings)
+    version = readings.macos
     if not version:
         return None
     written = ".".join(map(str, version))
@@ -58,8 +58,7 @@ def check_mlx(readings: Readings) -> list[Finding] | None:
         return []
     built = ".".join(map(str, max(targets)))
     why = f"{chip} has neural accelerators; MLX uses them for prompts only in its build for macOS 26.2."
-    version = _macos(readings)
-    update = "" if version and version >= NEURAL_MACOS else "update macOS to 26.2 or newer, then "
+    update = "" if readings.macos >= NEURAL_MACOS else "update macOS to 26.2 or newer, then "
     remedy = f"{update}python -m pip install --force-reinstall --no-deps mlx-metal"
     return [Finding(Severity.WARNING, f"MLX is the build for macOS {built}", why, remedy)]
 
@@ -102,8 +101,3 @@ def check_disk(readings: Readings) -> list[Finding] | None:
     severity = Severity.PROBLEM if readings.disk_free < GIB else Severity.WARNING
     why = "The layers of a large model are stored there before they are loaded."
     return [Finding(severity, what, why, f"du -sh '{readings.disk_path}'/* | sort -h")]
-
-
-def _macos(readings: Readings) -> tuple[int, ...]:
-    version = parse_version(readings.outputs.release)
-    return tuple(int(part) for part in version.split(".")) if version else ()

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from cluster.core.examination import Finding, Severity
 from cluster.doctor.readings import Readings
-from cluster.platform.macos import parse_version
 
 RDMA_MACOS: Final = (26, 2)
 RDMA_SPEED: Final = 40
@@ -85,13 +84,12 @@ def check_thunderbolt(readings: Readings) -> list[Finding] | None:
 def check_rdma(readings: Readings) -> list[Finding] | None:
     """Say whether RDMA can be used, and what is missing. Pipelines do not need it."""
     links = parse_thunderbolt(readings.outputs.thunderbolt)
-    version = parse_version(readings.outputs.release)
-    if links is None or not version:
+    if links is None or not readings.macos:
         return None
     if not any(link.macs and link.speed > RDMA_SPEED for link in links):
         return _check_useless_devices(readings)
-    if tuple(map(int, version.split("."))) < RDMA_MACOS:
-        what = f"RDMA needs macOS 26.2, and this Mac has {version}"
+    if readings.macos < RDMA_MACOS:
+        what = f"RDMA needs macOS 26.2, and this Mac has {'.'.join(map(str, readings.macos))}"
         return [Finding(Severity.NOTE, what, _WHY, "softwareupdate --list")]
     if "enabled" not in readings.outputs.rdma.lower():
         remedy = "start the Mac in Recovery, open Terminal there and run `rdma_ctl enable`"
