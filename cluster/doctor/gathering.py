@@ -19,7 +19,7 @@ from typing import Final
 
 from cluster import __version__
 from cluster.core.errors import MacpipeError
-from cluster.core.limits import KIB, MAX_ROSTER
+from cluster.core.limits import DEFAULT_COORDINATOR_PORT, KIB, MAX_ROSTER
 from cluster.core.text import is_loopback, parse_address
 from cluster.discovery.interfaces import interfaces
 from cluster.doctor.readings import (
@@ -45,7 +45,7 @@ CONNECTING: Final = 16
 MAX_FOLDERS: Final = 64
 """Clusters, and workers of one, that are looked at."""
 MAX_PROFILE_BYTES: Final = 256 * KIB
-COORDINATOR_PORTS: Final = (7700, 8080)
+COORDINATOR_PORTS: Final = (DEFAULT_COORDINATOR_PORT, 8080)
 MULTICAST: Final = ("224.0.0.251", 5353)
 
 _OURS: Final = re.compile(r"(?:-m cluster|(?:^|/)macpipe)(?:(\.[\w.]{1,60})| ([a-z]{1,20}))(?:\s|$)")

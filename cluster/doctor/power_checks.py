@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cluster.core.examination import Finding, Severity
+from cluster.core.text import count_in_words
 from cluster.doctor.readings import Readings
 from cluster.platform.macos import parse_displays
 from cluster.platform.pmset import FULL_SPEED, parse_power_settings, parse_power_source, parse_thermal_limit
@@ -15,8 +16,7 @@ def check_sleep(readings: Readings) -> list[Finding] | None:
         return None
     if settings["sleep"] == 0 or settings.get("SleepDisabled"):
         return []
-    minutes = settings["sleep"]
-    what = f"the Mac sleeps after {minutes} idle {'minute' if minutes == 1 else 'minutes'}"
+    what = f"the Mac sleeps after {count_in_words(settings['sleep'], 'idle minute')}"
     why = "A sleeping Mac answers nothing: the cluster counts it as lost and moves its layers."
     return [Finding(Severity.WARNING, what, why, "sudo pmset -c sleep 0, or run `caffeinate -i macpipe worker`")]
 
