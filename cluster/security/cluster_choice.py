@@ -31,13 +31,18 @@ def is_member(home: Path, cluster: str) -> bool:
     return (home / "clusters" / cluster / "authority.pem").is_file()
 
 
+def worker_names(home: Path, cluster: str) -> list[str]:
+    """Return the names under which this machine is a worker of the cluster, sorted."""
+    certificates = (home / "clusters" / cluster / "workers").glob("*/certificate.pem")
+    return sorted(certificate.parent.name for certificate in certificates)
+
+
 def choose_worker_name(given: str | None, home: Path, cluster: str) -> str:
     """Return ``given``, else the name under which this machine is the only worker of ``cluster``, else the host's.
 
     Raises ``InvalidOption`` if this machine is a worker of the cluster, but not by that name.
     """
-    certificates = (home / "clusters" / cluster / "workers").glob("*/certificate.pem")
-    known = sorted(certificate.parent.name for certificate in certificates)
+    known = worker_names(home, cluster)
     name = given if given is not None else known[0] if len(known) == 1 else short_host_name()
     if known and name not in known:
         raise InvalidOption(

@@ -12,7 +12,7 @@ import grpc
 
 from cluster.core.errors import InvalidOption
 from cluster.core.text import is_loopback
-from cluster.security.cluster_choice import is_member
+from cluster.security.cluster_choice import is_member, worker_names
 from cluster.security.name_check import check_name
 from cluster.security.trust import ADMIN, CLIENT, WORKER, AuthContext, ChannelOptions, Trust
 
@@ -41,8 +41,8 @@ def open_caller_trust(home: Path, cluster: str) -> Trust:
     trust = open_trust(home, cluster, ADMIN, CLIENT)
     if trust.me or not is_member(home, cluster):
         return trust
-    certificates = sorted((home / "clusters" / cluster / "workers").glob("*/certificate.pem"))
-    return open_trust(home, cluster, WORKER, name=certificates[0].parent.name) if certificates else trust
+    names = worker_names(home, cluster)
+    return open_trust(home, cluster, WORKER, name=names[0]) if names else trust
 
 
 class LocalTrust:
