@@ -29,7 +29,9 @@ SAMPLINGS = {
         LOGPROBS, temperature=1.0, seed=11, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2,
         logit_bias=((7, 1.5),),
     ),
-    "grammar": replace(LOGPROBS, temperature=1.0, seed=8, grammar=Grammar(GrammarKind.REGEX, "([a-f]{1,3}[0-9]+;)*")),
+    "grammar": replace(
+        LOGPROBS, temperature=1.0, seed=8, grammar=Grammar(GrammarKind.REGEX, "([a-f]{1,3}[0-9]+;){24,}")
+    ),
 }  # fmt: skip
 COUNT = 24
 Rings = Callable[[str], Ring]
