@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import suppress
-from subprocess import Popen, TimeoutExpired
 from typing import Final
 
 import anyio
 
 from cluster.core.errors import BadFrame, Busy, MacpipeError, NotServing
-from cluster.core.limits import MIB, RETRY_AFTER_S
+from cluster.core.limits import RETRY_AFTER_S
 from cluster.platform.process import resident_bytes
-from cluster.sandbox.child_streams import start_child
+from cluster.sandbox.child_process import ChildProcess
 from cluster.sandbox.failures import CRASHED, cpu_exceeded, job_error, memory_exceeded
-from cluster.sandbox.job_messages import HEADER, Job, JobFailed, Reply, pack_job, payload_size, unpack_reply
+from cluster.sandbox.job_messages import Job, JobFailed, Reply, pack_job, payload_size, unpack_reply
 from cluster.sandbox.limits import MEMORY_WATCH_S, SANDBOX_MEMORY_BYTES
 
 __all__ = ["SandboxProcess"]
@@ -27,21 +25,12 @@ __all__ = ["SandboxProcess"]
 QUIET: Final = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """Makes each job single-threaded and suppresses warnings about missing libraries."""
 
-END_S: Final = 2.0
-"""Seconds that a process may take to end after it was killed or has closed its socket."""
-
 
 class SandboxProcess:
-    """A ``python -m cluster.sandbox.child`` process and the socket that is its stdin and stdout.
+    """A ``python -m cluster.sandbox.child`` process, and what is known of its memory."""
 
-    It does not use asyncio's subprocesses: asyncio waits forever if a start is cancelled, or if a process is killed
-    whose reply is only partly read.
-    """
-
-    def __init__(self, child: Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, child: ChildProcess) -> None:
         self._child = child
-        self._reader = reader
-        self._writer = writer
         self._resident = 0
         """Resident bytes after the first job or after the last long one."""
         self._initial = 0
@@ -58,24 +47,12 @@ class SandboxProcess:
 
         Raises ``Busy`` if this machine cannot start another process.
         """
-        try:
-            child, ours = start_child("cluster.sandbox.child", QUIET)
-        except OSError as error:
-            raise Busy(
-                f"cannot start a sandbox process: {error.strerror}; try again later", retry_after_s=RETRY_AFTER_S
-            ) from error
-        try:
-            return SandboxProcess(child, *await asyncio.open_unix_connection(sock=ours, limit=MIB))
-        except BaseException:
-            child.kill()
-            child.wait()
-            ours.close()
-            raise
+        return SandboxProcess(await ChildProcess.start("cluster.sandbox.child", QUIET, "a sandbox process"))
 
     @property
     def alive(self) -> bool:
         """Return whether the process can run a job."""
-        return self._child.poll() is None and self._verdict is None
+        return self._child.running and self._verdict is None
 
     @property
     def pid(self) -> int:
@@ -102,7 +79,7 @@ class SandboxProcess:
                 retry_after_s=RETRY_AFTER_S,
             ) from None
         except (OSError, EOFError, BadFrame):
-            await anyio.to_thread.run_sync(self._reap)  # the exit code tells why the process ended
+            await self._child.wait()  # the exit code tells why the process ended
             await self._kill("")
             raise self._diagnose_exit(job) from None
         finally:
@@ -122,10 +99,8 @@ class SandboxProcess:
         await self._kill("")
 
     async def _exchange(self, message: bytes) -> Reply:
-        self._writer.write(message)
-        await self._writer.drain()
-        header = await self._reader.readexactly(HEADER.size)
-        return unpack_reply(await self._reader.readexactly(payload_size(header)))
+        await self._child.send(message)
+        return unpack_reply(await self._child.receive(payload_size))
 
     async def _measure(self) -> None:
         """Measure the memory that the process holds between jobs. Kill it if it keeps too much of a job's memory."""
@@ -144,16 +119,9 @@ class SandboxProcess:
                 await self._kill(memory_exceeded(job.limits))
 
     async def _kill(self, verdict: str) -> None:
-        if self._child.poll() is None:
+        if self._child.running:
             self._verdict = self._verdict or verdict
-            self._child.kill()
-        self._writer.transport.abort()
-        await anyio.to_thread.run_sync(self._reap)
-
-    def _reap(self) -> None:
-        """Wait up to ``END_S`` for the end of the process, after it was killed or has closed its socket."""
-        with suppress(TimeoutExpired):
-            self._child.wait(END_S)
+        await self._child.end()
 
     def _diagnose_exit(self, job: Job) -> MacpipeError:
         """Return the error of a job during which the process ended."""
@@ -161,7 +129,7 @@ class SandboxProcess:
             return NotServing("the model was unloaded while the request was being tokenized; send it again")
         if self._verdict:
             return job_error(job, self._verdict)
-        code = self._child.returncode or 0
+        code = self._child.exit_code or 0
         if code == -signal.SIGPROF:
             return job_error(job, cpu_exceeded(job.limits))
         if code == -signal.SIGABRT:

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from pathlib import Path
-from subprocess import DEVNULL, Popen, TimeoutExpired
+from subprocess import DEVNULL
 from typing import Final
 
 import anyio
 
-from cluster.core.errors import Busy, DeadlineExceeded, InvalidRequest, MacpipeError
-from cluster.core.limits import MIB, RETRY_AFTER_S
+from cluster.core.errors import DeadlineExceeded, InvalidRequest, MacpipeError
 from cluster.core.training import TrainingOptions
 from cluster.core.training_frames import DataBatch
 from cluster.core.training_limits import DATA_MEMORY_BYTES, DATA_TIMEOUT_S, DATA_WATCH_S
 from cluster.platform.process import resident_bytes
-from cluster.sandbox.child_streams import start_child
-from cluster.sandbox.training_messages import HEADER, DataFailed, DataReady, Made, pack_request, payload_size, unpack
+from cluster.sandbox.child_process import ChildProcess
+from cluster.sandbox.training_messages import DataFailed, DataReady, Made, pack_request, payload_size, unpack
 
 __all__ = ["TrainingData"]
 
 SETTINGS: Final = {"TOKENIZERS_PARALLELISM": "true"}
-END_S: Final = 2.0
-"""Seconds that the process may take to end after it was killed or has written everything."""
 
 
 class TrainingData:
     """The batches of one run, in order. ``cut`` sequences are too long, the longest has ``longest`` tokens.
 
-    Close it to end the process. As ``SandboxProcess``, it does not use asyncio's subprocesses: asyncio waits forever
-    for a killed process whose output is only partly read.
+    Close it to end the process.
     """
 
-    def __init__(self, child: Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._child, self._reader, self._writer = child, reader, writer
+    def __init__(self, child: ChildProcess) -> None:
+        self._child = child
         self._watch = asyncio.create_task(self._watch_memory())
         self._too_large = False
         self.cut = self.longest = 0
@@ -45,23 +40,13 @@ class TrainingData:
 
         Raises InvalidRequest, which names file and line, BadCheckpoint for an unusable tokenizer, and Busy.
         """
+        data = TrainingData(
+            await ChildProcess.start(
+                "cluster.sandbox.training_child", SETTINGS, "the process that makes batches", stderr=DEVNULL
+            )
+        )
         try:
-            child, ours = start_child("cluster.sandbox.training_child", SETTINGS, DEVNULL)
-        except OSError as error:
-            raise Busy(
-                f"cannot start the process that makes batches: {error.strerror}; try again later",
-                retry_after_s=RETRY_AFTER_S,
-            ) from error
-        try:
-            data = TrainingData(child, *await asyncio.open_unix_connection(sock=ours, limit=MIB))
-        except BaseException:
-            child.kill()
-            child.wait()
-            ours.close()
-            raise
-        try:
-            data._writer.write(pack_request(str(folder), str(tokenizer_folder), options.to_json()))
-            first = await data._read()
+            first = await data._read(pack_request(str(folder), str(tokenizer_folder), options.to_json()))
             if isinstance(first, DataReady):
                 data.cut, data.longest = first.cut, first.longest
         except BaseException:
@@ -78,23 +63,15 @@ class TrainingData:
     async def close(self) -> None:
         """Kill the process."""
         self._watch.cancel()
-        self._child.kill()
-        self._writer.transport.abort()
-        await anyio.to_thread.run_sync(self._reap)
+        await self._child.end()
 
-    def _reap(self) -> int | None:
-        """Wait up to ``END_S`` for the end of the process, and return its exit code."""
-        with suppress(TimeoutExpired):
-            self._child.wait(END_S)
-        return self._child.returncode
-
-    async def _read(self) -> Made | None:
+    async def _read(self, request: bytes = b"") -> Made | None:
         try:
             async with asyncio.timeout(DATA_TIMEOUT_S):
-                header = await self._reader.readexactly(HEADER.size)
-                made = unpack(await self._reader.readexactly(payload_size(header)))
+                await self._child.send(request)
+                made = unpack(await self._child.receive(payload_size))
         except (asyncio.IncompleteReadError, ConnectionError):
-            if await anyio.to_thread.run_sync(self._reap) == 0:
+            if await self._child.wait() == 0:
                 return None
             memory = f"needs more than {DATA_MEMORY_BYTES >> 30} GiB of memory"
             why = memory if self._too_large else "makes a library fail"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from pathlib import Path
-from subprocess import Popen, TimeoutExpired
-from typing import Final
 
 import anyio
 from google.protobuf.message import DecodeError
@@ -15,12 +12,9 @@ from cluster.core.errors import Busy, MacpipeError
 from cluster.core.examination import EXAMINE_S
 from cluster.core.limits import MAX_ANSWER_BYTES, RETRY_AFTER_S
 from cluster.platform.paths import HOME_VARIABLE
-from cluster.sandbox.child_streams import start_child
+from cluster.sandbox.child_process import ChildProcess
 from cluster.v1 import worker_pb2 as pb
 from cluster.worker.examination_child import LENGTH
-
-END_S: Final = 2.0
-"""Seconds that the process may take to end after it was killed."""
 
 
 class Examiner:
@@ -36,21 +30,11 @@ class Examiner:
         Raises ``Busy`` if it cannot be started or takes too long, and ``MacpipeError`` if it fails.
         """
         async with self._running:
-            try:
-                child, ours = start_child("cluster.worker.examination_child", {HOME_VARIABLE: str(self._home)})
-            except OSError as error:
-                raise Busy(
-                    f"cannot start an examination: {error.strerror}; try again later", retry_after_s=RETRY_AFTER_S
-                ) from error
-            try:
-                reader, writer = await asyncio.open_unix_connection(sock=ours)
-            except BaseException:
-                ours.close()
-                await _kill(child)
-                raise
+            environment = {HOME_VARIABLE: str(self._home)}
+            child = await ChildProcess.start("cluster.worker.examination_child", environment, "an examination")
             try:
                 async with asyncio.timeout(EXAMINE_S):
-                    return await _exchange(reader, writer, request)
+                    return await _exchange(child, request)
             except TimeoutError:
                 raise Busy(
                     f"this Mac is busy: its examination took more than {EXAMINE_S:.0f} s", retry_after_s=RETRY_AFTER_S
@@ -58,28 +42,18 @@ class Examiner:
             except (OSError, EOFError, DecodeError) as error:
                 raise MacpipeError("the process that examines this Mac ended without a result") from error
             finally:
-                writer.transport.abort()
-                await _kill(child)
+                with anyio.CancelScope(shield=True):
+                    await child.end()
 
 
-async def _exchange(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: pb.ExamineRequest
-) -> pb.ExamineResponse:
+async def _exchange(child: ChildProcess, request: pb.ExamineRequest) -> pb.ExamineResponse:
     message = request.SerializeToString()
-    writer.write(LENGTH.pack(len(message)) + message)
-    await writer.drain()
-    (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+    await child.send(LENGTH.pack(len(message)) + message)
+    return pb.ExamineResponse.FromString(await child.receive(_payload_size))
+
+
+def _payload_size(header: bytes) -> int:
+    (size,) = LENGTH.unpack(header)
     if size > MAX_ANSWER_BYTES:
         raise EOFError
-    return pb.ExamineResponse.FromString(await reader.readexactly(size))
-
-
-async def _kill(child: Popen[bytes]) -> None:
-    child.kill()
-    with anyio.CancelScope(shield=True):
-        await anyio.to_thread.run_sync(_reap, child)
-
-
-def _reap(child: Popen[bytes]) -> None:
-    with suppress(TimeoutExpired):
-        child.wait(END_S)
+    return int(size)

@@ -288,8 +288,8 @@ async def test_one_that_ends_in_the_middle_of_its_answer_is_given_up(hostile: Pa
     """Its socket is full of bytes that nobody reads any more."""
     async with opened(hostile) as text:
         (process,) = text._text._processes
-        process._writer.write(pack_job(Encode(10**6, True, Limits(60.0, 2**30, 60.0), "word " * 200_000)))
-        while len(process._reader._buffer) <= MIB:  # type: ignore[attr-defined]
+        process._child._writer.write(pack_job(Encode(10**6, True, Limits(60.0, 2**30, 60.0), "word " * 200_000)))
+        while len(process._child._reader._buffer) <= MIB:  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
         await process.stop()
         assert not exists(process.pid)

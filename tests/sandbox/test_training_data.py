@@ -63,7 +63,7 @@ def test_it_ends_at_once_while_nobody_reads_its_batches(model: Path, tmp_path: P
         data = await TrainingData.open(write_texts(tmp_path, train=8), model, options(iters=10**6))
         await data.next()
         await data.close()
-        return data._child.returncode
+        return data._child.exit_code
 
     assert asyncio.run(leave()) == -9
 

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.codec.examination import decode_results
 from cluster.core.errors import Busy, MacpipeError
+from cluster.sandbox import child_process
 from cluster.sandbox.child_streams import start_child
 from cluster.v1 import worker_pb2 as pb
 from cluster.worker import examiner
@@ -28,8 +29,8 @@ class Children:
         self.module = module
         self.started: list[Popen[bytes]] = []
 
-    def __call__(self, module: str, environment: dict[str, str]) -> Any:
-        child, ours = start_child(self.module or module, environment)
+    def __call__(self, module: str, environment: dict[str, str], stderr: int | None) -> Any:
+        child, ours = start_child(self.module or module, environment, stderr)
         self.started.append(child)
         return child, ours
 
@@ -38,7 +39,7 @@ class Children:
 @pytest.mark.anyio
 async def test_a_process_of_low_priority_examines_the_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children("")
-    monkeypatch.setattr(examiner, "start_child", children)
+    monkeypatch.setattr(child_process, "start_child", children)
     monkeypatch.setattr(examiner, "EXAMINE_S", 280.0)
     priorities = []
     exchange = examiner._exchange
@@ -61,7 +62,7 @@ async def test_a_process_of_low_priority_examines_the_mac(tmp_path: Path, monkey
 @pytest.mark.anyio
 async def test_an_examination_that_fails_or_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children("this")
-    monkeypatch.setattr(examiner, "start_child", children)
+    monkeypatch.setattr(child_process, "start_child", children)
     with pytest.raises(MacpipeError, match="ended without a result"):
         await Examiner(tmp_path).examine(REQUEST)
     children.module = "cluster.sandbox.child"  # reads on and never answers
@@ -73,7 +74,7 @@ async def test_an_examination_that_fails_or_hangs_is_an_error(tmp_path: Path, mo
     def refuse(*_: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(examiner, "start_child", refuse)
+    monkeypatch.setattr(child_process, "start_child", refuse)
     with pytest.raises(Busy, match="Resource temporarily unavailable"):
         await Examiner(tmp_path).examine(REQUEST)
 
@@ -89,7 +90,7 @@ async def test_one_examination_runs_at_a_time_and_ends_with_its_caller(
         begun.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(examiner, "start_child", children)
+    monkeypatch.setattr(child_process, "start_child", children)
     monkeypatch.setattr(examiner, "_exchange", hang)
     one = Examiner(tmp_path)
     calls = [asyncio.create_task(one.examine(REQUEST)) for _ in range(2)]
