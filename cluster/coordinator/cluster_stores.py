@@ -10,6 +10,7 @@ from typing import Final
 
 import anyio
 
+from cluster.coordinator.concurrent_calls import call_for_each
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.core.errors import InvalidRequest, MacpipeError, ModelInUse, ModelNotFound, VersionMismatch
 from cluster.core.stored_models import MacStore, StoredModel, StoreRemoval
@@ -52,27 +53,19 @@ class ClusterStores:
             answers = await self._ask_all()
             wanted = _find_all([model for answer in answers for model in answer.store.models], names)
             _require_unused(answers, wanted)
-            results: list[list[StoreRemoval]] = [[] for _ in answers]
-            async with anyio.create_task_group() as tasks:
-                for answer, found in zip(answers, results, strict=True):
-                    tasks.start_soon(self._remove_from, answer, wanted, found)
+            results = await call_for_each(lambda answer: self._remove_from(answer, wanted), answers)
         return tuple(result for found in results for result in found)
 
     async def _ask_all(self) -> list[_StoreAnswer]:
-        entries = await self._members()
-        answers: dict[int, _StoreAnswer] = {}
-        async with anyio.create_task_group() as tasks:
-            for number, entry in enumerate(entries):
-                tasks.start_soon(self._ask, number, entry, answers)
         by_store: dict[str, list[_StoreAnswer]] = defaultdict(list)
-        for number in sorted(answers):
-            by_store[answers[number].store.id or f"#{number}"].append(answers[number])
+        for number, answer in enumerate(await call_for_each(self._ask, await self._members())):
+            by_store[answer.store.id or f"#{number}"].append(answer)
         found = [await self._join(shared) for shared in by_store.values()]
         models = await anyio.to_thread.run_sync(list_models, self._home)
         own = MacStore(OWN, str(self._home / "models"), store_id(self._home), models)
         return found if own.id in by_store or not models else [*found, _StoreAnswer(own)]
 
-    async def _ask(self, number: int, entry: RosterEntry, answers: dict[int, _StoreAnswer]) -> None:
+    async def _ask(self, entry: RosterEntry) -> _StoreAnswer:
         info = entry.info
         store = MacStore(info.name, problem=entry.problem)
         if entry.reachable:
@@ -83,7 +76,7 @@ class ClusterStores:
                 store = MacStore(info.name, problem=problem)
             except MacpipeError as error:
                 store = MacStore(info.name, problem=error.sentence)
-        answers[number] = _StoreAnswer(store, info.control_address)
+        return _StoreAnswer(store, info.control_address)
 
     async def _join(self, shared: Sequence[_StoreAnswer]) -> _StoreAnswer:
         """Return one answer for all workers that share a store.
@@ -102,8 +95,8 @@ class ClusterStores:
                 store = replace(store, problem=error.sentence)
         return replace(first, store=replace(store, mac=", ".join(answer.store.mac for answer in shared)))
 
-    async def _remove_from(self, answer: _StoreAnswer, wanted: Mapping[str, str], results: list[StoreRemoval]) -> None:
-        mac = answer.store.mac
+    async def _remove_from(self, answer: _StoreAnswer, wanted: Mapping[str, str]) -> list[StoreRemoval]:
+        mac, results = answer.store.mac, list[StoreRemoval]()
         if answer.store.problem:
             results.append(StoreRemoval(mac, problem=answer.store.problem))
         for model in answer.store.models:
@@ -117,6 +110,7 @@ class ClusterStores:
                 results.append(StoreRemoval(mac, label, problem=error.sentence))
             else:
                 results.append(StoreRemoval(mac, label, model.disk_bytes))
+        return results
 
     async def _remove(self, address: str, fingerprint: str) -> None:
         if address:

@@ -7,6 +7,7 @@ from typing import Final
 
 import anyio
 
+from cluster.coordinator.concurrent_calls import call_for_each
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.core.errors import Busy, MacpipeError, VersionMismatch
 from cluster.core.examination import CheckResult, Finding, MacExamination, Severity
@@ -28,15 +29,9 @@ class Examinations:
         """Examine all Macs at once. Return one result for each worker, by name."""
         async with self._running:
             entries = await self._members()
-            found: dict[int, MacExamination] = {}
-            async with anyio.create_task_group() as tasks:
-                for number, entry in enumerate(entries):
-                    tasks.start_soon(self._examine, number, entry, entries, found)
-            return tuple(found[number] for number in sorted(found))
+            return tuple(await call_for_each(lambda entry: self._examine(entry, entries), entries))
 
-    async def _examine(
-        self, number: int, entry: RosterEntry, entries: Sequence[RosterEntry], found: dict[int, MacExamination]
-    ) -> None:
+    async def _examine(self, entry: RosterEntry, entries: Sequence[RosterEntry]) -> MacExamination:
         info = entry.info
         findings = [_describe_problem(entry)] if entry.problem else []
         results: tuple[CheckResult, ...] = ()
@@ -46,7 +41,7 @@ class Examinations:
                 results = await self._roster.control(info.control_address).examine(others)
             except MacpipeError as error:
                 findings.append(_describe_failure(info, error))
-        found[number] = MacExamination(info.name, (CheckResult(CHECK, tuple(findings)), *results))
+        return MacExamination(info.name, (CheckResult(CHECK, tuple(findings)), *results))
 
 
 def _describe_problem(entry: RosterEntry) -> Finding:

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import anyio
-
+from cluster.coordinator.concurrent_calls import call_for_each
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import LinkFailed, MacpipeError
@@ -31,18 +30,11 @@ async def load_slices(
 
     Raises the first error and cancels the other loads.
     """
-    stage_digests: dict[int, StageDigests] = {}
-
-    async def load(stage: PlannedStage, control: WorkerClient, order: FetchOrder) -> None:
-        stage_digests[stage.spec.index] = await _load(stage, control, order, progress)
-
+    loads = zip(stages, controls, orders, strict=True)
     try:
-        async with anyio.create_task_group() as tasks:
-            for stage, control, order in zip(stages, controls, orders, strict=True):
-                tasks.start_soon(load, stage, control, order)
+        return tuple(await call_for_each(lambda load: _load(*load, progress), loads))
     except* MacpipeError as group:
         raise first_error(group) from None
-    return tuple(stage_digests[stage.spec.index] for stage in stages)
 
 
 async def _load(stage: PlannedStage, control: WorkerClient, order: FetchOrder, progress: Progress) -> StageDigests:
@@ -64,23 +56,19 @@ async def link_stages(
 
     Raises the first other error and cancels the other links.
     """
-    inputs: dict[int, tuple[Route, Link | None]] = {}
 
-    async def link(i: int, control: WorkerClient) -> None:
+    async def link(i: int) -> tuple[Route, Link | None]:
         before = workers[i - 1] if i and plan.route is Route.DIRECT else None
-        inputs[i] = await _link(control, plan.epoch, before)
+        return await _link(controls[i], plan.epoch, before)
 
     try:
-        async with anyio.create_task_group() as tasks:
-            for i, control in enumerate(controls):
-                tasks.start_soon(link, i, control)
+        inputs = await call_for_each(link, range(len(controls)))
     except* MacpipeError as group:
         raise first_error(group) from None
-    stages: list[RingStage] = []
-    for i, worker in enumerate(workers):
-        route, measured = inputs[i]
-        stages.append(RingStage(worker.name, worker.data_address, route, worker_of(worker.id), measured))
-    return tuple(stages)
+    return tuple(
+        RingStage(worker.name, worker.data_address, route, worker_of(worker.id), measured)
+        for worker, (route, measured) in zip(workers, inputs, strict=True)
+    )
 
 
 async def _link(control: WorkerClient, epoch: int, before: WorkerInfo | None) -> tuple[Route, Link | None]:
