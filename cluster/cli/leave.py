@@ -56,9 +56,8 @@ def _hold_daemons(stack: ExitStack, folder: ClusterFolder) -> None:
             stack.enter_context(hold_id(state_folder(folder.home, folder.cluster)))
         except BlockingIOError:
             raise Busy("the coordinator still runs on this Mac; stop it and try again") from None
-    workers = folder.path / "workers"
-    for one in sorted(workers.iterdir()) if workers.is_dir() else ():
+    for name in folder.list_workers():
         try:
-            stack.enter_context(hold_identity(folder.home, one.name))
+            stack.enter_context(hold_identity(folder.home, name))
         except DuplicateName:
-            raise Busy(f"the worker {one.name} still runs on this Mac; stop it and try again") from None
+            raise Busy(f"the worker {name} still runs on this Mac; stop it and try again") from None

@@ -39,8 +39,7 @@ def leave_cluster(folder: ClusterFolder, *, disband: bool = False) -> tuple[str,
 
 def _member_names(folder: ClusterFolder) -> tuple[str, ...]:
     """Return the names by which the coordinator lists this machine, as far as its certificates can be read."""
-    workers = folder.path / "workers"
-    names = sorted(one.name for one in workers.iterdir()) if workers.is_dir() else []
+    names = folder.list_workers()
     for role in (Role.CLIENT, Role.ADMIN):
         with suppress(ClusterDamaged):  # a damaged membership is a reason to leave
             if keyring := folder.keyring(role):

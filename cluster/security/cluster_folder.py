@@ -84,6 +84,11 @@ class ClusterFolder:
             return self.path / "workers" / check_name(name, "a worker's")
         return self.path / role.value
 
+    def list_workers(self) -> list[str]:
+        """Return the names of this machine's workers, sorted, also of those whose files are damaged."""
+        workers = self.path / "workers"
+        return sorted(one.name for one in workers.iterdir()) if workers.is_dir() else []
+
     def revoked(self, worker: str) -> Path:
         """Where a worker keeps which serials it was told are revoked."""
         return self.party(Role.WORKER, worker) / "revoked.json"
