@@ -114,7 +114,7 @@ class TerminalReport:
     def __init__(self, stream: TextIO) -> None:
         self._console = console(stream)
         self._bars = LoadBars(stream)
-        self._found: tuple[str, ...] | None = None
+        self._found: tuple[tuple[str, ...], int | None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -123,11 +123,11 @@ class TerminalReport:
         self._bars.close()
 
     def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
-        """Print the workers found so far, if they changed."""
+        """Print the workers found so far, if they or the number of those to find changed."""
         names = tuple(sorted(f"{worker.name} ({worker.chip or worker.backend})" for worker in found))
-        if names == self._found:
+        if (names, wanted) == self._found:
             return
-        self._found = names
+        self._found = names, wanted
         some = count_in_words(len(names), "worker")
         count = f"{len(names)} of {wanted} workers" if wanted and len(names) <= wanted else some
         self._print_line(f"{count}: {', '.join(names)}" if names else f"waiting for {_describe_wanted(wanted)}")

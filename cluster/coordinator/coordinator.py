@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import anyio
 
@@ -39,12 +40,14 @@ from cluster.coordinator.snapshot import describe_adapters, describe_workers, wi
 from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.training_run import TrainingHost, TrainingMode, TrainingRequest
 from cluster.coordinator.weight_distribution import WeightDistribution
+from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
 from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import ClusterState, EventKind, ServingState
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
     MacpipeError,
+    NoPlan,
     NotServing,
     RequestNotFound,
     StaleEpoch,
@@ -62,7 +65,6 @@ from cluster.core.request import Grammar, Request
 from cluster.core.training_events import TrainingEvent
 from cluster.core.worker import WorkerInfo, WorkerState
 from cluster.membership.suspicion import Belief, Standing
-from cluster.placement.memory_split import WorkerMemory, is_too_small
 from cluster.platform.overload import Lag, no_lag
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
@@ -100,7 +102,7 @@ class Coordinator:
         self._service: ModelService | None = None
         self._order: LoadOrder | None = None
         """What is served, or was served before a training."""
-        self._training = TrainingMode(self.load, self._report_problem)
+        self._training = TrainingMode(partial(self.load, again=True), self._report_problem)
         self._lag = lag
         self._heartbeat = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
         self._refresh = RosterRefresh(roster)
@@ -144,11 +146,12 @@ class Coordinator:
 
     # Loading
 
-    async def load(self, order: LoadOrder, follower: LoadReporter | None = None) -> None:
+    async def load(self, order: LoadOrder, follower: LoadReporter | None = None, *, again: bool = False) -> None:
         """Load a model and serve it in place of the current one.
 
         The current model is served until workers and a plan for the new one are found. If the new model then fails to
-        load, nothing is served. Raises ``MacpipeError``.
+        load, nothing is served. ``again``: it was served before, and goes on with the workers that are left of those
+        it asks for. Raises ``MacpipeError``.
         """
         if self._loading.locked():
             raise NotServing("another model is being loaded or trained; wait until that ends")
@@ -156,16 +159,17 @@ class Coordinator:
         async with self._loading:
             self.changed.set()
             try:
-                await self._replace(order, report)
+                await self._replace(order, report, again=again)
             finally:
                 self.changed.set()
 
-    async def _replace(self, order: LoadOrder, report: LoadReporter) -> None:
+    async def _replace(self, order: LoadOrder, report: LoadReporter, *, again: bool) -> None:
         order.check()
         began = time.monotonic()
         model_info = await self._reader.read(order)
         try:
-            await self._replace_with(model_info, order, report, await read_draft(self._reader, model_info, order))
+            draft_info = await read_draft(self._reader, model_info, order)
+            await self._replace_with(model_info, order, report, draft_info, again=again)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await model_info.close()
@@ -173,11 +177,20 @@ class Coordinator:
         self._timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
 
     async def _replace_with(
-        self, model_info: ModelInfo, order: LoadOrder, report: LoadReporter, draft_info: ModelInfo | None
+        self,
+        model_info: ModelInfo,
+        order: LoadOrder,
+        report: LoadReporter,
+        draft_info: ModelInfo | None,
+        *,
+        again: bool,
     ) -> None:
         if self._service:
             await self._service.send_step_times()  # the next plan uses the step times measured here
-        gathered = await self._gather_workers(order, model_info.placed_shape, report)
+        if again:
+            gathered, order = await gather_remaining(self._roster, order, model_info.placed_shape, report)
+        else:
+            gathered = await gather_workers(self._roster, order, model_info.placed_shape, report)
         found, order = await adopt_held_slices(model_info.placed_shape, order, gathered, self._roster)
         number = self._epochs.next(m.info.epoch for m in self._roster.members)
         plan = await self._make_plan(number, model_info.placed_shape, found, order)
@@ -186,7 +199,12 @@ class Coordinator:
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
         draft = None
         if draft_info:
-            draft = assign_draft(self._epochs.next(), model_info, draft_info, gathered, [w.name for w in workers])
+            try:
+                draft = assign_draft(self._epochs.next(), model_info, draft_info, gathered, [w.name for w in workers])
+            except NoPlan as e:
+                if not again:
+                    raise
+                self._report_problem(f"{plan.model.name} is served without a draft model: {e.sentence}")
         await self._close(NotServing("another model is being loaded"))
         self._roster.pin(workers)
         self._roster.pin_draft(draft.worker if draft else None)
@@ -233,31 +251,19 @@ class Coordinator:
     ) -> None:
         """Train adapters, and refuse requests meanwhile. Afterwards, load again what was served.
 
-        ``tell`` is called with each event. Raises ``NotServing`` during a load, and the errors of ``TrainingMode.run``.
+        ``tell`` is called with each event. Raises ``NotServing`` during a load, or if what was served could not be
+        loaded again, and the errors of ``TrainingMode.run``.
         """
         await self._training.wait_restored()
         if self._loading.locked():
             raise NotServing("a model is being loaded or trained; wait until that ends")
-        async with self._loading:
-            host = TrainingHost(
-                self._reader, self._deps(), self._gather_workers, self._make_plan, self._close, self.changed
-            )
-            order = self._service.adapters.adjust_order(self._order) if self._service and self._order else self._order
-            await self._training.run(host, request, tell, BothReporters(self._report, follower), order)
-
-    async def _gather_workers(
-        self, order: LoadOrder, shape: ModelShape, report: LoadReporter
-    ) -> tuple[WorkerInfo, ...]:
-        """Wait for the workers that the order asks for, and for one more if there is a draft model.
-
-        One that is too small for any piece of the model does not count.
-        """
-        return await self._roster.gather(
-            order.stage_count + bool(order.draft) if order.stage_count else None,
-            order.wait_s,
-            report,
-            lambda w: not is_too_small(shape, WorkerMemory(w.name, w.memory_limit)),
-        )
+        report = BothReporters(self._report, follower)
+        host = TrainingHost(self._reader, self._deps(), self._make_plan, self._close, self.changed)
+        async with self._training.report_restored(tell), self._loading:
+            order = self._order
+            if self._service and order:
+                order = self._service.adapters.adjust_order(order)
+            await self._training.run(host, request, tell, report, order)
 
     async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
         """Return the plan that ``load`` would use with the workers present now. Change nothing.
@@ -266,7 +272,7 @@ class Coordinator:
         """
         shape = await self._reader.read_shape(order)
         if wait:
-            found = await self._gather_workers(order, shape, self._report)
+            found = await gather_workers(self._roster, order, shape, self._report)
         else:
             found = await self._roster.present(order.stage_count)
         return await self._make_plan(0, shape, found, order)

@@ -45,11 +45,12 @@ from cluster.sandbox.training_data import TrainingData
 from cluster.scheduler.training_schedule import TrainingOrder, TrainingSchedule
 from cluster.security.trust import worker_of
 
-__all__ = ["TrainingJob"]
+__all__ = ["LOSSES", "TrainingJob"]
 
 log = logging.getLogger(__name__)
 MIN_RETRY_S, MAX_RETRY_S = 10.0, 3600.0
-_LOSSES = (WorkerLost, Unreachable, LinkFailed, StaleEpoch)
+LOSSES = (WorkerLost, Unreachable, LinkFailed, StaleEpoch)
+"""Errors of a Mac that went, or is not ready yet: another try may succeed."""
 
 
 class TrainingJob:
@@ -100,7 +101,7 @@ class TrainingJob:
             try:
                 await self._run_epoch(assignment)
                 return
-            except _LOSSES as loss:
+            except LOSSES as loss:
                 log.warning("training: epoch lost reason=%s epoch=%d", loss.sentence, assignment.plan.epoch)
                 losses = losses + 1 if self.reports.iteration == self._progress_mark else 1
                 self._progress_mark = self.reports.iteration

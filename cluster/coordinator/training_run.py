@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,19 +17,23 @@ from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.training_job import TrainingJob
+from cluster.coordinator.training_job import LOSSES, TrainingJob
+from cluster.coordinator.worker_gathering import gather_workers
 from cluster.core.errors import DoesNotFit, MacpipeError, NotServing
 from cluster.core.frames import Tensor
 from cluster.core.limits import UNLOAD_TIMEOUT_S
 from cluster.core.plan import ModelShape, Objective, Plan
 from cluster.core.training import TrainingOptions
-from cluster.core.training_events import TrainingEvent
+from cluster.core.training_events import TrainingEvent, TrainingNotice
+from cluster.core.training_limits import MAX_ENGINE_LOSSES
 from cluster.core.worker import WorkerInfo
 from cluster.placement.training_cut import cut_for_training, head_cost
 from cluster.placement.training_memory import require_room
 from cluster.sandbox.training_data import TrainingData
 
-__all__ = ["TrainingHost", "TrainingMode", "TrainingRequest"]
+__all__ = ["Restored", "TrainingHost", "TrainingMode", "TrainingRequest"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +50,23 @@ class TrainingRequest:
 class TrainingHost:
     """What a run needs of its coordinator.
 
-    ``gather`` waits for workers; ``make_plan`` plans over them; ``stop_serving`` ends what is served; ``changed`` is
-    set when the coordinator's state changes.
+    ``make_plan`` plans over workers; ``stop_serving`` ends what is served; ``changed`` is set when the coordinator's
+    state changes.
     """
 
     reader: ModelReader
     deps: ServiceDeps
-    gather: Callable[[LoadOrder, ModelShape, LoadReporter], Awaitable[tuple[WorkerInfo, ...]]]
     make_plan: Callable[[int, ModelShape, Sequence[WorkerInfo], LoadOrder], Awaitable[Plan]]
     stop_serving: Callable[[MacpipeError], Awaitable[None]]
     changed: asyncio.Event
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of the model that was served before a training. ``sentence`` says it to people."""
+
+    served: bool
+    sentence: str
 
 
 class TrainingMode:
@@ -62,10 +75,12 @@ class TrainingMode:
     ``load`` loads what was served before. ``problem`` is called with a sentence if that fails.
     """
 
-    def __init__(self, load: Callable[[LoadOrder], Awaitable[None]], problem: Callable[[str], None]) -> None:
+    def __init__(
+        self, load: Callable[[LoadOrder, LoadReporter], Awaitable[None]], problem: Callable[[str], None]
+    ) -> None:
         self._load, self._problem = load, problem
         self._running: asyncio.Task[object] | None = None
-        self._restoring: asyncio.Task[None] | None = None
+        self._restoring: asyncio.Task[Restored] | None = None
         self._closed = False
         self.job: TrainingJob | None = None
 
@@ -93,14 +108,34 @@ class TrainingMode:
                 if data:
                     await data.close()
             if self.job and served and not self._closed:
-                self._restoring = asyncio.create_task(self._serve_again(served))
+                self._restoring = asyncio.create_task(self._serve_again(served, report))
             self.job = self._running = None
             host.changed.set()
 
-    async def wait_restored(self) -> None:
-        """Wait until what was served before the last training is loaded again, or that has failed."""
-        if self._restoring:
-            await asyncio.wait((self._restoring,))
+    async def wait_restored(self) -> Restored | None:
+        """Wait until what was served before the last training is loaded again, or that has failed.
+
+        Return None if nothing was served, or if the coordinator stops.
+        """
+        if self._restoring is None:
+            return None
+        await asyncio.wait((self._restoring,))
+        return None if self._restoring.cancelled() else self._restoring.result()
+
+    @asynccontextmanager
+    async def report_restored(self, tell: Callable[[TrainingEvent], None]) -> AsyncIterator[None]:
+        """Tell after a training what became of the model that was served. Raises ``NotServing`` if it is not served."""
+        self._restoring = None
+        try:
+            yield
+        except MacpipeError:
+            if outcome := await self.wait_restored():
+                tell(TrainingNotice(outcome.sentence))
+            raise
+        if outcome := await self.wait_restored():
+            if not outcome.served:
+                raise NotServing(outcome.sentence)
+            tell(TrainingNotice(outcome.sentence))
 
     async def close(self) -> None:
         """End the training, or the load of what was served before it."""
@@ -109,11 +144,22 @@ class TrainingMode:
             task.cancel()
             await asyncio.wait((task,), timeout=2 * UNLOAD_TIMEOUT_S)
 
-    async def _serve_again(self, order: LoadOrder) -> None:
-        try:
-            await self._load(order)
-        except MacpipeError as e:
-            self._problem(f"{order.model} is not served again after the training: {e.sentence}")
+    async def _serve_again(self, order: LoadOrder, report: LoadReporter) -> Restored:
+        log.info("training: ended, loading what was served before model=%s", order.model)
+        for attempt in range(1, MAX_ENGINE_LOSSES + 1):
+            try:
+                await self._load(order, report)
+            except LOSSES as e:
+                log.warning("training: load of the served model failed reason=%s attempt=%d", e.sentence, attempt)
+                why = e.sentence
+            except MacpipeError as e:
+                why = e.sentence
+                break
+            else:
+                return Restored(served=True, sentence=f"{order.model} is served again")
+        sentence = f"{order.model} is not served again after the training: {why}"
+        self._problem(sentence)
+        return Restored(served=False, sentence=sentence)
 
     async def _train(
         self,
@@ -125,18 +171,18 @@ class TrainingMode:
         report: LoadReporter,
     ) -> None:
         deps, order = host.deps, replace(request.order, objective=Objective.THROUGHPUT)
-        found = await host.gather(order, model_info.shape, report)
+        found = await gather_workers(deps.roster, order, model_info.shape, report)
         number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
         plan = await _plan(host, number, model_info.shape, found, order, request.options)
         request.options.require_layers(plan.stages[-1].layers.end)
         require_room(plan, model_info.shape, request.options, min(data.longest, request.options.max_seq_length))
         report.planned(plan)
         by_name = {w.name: w for w in found}
-        await host.stop_serving(NotServing(f"the cluster trains adapters of {plan.model.name} now"))
-        deps.heartbeat.start()
         job = TrainingJob(deps, model_info, order, request.options, data, tell, report.progress, request.adapters)
-        self.job = job
+        self.job = job  # from here on, what was served is loaded again afterwards
         host.changed.set()
+        await host.stop_serving(job.refusal())
+        deps.heartbeat.start()
         try:
             await job.run(Assignment(plan, tuple(by_name[stage.worker] for stage in plan.stages)))
         finally:

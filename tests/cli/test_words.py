@@ -282,6 +282,7 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
         report.waiting([], 2)
         report.waiting([a_worker("mac-0")], 2)
         report.waiting([a_worker("mac-0"), a_worker("mac-1")], 2)
+        report.waiting([a_worker("mac-0"), a_worker("mac-1")], 3)
         report.planned(a_plan())
         for percent in range(101):
             report.progress(LoadProgress("mac-0", LayerRange(0, 4), percent, 100, "reading", notices=("a is damaged",)))
@@ -290,6 +291,7 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
     said = stream.getvalue()
     assert said.count("waiting for 2 workers") == 1
     assert "1 of 2 workers: mac-0 (Apple M4)\n2 of 2 workers: mac-0 (Apple M4), mac-1 (Apple M4)\n" in said
+    assert "2 of 3 workers: mac-0 (Apple M4), mac-1 (Apple M4)\n" in said
     assert "big[bold]model" in said
     assert "9.0 GiB" in said
     assert "256.0 MiB" in said

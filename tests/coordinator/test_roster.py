@@ -12,15 +12,19 @@ import pytest
 
 from cluster import __version__
 from cluster.coordinator.roster import MLX_LM, Roster
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.worker_gathering import gather_remaining
 from cluster.core.errors import MacpipeError, NoWorkers, VersionMismatch, WorkerLost
-from cluster.core.plan import LoadProgress, Plan
+from cluster.core.limits import GIB
+from cluster.core.plan import LayerRange, LoadProgress, ModelRef, ModelShape, Plan
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.static import static_source
 from cluster.security.credentials import LocalTrust
 
-ADA = WorkerInfo("1", "ada", __version__, "127.0.0.1:1", "", "", "", f"0 mlx-lm {MLX_LM}", 1, 1, cluster="c")
+ADA = WorkerInfo("1", "ada", __version__, "127.0.0.1:1", "", "", "", f"0 mlx-lm {MLX_LM}", 1, GIB, cluster="c")
 BOB = replace(ADA, id="2", name="bob", control_address="127.0.0.1:2")
 CYD = replace(ADA, id="3", name="cyd", control_address="127.0.0.1:3")
+SHAPE = ModelShape(ModelRef("m", "", "f" * 64), 6, (1,) * 6, (1,) * 6, (), (1, 2, 3, 4, 5), (), 64)
 
 
 class Telling:
@@ -51,12 +55,18 @@ class Silent:
         raise AssertionError(progress)
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, *workers: WorkerInfo, wait_s: float = 60.0) -> MacpipeError:
-    """Return the error of a wait for workers, of which these are there."""
+def a_roster(monkeypatch: pytest.MonkeyPatch, *workers: WorkerInfo) -> Roster:
+    """Return a roster of these workers. Those without a version do not answer."""
     roster = Roster(static_source([w.control_address for w in workers]), "c", "me", LocalTrust())
     told = {w.control_address: Telling(w if w.version else None) for w in workers}
     monkeypatch.setattr(roster, "control", lambda address: cast(Any, told[address]))
     monkeypatch.setattr("cluster.coordinator.roster.SETTLE_S", 0.05)
+    return roster
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *workers: WorkerInfo, wait_s: float = 60.0) -> MacpipeError:
+    """Return the error of a wait for workers, of which these are there."""
+    roster = a_roster(monkeypatch, *workers)
     with pytest.raises(MacpipeError) as refused:
         asyncio.run(roster.gather(None, wait_s, Silent()))
     return refused.value
@@ -89,3 +99,19 @@ def test_a_worker_that_may_come_back_is_waited_for(monkeypatch: pytest.MonkeyPat
 def test_a_plan_that_waits_for_nobody_does_not_say_that_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
     error = refusal(monkeypatch, replace(ADA, version=""), wait_s=0)
     assert error.sentence.startswith("wanted 1 worker of cluster c, found no worker")
+
+
+def test_a_model_that_was_served_goes_on_with_the_workers_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.coordinator.worker_gathering.RETURN_S", 0.2)
+    roster = a_roster(monkeypatch, ADA, replace(BOB, version=""))
+    halves = (LayerRange(0, 3), LayerRange(3, 6))
+    order = LoadOrder("m", worker_count=2, layers=halves, wait_s=3600)
+    found, changed = asyncio.run(gather_remaining(roster, order, SHAPE, Silent()))
+    assert [worker.name for worker in found] == ["ada"]
+    assert (changed.worker_count, changed.layers) == (None, None)
+    found, changed = asyncio.run(gather_remaining(a_roster(monkeypatch, ADA, BOB), order, SHAPE, Silent()))
+    assert [worker.name for worker in found] == ["ada", "bob"]
+    assert changed == order
+    nobody = a_roster(monkeypatch, replace(ADA, version=""))
+    with pytest.raises(NoWorkers):
+        asyncio.run(gather_remaining(nobody, replace(order, wait_s=0.1), SHAPE, Silent()))

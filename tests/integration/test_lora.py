@@ -178,19 +178,6 @@ def test_a_worker_that_is_killed_is_replaced_by_a_spare_and_the_curve_is_the_sam
     assert all(mx.array_equal(own[name], array) for name, array in adapters.items())
 
 
-def test_a_client_that_leaves_ends_its_training(trainers: Trainers, data: Path) -> None:
-    made, address = trainers
-    options = TrainingOptions.of({**BASE, "iters": 100_000})
-    with Client(address, timeout_s=30) as client:
-        for event in client.train(str(made.folder / "model"), options, {"train": data / "train.jsonl"}):
-            if isinstance(event, TrainingReport):
-                with pytest.raises(NotServing, match="or trained; wait until that ends"):
-                    client.unload()
-                break
-        wait_serving(address, made.daemons[-1])
-        assert client.generate("a", max_tokens=1).tokens
-
-
 def test_data_and_adapters_that_do_not_fit_are_refused_while_the_model_is_served(
     trainers: Trainers, data: Path, tmp_path: Path
 ) -> None:
@@ -214,3 +201,24 @@ def test_data_and_adapters_that_do_not_fit_are_refused_while_the_model_is_served
     done = lora(trainers, *flags(BASE), "--data", str(tmp_path / "nowhere"))
     assert done.returncode == 2, done.stderr
     assert f"there is no {tmp_path / 'nowhere' / 'train.jsonl'}" in done.stderr
+
+
+def test_a_client_that_leaves_ends_its_training_and_the_workers_that_are_left_serve(
+    trainers: Trainers, data: Path
+) -> None:
+    """The worker that does not train is killed meanwhile. Nobody waits for it afterwards, although serve wants two."""
+    made, address = trainers
+    options = TrainingOptions.of({**BASE, "iters": 100_000})
+    with Client(address, timeout_s=30) as client:
+        for event in client.train(str(made.folder / "model"), options, {"train": data / "train.jsonl"}, workers=1):
+            if isinstance(event, TrainingReport) and event.peak_memory:
+                with pytest.raises(NotServing, match="or trained; wait until that ends"):
+                    client.unload()
+                ((trains, _),) = event.peak_memory
+                spare = next(one for one in made.daemons if one.name in set(NAMES) - {trains})
+                os.killpg(spare.process.pid, signal.SIGKILL)
+                spare.process.wait()
+                break
+        wait_serving(address, made.daemons[-1], 60)
+        assert [stage.worker for stage in client.cluster().stages] == [trains]
+        assert client.generate("a", max_tokens=1).tokens

@@ -1,0 +1,53 @@
+"""Gather the workers for a load: those that an order asks for, or those that are left of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from cluster.coordinator.reporter import LoadReporter
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.errors import NoWorkers
+from cluster.core.limits import RETURN_S
+from cluster.core.plan import ModelShape
+from cluster.core.worker import WorkerInfo
+from cluster.placement.memory_split import WorkerMemory, is_too_small
+
+__all__ = ["gather_remaining", "gather_workers"]
+
+log = logging.getLogger(__name__)
+
+
+async def gather_workers(
+    roster: Roster, order: LoadOrder, shape: ModelShape, report: LoadReporter
+) -> tuple[WorkerInfo, ...]:
+    """Wait for the workers that the order asks for, and for one more if there is a draft model.
+
+    One that is too small for any piece of the model does not count. Raises the errors of ``Roster.gather``.
+    """
+    return await roster.gather(
+        order.stage_count + bool(order.draft) if order.stage_count else None,
+        order.wait_s,
+        report,
+        lambda w: not is_too_small(shape, WorkerMemory(w.name, w.memory_limit)),
+    )
+
+
+async def gather_remaining(
+    roster: Roster, order: LoadOrder, shape: ModelShape, report: LoadReporter
+) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
+    """Wait for the workers of an order that was served before. Return them, and the order for which they suffice.
+
+    A worker that is gone is waited for ``RETURN_S``, as in a recovery. Then the order no longer asks for a number of
+    workers or for layers. Raises the errors of ``gather_workers``.
+    """
+    hurried = replace(order, wait_s=min(order.wait_s, RETURN_S))
+    try:
+        return await gather_workers(roster, hurried, shape, report), order
+    except NoWorkers as missing:
+        if order.stage_count is None:
+            raise
+        log.warning("load: using the workers that are left reason=%s", missing.sentence)
+    order = replace(order, worker_count=None, layers=None)
+    return await gather_workers(roster, order, shape, report), order

@@ -1,0 +1,113 @@
+"""A training takes the place of what is served, and what was served is loaded again, however the training ends."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.coordinator import training_run
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.training_run import TrainingMode
+from cluster.core.errors import DoesNotFit, InvalidOption, MacpipeError, NotServing, WorkerLost
+from cluster.core.training_events import TrainingNotice
+
+SERVED = LoadOrder("faq", worker_count=2)
+
+
+async def close() -> None:
+    """Nothing is open."""
+
+
+class Mode(TrainingMode):
+    """A mode whose runs end with ``ends``, and whose loads of the served model fail with ``failures``, in turn."""
+
+    def __init__(self, ends: BaseException | None = None, *failures: MacpipeError, begun: bool = True) -> None:
+        super().__init__(self.load, lambda sentence: self.problems.append(sentence))
+        self.ends, self.failures, self.begun = ends, list(failures), begun
+        self.loads, self.problems, self.told = 0, list[str](), list[str]()
+
+    async def load(self, order: LoadOrder, report: object) -> None:
+        self.loads += 1
+        if self.failures:
+            raise self.failures.pop(0)
+
+    async def _train(self, *arguments: object) -> None:
+        if self.begun:
+            self.job = SimpleNamespace()  # type: ignore[assignment]
+        if self.ends:
+            raise self.ends
+
+    async def train(self) -> None:
+        async def read(order: object) -> object:
+            return SimpleNamespace(close=close, found=SimpleNamespace(folder=None))
+
+        host: Any = SimpleNamespace(reader=SimpleNamespace(read=read), changed=asyncio.Event())
+        request: Any = SimpleNamespace(order=SERVED, folder=None, options=None)
+        report: Any = None
+        async with self.report_restored(lambda event: self.told.append(_sentence(event))):
+            await self.run(host, request, lambda event: None, report, SERVED)
+
+
+def _sentence(event: object) -> str:
+    assert isinstance(event, TrainingNotice)
+    return event.sentence
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def open_data(*arguments: object) -> object:
+        return SimpleNamespace(close=close)
+
+    monkeypatch.setattr(training_run.TrainingData, "open", open_data)
+
+
+@pytest.mark.anyio
+async def test_the_client_is_told_that_the_model_is_served_again() -> None:
+    mode = Mode()
+    await mode.train()
+    assert mode.told == ["faq is served again"]
+    lost = WorkerLost("worker ada was lost", worker="ada")
+    mode = Mode(None, lost, lost)
+    await mode.train()
+    assert mode.told == ["faq is served again"]
+    assert mode.loads == 3, "a Mac that dies meanwhile is a reason for another try"
+
+
+@pytest.mark.anyio
+async def test_a_model_that_is_not_served_again_is_an_error_of_the_training() -> None:
+    mode = Mode(None, DoesNotFit("it needs 1 GiB more"))
+    with pytest.raises(NotServing, match="faq is not served again after the training: it needs 1 GiB more"):
+        await mode.train()
+    assert len(mode.problems) == mode.loads == 1
+
+
+@pytest.mark.anyio
+async def test_the_error_of_a_training_comes_before_that_of_the_served_model() -> None:
+    mode = Mode(InvalidOption("the rank is wrong"), DoesNotFit("it needs 1 GiB more"))
+    with pytest.raises(InvalidOption, match="the rank is wrong"):
+        await mode.train()
+    assert mode.told == ["faq is not served again after the training: it needs 1 GiB more"]
+
+
+@pytest.mark.anyio
+async def test_nothing_is_loaded_again_if_the_model_was_served_all_the_time() -> None:
+    mode = Mode()
+    await mode.train()
+    mode.begun, mode.ends = False, InvalidOption("there is no such layer")
+    with pytest.raises(InvalidOption):
+        await mode.train()
+    assert (mode.loads, mode.told) == (1, ["faq is served again"])
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_has_the_model_loaded_again() -> None:
+    mode = Mode(asyncio.CancelledError())
+    with pytest.raises(asyncio.CancelledError):
+        await mode.train()
+    outcome = await mode.wait_restored()
+    assert outcome
+    assert outcome.served
+    assert mode.told == []
