@@ -87,7 +87,8 @@ class TrainingReply:
     """The reply to the command with the same ``number``.
 
     ``loss`` is the mean over the ``counted`` tokens of a batch, on the last stage. ``parts`` is the number of parts of
-    a state. ``trained`` are the numbers that the stage trains. ``peak_bytes`` is the peak of its memory.
+    a state. ``trained`` are the numbers that the stage trains. ``peak_bytes`` is the peak of its memory since
+    ``PREPARE``.
     """
 
     epoch: int

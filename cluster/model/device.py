@@ -26,6 +26,7 @@ __all__ = [
     "memory_peak",
     "memory_used",
     "release",
+    "reset_memory_peak",
     "set_limits",
 ]
 
@@ -93,8 +94,13 @@ def memory_used() -> int:
 
 
 def memory_peak() -> int:
-    """Return the peak number of bytes in live arrays of this process."""
+    """Return the peak number of bytes in live arrays of this process since the last ``reset_memory_peak``."""
     return mx.get_peak_memory()
+
+
+def reset_memory_peak() -> None:
+    """Begin a new measurement of ``memory_peak``."""
+    mx.reset_peak_memory()
 
 
 def set_limits(limit: int) -> None:

@@ -20,6 +20,7 @@ from cluster.core.training_limits import (
     MAX_SEQUENCE,
     MAX_STATE_TENSORS,
 )
+from cluster.model import device
 from cluster.model.tensor_codec import pack, to_array, unpack
 from cluster.model.training_stage import TrainingStage, load_training_stage
 
@@ -122,7 +123,7 @@ class TrainingCommands:
             loss=loss,
             counted=counted,
             learning_rate=self._stage.learning_rate,
-            peak_bytes=mx.get_peak_memory(),
+            peak_bytes=device.memory_peak(),
         )
 
 

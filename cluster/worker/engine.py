@@ -131,7 +131,7 @@ class Engine:
         if isinstance(command, GetReport):
             began = self._began
             busy_ms = 0 if began is None else int((time.monotonic() - began) * 1e3)
-            used, peak = device.memory_used(), device.memory_peak()
+            used, peak = device.memory_used(), self._host.memory_peak
             on_disk = (self._disk.nbytes, self._disk.evictions) if self._disk else (0, 0)
             report = Reported(command.call, used, self._host.sequences, peak, busy_ms, *on_disk)
             hosts = self._data_port.further_hosts

@@ -98,6 +98,8 @@ class StageHost:
         self._inlets: list[Subscription] = []
         self._index = 0
         self._pack_us = 0
+        self._earlier_peak = 0
+        """The peak of memory before the present training, which measures its own."""
 
     @property
     def epoch(self) -> int:
@@ -108,6 +110,11 @@ class StageHost:
     def adapters(self) -> tuple[str, ...]:
         """The keys of the adapters that the stage holds. Any thread may ask."""
         return tuple(self._stage.adapters) if self._stage else ()
+
+    @property
+    def memory_peak(self) -> int:
+        """The peak bytes of this process since its start. Any thread may ask."""
+        return max(self._earlier_peak, device.memory_peak())
 
     @property
     def sequences(self) -> int:
@@ -274,6 +281,8 @@ class StageHost:
                 spec = self._stage.spec
                 self._stage.close()
                 self._stage = None
+                self._earlier_peak = self.memory_peak
+                device.reset_memory_peak()
                 self._training, reply = TrainingCommands.prepare(spec, _folder(spec.model), command)
                 return reply
             if self._training is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from checkpoints import make
@@ -14,11 +15,14 @@ from cluster.core.errors import LinkFailed, ModelDiffers, StaleEpoch
 from cluster.core.frames import Compute, Frame, Join, Leave, Step, Tensor
 from cluster.core.plan import LayerRange, StageSpec
 from cluster.core.request import SamplingParams
+from cluster.core.training import TrainingOptions
+from cluster.core.training_frames import Task, TrainingCommand
 from cluster.model.checkpoint import model_ref
 from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.wire.frame_codec import decode, encode
 from cluster.wire.message_split import pack
+from cluster.wire.training_codec import decode_reply, encode_command
 from cluster.worker import stage_host as slot_module
 from cluster.worker.stage_host import StageHost
 
@@ -228,3 +232,19 @@ def test_a_model_that_is_not_here_is_said_so(spec: StageSpec) -> None:
         slot.load(replace(spec, model=elsewhere), lambda done, total: None)
     with pytest.raises(ModelDiffers):
         slot.load(replace(spec, model=replace(spec.model, fingerprint="0" * 64)), lambda done, total: None)
+
+
+def test_a_training_measures_its_own_peak_of_memory_and_the_engine_keeps_its(slot: StageHost) -> None:
+    before = 2**26
+    mx.eval(mx.zeros(before // 4))
+    options = TrainingOptions.of({"train": True, "num_layers": 1}).to_json()
+    tokens, lengths = Tensor("int32", (1, 4), bytes(16)), Tensor("int32", (1, 2), b"\1\0\0\0\3\0\0\0")
+    prepare = TrainingCommand(EPOCH, 1, Task.PREPARE, options=options)
+    forward = TrainingCommand(EPOCH, 2, Task.FORWARD, 1, train=True, update=True, tensors=(tokens, lengths))
+    box = outbox(slot)
+    for command in (prepare, forward):
+        slot.received(encode_command(command))
+    box.close()
+    _, reply = [decode_reply(message) for message in box]
+    assert reply.error is None
+    assert 0 < reply.peak_bytes < before <= slot.memory_peak
