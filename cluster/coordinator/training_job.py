@@ -158,7 +158,7 @@ class TrainingJob:
             names = await stages.prepare(self._options.to_json())
             await self._write_state(stages, names)
             lowest = next(i for i, own in enumerate(names) if own)
-            self.reports.pause()
+            self.reports.restart()
             await self._train(stages, TrainingSchedule(len(names), lowest), range(lowest, len(names)))
         finally:
             self._stages = None

@@ -25,17 +25,25 @@ class TrainingReports:
         self._at = clock()
         self._train_s = 0.0
         self._step_s = 0.0
+        self._cold = True
+        self._timed_s, self._timed_steps = 0.0, 0
+        """Time and number of the steps since the last report, without those that also compiled kernels."""
         self._losses, self._steps, self._tokens, self._trained_tokens = 0.0, 0, 0, 0
         self._evaluated, self._evaluated_tokens = 0.0, 0
 
     @property
     def seconds_left(self) -> float:
-        """Return how long the rest of the training takes at the present speed; 0 before the first report."""
+        """Return how long the rest of the training takes at the present speed; 0 if that is not known yet."""
         return self._step_s * max(0, self._options.iters - self.iteration)
 
     def pause(self) -> None:
         """Do not count the time since the last result: nothing was trained."""
         self._at = self._clock()
+
+    def restart(self) -> None:
+        """Count as ``pause``. The next step is no measure of the speed either: it compiles the kernels."""
+        self.pause()
+        self._cold = True
 
     def add(self, result: BatchResult, peaks: Mapping[str, int]) -> TrainingReport | None:
         """Count a result. Return the report that is due now, if one is. ``peaks`` are the peak bytes of each worker."""
@@ -46,6 +54,10 @@ class TrainingReports:
         elapsed_s, self._at = now - self._at, now
         if result.batch.purpose is Purpose.TRAIN:
             self._train_s += elapsed_s
+            if not self._cold:
+                self._timed_s += elapsed_s
+                self._timed_steps += 1
+            self._cold = False
             return self._add_trained(result, peaks)
         return self._add_evaluated(result)
 
@@ -57,7 +69,8 @@ class TrainingReports:
         if self.iteration % self._options.steps_per_report and self.iteration != self._options.iters:
             return None
         self._trained_tokens += self._tokens
-        self._step_s = self._train_s / self._steps
+        if self._timed_steps:
+            self._step_s = self._timed_s / self._timed_steps
         report = TrainingReport(
             self.iteration,
             train_loss=self._losses / self._steps,
@@ -68,6 +81,7 @@ class TrainingReports:
             peak_memory=tuple(peaks.items()),
         )
         self._losses, self._steps, self._tokens, self._train_s = 0.0, 0, 0, 0.0
+        self._timed_s, self._timed_steps = 0.0, 0
         return report
 
     def _add_evaluated(self, result: BatchResult) -> TrainingReport | None:

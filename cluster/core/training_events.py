@@ -10,7 +10,8 @@ class TrainingReport:
     """A loss after a training step. One of the three losses is set.
 
     ``train_loss`` is the mean over the steps since the last report; ``learning_rate``, ``tokens_per_second`` and
-    ``seconds_left`` come with it. ``peak_memory`` has the peak bytes of each worker, by name.
+    ``seconds_left`` (0: not known) come with it. ``val_loss`` is that before the step after ``iteration``.
+    ``peak_memory`` has the peak bytes of each worker in this training, by name.
     """
 
     iteration: int

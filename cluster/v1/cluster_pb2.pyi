@@ -1425,9 +1425,10 @@ class TrainReport(_message.Message):
     tokens_per_second: _builtins.float
     trained_tokens: _builtins.int
     seconds_left: _builtins.float
+    """0: not known yet."""
     @_builtins.property
     def peak_memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeakMemory]:
-        """Since each worker's engine started."""
+        """Of each worker in this training."""
 
     def __init__(
         self,

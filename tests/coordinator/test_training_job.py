@@ -58,3 +58,28 @@ async def test_the_speed_does_not_count_the_time_of_loading(monkeypatch: pytest.
     await job._run_epoch(assignment)
     assert job.report
     assert job.report.tokens_per_second == 5.0
+
+
+def test_the_time_left_does_not_count_the_step_that_compiles_kernels() -> None:
+    now = 0.0
+    reports = TrainingReports(TrainingOptions.of({"train": True, "iters": 100, "steps_per_report": 3}), lambda: now)
+
+    def run(step: int, seconds: float) -> TrainingReport | None:
+        nonlocal now
+        now += seconds
+        batch = DataBatch(step, Purpose.TRAIN, step, last=False, shape=(1, 2), tokens=b"", lengths=b"")
+        return reports.add(BatchResult(batch, 1.0, 10, 1e-5), {})
+
+    run(1, 60)
+    assert reports.seconds_left == 0, "not known yet"
+    run(2, 2)
+    report = run(3, 2)
+    assert report
+    assert report.seconds_left == 2 * 97
+    assert report.tokens_per_second == 30 / 64
+    reports.restart()
+    run(4, 60)
+    run(5, 4)
+    report = run(6, 4)
+    assert report
+    assert report.seconds_left == 4 * 94
