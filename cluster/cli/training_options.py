@@ -115,15 +115,16 @@ class TrainingFiles:
     def store(self, event: AdapterFile) -> Path:
         """Store adapters as mlx-lm does, whole or not at all. Return the file. Raises ``DiskFull``."""
         folder = self.chosen.adapter_path or Path("adapters")
-        target = folder / (ADAPTER_WEIGHTS if event.final else f"{event.iteration:07d}_{ADAPTER_WEIGHTS}")
+        numbered = folder / f"{event.iteration:07d}_{ADAPTER_WEIGHTS}"
+        target = folder / ADAPTER_WEIGHTS if event.final else numbered
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self._configured:
                 replace_file(folder / ADAPTER_CONFIG, self._config())
                 self._configured = True
             replace_file(folder / ADAPTER_WEIGHTS, event.content)
-            if not event.final:
-                replace_file(target, event.content)
+            if event.iteration % self.chosen.options.save_every == 0:
+                replace_file(numbered, event.content)
         except OSError as error:
             raise not_written(error, target, "adapters") from error
         return target

@@ -47,16 +47,17 @@ class TrainingScreen:
         self._bars.close()
 
     def _line(self, report: TrainingReport) -> str:
-        step = f"step {report.iteration} of {self._iters}"
         if report.test_loss is not None:
             return f"test loss {report.test_loss:.3f}, perplexity {_perplexity(report.test_loss):.3f}"
-        if report.val_loss is not None:
-            return f"{step}: validation loss {report.val_loss:.3f}"
+        if report.val_loss is not None:  # before the step, which mlx_lm.lora shows; its callbacks get the one before
+            return f"step {report.iteration + 1} of {self._iters}: validation loss {report.val_loss:.3f}"
         peaks = ", ".join(f"{worker} {format_bytes(peak)}" for worker, peak in report.peak_memory)
-        left = f"{format_duration(report.seconds_left)} left" if report.seconds_left else "done"
+        left = f", {format_duration(report.seconds_left)} left" if report.seconds_left else ""
+        left = ", done" if report.iteration == self._iters else left
         return (
-            f"{step}: training loss {report.train_loss or 0.0:.3f}, learning rate {report.learning_rate:.3g}, "
-            f"{report.tokens_per_second:.0f} tokens/s, {left}; peak memory: {peaks}"
+            f"step {report.iteration} of {self._iters}: training loss {report.train_loss or 0.0:.3f}, "
+            f"learning rate {report.learning_rate:.3g}, {report.tokens_per_second:.0f} tokens/s{left}; "
+            f"peak memory: {peaks}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ from mlx_lm import lora as mlx_lora
 
 from cluster.cli import training_options
 from cluster.cli.training_options import ChosenTraining, TrainingFiles, read_options
+from cluster.cli.training_report import TrainingScreen
 from cluster.core.errors import DiskFull, InvalidOption
 from cluster.core.training import TrainingOptions
-from cluster.core.training_events import AdapterFile
+from cluster.core.training_events import AdapterFile, TrainingReport
 
 YAML = """
 model: some/model
@@ -107,6 +109,9 @@ def test_the_folder_is_one_that_mlx_lm_reads_and_that_is_tested_later(tmp_path: 
     files = TrainingFiles.of(chosen(tmp_path, adapter_path=str(folder), num_layers=3, fine_tune_type="dora"))
     assert files.store(AdapterFile(100, b"early", final=False)) == folder / "0000100_adapters.safetensors"
     assert files.store(AdapterFile(150, b"late", final=True)) == folder / "adapters.safetensors"
+    at_the_end = TrainingFiles.of(chosen(tmp_path, adapter_path=str(tmp_path / "even")))
+    assert at_the_end.store(AdapterFile(200, b"last", final=True)) == tmp_path / "even" / "adapters.safetensors"
+    assert (tmp_path / "even" / "0000200_adapters.safetensors").read_bytes() == b"last", "as mlx_lm.lora does"
     content = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert content.keys() == {"0000100_adapters.safetensors", "adapters.safetensors", "adapter_config.json"}
     assert (content["0000100_adapters.safetensors"], content["adapters.safetensors"]) == (b"early", b"late")
@@ -133,3 +138,16 @@ def test_a_full_disk_leaves_the_earlier_adapters(tmp_path: Path, monkeypatch: py
     with pytest.raises(DiskFull, match=r"cannot write adapters to .* free some room"):
         files.store(AdapterFile(150, b"late", final=True))
     assert (tmp_path / "out" / "adapters.safetensors").read_bytes() == b"early"
+
+
+def test_steps_are_numbered_as_mlx_lm_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = TrainingScreen(io.StringIO(), 12, json=False)
+    screen.show(TrainingReport(0, val_loss=3.5))
+    screen.show(TrainingReport(1, train_loss=3.25, learning_rate=1e-5, tokens_per_second=80.0))
+    screen.show(TrainingReport(2, train_loss=3.0, learning_rate=1e-5, tokens_per_second=90.0, seconds_left=20.0))
+    screen.show(TrainingReport(12, train_loss=2.0, peak_memory=(("ada", 2**20),)))
+    first, unknown, known, last = capsys.readouterr().out.splitlines()
+    assert first == "step 1 of 12: validation loss 3.500"
+    assert unknown == "step 1 of 12: training loss 3.250, learning rate 1e-05, 80 tokens/s; peak memory: "
+    assert known.startswith("step 2 of 12: training loss 3.000, learning rate 1e-05, 90 tokens/s, 20 s left")
+    assert last.endswith("0 tokens/s, done; peak memory: ada 1.0 MiB")
