@@ -29,18 +29,21 @@ def ps(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = Fa
             lanes = {"lanes": state.lane_sizes, "queued": state.queued, "prefixes": state.prefixes}
             print_json({"requests": state.requests, **lanes, "guesses": state.guesses, "stages": state.stages})
         else:
-            _show(state)
+            show_requests(state)
 
 
-def _show(state: ClusterState) -> None:
-    from cluster.cli.screen import console
+def show_requests(state: ClusterState) -> None:
+    """Print the live requests and the stages on stdout."""
+    from cluster.cli.screen import console, print_lines
 
     screen = console(sys.stdout)
+    if state.activity:
+        print_lines(screen, state.activity)
     if not state.requests:
         screen.print("no live requests")
     else:
         screen.print(_table(state.requests))
-    if state.stages:
+    if state.stages and not state.training:
         lanes = f"lanes of {', '.join(map(str, state.lane_sizes))}; " if state.lane_sizes else ""
         screen.print(f"\n{lanes}{state.queued} queued; {state.prefixes} cached prefixes")
         screen.print(_stages(state))

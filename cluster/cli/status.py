@@ -184,6 +184,8 @@ def headline(state: ClusterState) -> list[str]:
     lines = [f"cluster {state.cluster}: {state.state}{f' {state.model}' if state.model else ''}, up {up}"]
     if state.problem and not state.repair:  # else the line about the recovery says it
         lines.append(f"problem: {state.problem}")
+    if state.activity:
+        lines.append(state.activity)
     lines += [f"warning: {warning}" for warning in state.warnings]
     if state.lag_seconds:
         lines.append(
@@ -195,9 +197,10 @@ def headline(state: ClusterState) -> list[str]:
     if state.move:
         lines.append(describe_move(state.move))
     if state.model:
+        room = f"up to {count_in_words(state.max_sequences, 'answer')} of {state.max_context} tokens at once"
         lines.append(
-            f"{count_in_words(state.layers, 'layer')} in {count_in_words(len(state.stages), 'stage')} ({state.route});"
-            f" up to {count_in_words(state.max_sequences, 'answer')} of {state.max_context} tokens at once"
+            f"{count_in_words(state.layers, 'layer')} in {count_in_words(len(state.stages), 'stage')} ({state.route})"
+            + ("" if state.training else f"; {room}")
         )
     if state.adapters:
         lines.append(f"adapters: {', '.join(adapter.name for adapter in state.adapters)}")

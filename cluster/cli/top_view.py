@@ -103,6 +103,8 @@ def _head(state: ClusterState, rates: TokenRates, width: int, lost: str) -> list
         lines.append(Text(printable(describe_repair(state.repair)), "yellow"))
     elif state.problem:
         lines.append(Text(printable(f"problem: {state.problem}"), "yellow"))
+    if state.activity:
+        lines.append(Text(printable(state.activity), "yellow"))
     if state.move:
         lines.append(Text(printable(describe_move(state.move)), "yellow"))
     return lines + [Text(printable(f"warning: {warning}"), "yellow") for warning in state.warnings]

@@ -39,6 +39,7 @@ from cluster.core.cluster_state import (
     RequestState,
     ServingState,
     StageState,
+    TrainingProgress,
 )
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare, Speculation
 from cluster.core.request import (
@@ -102,6 +103,7 @@ __all__ = [
     "TopLogprob",
     "Training",
     "TrainingNotice",
+    "TrainingProgress",
     "TrainingReport",
     "Usage",
     "WorkerState",

@@ -28,6 +28,7 @@ from cluster.core.cluster_state import (
     Repair,
     RequestState,
     ServingState,
+    TrainingProgress,
 )
 from cluster.v1 import cluster_pb2 as pb
 
@@ -65,6 +66,8 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         version=state.version,
         state=_SERVING_STATES[state.state],
         problem=state.problem,
+        activity=state.activity,
+        training=_encode_training(state.training) if state.training else None,
         model=state.model,
         layers=state.layers,
         max_context=state.max_context,
@@ -108,6 +111,8 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         version=reply.version,
         state=_SERVING_STATE_OF.get(reply.state, ServingState.UNKNOWN),
         problem=reply.problem,
+        activity=reply.activity,
+        training=_decode_training(reply.training) if reply.HasField("training") else None,
         model=reply.model,
         layers=reply.layers,
         max_context=reply.max_context,
@@ -186,6 +191,16 @@ def _decode_repair(message: pb.Repair) -> Repair:
         expected_seconds=message.expected_seconds,
         attempts=message.attempts,
     )
+
+
+def _encode_training(training: TrainingProgress) -> pb.TrainingProgress:
+    return pb.TrainingProgress(
+        iteration=training.iteration, iterations=training.iterations, seconds_left=training.seconds_left
+    )
+
+
+def _decode_training(message: pb.TrainingProgress) -> TrainingProgress:
+    return TrainingProgress(message.iteration, message.iterations, message.seconds_left)
 
 
 def _encode_event(event: ClusterEvent) -> pb.ClusterEvent:

@@ -17,7 +17,7 @@ import anyio
 from cluster import __version__
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_resumption import take_answer
-from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft, read_draft
+from cluster.coordinator.draft_assignment import assign_draft, read_draft
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
@@ -30,13 +30,13 @@ from cluster.coordinator.planner import Links, make_plan
 from cluster.coordinator.prefix_disks import OwnersOf, PrefixOwners
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
-from cluster.coordinator.reporter import BothReporters, LoadReporter, Reporter
+from cluster.coordinator.reporter import BothReporters, LoadReporter, LoadWatch, Reporter
 from cluster.coordinator.request_timings import ClusterTotals, LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.roster_refresh import RosterRefresh
-from cluster.coordinator.service import ModelService
+from cluster.coordinator.service import ModelService, open_service
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.snapshot import describe_adapters, describe_workers, with_plan, with_requests
+from cluster.coordinator.snapshot import describe_adapters, describe_workers, with_plan, with_requests, with_training
 from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.training_run import TrainingHost, TrainingMode, TrainingRequest
 from cluster.coordinator.weight_distribution import WeightDistribution
@@ -50,12 +50,10 @@ from cluster.core.errors import (
     NoPlan,
     NotServing,
     RequestNotFound,
-    StaleEpoch,
     WorkerLost,
 )
 from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
-    EPOCH_TRIES,
     MAX_SCHEMA_BYTES,
     OVERLOADED_S,
     STATUS_VIEW_S,
@@ -99,6 +97,7 @@ class Coordinator:
         self._weights = WeightDistribution(store, roster)
         self._max_schema_bytes = max_schema_bytes
         self._loading = asyncio.Lock()
+        self._watch = LoadWatch()
         self._service: ModelService | None = None
         self._order: LoadOrder | None = None
         """What is served, or was served before a training."""
@@ -157,9 +156,11 @@ class Coordinator:
             raise NotServing("another model is being loaded or trained; wait until that ends")
         report = BothReporters(self._report, follower) if follower else self._report
         async with self._loading:
+            self._training.problem = ""
+            self._watch = LoadWatch(order.model, "loading {} again after the training" if again else "loading {}")
             self.changed.set()
             try:
-                await self._replace(order, report, again=again)
+                await self._replace(order, BothReporters(report, self._watch), again=again)
             finally:
                 self.changed.set()
 
@@ -209,38 +210,12 @@ class Coordinator:
         self._roster.pin(workers)
         self._roster.pin_draft(draft.worker if draft else None)
         self._heartbeat.start()
-        service = await self._open_service(model_info, order, Assignment(plan, workers), report, draft)
+        service = await open_service(
+            self._deps(), model_info, order, Assignment(plan, workers), draft, self._report_problem, report.progress
+        )
         service.loop.answers.totals = self._totals
         service.loop.answers.journal = self.journal
         self._service, self._order = service, order
-
-    async def _open_service(
-        self,
-        model_info: ModelInfo,
-        order: LoadOrder,
-        assignment: Assignment,
-        report: LoadReporter,
-        draft: DraftAssignment | None,
-    ) -> ModelService:
-        """Return a service that has produced a token.
-
-        If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch``
-        if that number is implausible, and ``WorkerLost`` after ``EPOCH_TRIES`` tries.
-        """
-        deps = self._deps()
-        for _ in range(EPOCH_TRIES):
-            service = ModelService(deps, model_info, order, assignment, self._report_problem, draft)
-            try:
-                await service.open(report.progress)
-            except StaleEpoch as e:
-                if not self._epochs.learn_refusal(e):
-                    raise
-                assignment = replace(assignment, plan=assignment.plan.of_epoch(self._epochs.next()))
-                if draft:
-                    draft = replace(draft, plan=draft.plan.of_epoch(self._epochs.next()))
-            else:
-                return service
-        raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")
 
     def _deps(self) -> ServiceDeps:
         owners, timeline = self.prefix_owners, self._timeline
@@ -257,7 +232,8 @@ class Coordinator:
         await self._training.wait_restored()
         if self._loading.locked():
             raise NotServing("a model is being loaded or trained; wait until that ends")
-        report = BothReporters(self._report, follower)
+        self._watch = LoadWatch(request.order.model, "preparing to train adapters of {}")
+        report = BothReporters(BothReporters(self._report, follower), self._watch)
         host = TrainingHost(self._reader, self._deps(), self._make_plan, self._close, self.changed)
         async with self._training.report_restored(tell), self._loading:
             order = self._order
@@ -301,6 +277,7 @@ class Coordinator:
         async with self._loading:
             await self._close(NotServing("the model was unloaded"))
             self._order = None
+            self._training.problem = ""
         self.changed.set()
 
     async def _close(self, error: MacpipeError) -> None:
@@ -337,8 +314,9 @@ class Coordinator:
         if self._training.job:
             raise self._training.job.refusal()
         if self._loading.locked():
-            raise NotServing("a model is being loaded; try again in a moment", retry_after_s=5.0)
-        raise NotServing("no model is loaded; load one with `macpipe load MODEL`")
+            raise NotServing(f"the cluster is {self._watch.sentence}; try again in a moment", retry_after_s=5.0)
+        why = f" ({self._training.problem})" if self._training.problem else ""
+        raise NotServing(f"no model is loaded{why}; load one with `macpipe load MODEL`")
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         """Check the request's grammar, then ``submit`` the request.
@@ -441,7 +419,8 @@ class Coordinator:
             cluster=self._cluster,
             version=__version__,
             state=self.state,
-            problem=repair.cause if repair else "",
+            problem=repair.cause if repair else "" if service else self._training.problem,
+            activity=self._watch.sentence if self.state is ServingState.LOADING else "",
             workers=describe_workers((*members, *self._heartbeat.duplicates()), self._heartbeat.beliefs()),
             requests_finished=self._totals.finished,
             tokens_generated=self._totals.tokens,
@@ -456,6 +435,8 @@ class Coordinator:
             draft_worker=service.draft_worker if service else "",
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
         )
+        if job := self._training.job:
+            return with_training(state, job)
         if service and (epoch := service.epoch):
             state = with_plan(state, service.adapters.adjust(epoch.plan), epoch.stages, loop)
             adapters = describe_adapters(service.model_info.adapters.served)

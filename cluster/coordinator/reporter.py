@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Protocol
 
 from cluster.core.plan import LoadProgress, Plan
+from cluster.core.text import count_in_words
 from cluster.core.worker import WorkerInfo
 
 
@@ -50,3 +52,24 @@ class BothReporters:
     def progress(self, progress: LoadProgress) -> None:
         for report in self._reports:
             report.progress(progress)
+
+
+class LoadWatch:
+    """Keeps in a sentence what a load does or waits for. ``doing`` has a place for the model's name."""
+
+    def __init__(self, model: str = "", doing: str = "{}") -> None:
+        self._what = doing.format(PurePath(model).name)
+        self.sentence = self._what
+
+    def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
+        """Take note of the workers found so far."""
+        if not found or (wanted and len(found) < wanted):
+            names = ", ".join(worker.name for worker in found) or "none yet"
+            self.sentence = f"{self._what}: waiting for {count_in_words(wanted or 1, 'worker')}, found {names}"
+
+    def planned(self, plan: Plan) -> None:
+        """Take note that nothing is waited for."""
+        self.sentence = self._what
+
+    def progress(self, progress: LoadProgress) -> None:
+        """Ignore it: the Macs report it themselves."""

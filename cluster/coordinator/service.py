@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import anyio
 
@@ -31,11 +32,21 @@ from cluster.coordinator.stage_setup import Progress
 from cluster.coordinator.step_times import StageStepTime, StepTimes
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.cluster_state import EventKind
-from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing, NoWorkers, WorkerLost
+from cluster.core.errors import (
+    Aborted,
+    DeadlineExceeded,
+    MacpipeError,
+    NoPlan,
+    NotServing,
+    NoWorkers,
+    StaleEpoch,
+    WorkerLost,
+)
 from cluster.core.futures import ignore_error
 from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
     DRAIN_RETRY_S,
+    EPOCH_TRIES,
     HEARTBEAT_S,
     LEARN_S,
     MOVE_S,
@@ -442,3 +453,32 @@ async def _send_step_time(control: WorkerClient, fingerprint: str, ratio: float)
         await control.send_step_time_ratio(fingerprint, ratio)
     except MacpipeError as e:
         log.info("service: step-time ratio not sent reason=%s worker=%s", e.sentence, control.name)
+
+
+async def open_service(
+    deps: ServiceDeps,
+    model_info: ModelInfo,
+    order: LoadOrder,
+    assignment: Assignment,
+    draft: DraftAssignment | None,
+    notify: Notify,
+    progress: Progress,
+) -> ModelService:
+    """Return a service that has produced a token.
+
+    If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch`` if
+    that number is implausible, and ``WorkerLost`` after ``EPOCH_TRIES`` tries.
+    """
+    for _ in range(EPOCH_TRIES):
+        service = ModelService(deps, model_info, order, assignment, notify, draft)
+        try:
+            await service.open(progress)
+        except StaleEpoch as e:
+            if not deps.epochs.learn_refusal(e):
+                raise
+            assignment = replace(assignment, plan=assignment.plan.of_epoch(deps.epochs.next()))
+            if draft:
+                draft = replace(draft, plan=draft.plan.of_epoch(deps.epochs.next()))
+        else:
+            return service
+    raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")

@@ -10,6 +10,7 @@ from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.planner import Links
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.roster import RosterEntry
+from cluster.coordinator.training_job import TrainingJob
 from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan, RequestState, StageState
 from cluster.core.plan import Link, Plan, PlannedStage, Route
@@ -58,6 +59,16 @@ def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: 
         spares=plan.spares,
         reasons=plan.reasons,
     )
+
+
+def with_training(state: ClusterState, job: TrainingJob) -> ClusterState:
+    """Return the state of a cluster that trains adapters."""
+    described = replace(state, activity=job.describe(), training=job.progress, model=job.model_name)
+    if job.plan is None:
+        return described
+    stages = tuple(_describe_stage(stage, Route.RELAY) for stage in job.plan.stages)
+    layers = stages[-1].layers.end
+    return replace(described, epoch=job.plan.epoch, layers=layers, route=Route.RELAY, stages=stages)
 
 
 def with_requests(state: ClusterState, loop: LoopView) -> ClusterState:

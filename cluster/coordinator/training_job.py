@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import PurePath
 
 from cluster.codec.adapter_file import write_adapters
 from cluster.coordinator.epoch import EpochBuilder
@@ -23,6 +24,7 @@ from cluster.coordinator.stage_setup import Progress
 from cluster.coordinator.training_reports import TrainingReports
 from cluster.coordinator.training_stages import TrainingStages
 from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.cluster_state import TrainingProgress
 from cluster.core.errors import (
     InvalidOption,
     LinkFailed,
@@ -35,7 +37,8 @@ from cluster.core.errors import (
 from cluster.core.frames import Tensor
 from cluster.core.futures import ignore_error
 from cluster.core.limits import RECOVERY_PAUSE_S, RETURN_S
-from cluster.core.plan import Route
+from cluster.core.plan import Plan, Route
+from cluster.core.text import duration_in_words
 from cluster.core.training import TrainingOptions
 from cluster.core.training_events import AdapterFile, TrainingEvent, TrainingNotice
 from cluster.core.training_frames import ADAPTER, DataBatch, Purpose, Task, TrainingCommand
@@ -82,6 +85,10 @@ class TrainingJob:
         """Batches that were started since the state was kept."""
         self._saved = 0
         self._stages: TrainingStages | None = None
+        self.plan: Plan | None = None
+        """The present plan; None before the first epoch."""
+        self._doing = ""
+        """What it does or waits for instead of training."""
         self._workers: frozenset[str] = frozenset()
         self._progress_mark = -1
 
@@ -95,7 +102,7 @@ class TrainingJob:
                     f"{self._data.longest}: split them, or raise --max-seq-length"
                 )
             )
-        assignment = first
+        self.plan, assignment = first.plan, first
         losses = 0
         while True:
             try:
@@ -119,11 +126,27 @@ class TrainingJob:
 
     def refusal(self) -> NotServing:
         """Return the error of a request that comes meanwhile, with the time until the end of the training."""
-        name, step = self._model_info.shape.model.name, self.reports.iteration
         return NotServing(
-            f"the cluster trains adapters of {name}, step {step} of {self._options.iters}; it serves again afterwards",
+            f"the cluster is {self.describe()}; it serves again afterwards",
             retry_after_s=min(max(self.reports.seconds_left, MIN_RETRY_S), MAX_RETRY_S),
         )
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model whose adapters are trained."""
+        return self._model_info.shape.model.name
+
+    def describe(self) -> str:
+        """Say how far it is, and what it does or waits for."""
+        name, progress = PurePath(self.model_name).name, self.progress
+        left = f", {duration_in_words(progress.seconds_left)} left" if progress.seconds_left else ""
+        doing = f": {self._doing}" if self._doing else ""
+        return f"training adapters of {name}, step {progress.iteration} of {progress.iterations}{left}{doing}"
+
+    @property
+    def progress(self) -> TrainingProgress:
+        """How many steps are done, and the time that is left."""
+        return TrainingProgress(self.reports.iteration, self._options.iters, self.reports.seconds_left)
 
     def _control(self, address: str) -> WorkerClient:
         self.contacted.add(address)
@@ -139,26 +162,39 @@ class TrainingJob:
             waited_s = time.monotonic() - began
             try:
                 if not restarting or waited_s > RETURN_S:
+                    self._wait_for("")
                     number = self._deps.epochs.next(m.info.epoch for m in members)
                     return reassign_layers(number, before.plan, self._model_info.shape, self._order, members)
+                self._wait_for(f"the engine of {restarting[0].info.name}: {restarting[0].problem}")
             except MacpipeError as error:
                 if waited_s > TRAINING_WAIT_S:
                     raise loss from error
+                self._wait_for(f"a Mac: {error.sentence}")
             await asyncio.sleep(RECOVERY_PAUSE_S)
+
+    def _wait_for(self, what: str) -> None:
+        """Note what is waited for, and log it if that is new."""
+        doing = f"waiting for {what}" if what else ""
+        if doing and doing != self._doing:
+            log.warning("training: waiting reason=%s", what)
+        self._doing = doing
 
     async def _run_epoch(self, assignment: Assignment) -> None:
         plan, workers = assignment.plan, assignment.workers
-        self._workers = frozenset(w.name for w in workers)
+        self.plan, self._workers = plan, frozenset(w.name for w in workers)
+        self._doing = "loading the layers"
         self._deps.roster.pin(workers)
         await self._load(assignment)
         ring = [RingStage(w.name, w.data_address, Route.RELAY, worker_of(w.id)) for w in workers]
         stages = self._stages = TrainingStages(plan.epoch, ring)
         try:
             await stages.open(self._deps.dialer)
+            self._doing = "preparing the adapters"
             names = await stages.prepare(self._options.to_json())
             await self._write_state(stages, names)
             lowest = next(i for i, own in enumerate(names) if own)
             self.reports.restart()
+            self._doing = ""
             await self._train(stages, TrainingSchedule(len(names), lowest), range(lowest, len(names)))
         finally:
             self._stages = None

@@ -72,13 +72,15 @@ class Restored:
 class TrainingMode:
     """At most one training at a time, in place of serving. ``job`` is the run that takes place; None if none does.
 
-    ``load`` loads what was served before. ``problem`` is called with a sentence if that fails.
+    ``load`` loads what was served before. If that fails, ``problem`` says why until the next load or training, and
+    ``notify`` is called with it.
     """
 
     def __init__(
-        self, load: Callable[[LoadOrder, LoadReporter], Awaitable[None]], problem: Callable[[str], None]
+        self, load: Callable[[LoadOrder, LoadReporter], Awaitable[None]], notify: Callable[[str], None]
     ) -> None:
-        self._load, self._problem = load, problem
+        self._load, self._notify = load, notify
+        self.problem = ""
         self._running: asyncio.Task[object] | None = None
         self._restoring: asyncio.Task[Restored] | None = None
         self._closed = False
@@ -125,7 +127,7 @@ class TrainingMode:
     @asynccontextmanager
     async def report_restored(self, tell: Callable[[TrainingEvent], None]) -> AsyncIterator[None]:
         """Tell after a training what became of the model that was served. Raises ``NotServing`` if it is not served."""
-        self._restoring = None
+        self._restoring, self.problem = None, ""
         try:
             yield
         except MacpipeError:
@@ -158,7 +160,8 @@ class TrainingMode:
             else:
                 return Restored(served=True, sentence=f"{order.model} is served again")
         sentence = f"{order.model} is not served again after the training: {why}"
-        self._problem(sentence)
+        self.problem = sentence
+        self._notify(sentence)
         return Restored(served=False, sentence=sentence)
 
     async def _train(

@@ -164,13 +164,28 @@ class AdapterState:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingProgress:
+    """How far a training of adapters is: ``iteration`` of ``iterations`` steps. ``seconds_left`` 0: not known yet."""
+
+    iteration: int
+    iterations: int
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
-    """A snapshot of workers, stages and live requests. ``model`` is empty if no model is loaded."""
+    """A snapshot of workers, stages and live requests. ``model`` is empty if no model is loaded.
+
+    In a training, ``model`` and ``stages`` are those that are trained.
+    """
 
     cluster: str
     version: str
     state: ServingState
     problem: str = ""
+    activity: str = ""
+    """What a load or a training does or waits for, in words; "" if there is none."""
+    training: TrainingProgress | None = None
     model: str = ""
     layers: int = 0
     max_context: int = 0

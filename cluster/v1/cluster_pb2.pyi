@@ -697,13 +697,16 @@ class GetClusterResponse(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
     LAG_SECONDS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
     state: Global___ServingState.ValueType
     problem: _builtins.str
-    """A sentence if `state` is FAILED or RECOVERING."""
+    """A sentence if `state` is FAILED or RECOVERING, or IDLE because what was served could not be loaded again."""
     model: _builtins.str
+    """In a training, the model whose adapters are trained; `stages` are then those that train."""
     layers: _builtins.int
     max_context: _builtins.int
     max_sequences: _builtins.int
@@ -732,6 +735,8 @@ class GetClusterResponse(_message.Message):
     prompt_tokens: _builtins.int
     """Prompt tokens of all requests that got a first token, and those of them that came from a kept prefix."""
     cached_tokens: _builtins.int
+    activity: _builtins.str
+    """What a load or a training does or waits for, in words."""
     lag_seconds: _builtins.float
     """Seconds by which timers fire late on the coordinator's machine; 0 unless it is overloaded."""
     @_builtins.property
@@ -776,6 +781,10 @@ class GetClusterResponse(_message.Message):
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterEvent]:
         """The last 50 loads, recoveries, moves and returns, oldest first. One that is not over is in `repair` or `move`."""
 
+    @_builtins.property
+    def training(self) -> Global___TrainingProgress:
+        """Set while `state` is TRAINING."""
+
     def __init__(
         self,
         *,
@@ -817,15 +826,46 @@ class GetClusterResponse(_message.Message):
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         events: _abc.Iterable[Global___ClusterEvent] | None = ...,
+        activity: _builtins.str = ...,
+        training: Global___TrainingProgress | None = ...,
         lag_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "cached_tokens", b"cached_tokens", "cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "events", b"events", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "adapters", b"adapters", "cached_tokens", b"cached_tokens", "cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "events", b"events", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "training", b"training", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterResponse: _TypeAlias = GetClusterResponse  # noqa: Y015
+
+@_typing.final
+class TrainingProgress(_message.Message):
+    """How far a training of adapters is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITERATION_FIELD_NUMBER: _builtins.int
+    ITERATIONS_FIELD_NUMBER: _builtins.int
+    SECONDS_LEFT_FIELD_NUMBER: _builtins.int
+    iteration: _builtins.int
+    """Steps that are done, and those of the whole training."""
+    iterations: _builtins.int
+    seconds_left: _builtins.float
+    """0: not known yet."""
+    def __init__(
+        self,
+        *,
+        iteration: _builtins.int = ...,
+        iterations: _builtins.int = ...,
+        seconds_left: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "iterations", b"iterations", "seconds_left", b"seconds_left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainingProgress: _TypeAlias = TrainingProgress  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):

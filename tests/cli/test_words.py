@@ -17,6 +17,7 @@ from client.scripted import cluster_reply
 from cluster.cli.bench_tables import describe_doubt
 from cluster.cli.command_name import command_name
 from cluster.cli.load_progress import TerminalReport
+from cluster.cli.ps import show_requests
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable
 from cluster.cli.status import describe_deviation, describe_links, describe_overload, headline, show_state
 from cluster.cli.throughput import Roofline
@@ -29,6 +30,7 @@ from cluster.core.cluster_state import (
     RequestState,
     ServingState,
     StageState,
+    TrainingProgress,
 )
 from cluster.core.errors import InvalidOption
 from cluster.core.json_types import to_json_types
@@ -300,3 +302,17 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
     assert "serving big[bold]model on 127.0.0.1:7701, and on http://127.0.0.1:8081" in said
     assert "--coordinator 127.0.0.1:7701" in said
     assert said.endswith("macpipe: mac-1 stopped answering\n")
+
+
+def test_a_training_is_shown_as_far_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    doing = "training adapters of big, step 3 of 12, 9 s left"
+    stage = StageState(0, "ada", LayerRange(0, 4), 2**20, 0, Route.RELAY)
+    state = ClusterState(
+        "c", "1", ServingState.TRAINING, activity=doing, training=TrainingProgress(3, 12, 9.0), model="big", layers=4,
+        stages=(stage,), route=Route.RELAY,
+    )  # fmt: skip
+    lines = headline(state)
+    assert lines[0].startswith("cluster c: training big, up")
+    assert lines[1:3] == [doing, "4 layers in 1 stage (relay)"]
+    show_requests(state)
+    assert capsys.readouterr().out.splitlines() == [doing, "no live requests"]

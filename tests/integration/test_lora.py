@@ -215,6 +215,14 @@ def test_a_client_that_leaves_ends_its_training_and_the_workers_that_are_left_se
                 with pytest.raises(NotServing, match="or trained; wait until that ends"):
                     client.unload()
                 ((trains, _),) = event.peak_memory
+                state = client.cluster()
+                assert (state.state, state.problem) == ("training", "")
+                assert [(stage.worker, str(stage.layers)) for stage in state.stages] == [(trains, "0-3")]
+                assert state.training
+                assert 1 <= state.training.iteration < state.training.iterations == 100_000
+                assert state.activity.startswith("training adapters of model, step ")
+                with pytest.raises(NotServing, match="the cluster is training adapters of model, step"):
+                    client.generate("a", max_tokens=1)
                 spare = next(one for one in made.daemons if one.name in set(NAMES) - {trains})
                 os.killpg(spare.process.pid, signal.SIGKILL)
                 spare.process.wait()

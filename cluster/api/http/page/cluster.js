@@ -63,6 +63,7 @@ function notices(state) {
   const found = [];
   if (state.repair) found.push(["bad", repairSentence("Recovering", state.repair)]);
   else if (state.problem) found.push(["bad", sentence(state.problem)]);
+  if (state.activity) found.push(["note", sentence(state.activity)]);
   if (state.move) found.push(["note", repairSentence("Moving layers", state.move)]);
   for (const worker of state.workers) {
     if (worker.problem && worker.name !== state.repair?.worker) found.push(["bad", problemSentence(worker)]);
