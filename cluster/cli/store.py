@@ -62,7 +62,8 @@ def list_stored(
 @store.command("rm", cls=Command)
 def remove(
     model: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Hugging Face ids, or starts of fingerprints.")
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Names that `store list` shows, or starts of fingerprints."),
     ],
     everywhere: Annotated[
         bool, typer.Option("--everywhere", help="Remove them from every Mac of the cluster, through its coordinator.")
@@ -281,7 +282,8 @@ def _add_row(shown: Table, model: StoredModel, *first: str) -> None:
 
     ranges = ", ".join(map(str, model.layers)) or "none"
     used = "in use" if model.in_use else _ago(time.time() - model.last_used)
-    size = format_share(model.disk_bytes, model.model_bytes) if model.model_bytes else format_bytes(model.disk_bytes)
+    whole = model.model_bytes <= model.disk_bytes  # a whole model takes more than its tensors; damaged records say 0
+    size = format_bytes(model.disk_bytes) if whole else format_share(model.disk_bytes, model.model_bytes)
     shown.add_row(*first, ranges, size, used)
 
 

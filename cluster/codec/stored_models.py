@@ -76,6 +76,7 @@ def _encode_model(model: StoredModel) -> pb.StoredModel:
         layers=[pb.LayerSpan(start=one.start, end=one.end) for one in model.layers[:MAX_STORED_RUNS]],
         last_used=model.last_used,
         in_use=model.in_use,
+        weight_bits=model.weight_bits,
     )
 
 
@@ -100,4 +101,5 @@ def _decode_model(message: pb.StoredModel, folder: str) -> StoredModel:
         layers=layers,
         last_used=message.last_used,
         in_use=message.in_use,
+        weight_bits=message.weight_bits,
     )

@@ -15,9 +15,10 @@ STORE_S: Final = 30.0
 class StoredModel:
     """A model in the store.
 
-    ``names`` are the Hugging Face ids under which it was fetched; there is none if another Mac sent it. ``disk_bytes``
-    is the space that it takes on disk, ``model_bytes`` the size of the whole model. ``layers`` are those that are
-    complete. ``last_used`` is in seconds since the epoch.
+    ``names`` are the Hugging Face ids under which it was fetched; there is none if another Mac sent it. A copy that
+    ``--quantize`` made has the name of its model, and ``weight_bits``. ``disk_bytes`` is the space that it takes on
+    disk, ``model_bytes`` the size of all its tensors. ``layers`` are those that are complete. ``last_used`` is in
+    seconds since the epoch.
     """
 
     fingerprint: str
@@ -28,11 +29,13 @@ class StoredModel:
     layers: tuple[LayerRange, ...]
     last_used: float
     in_use: bool
+    weight_bits: int = 0
 
     @property
     def label(self) -> str:
-        """The name to show: a Hugging Face id, else the start of the fingerprint."""
-        return self.names[0] if self.names else self.fingerprint[:12]
+        """The name to show: a Hugging Face id or a folder's name, else the start of the fingerprint."""
+        name = self.names[0] if self.names else self.fingerprint[:12]
+        return f"{name}, {self.weight_bits} bits" if self.weight_bits else name
 
 
 @dataclass(frozen=True, slots=True)

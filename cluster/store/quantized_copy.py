@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cluster.core.errors import BadCheckpoint
 from cluster.core.plan import LayerRange, TensorMap
-from cluster.core.quantization import Quantization
+from cluster.core.quantization import MODES, Quantization
 from cluster.model.weight_versions import RECORDS
 from cluster.platform.json_file import encode_json, read_json, write_json
 from cluster.platform.private_files import not_written
@@ -25,8 +25,20 @@ from cluster.store.limits import MAX_TENSOR_MAP_BYTES, MAX_VERSION_BYTES
 from cluster.store.model_files import ModelFiles, is_digest
 from cluster.store.partial_checkpoint import PartialCheckpoint, Read, is_partial, place
 
-__all__ = ["CopyKey", "QuantizedCopy", "agree", "find_copy", "place_copy", "read_map", "read_sources", "require_copy"]
+__all__ = [
+    "CopyKey",
+    "CopyLabel",
+    "QuantizedCopy",
+    "agree",
+    "find_copy",
+    "place_copy",
+    "read_label",
+    "read_map",
+    "read_sources",
+    "require_copy",
+]
 
+_LABEL = "copy.json"
 _MAP = "tensor_map.json"
 _SOURCES = "sources.jsonl"
 
@@ -47,6 +59,14 @@ class CopyKey:
     def digest(self) -> str:
         """The key as a SHA-256 in hex."""
         return hashlib.sha256(encode_json(asdict(self))).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class CopyLabel:
+    """What people know a copy by: the name of its model, and the bits of its weights."""
+
+    model: str
+    weight_bits: int
 
 
 class QuantizedCopy:
@@ -112,7 +132,12 @@ def read_sources(folder: Path) -> dict[str, str]:
 
 
 def place_copy(
-    models: Path, key: str, origin: ModelFiles, read: Read, map_tensors: Callable[[Path], TensorMap]
+    models: Path,
+    key: str,
+    origin: ModelFiles,
+    read: Read,
+    map_tensors: Callable[[Path], TensorMap],
+    label: CopyLabel,
 ) -> None:
     """Create the copy with the files of ``origin`` in the folder ``models``. ``find_copy`` finds it by ``key``.
 
@@ -120,6 +145,7 @@ def place_copy(
     """
     folder = place(models, origin, read)
     try:
+        write_json(folder / RECORDS / _LABEL, asdict(label))
         write_json(folder / RECORDS / _MAP, _encode_map(map_tensors(folder)))
         write_json(_reference(models, key), {"fingerprint": folder.name})
     except OSError as e:
@@ -145,6 +171,15 @@ def require_copy(models: Path, key: str) -> QuantizedCopy:
     if copy is None:
         raise BadCheckpoint("the quantized weights in the store were removed meanwhile; load again")
     return copy
+
+
+def read_label(folder: Path) -> CopyLabel | None:
+    """Return the label of the copy in ``folder``; None if it is not a copy, or the record is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = read_json(folder / RECORDS / _LABEL, MAX_VERSION_BYTES)
+        label = CopyLabel(str(content["model"]), index(content["weight_bits"]))
+        return label if label.model and label.weight_bits in MODES["affine"].bits else None
+    return None
 
 
 def _find_folder(models: Path, key: str) -> Path | None:

@@ -27,6 +27,7 @@ from cluster.platform.private_files import not_written
 from cluster.store.limits import LEFTOVER_S, MAX_VERSION_BYTES
 from cluster.store.model_files import is_digest
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, lock_file, open_lock
+from cluster.store.quantized_copy import read_label
 
 _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -52,14 +53,15 @@ def store_id(home: Path) -> str:
 
 
 def find_models(stored: Sequence[StoredModel], wanted: str) -> tuple[StoredModel, ...]:
-    """Return the models that ``wanted`` names: an id, or at least eight digits of a fingerprint.
+    """Return the models that ``wanted`` names: a label, an id, or at least eight digits of a fingerprint.
 
-    An id without a revision means every revision of it. Raise ModelNotFound if there is none.
+    An id without a revision means every revision and quantized copy of it. Raise ModelNotFound if there is none.
     """
     found = tuple(
         one
         for one in stored
-        if any(wanted in (name, name.partition("@")[0]) for name in one.names)
+        if wanted == one.label
+        or any(wanted in (name, name.partition("@")[0]) for name in one.names)
         or (len(wanted) >= 8 and one.fingerprint.startswith(wanted))
     )
     if not found:
@@ -135,8 +137,10 @@ def _describe(folder: Path, names: Sequence[str]) -> StoredModel:
         size = sum(tensor.nbytes for tensor in partial.tensors.values())
         layers = _complete_layers(partial)
         names = names or ((partial.origin.repo,) if partial.origin.repo else ())
-    on_disk = _disk_bytes(folder)
-    return StoredModel(folder.name, tuple(names), str(folder), on_disk, size, layers, used, _is_locked(folder))
+    on_disk, bits = _disk_bytes(folder), 0
+    if copy := read_label(folder):
+        names, bits = names or (copy.model,), copy.weight_bits
+    return StoredModel(folder.name, tuple(names), str(folder), on_disk, size, layers, used, _is_locked(folder), bits)
 
 
 def _complete_layers(partial: PartialCheckpoint) -> tuple[LayerRange, ...]:

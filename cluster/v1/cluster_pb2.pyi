@@ -1814,16 +1814,19 @@ class StoredModel(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     LAST_USED_FIELD_NUMBER: _builtins.int
     IN_USE_FIELD_NUMBER: _builtins.int
+    WEIGHT_BITS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     disk_bytes: _builtins.int
     model_bytes: _builtins.int
-    """Size of the whole model; 0 if its records are damaged."""
+    """Size of all tensors; 0 if its records are damaged."""
     last_used: _builtins.float
     """Seconds since the epoch."""
     in_use: _builtins.bool
+    weight_bits: _builtins.int
+    """Of a copy that quantizing while loading has made; else 0."""
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hugging Face ids; none if another Mac sent the model."""
+        """Hugging Face ids; none if another Mac sent the model. Of a quantized copy, the name of its model."""
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerSpan]:
@@ -1839,10 +1842,11 @@ class StoredModel(_message.Message):
         layers: _abc.Iterable[Global___LayerSpan] | None = ...,
         last_used: _builtins.float = ...,
         in_use: _builtins.bool = ...,
+        weight_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "fingerprint", b"fingerprint", "in_use", b"in_use", "last_used", b"last_used", "layers", b"layers", "model_bytes", b"model_bytes", "names", b"names"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "fingerprint", b"fingerprint", "in_use", b"in_use", "last_used", b"last_used", "layers", b"layers", "model_bytes", b"model_bytes", "names", b"names", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -168,7 +168,7 @@ class Engine:
         elif isinstance(command, Load):
             self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
         elif isinstance(command, LayOutCopy):
-            lay_out_copy(Path(command.models), command.key, Path(command.source), command.weight_bits)
+            lay_out_copy(Path(command.models), command.key, Path(command.source), command.weight_bits, command.model)
         elif isinstance(command, QuantizeLayers):
             self._quantize(command)
         elif isinstance(command, LinkStage):

@@ -59,13 +59,17 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class LayOutCopy:
-    """Create a quantized copy of the checkpoint in ``source``, without tensors, in the folder ``models``."""
+    """Create a quantized copy of the checkpoint in ``source``, without tensors, in the folder ``models``.
+
+    ``model`` is the name by which people know the checkpoint.
+    """
 
     call: int
     models: str
     key: str
     source: str
     weight_bits: int
+    model: str
 
 
 @dataclass(frozen=True, slots=True)

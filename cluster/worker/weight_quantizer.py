@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from cluster.codec.safetensors_header import encode_header
@@ -27,16 +27,17 @@ from cluster.model.weight_conversion import Conversion
 from cluster.store.limits import MAX_MODEL_FILES
 from cluster.store.model_files import ModelFiles, StoredFile
 from cluster.store.partial_checkpoint import PartialCheckpoint, is_partial, read_origin
-from cluster.store.quantized_copy import place_copy, require_copy
+from cluster.store.quantized_copy import CopyLabel, place_copy, require_copy
 
 __all__ = ["lay_out_copy", "quantize_layers"]
 
 _LAYER: Final = re.compile(r".*?\.\d+\.")
 
 
-def lay_out_copy(models: Path, key: str, source: Path, weight_bits: int) -> None:
+def lay_out_copy(models: Path, key: str, source: Path, weight_bits: int, model: str) -> None:
     """Create the copy of the checkpoint in ``source``, without tensors, in the folder ``models``.
 
+    ``model`` is the checkpoint's name: an id of the hub, or a folder of the coordinator's Mac.
     Raise DiskFull or InvalidOption (the folder cannot be written), and the errors of ``ConvertedWeights``.
     """
     weights = _open_weights(source, weight_bits)
@@ -50,7 +51,13 @@ def lay_out_copy(models: Path, key: str, source: Path, weight_bits: int) -> None
     files = [StoredFile(name, len(content)) for name, content in small.items()]
     files += [StoredFile(name, size, edition=key) for name, size in zip(names, sizes, strict=True)]
     repo = read_origin(source).repo if is_partial(source) else ""
-    place_copy(models, key, ModelFiles(tuple(files), repo), lambda file: contents[file.name], _map_tensors)
+    label = CopyLabel(repo or _short_name(model, source), weight_bits)
+    place_copy(models, key, ModelFiles(tuple(files), repo), lambda file: contents[file.name], _map_tensors, label)
+
+
+def _short_name(model: str, source: Path) -> str:
+    """Return the name of the folder ``source`` if ``model`` is a path, and ``model`` if it is an id of the hub."""
+    return source.name if PurePath(model).name in ("", source.name) else model
 
 
 def quantize_layers(

@@ -466,8 +466,10 @@ class _EngineCalls:
         )
 
     def lay_out_copy(self, models: Path, source: Path) -> AsyncIterator[Progress]:
-        key, bits = self.copy_key().digest, self.request.weight_bits
-        return self.supervisor.events(lambda call: LayOutCopy(call, str(models), key, str(source), bits))
+        key, r = self.copy_key().digest, self.request
+        return self.supervisor.events(
+            lambda call: LayOutCopy(call, str(models), key, str(source), r.weight_bits, r.model)
+        )
 
     def quantize(self, models: Path, source: Path) -> AsyncIterator[Progress]:
         key, r = self.copy_key().digest, self.request

@@ -26,8 +26,10 @@ def stored(start: int, end: int, **more: Any) -> pb.StoredModel:
 
 def test_list_everywhere_says_which_layers_are_where(macpipe: Macpipe, coordinator: Coordinator) -> None:
     first = stored(0, 32, names=["mlx-community/Qwen3-32B-4bit"], in_use=True)
+    copy = pb.StoredModel(fingerprint="cd" * 32, names=["faq"], weight_bits=4, disk_bytes=668 << 10,
+                          model_bytes=548 << 10, in_use=True)  # fmt: skip
     coordinator.script.stores = [
-        pb.MacStore(mac="mac-1", models=[first]),
+        pb.MacStore(mac="mac-1", models=[first, copy]),
         pb.MacStore(mac="mac-2", models=[stored(32, 64)], omitted=2),
     ]
     done = macpipe("store", "list", "--everywhere", to=coordinator)
@@ -35,7 +37,8 @@ def test_list_everywhere_says_which_layers_are_where(macpipe: Macpipe, coordinat
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["mlx-community/Qwen3-32B-4bit", "mac-1", "0-31", "9", "of", "18", "GiB", "in", "use"] in rows
     assert ["mac-2", "32-63", "9", "of", "18", "GiB", "2", "h", "0", "min", "ago"] in rows
-    assert rows[-1] == ["1", "model", "on", "2", "Macs"]
+    assert ["faq,", "4", "bits", "mac-1", "none", "668.0", "KiB", "in", "use"] in rows
+    assert rows[-1] == ["2", "models", "on", "2", "Macs"]
     assert done.stderr == "mac-2 has 2 more models; see `macpipe store list` there\n"
     coordinator.script.stores.append(pb.MacStore(mac="mac-3", problem="mac-3 does not answer"))
     partial = macpipe("store", "list", "--everywhere", "--json", to=coordinator)

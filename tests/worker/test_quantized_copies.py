@@ -27,6 +27,7 @@ from cluster.store.folder_digests import hash_tensors
 from cluster.store.partial_checkpoint import PartialCheckpoint
 from cluster.store.quantized_copy import CopyKey
 from cluster.store.store import Store
+from cluster.store.stored_models import find_models, list_models
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
@@ -61,7 +62,7 @@ class InProcessEngine:
 
     async def lay_out_copy(self, models: Path, source: Path) -> AsyncIterator[Progress]:
         self.laid_out += 1
-        lay_out_copy(models, self.copy_key().digest, source, self.request.weight_bits)
+        lay_out_copy(models, self.copy_key().digest, source, self.request.weight_bits, self.request.model)
         yield Progress(1, 0, 0)
 
     async def quantize(self, models: Path, source: Path) -> AsyncIterator[Progress]:
@@ -158,6 +159,9 @@ async def test_a_second_start_reads_nothing_of_the_source(
     reported = await load(StageLoader(tmp_path / "home", LocalTrust()), first)
     copy = kept(tmp_path / "home", first)
     require_converted(copy, converted)
+    (listed,) = list_models(tmp_path / "home")
+    assert (listed.names, listed.weight_bits, listed.label) == (("source",), 4, "source, 4 bits")
+    assert find_models([listed], "source") == find_models([listed], "source, 4 bits") == (listed,)
     assert not any(name.startswith("model.layers.0.") for name in copy.verified), "only the stage's own layers"
     assert reported.keys() == set(names)
     os.rename(source, tmp_path / "gone")  # noqa: PTH104

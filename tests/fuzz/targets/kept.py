@@ -60,7 +60,7 @@ def engine_messages() -> Prepared:
     said = (
         messages.Load(1, 7, 0, 2, "m", "/m", "ab" * 32, 0, 4, 4096, 8),
         messages.LinkStage(2, 7, "127.0.0.1:7000", "ab" * 8),
-        messages.LayOutCopy(8, "/models", "ab" * 32, "/m", 4),
+        messages.LayOutCopy(8, "/models", "ab" * 32, "/m", 4, "m"),
         messages.QuantizeLayers(9, "/models", "ab" * 32, "/m", 4, 0, 4),
         messages.Unload(3, 7),
         messages.SetAdapters(6, 7, ("legal",), ("/legal",), ("ab" * 32,)),

@@ -95,6 +95,8 @@ def replies() -> Prepared:
         stages=[cluster_pb2.Stage(worker="n", start_layer=0, end_layer=2)],
         requests=[cluster_pb2.LiveRequest(request_id="r", stages=[figures])],
         events=[cluster_pb2.ClusterEvent(kind=cluster_pb2.EVENT_KIND_LOAD, sentence="loaded m")],
+        activity="training adapters of m",
+        training=cluster_pb2.TrainingProgress(iteration=1, iterations=2, seconds_left=3.0),
     )
     traced = inference_pb2.TraceResponse(
         request_id="r",
@@ -120,7 +122,9 @@ def examination() -> Prepared:
 
 def store() -> Prepared:
     """Read what a coordinator says of the models on one Mac's disk."""
-    model = cluster_pb2.StoredModel(fingerprint="ab" * 32, layers=[cluster_pb2.LayerSpan(start=0, end=2)])
+    model = cluster_pb2.StoredModel(
+        fingerprint="ab" * 32, layers=[cluster_pb2.LayerSpan(start=0, end=2)], weight_bits=4
+    )
     listed = cluster_pb2.MacStore(mac="n", folder="/models", models=[model])
     return prepare_message(cluster_pb2.MacStore, decode_store, listed)
 
