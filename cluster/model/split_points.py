@@ -20,9 +20,9 @@ _CONTENT_CHARS: Final = 64
 """Characters by which a message's content is found in the rendered text."""
 _MOST_MISSING: Final = 8
 """Contents that a template may have changed or left out before the rest is not looked for."""
-_SECTION: Final = re.compile(r"^(?=#{1,6} |<\w|---$)", re.MULTILINE)
-"""The beginning of a section: a heading, a tag or a rule. Sections that change between sessions, as that of the date or
-of the repository's state, have one."""
+_SECTION: Final = re.compile(r"^(?=#{1,6} |<\w|---$|```\w)", re.MULTILINE)
+"""The beginning of a section: a heading, a tag, a rule or a fenced block. What changes between sessions, as the date or
+the repository's state, has one."""
 Render = Callable[[Sequence[ChatMessage], bool], str | None]
 """Renders messages, with or without the start of an answer after them; returns None if the template rejects them."""
 TokensBefore = Callable[[int], int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 
 from cluster.scheduler.kv_cost import Cost
@@ -69,13 +69,16 @@ def surplus(lengths: Iterable[int], now: int, fixed: Container[int]) -> list[int
     return dropped
 
 
-def space_out(lengths: Iterable[int], gap: float, fixed: Collection[int]) -> set[int]:
-    """Return those of ``lengths`` that are at least ``gap`` from 0, from each other and from all in ``fixed``."""
+def space_out(lengths: Iterable[int], gap: Callable[[int], float], fixed: Collection[int]) -> set[int]:
+    """Return those of ``lengths`` that are at least their ``gap`` from 0, from all in ``fixed``, and from each other.
+
+    ``gap`` may grow with the length.
+    """
     bounds, chosen, last = sorted(fixed), set[int](), 0
     for length in sorted(lengths):
         at = bisect_left(bounds, length)
         before = max(last, bounds[at - 1] if at else 0)
-        if length - before >= gap and (at == len(bounds) or bounds[at] - length >= gap):
+        if length - before >= gap(length) and (at == len(bounds) or bounds[at] - length >= gap(length)):
             chosen.add(length)
             last = length
     return chosen

@@ -17,7 +17,8 @@ from cluster.scheduler.prefixes import MIN_HIT, Prefixes
 from cluster.scheduler.sequence import ScheduledSequence
 
 _BORDER_SHARE: Final = 1 / 64
-"""Least distance of two marks at borders, as a share of the prompt: a later prompt reads so much again at most, ..."""
+"""Least distance of a mark at a border from others, as a share of the tokens before it. A later prompt that parts at a
+border reads about so much again of what it shares, wherever that is, ..."""
 _LEAST_BORDER_GAP: Final = 64
 """... or as many tokens, if that is more."""
 _CUT_SHARE: Final = 1 / 8
@@ -60,18 +61,25 @@ class Marking:
 
         Those that it has passed without a mark are of no use any more.
         """
-        now, end = len(sequence.fed), sequence.prefill_length
         room = [share * _BORDER_MEMORY // c for share, c in zip(self._capacity.prefix_budget, cost, strict=True) if c]
-        marked = [at for at in sequence.request.borders if at in sequence.marks]
-        gap = max(_LEAST_BORDER_GAP, end * _BORDER_SHARE)
-        while True:
-            chosen = space_out(marked, gap, sequence.chunk_ends)
-            apart = max(gap, self._fixed_cost() / _CUT_SHARE)
-            ahead = [at for at in sequence.request.borders if now + apart <= at < end]
-            chosen |= space_out(ahead, apart, chosen | sequence.chunk_ends)
-            if len(chosen) <= min(room, default=len(chosen)):
-                return chosen
-            gap *= 2
+        sparser = 1
+        while len(chosen := self._space_borders(sequence, sparser)) > min(room, default=len(chosen)):
+            sparser *= 2
+        return chosen
+
+    def _space_borders(self, sequence: ScheduledSequence, sparser: int) -> set[int]:
+        """Return the borders that are marked already or may be, ``sparser`` times as far apart as they need to be."""
+        now, least = len(sequence.fed), self._fixed_cost() / _CUT_SHARE
+
+        def gap(at: int) -> float:
+            return sparser * max(_LEAST_BORDER_GAP, at * _BORDER_SHARE)
+
+        def gap_of_new(at: int) -> float:
+            return max(gap(at), least)
+
+        chosen = space_out((at for at in sequence.request.borders if at in sequence.marks), gap, sequence.chunk_ends)
+        ahead = (at for at in sequence.request.borders if now + gap_of_new(at) <= at < sequence.prefill_length)
+        return chosen | space_out(ahead, gap_of_new, chosen | sequence.chunk_ends)
 
     def mark_progress(self, sequence: ScheduledSequence, free: Cost) -> None:
         """Mark a prompt that has got to one of its chunk ends, or far beyond its last mark."""

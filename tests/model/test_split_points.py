@@ -68,13 +68,13 @@ def test_what_the_prompt_shares_with_its_own_answer_needs_no_chunk_of_its_own(fa
 def test_borders_are_where_messages_tools_and_sections_begin(family: Family, tmp_path: Path) -> None:
     tokenizer = make(family, tmp_path)
     options = OFFER if family.answer else ChatOptions()
-    sections = "You are an agent.\n\n# Style\nBe brief.\n<env>\nIt is Monday.\n</env>"
+    sections = "You are an agent.\n\n# Style\nBe brief.\n<env>\nIt is Monday.\n</env>\n```text\nclean\n```"
     asked = (ChatMessage("system", sections), ChatMessage("user", "Fix it."), ChatMessage("assistant", "Which one?"))
     prompt = tokenizer.render((*asked, ChatMessage("user", "The first.")), options)
     split = tokenizer.find_split_points((*asked, ChatMessage("user", "The first.")), options, prompt)
     assert not {*split.borders} & {*split.likely}
     rests = [prompt.text.removeprefix(tokenizer.decode(prompt.ids[:at])) for at in {*split.borders, *split.likely}]
-    wanted = ["# Style", "<env>", "Fix it.", "Which one?", "The first."]
+    wanted = ["# Style", "<env>", "```text", "Fix it.", "Which one?", "The first."]
     for part in wanted + (['"read"'] if '"read"' in prompt.text else []):
         assert any(part in rest[: len(part) + 2] for rest in rests), part
 

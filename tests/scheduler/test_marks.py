@@ -126,6 +126,17 @@ def test_a_prompt_is_marked_at_the_borders_that_are_far_apart() -> None:
         assert chat.ask((*LONG[:length], 1)) == cached
 
 
+def test_a_prompt_that_parts_at_any_border_reads_little_of_what_it_shares() -> None:
+    """However long the first one is: its system message changes, or its last tools."""
+    chat = Chat(prefixes=10**7, budget=2 * 10**7, chunk=512)
+    prompt, borders = tuple(i * 7919 % 40_000 for i in range(30_000)), tuple(range(150, 30_000, 150))
+    chat.ask(prompt, borders=borders)
+    kept = sorted(e.length for e in chat.edits if isinstance(e, Mark) and e.length in borders)
+    assert len(kept) < len(borders)
+    for border in borders:
+        assert max(at for at in kept if at <= border) >= (1 - 1 / 64) * border - 150
+
+
 def test_a_later_turn_keeps_the_marks_at_borders_and_is_not_cut_where_little_is_new() -> None:
     chat = Chat(prefixes=100_000, budget=200_000, chunk=2000)
     prompt, borders = LONG, (100, 300, 700)
@@ -157,14 +168,19 @@ def test_borders_are_no_reason_for_chunks_that_cost_much() -> None:
     assert [e.length for e in chat.edits if isinstance(e, Mark)] == [300, 600, 999]
 
 
-@given(st.sets(st.integers(1, 2000)), st.sets(st.integers(1, 2000)), st.integers(1, 500))
-def test_what_is_spaced_out_is_far_from_all_others(lengths: set[int], fixed: set[int], gap: int) -> None:
+@given(st.sets(st.integers(1, 2000)), st.sets(st.integers(1, 2000)), st.integers(1, 500), st.floats(0, 1))
+def test_what_is_spaced_out_is_far_from_all_others(
+    lengths: set[int], fixed: set[int], least: int, share: float
+) -> None:
+    def gap(length: int) -> float:
+        return max(least, share * length)
+
     chosen = space_out(lengths, gap, fixed)
     assert chosen <= lengths
     for length in chosen:
-        assert min(abs(length - other) for other in {0, *fixed, *chosen} - {length}) >= gap
+        assert min(abs(length - other) for other in {0, *fixed, *chosen} - {length}) >= gap(length)
     for length in lengths - chosen:
-        assert min(abs(length - other) for other in {0, *fixed, *chosen}) < gap
+        assert min(abs(length - other) for other in {0, *fixed, *chosen}) < gap(length)
 
 
 def test_marks_stay_within_the_budget_of_prefixes() -> None:
