@@ -269,7 +269,7 @@ def _qwen(s: Served) -> Launch:
         "QWEN_CODE_API_TIMEOUT_MS": PATIENCE_MS,
         "QWEN_STREAM_IDLE_TIMEOUT_MS": PATIENCE_MS,
     }
-    return Launch(environment, ("qwen",))
+    return Launch(environment, ("qwen", "--auth-type", "openai"))  # else it may ask how to sign in
 
 
 def _aider(s: Served) -> Launch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import stat
 import threading
@@ -17,6 +18,7 @@ from cluster.cli.launch import (
     ANY_KEY,
     AUTHORITIES,
     CLIENTS,
+    LEAST_CONTEXT,
     Served,
     add_authority,
     fetch_served,
@@ -29,6 +31,7 @@ from cluster.core.errors import MacpipeError, Unauthenticated, Unreachable
 from cluster.platform.private_files import make_private_folder
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keys import KeyScope, KeyStore
+from compat.by_hand import lines_by_hand
 from integration.daemons import free_port
 
 SERVED = Served("http://127.0.0.1:8080", "my model", 8192)
@@ -91,6 +94,15 @@ def test_clients_are_told_the_key_and_whom_to_believe(name: str) -> None:
     assert not any("mpk_mine" in word for word in found.command), "everybody on this machine sees a command line"
     assert [found.environment[one] for one in AUTHORITIES] == ["/lab/authority.pem"] * 3
     assert not set(AUTHORITIES) & set(add_authority(CLIENTS[name], SERVED).environment)
+
+
+@pytest.mark.parametrize("name", LEAST_CONTEXT)
+def test_the_lines_by_hand_set_what_launch_sets(name: str) -> None:
+    found, lines = CLIENTS[name](SERVED), lines_by_hand(name)
+    assert set(re.findall(r"([A-Z][A-Z_]+)=", lines)) <= set(found.environment)
+    assert lines.splitlines()[-1].split()[0] == found.command[0]
+    options = {word.partition("=")[0] for word in found.command}
+    assert {word.partition("=")[0].strip('"') for word in lines.splitlines()[-1].split()} <= options | {"default"}
 
 
 class Health(BaseHTTPRequestHandler):
