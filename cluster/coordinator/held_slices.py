@@ -21,13 +21,13 @@ async def adopt_held_slices(
 ) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
     """Return the workers and the order that keep all held slices where they are.
 
-    Look ``ADOPTION_LOOKS`` times, since not every worker may have answered yet. Without a complete set of slices,
-    return ``workers`` and ``order`` unchanged.
+    Look ``ADOPTION_LOOKS`` times while one holds a slice from before, since not every worker may have answered yet.
+    Without a complete set of slices, return ``workers`` and ``order`` unchanged.
     """
     for _ in range(ADOPTION_LOOKS):
         members = [m.info for m in roster.members if not m.problem]
         adopted = adoptable_plan(shape, order, members)
-        if adopted or not any(roster.owns(f) for f in members):
+        if adopted or not any(roster.holds_from_before(f) for f in members):
             return adopted or (workers, order)
         await anyio.sleep(SETTLE_S)
         await roster.refresh()

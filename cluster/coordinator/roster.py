@@ -137,6 +137,10 @@ class Roster:
         """Return whether the worker holds a slice from this coordinator or a predecessor with the same id."""
         return bool(info.epoch) and info.owner == self._coordinator
 
+    def holds_from_before(self, info: WorkerInfo) -> bool:
+        """Return whether the worker's slice is from a predecessor with the same id, not from this process."""
+        return self.owns(info) and info.live_owner_process != self.instance
+
     def control(self, address: str) -> WorkerClient:
         """Return the client of the worker at an address; create it on first use."""
         if address not in self._controls:
