@@ -8,6 +8,6 @@ the layers), ``stage`` (frames in, frames out). It knows nothing of networks, wo
 Importing this package does not import MLX: the checkpoint module also runs on machines that never run a model.
 """
 
-from cluster.model.import_limits import keep_limits_on_import
+from cluster.model.import_changes import change_imports
 
-keep_limits_on_import()
+change_imports()

@@ -140,3 +140,11 @@ def test_importing_mlx_lm_leaves_the_limit_of_open_files_as_it_was(soft: int, ha
     script = PRINT_LIMITS.format(soft=soft, hard=hard)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert run.stdout.strip() == str((soft, hard)), run.stderr
+
+
+def test_transformers_reads_the_folders_of_its_models_once_at_import() -> None:
+    from transformers.utils import import_utils
+
+    read = import_utils.create_import_structure_from_path.cache_info()
+    assert read.misses == read.currsize > 400
+    assert read.hits > 0
