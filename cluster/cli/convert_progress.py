@@ -6,7 +6,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
-from cluster.cli.screen import console, format_bytes, format_duration, printable
+from cluster.cli.load_progress import BAR_WIDTH
+from cluster.cli.screen import console, format_duration, format_share, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +57,7 @@ class ConversionBar:
         if percent // PLAIN_STEP == self._printed:
             return
         self._printed = percent // PLAIN_STEP
-        line = f"{self._what}: {percent}% of {format_bytes(progress.total)}"
+        line = f"{self._what}: {percent}%, {format_share(progress.done, progress.total)}"
         new = progress.done - progress.resumed
         if new and progress.done < progress.total:
             left = (time.monotonic() - (self._started or 0)) * (progress.total - progress.done) / new
@@ -70,5 +71,5 @@ def _new_bar(terminal: Console) -> Progress:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    columns = (description, BarColumn(BAR_WIDTH), DownloadColumn(binary_units=True), TimeRemainingColumn())
     return Progress(*columns, console=terminal)

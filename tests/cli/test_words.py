@@ -16,12 +16,14 @@ from rich.console import Console
 from client.scripted import cluster_reply
 from cluster.cli.bench_tables import describe_doubt
 from cluster.cli.command_name import command_name
+from cluster.cli.convert_progress import ConversionBar
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.ps import show_requests
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable
 from cluster.cli.status import describe_deviation, describe_links, describe_overload, headline, show_state
 from cluster.cli.throughput import Roofline
 from cluster.codec.cluster_state import decode_cluster_state
+from cluster.conversion.converter import ConversionProgress
 from cluster.core.cluster_state import (
     ClusterState,
     GuessCounts,
@@ -316,3 +318,15 @@ def test_a_training_is_shown_as_far_as_it_is(capsys: pytest.CaptureFixture[str])
     assert lines[1:3] == [doing, "4 layers in 1 stage (relay)"]
     show_requests(state)
     assert capsys.readouterr().out.splitlines() == [doing, "no live requests"]
+
+
+def test_a_conversion_tells_bytes_and_the_time_left() -> None:
+    stream = io.StringIO()
+    with ConversionBar(stream, "m.gguf") as bar:
+        for mib in range(0, 201, 10):
+            bar.show(ConversionProgress(mib << 20, 200 << 20, 0))
+    first, *some, last = stream.getvalue().splitlines()
+    assert first == "m.gguf: 0%, 0 of 200 MiB"
+    assert some[4].startswith("m.gguf: 50%, 100 of 200 MiB, ")
+    assert some[4].endswith(" left")
+    assert last == "m.gguf: 100%, 200 of 200 MiB"
