@@ -18,7 +18,7 @@ from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.training_job import LOSSES, TrainingJob
-from cluster.coordinator.worker_gathering import gather_workers
+from cluster.coordinator.worker_gathering import gather_workers, require_cuts
 from cluster.core.errors import DoesNotFit, MacpipeError, NotServing
 from cluster.core.frames import Tensor
 from cluster.core.limits import UNLOAD_TIMEOUT_S
@@ -102,6 +102,8 @@ class TrainingMode:
         self._running = asyncio.current_task()
         data: TrainingData | None = None
         try:
+            require_cuts(model_info.shape, request.order)  # first what takes no time: tokenizing may take long
+            request.options.require_layers(model_info.shape.layers)
             data = await TrainingData.open(request.folder, model_info.found.folder, request.options)
             await self._train(host, request, model_info, data, tell, report)
         finally:
@@ -177,7 +179,6 @@ class TrainingMode:
         found = await gather_workers(deps.roster, order, model_info.shape, report)
         number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
         plan = await _plan(host, number, model_info.shape, found, order, request.options)
-        request.options.require_layers(plan.stages[-1].layers.end)
         require_room(plan, model_info.shape, request.options, min(data.longest, request.options.max_seq_length))
         report.planned(plan)
         by_name = {w.name: w for w in found}

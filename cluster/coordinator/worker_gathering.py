@@ -12,9 +12,9 @@ from cluster.core.errors import NoWorkers
 from cluster.core.limits import RETURN_S
 from cluster.core.plan import ModelShape
 from cluster.core.worker import WorkerInfo
-from cluster.placement.memory_split import WorkerMemory, is_too_small
+from cluster.placement.memory_split import WorkerMemory, check_cuts, is_too_small, require_pieces
 
-__all__ = ["gather_remaining", "gather_workers"]
+__all__ = ["gather_remaining", "gather_workers", "require_cuts"]
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +24,23 @@ async def gather_workers(
 ) -> tuple[WorkerInfo, ...]:
     """Wait for the workers that the order asks for, and for one more if there is a draft model.
 
-    One that is too small for any piece of the model does not count. Raises the errors of ``Roster.gather``.
+    One that is too small for any piece of the model does not count. Raises ``NoPlan`` at once if the model cannot be
+    cut so, and the errors of ``Roster.gather``.
     """
+    require_cuts(shape, order)
     return await roster.gather(
         order.stage_count + bool(order.draft) if order.stage_count else None,
         order.wait_s,
         report,
         lambda w: not is_too_small(shape, WorkerMemory(w.name, w.memory_limit)),
     )
+
+
+def require_cuts(shape: ModelShape, order: LoadOrder) -> None:
+    """Raise ``NoPlan`` if the model cannot be cut as the order asks, on whatever workers."""
+    if order.layers:
+        check_cuts(shape, order.layers)
+    require_pieces(shape, order.stage_count or 1)
 
 
 async def gather_remaining(

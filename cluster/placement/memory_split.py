@@ -70,8 +70,7 @@ def solve(shape: ModelShape, memories: Sequence[WorkerMemory], sequences: int) -
 
     Raise ``NoPlan`` if there are too few clean cuts, and ``DoesNotFit``, with the missing GiB, if memory is too small.
     """
-    if len(shape.clean_cuts) < len(memories) - 1:
-        raise NoPlan(_too_few_cuts(shape, len(memories)))
+    require_pieces(shape, len(memories))
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for i, memory in enumerate(memories):
         last = i == len(memories) - 1
@@ -117,6 +116,12 @@ def require_fit(
         raise DoesNotFit(_does_not_fit(shape, memories, ranges, sequences, short), missing_bytes=str(_sum(short)))
 
 
+def require_pieces(shape: ModelShape, count: int) -> None:
+    """Raise ``NoPlan`` if the model cannot be cut into so many pieces."""
+    if len(shape.clean_cuts) < count - 1:
+        raise NoPlan(_too_few_cuts(shape, count))
+
+
 def check_cuts(shape: ModelShape, ranges: Sequence[LayerRange]) -> None:
     """Raise ``NoPlan`` unless the model has these layers and may be cut between the ranges."""
     if ranges[-1].end != shape.layers:
@@ -149,7 +154,7 @@ def _too_few_cuts(shape: ModelShape, workers: int) -> str:
     most = len(shape.clean_cuts) + 1
     return (
         f"{shape.model.name} has {shape.layers} layers and can be cut into {count_in_words(most, 'stage')} at most, "
-        f"but there are {workers} workers; use --workers {most} or fewer"
+        f"not {workers}; use --workers {most} or fewer"
     )
 
 

@@ -13,8 +13,8 @@ import pytest
 from cluster import __version__
 from cluster.coordinator.roster import MLX_LM, Roster
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.worker_gathering import gather_remaining
-from cluster.core.errors import MacpipeError, NoWorkers, VersionMismatch, WorkerLost
+from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
+from cluster.core.errors import MacpipeError, NoPlan, NoWorkers, VersionMismatch, WorkerLost
 from cluster.core.limits import GIB
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, ModelShape, Plan
 from cluster.core.worker import WorkerInfo
@@ -115,3 +115,10 @@ def test_a_model_that_was_served_goes_on_with_the_workers_that_are_left(monkeypa
     nobody = a_roster(monkeypatch, replace(ADA, version=""))
     with pytest.raises(NoWorkers):
         asyncio.run(gather_remaining(nobody, replace(order, wait_s=0.1), SHAPE, Silent()))
+
+
+def test_workers_that_a_model_cannot_use_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = LoadOrder("m", worker_count=7, wait_s=3600)
+    roster = a_roster(monkeypatch, ADA)
+    with pytest.raises(NoPlan, match="m has 6 layers and can be cut into 6 stages at most, not 7"):
+        asyncio.run(gather_workers(roster, order, SHAPE, Silent()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +12,15 @@ import pytest
 
 from cluster.coordinator import training_run
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.training_run import TrainingMode
-from cluster.core.errors import DoesNotFit, InvalidOption, MacpipeError, NotServing, WorkerLost
+from cluster.coordinator.training_run import TrainingMode, TrainingRequest
+from cluster.core.errors import DoesNotFit, InvalidOption, MacpipeError, NoPlan, NotServing, WorkerLost
+from cluster.core.plan import LayerRange, ModelRef, ModelShape
+from cluster.core.training import TrainingOptions
 from cluster.core.training_events import TrainingNotice
 
 SERVED = LoadOrder("faq", worker_count=2)
+OTHER = ModelShape(ModelRef("smol", "", "e" * 64), 2, (1,) * 2, (1,) * 2, (), (1,), (), 64)
+SHAPE = ModelShape(ModelRef("faq", "", "f" * 64), 2, (1,) * 2, (1,) * 2, (), (1,), (), 64)
 
 
 async def close() -> None:
@@ -27,6 +33,9 @@ class Mode(TrainingMode):
     def __init__(self, ends: BaseException | None = None, *failures: MacpipeError, begun: bool = True) -> None:
         super().__init__(self.load, lambda sentence: self.problems.append(sentence))
         self.ends, self.failures, self.begun = ends, list(failures), begun
+        self.read: object = None
+        self.served = SERVED
+        self.order, self.options = SERVED, TrainingOptions.of({"train": True, "num_layers": 2})
         self.loads, self.problems, self.told = 0, list[str](), list[str]()
 
     async def load(self, order: LoadOrder, report: object) -> None:
@@ -42,13 +51,17 @@ class Mode(TrainingMode):
 
     async def train(self) -> None:
         async def read(order: object) -> object:
-            return SimpleNamespace(close=close, found=SimpleNamespace(folder=None))
+            self.read = order
+            return SimpleNamespace(close=close, found=SimpleNamespace(folder=None), shape=SHAPE)
 
-        host: Any = SimpleNamespace(reader=SimpleNamespace(read=read), changed=asyncio.Event())
-        request: Any = SimpleNamespace(order=SERVED, folder=None, options=None)
+        async def read_shape(order: LoadOrder) -> ModelShape:
+            return SHAPE if order.model.endswith("faq") else OTHER
+
+        host: Any = SimpleNamespace(reader=SimpleNamespace(read=read, read_shape=read_shape), changed=asyncio.Event())
+        request = TrainingRequest(self.order, self.options, Path())
         report: Any = None
         async with self.report_restored(lambda event: self.told.append(_sentence(event))):
-            await self.run(host, request, lambda event: None, report, SERVED)
+            await self.run(host, request, lambda event: None, report, self.served)
 
 
 def _sentence(event: object) -> str:
@@ -111,3 +124,21 @@ async def test_a_client_that_leaves_has_the_model_loaded_again() -> None:
     assert outcome
     assert outcome.served
     assert mode.told == []
+
+
+@pytest.mark.anyio
+async def test_what_no_workers_can_train_is_refused_before_the_data_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def open_data(*arguments: object) -> object:
+        raise AssertionError("the data is tokenized")
+
+    monkeypatch.setattr(training_run.TrainingData, "open", open_data)
+    mode = Mode()
+    mode.order = LoadOrder("faq", worker_count=3)
+    with pytest.raises(NoPlan, match="faq has 2 layers and can be cut into 2 stages at most, not 3"):
+        await mode.train()
+    mode.order = LoadOrder("faq", layers=(LayerRange(0, 1), LayerRange(1, 3)))
+    with pytest.raises(NoPlan, match="faq has layers 0-1, but the ranges end at layer 2"):
+        await mode.train()
+    mode.order, mode.options = SERVED, TrainingOptions.of({"train": True, "num_layers": 3})
+    with pytest.raises(InvalidOption, match="the model has only 2 layers"):
+        await mode.train()

@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_refused_with_the_gib_missing() -> None:
 
 
 def test_too_few_cuts_say_how_many_workers_would_do() -> None:
-    with pytest.raises(NoPlan, match="cut into 2 stages at most, but there are 3 workers; use --workers 2"):
+    with pytest.raises(NoPlan, match="cut into 2 stages at most, not 3; use --workers 2"):
         solve(shape([1] * 4, unclean=(1, 3)), [WorkerMemory(n, 1000) for n in "abc"], 1)
 
 
