@@ -96,8 +96,13 @@ class TrainingMode:
     ) -> None:
         """Train to the end. What is ``served`` goes on until model, data and workers are found.
 
+        If it is the same model with quantized weights, those are what is trained.
+
         Raises the errors of ``ModelReader.read``, of the data (``TrainingData.open``), of planning, and of the job.
         """
+        if bits := await _served_bits(host.reader, request.order, served):
+            request = replace(request, order=replace(request.order, quantize=bits))
+            tell(TrainingNotice(f"the weights are those that are served, quantized to {bits} bits"))
         model_info = await host.reader.read(request.order)
         self._running = asyncio.current_task()
         data: TrainingData | None = None
@@ -193,6 +198,15 @@ class TrainingMode:
             with anyio.CancelScope(shield=True):
                 await unload_workers(deps.epochs.last, [deps.roster.control(a) for a in job.contacted])
                 deps.roster.pin(())
+
+
+async def _served_bits(reader: ModelReader, order: LoadOrder, served: LoadOrder | None) -> int:
+    """Return the bits to which the weights of this model are quantized while it is served; 0 if they are not."""
+    if served is None or not served.quantize:
+        return 0
+    own = await reader.read_shape(order)
+    other = await reader.read_shape(LoadOrder(served.model))
+    return served.quantize if own.model.fingerprint == other.model.fingerprint else 0
 
 
 async def _plan(

@@ -52,7 +52,7 @@ def load_training_slice(spec: StageSpec, path: Path, options: TrainingOptions) -
     Raises InvalidOption if the options do not fit the model, ModelUnsupported if it cannot be trained in slices, and
     the errors of ``open_skeleton``, ``trace`` and ``ModelSlice``.
     """
-    model = open_skeleton(path)
+    model = open_skeleton(path, spec.weight_bits)
     mx.random.seed(options.seed)
     model.freeze()
     _add_adapters(model, options)

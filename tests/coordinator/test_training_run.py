@@ -142,3 +142,12 @@ async def test_what_no_workers_can_train_is_refused_before_the_data_is_read(monk
     mode.order, mode.options = SERVED, TrainingOptions.of({"train": True, "num_layers": 3})
     with pytest.raises(InvalidOption, match="the model has only 2 layers"):
         await mode.train()
+
+
+@pytest.mark.anyio
+async def test_a_model_that_is_served_quantized_is_trained_so() -> None:
+    for served, bits in ((LoadOrder("/models/faq", quantize=4), 4), (LoadOrder("smol", quantize=4), 0), (SERVED, 0)):
+        mode = Mode()
+        mode.served = served
+        await mode.train()
+        assert mode.read == replace(SERVED, quantize=bits)

@@ -12,10 +12,12 @@ import pytest
 
 from checkpoints import make
 from cluster.codec.adapter_file import read_adapters, write_adapters
+from cluster.conversion.converter import convert_checkpoint
 from cluster.coordinator.training_reports import TrainingReports
 from cluster.core.errors import BadFrame, InvalidOption
 from cluster.core.frames import Tensor
 from cluster.core.plan import LayerRange, ModelRef, StageSpec
+from cluster.core.quantization import Quantization
 from cluster.core.training import TrainingOptions
 from cluster.core.training_frames import DataBatch, Purpose, Task, TrainingCommand
 from cluster.model.checkpoint import open_checkpoint
@@ -23,6 +25,7 @@ from cluster.model.tensor_codec import to_array
 from cluster.model.tokenizer import load_tokenizer
 from cluster.model.training_batches import read_training_data
 from cluster.model.training_commands import TrainingCommands
+from cluster.model.weight_conversion import Conversion
 from cluster.scheduler.training_schedule import BatchResult, TrainingSchedule
 from lora_reference import fine_tune, write_texts
 
@@ -46,14 +49,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Stages:
     """All stages of a model in this process, driven as the coordinator drives them."""
 
-    def __init__(self, model: Path, cuts: Sequence[int], options: TrainingOptions) -> None:
+    def __init__(self, model: Path, cuts: Sequence[int], options: TrainingOptions, weight_bits: int = 0) -> None:
         self.layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
         ref = ModelRef("model", str(model), open_checkpoint(model).fingerprint)
         self.options = options
         self.stages: list[TrainingCommands] = []
         self.names: list[tuple[str, ...]] = []
         for i, (start, end) in enumerate(zip([0, *cuts], [*cuts, self.layers], strict=True)):
-            spec = StageSpec(1, i, len(cuts) + 1, ref, LayerRange(start, end), 512)
+            spec = StageSpec(1, i, len(cuts) + 1, ref, LayerRange(start, end), 512, weight_bits=weight_bits)
             prepare = TrainingCommand(1, 0, Task.PREPARE, options=options.to_json())
             stage, reply = TrainingCommands.prepare(spec, model, prepare)
             self.stages.append(stage)
@@ -159,6 +162,19 @@ def test_stages_train_as_one_process(
 @pytest.mark.parametrize("arch", ["qwen3_moe", "llama_4bit"])
 def test_experts_and_quantized_weights_train_as_in_one_process(data: Path, tmp_path: Path, arch: str) -> None:
     compare(make(arch, tmp_path / "model"), data, tmp_path / "adapters", (1, 3), iters=3)
+
+
+def test_weights_that_are_quantized_while_loading_train_as_the_converted_ones(data: Path, tmp_path: Path) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    source, converted = make("llama", tmp_path / "source", **wide), tmp_path / "converted"
+    convert_checkpoint(source, converted, Conversion(Quantization(4, 64)), lambda _: None)
+    options = TrainingOptions.of({**BASE, "train": True, "iters": 2, "val_batches": 0})
+    batches = list(batches_of(source, data, options))
+    own, expected = Stages(source, (2,), options, weight_bits=4), Stages(converted, (2,), options)
+    assert list(own.run(iter(batches))) == list(expected.run(iter(batches)))
+    made, adapters = own.adapters(), expected.adapters()
+    assert made.keys() == adapters.keys()
+    assert all(mx.array_equal(made[name], adapters[name]) for name in adapters)
 
 
 def test_training_continues_from_a_state_on_other_cuts(llama: Path, data: Path) -> None:
