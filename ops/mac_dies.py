@@ -23,7 +23,7 @@ from rich.console import Console
 
 from cluster.cli.chat import BUNDLED
 from cluster.cli.demo import HOST, wait_until_serving
-from cluster.cli.process_group import ProcessGroup, free_port
+from cluster.cli.process_group import ProcessGroup, reserve_port
 from cluster.client import Client, ClusterState
 
 WORKERS = ("mac-1", "mac-2", "mac-3")
@@ -89,8 +89,11 @@ def print_answer(console: Console, pieces: list[tuple[float, str]], victim: str)
 
 def main() -> int:
     console = Console(highlight=False, markup=False)
-    port = free_port(HOST)
-    with tempfile.TemporaryDirectory(prefix="macpipe-dies-") as name, ProcessGroup(Path(name)) as processes:
+    with (
+        reserve_port(HOST) as port,
+        tempfile.TemporaryDirectory(prefix="macpipe-dies-") as name,
+        ProcessGroup(Path(name)) as processes,
+    ):
         pids = start(processes, Path(name), port)
         with Client(f"{HOST}:{port}", cluster=f"dying-{port}") as client:
             before = wait_until_serving(processes, client)

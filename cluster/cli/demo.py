@@ -44,7 +44,7 @@ def demo(
     import tempfile
     from pathlib import Path
 
-    from cluster.cli.process_group import ProcessGroup, SignalExit, free_port
+    from cluster.cli.process_group import ProcessGroup, SignalExit, reserve_port
     from cluster.cli.screen import note
     from cluster.platform.process import accept_signals
 
@@ -52,13 +52,14 @@ def demo(
     # On a terminal, Ctrl-C ends an answer and not the chat.
     has_chat = prompt is None and sys.stdin.isatty()
     exits = [signal.SIGTERM, signal.SIGHUP, *([] if has_chat else [signal.SIGINT])]
-    address = f"{HOST}:{free_port(HOST)}"
     with (
         SignalExit(*exits) as signal_exit,
+        reserve_port(HOST) as port,
         tempfile.TemporaryDirectory(prefix="macpipe-demo-") as folder,
         ProcessGroup(Path(folder)) as processes,
         signal_exit.insisting(),
     ):
+        address = f"{HOST}:{port}"
         note(f"starting {workers} worker{'s' * (workers != 1)} and a coordinator on this machine ...")
         cluster = start(processes, Path(folder), workers, address, model)
         chat_with(processes, address, cluster, prompt, max_tokens)

@@ -7,6 +7,7 @@ pipe closes (``cluster.platform.process``).
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -31,6 +32,9 @@ ENDING: Final = "--exit-with-stdin"
 POLL_S: Final = 0.05
 AGAIN_S: Final = 0.2
 """Time after which a signal that had no effect is sent again."""
+RESERVABLE: Final = range(10_000, 32_768)
+"""Ports that no well-known service has, and below those that Linux and macOS choose themselves."""
+RESERVE_ATTEMPTS: Final = 100
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
@@ -171,7 +175,26 @@ def _main_thread() -> int:
     return threading.main_thread().ident or 0
 
 
-def free_port(host: str) -> int:
-    """Return a TCP port of ``host`` that is free now."""
-    with socket.create_server((host, 0)) as listener:
-        return int(listener.getsockname()[1])
+@contextmanager
+def reserve_port(host: str) -> Iterator[int]:
+    """Choose a TCP port of an IPv4 address for a process that this one starts. Raise MacpipeError if none is free.
+
+    Until the block ends, no other process that calls this gets the same port: the UDP port of that number is bound
+    meanwhile. Nor does the system give it to a connection, since it takes higher ones for those.
+    """
+    for port in random.sample(RESERVABLE, RESERVE_ATTEMPTS):
+        with closing(socket.socket(type=socket.SOCK_DGRAM)) as claim:
+            if _claim(claim, host, port):
+                yield port
+                return
+    raise MacpipeError(f"no free port was found on {host}; end some of the programs that listen there")
+
+
+def _claim(udp: socket.socket, host: str, port: int) -> bool:
+    """Bind the UDP port if it and the TCP port of that number are free. Return whether they are."""
+    try:
+        udp.bind((host, port))
+        socket.create_server((host, port)).close()
+    except OSError:
+        return False
+    return True

@@ -42,7 +42,7 @@ from figures import Figure, options, print_figures
 from loopback import start_cluster
 from mlx_server import MlxServer, mlx_server
 
-from cluster.cli.process_group import SignalExit, free_port
+from cluster.cli.process_group import SignalExit, reserve_port
 from cluster.core.errors import InvalidRequest
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -289,7 +289,7 @@ def measure(name: str, model: Path | None, plan: Plan, context: int, quiet: bool
         else:
             served.symlink_to(model.resolve(), target_is_directory=True)
         tokenizer = load_tokenizer(served)
-        port = free_port("127.0.0.1")
+        port = stack.enter_context(reserve_port("127.0.0.1"))
         options = ("--http", f"127.0.0.1:{port}", "--max-context", str(context))
         with ExitStack() as first:
             start_cluster(first, served, *options, worker_options=DISK)

@@ -19,7 +19,7 @@ from statistics import median
 from figures import Figure, options, print_figures
 from loopback import make_llama, start_cluster
 
-from cluster.cli.process_group import free_port
+from cluster.cli.process_group import reserve_port
 from cluster.client import Client
 
 CONTEXT = 2048
@@ -73,7 +73,7 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-http-")))
         model = make_llama(folder / "model", hidden=64, intermediate=128, layers=4, heads=4, context=CONTEXT)
-        port = free_port("127.0.0.1")
+        port = stack.enter_context(reserve_port("127.0.0.1"))
         client = start_cluster(stack, model, "--http", f"127.0.0.1:{port}")
         connection = HTTPConnection("127.0.0.1", port, timeout=300)
         stack.callback(connection.close)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from cluster.cli.process_group import ProcessGroup, free_port
+from cluster.cli.process_group import ProcessGroup, reserve_port
 from cluster.client import Client
 from cluster.core.errors import MacpipeError
 from cluster.model.checkpoint import resolve_model
@@ -84,13 +84,14 @@ def start_cluster(
     """
     folder = folder or Path(model).parent
     fleet = stack.enter_context(ProcessGroup(folder))
-    cluster, port = f"bench-{folder.name}", free_port("127.0.0.1")
+    cluster = f"bench-{folder.name}"
+    port = stack.enter_context(reserve_port("127.0.0.1"))
     count = len(environments)
     named = zip(ascii_lowercase[:count], environments, cores or [None] * count, strict=True)
     peers: list[str] = []
     for name, environment, core in (*named, *((spare, {}, None) for spare in spares)):
         own = ["--name", name, "--cluster", cluster, "--home", str(folder / name), "--profile", "off"]
-        listens = free_port("127.0.0.1")
+        listens = stack.enter_context(reserve_port("127.0.0.1"))
         own += ["--port", str(listens), *worker_options]
         peers += ["--peer", f"127.0.0.1:{listens}"]
         with pinned(core):

@@ -29,7 +29,7 @@ from figures import Figure, options, print_figures
 from loopback import make_model, start_cluster
 from mlx_server import NAME, MlxServer, mlx_server
 
-from cluster.cli.process_group import SignalExit, free_port
+from cluster.cli.process_group import SignalExit, reserve_port
 
 TEXT = "What is a stage and why does a Mac hold layers of a model when another Mac dies and comes back"
 CONTEXT = 8192
@@ -160,7 +160,7 @@ def main() -> int:
         stack.enter_context(SignalExit(signal.SIGTERM, signal.SIGHUP))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-peer-")))
         model = make_checkpoint(folder / "model", asked.width, asked.layers)
-        own_port = free_port("127.0.0.1")
+        own_port = stack.enter_context(reserve_port("127.0.0.1"))
         start_cluster(stack, model, "--http", f"127.0.0.1:{own_port}")
         rounds = Rounds(own_port, stack.enter_context(mlx_server(model, folder, processes=2)))
         rounds.warm_up()

@@ -10,10 +10,10 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from cluster.cli.process_group import free_port
+from cluster.cli.process_group import reserve_port
 
 READY_S = 120
 GRACE_S = 8
@@ -25,21 +25,21 @@ NAME = "default_model"
 class MlxServer:
     """The processes of one server, and its port on loopback."""
 
-    def __init__(self, model: Path, folder: Path, processes: int, options: Sequence[str]) -> None:
-        """Start the processes. Their logs go to ``folder``."""
-        self.port = free_port("127.0.0.1")
+    def __init__(self, model: Path, folder: Path, port: int, ranks: Sequence[int], options: Sequence[str]) -> None:
+        """Start a process, or one for each of ``ranks``, the ports of a ring. Their logs go to ``folder``."""
+        self.port, processes = port, len(ranks) or 1
         self._log = folder / "mlx-0.log"
         command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(self.port), *options]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder)}
-        if processes > 1:
+        if ranks:
             command.append("--pipeline")
             hosts = folder / "hosts.json"
-            hosts.write_text(json.dumps([[f"127.0.0.1:{free_port('127.0.0.1')}"] for _ in range(processes)]))
+            hosts.write_text(json.dumps([[f"127.0.0.1:{rank}"] for rank in ranks]))
             environment |= {"MLX_HOSTFILE": str(hosts), "MLX_WORLD_SIZE": str(processes)}
         self._processes: list[subprocess.Popen[bytes]] = []
         for rank in range(processes):
             with (folder / f"mlx-{rank}.log").open("wb") as log:
-                own = {**environment, "MLX_RANK": str(rank)} if processes > 1 else environment
+                own = {**environment, "MLX_RANK": str(rank)} if ranks else environment
                 self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=own))
 
     def wait_ready(self) -> None:
@@ -78,9 +78,11 @@ class MlxServer:
 @contextmanager
 def mlx_server(model: Path, folder: Path, *options: str, processes: int = 1) -> Iterator[MlxServer]:
     """Run a server of ``model`` with ``options`` while the context lasts. It is ready when the context is entered."""
-    server = MlxServer(model, folder, processes, options)
-    try:
+    with ExitStack() as stack:
+        port, *ranks = (
+            stack.enter_context(reserve_port("127.0.0.1")) for _ in range(1 + (processes if processes > 1 else 0))
+        )
+        server = MlxServer(model, folder, port, ranks, options)
+        stack.callback(server.close)
         server.wait_ready()
         yield server
-    finally:
-        server.close()

@@ -17,7 +17,7 @@ from typing import Any
 from figures import Figure, options, print_figures
 from loopback import make_model, own_state, wait_serving
 
-from cluster.cli.process_group import ProcessGroup, free_port
+from cluster.cli.process_group import ProcessGroup, reserve_port
 from cluster.client import Client, ClusterState
 
 THROTTLES = {"a": 1.0, "b": 2.0, "c": 3.0}
@@ -53,7 +53,8 @@ def run(folder: Path, workers: int, quiet: bool) -> list[tuple[str, float, float
     found = []
     with ExitStack() as stack:
         fleet = stack.enter_context(ProcessGroup(folder))
-        cluster, port = f"predicted-{folder.name}-{workers}", free_port("127.0.0.1")
+        port = stack.enter_context(reserve_port("127.0.0.1"))
+        cluster = f"predicted-{folder.name}-{workers}"
         for name in names:  # one after another: they must not disturb each other's measurement
             own = ["--cluster", cluster, "--home", str(folder / f"home{workers}"), "--throttle", str(THROTTLES[name])]
             fleet.start(name, ["worker", "--name", name, *own])

@@ -22,7 +22,7 @@ from statistics import median
 from figures import Figure, options, print_figures
 from loopback import make_llama, start_cluster
 
-from cluster.cli.process_group import free_port
+from cluster.cli.process_group import reserve_port
 from cluster.client import Client
 from cluster.platform.overload import processor_seconds
 from cluster.platform.process import list_commands, resident_bytes
@@ -143,7 +143,7 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macpipe-watching-")))
         model = make_llama(folder / "model", context=CONTEXT, **SHAPE)
-        port = free_port("127.0.0.1")
+        port = stack.enter_context(reserve_port("127.0.0.1"))
         client = start_cluster(stack, model, "--http", f"127.0.0.1:{port}")
         pid = coordinator_pid()
         stack.enter_context(load(client.address, asked.users))

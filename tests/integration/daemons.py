@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from cluster.cli.process_group import reserve_port
 from cluster.client import Client
 from cluster.core.errors import MacpipeError
 from parties import Lead, mtls, shared_lead
@@ -165,10 +167,16 @@ class Cluster:
                 daemon.process.wait(10)
 
 
+@cache
+def _reservations() -> ExitStack:
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Return a TCP port of loopback that no other test gets while this process runs, in whatever process it runs."""
+    return _reservations().enter_context(reserve_port("127.0.0.1"))
 
 
 def wait_serving(address: str, serve: Daemon, timeout_s: float = START_S) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.daemons import command
+from integration.daemons import command, free_port
 from netns import Host
 
 HOME = "--home"
@@ -22,11 +22,6 @@ def macpipe(*arguments: str) -> str:
     done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def wait_for(port: int, serving: subprocess.Popen[bytes]) -> None:
