@@ -8,7 +8,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ from agent_sessions import Ask, Script, recorded
 KEYS = 3
 AGENTS = 3
 SUB_AGENTS = 3
+AGENT_TURNS = 2
 SAMPLE_S = 3.0
 TOKENS = 4000
 """Of a generated session's last prompt."""
@@ -105,6 +106,16 @@ def _tenths(seen: Sequence[Footprint]) -> list[float]:
     return [round(f.resident / 2**20, 1) for f in seen[:: max(1, len(seen) // 10)]]
 
 
+def choose_session(
+    script: Script, number: int, recordings: Sequence[list[Ask]], rng: random.Random
+) -> Iterator[list[Ask]]:
+    """Return the turns of a session: of sub-agents, of a recording, or of a generated loop of tool calls."""
+    if number % 3 == 1:
+        return script.agents(SUB_AGENTS, TOKENS // 2, AGENT_TURNS)
+    recorded_now = recordings and number % 3 == 2
+    return ([ask] for ask in (rng.choice(recordings) if recorded_now else script.tool_session()))
+
+
 class AgentSoak:
     """Two workers, and a coordinator with several API keys, which agents use at once.
 
@@ -166,20 +177,16 @@ class AgentSoak:
                 found.footprints.setdefault(name, []).append(Footprint.of(pid))
 
     def _run_session(self, found: AgentFound, number: int, ends: float) -> None:
-        """Run a session of one key: sub-agents at once, a recording, or a generated loop of tool calls."""
+        """Run a session of one key. What a turn has is sent at once."""
         rng = random.Random(number)
         key, salt = rng.choice(self._keys), f"Project {rng.randrange(SALTS)}.\n"
-        script = Script(self._tokenizer, TOKENS)
-        if number % 3 == 1:
-            with ThreadPoolExecutor(SUB_AGENTS) as pool:
-                for i, ask in enumerate(script.agents(SUB_AGENTS, TOKENS // 2)):
-                    pool.submit(self._send, found, key, ask.prepared(salt, ANSWER_TOKENS), random.Random(number + i))
-            return
-        recording = self._sessions and number % 3 == 2
-        for ask in rng.choice(self._sessions) if recording else script.tool_session():
-            if time.monotonic() > ends:
-                return
-            self._send(found, key, ask.prepared(salt, ANSWER_TOKENS), rng)
+        with ThreadPoolExecutor(SUB_AGENTS) as pool:
+            for turn in choose_session(Script(self._tokenizer, TOKENS), number, self._sessions, rng):
+                if time.monotonic() > ends:
+                    return
+                asks = [(ask.prepared(salt, ANSWER_TOKENS), random.Random(rng.random())) for ask in turn]
+                for sent in [pool.submit(self._send, found, key, *ask) for ask in asks]:
+                    sent.result()
 
     def _send(self, found: AgentFound, key: str, ask: Ask, rng: random.Random) -> None:
         """Send a request, and read its answer or leave. An error is noted; nothing is tried again."""
