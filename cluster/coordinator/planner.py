@@ -30,7 +30,7 @@ from cluster.core.plan import (
 )
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.equal_macs import trusted_profiles
+from cluster.placement.equal_macs import hardware, trusted_profiles
 from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import verify_s
 from cluster.placement.propose import PlanRequest, Proposal, propose
@@ -47,8 +47,10 @@ def make_plan(
 
     Equal Macs count as equally fast, see ``trusted_profiles``. Raises the errors of ``plan_over``.
     """
-    profiles = trusted_profiles(workers)
-    offered = [Candidate(WorkerMemory(w.name, w.memory_limit), p) for w, p in zip(workers, profiles, strict=True)]
+    profiles = trusted_profiles(shape, workers)
+    offered = [
+        Candidate(WorkerMemory(w.name, w.memory_limit), p, hardware(w)) for w, p in zip(workers, profiles, strict=True)
+    ]
     return plan_over(epoch, shape, Candidates(offered, links or {}, relay=order.route is Route.RELAY), order)
 
 

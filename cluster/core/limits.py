@@ -441,6 +441,12 @@ MAX_VERIFIED: Final = 8
 """Most tokens of one sequence in a step that verifies guesses; beyond it more rows save nothing on any device known."""
 BALANCE_SLACK: Final = 0.02
 """How much slower than the best a latency plan may be if it balances its stages better, which helps many users."""
+EQUAL_MACS_RATIO: Final = 4 / 3
+"""Up to this ratio of their speeds, Macs with equal hardware are cut as equally fast. Their frames differ by as much
+where other programs run. If one really is that much slower, an even cut of two makes one user's token 1/7 slower than
+the fastest cut, which would leave it a single layer and so make all other users wait for the other one."""
+SPEED_NOISE_RATIO: Final = 1.1
+"""The same for Macs with other hardware. Measurements of one idle machine repeat within a few percent."""
 GUESSED_GAP: Final = 0.01
 """How much slower than the best a plan for guessed tokens may be, so that few limits on its stages are tried."""
 MAX_HALVED: Final = 6_000

@@ -5,7 +5,7 @@ It knows figures. It refuses to know whether they come from a measurement or a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.core.limits import ASSUMED_LINK_BANDWIDTH, ASSUMED_ROUND_TRIP_S, RELAYED_HOPS
@@ -19,18 +19,22 @@ ASSUMED_LINK = Link(ASSUMED_ROUND_TRIP_S, ASSUMED_LINK_BANDWIDTH)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker's memory and speed. Workers with the same memory and speed have the same ``kind``."""
+    """A worker's memory and speed. Workers with the same memory and speed have the same ``kind``.
+
+    Equal Macs have the same ``hardware``; it is None if it is not known.
+    """
 
     memory: WorkerMemory
     profile: Profile
+    hardware: Hashable = None
 
     @property
     def name(self) -> str:
         return self.memory.worker
 
     @property
-    def kind(self) -> tuple[int, Profile]:
-        return self.memory.usable, self.profile
+    def kind(self) -> tuple[int, Profile, Hashable]:
+        return self.memory.usable, self.profile, self.hardware
 
 
 @dataclass(frozen=True)

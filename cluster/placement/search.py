@@ -6,25 +6,35 @@ every order of every subset without listing them. If there are too many workers 
 speed, and any of them may be left out.
 
 ``LATENCY`` minimises the sum of stages and hops. Then, for the same workers in the same order, it minimises the slowest
-stage, as long as the sum grows by no more than a slack. ``THROUGHPUT`` minimises the slowest stage, then the sum.
-``LATENCY`` with an acceptance minimises the time of a token that is guessed right that often, which depends on both
-(``guessed_token_time``). It knows seconds; it refuses to know bytes.
+stage, as long as the sum grows by no more than a slack. In this second step, workers count as equally fast if their
+speeds differ no more than measurements do: the sum alone would give all layers but one to the seemingly fastest.
+``THROUGHPUT`` minimises the slowest stage, then the sum. ``LATENCY`` with an acceptance minimises the time of a token
+that is guessed right that often, which depends on both (``guessed_token_time``). It knows seconds; it refuses to know
+bytes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import pairwise, product
 from math import inf, prod
+from statistics import fmean
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.core.limits import BALANCE_SLACK, GUESSED_GAP, MAX_HALVED, MAX_SEARCH
+from cluster.core.limits import (
+    BALANCE_SLACK,
+    EQUAL_MACS_RATIO,
+    GUESSED_GAP,
+    MAX_HALVED,
+    MAX_SEARCH,
+    SPEED_NOISE_RATIO,
+)
 from cluster.core.plan import LayerRange, Objective
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.guessed_token_time import guessed_token_s, steady_token_s
@@ -85,11 +95,13 @@ class Search:
         *,
         acceptance: float = 0.0,
         unbounded: bool = False,
+        noise: float = SPEED_NOISE_RATIO,
     ) -> None:
         self._table = table
         self._candidates = candidates
         self._objective = objective
         self._acceptance = acceptance
+        self._noise = noise
         self._kinds = _kinds(candidates)
         self._transitions = _count_transitions(self._kinds)
         self.every_order = self._transitions <= MAX_SEARCH
@@ -97,6 +109,7 @@ class Search:
             self._kinds = [[w] for w in sorted(candidates.workers, key=lambda w: -w.profile.bandwidth)]
             self._transitions = len(self._kinds) ** 2
         self._stages = [table.seconds(kind[0], unbounded=unbounded) for kind in self._kinds]
+        self._whole_s = [float(table.seconds(kind[0], unbounded=True)[0, -1]) for kind in self._kinds]
         self._hops = [[self._hop(a[0], b[-1]) for b in self._kinds] for a in self._kinds]
         self._runs: dict[float | None, _States] = {}
         self.visited = 0
@@ -123,7 +136,7 @@ class Search:
             return None
         steps = self._trace_back(limit, key, last)
         if self._objective is Objective.LATENCY:
-            steps = self._balance([kind for kind, _, _ in steps], cost * (1 + slack)) or steps
+            steps = self._balance([kind for kind, _, _ in steps], slack) or steps
         return self._build_layout(steps)
 
     def _best_guessed(self, stage_count: int | None, including: Candidate | None) -> BestLayout | None:
@@ -277,21 +290,46 @@ class Search:
             (key, last), at = state.origins[int(state.before[at])], int(state.begin[at])
         return steps[::-1]
 
-    def _balance(self, order: Sequence[int], bound: float) -> _Steps | None:
-        """Return the layout in that order whose slowest stage is fastest, of those with a sum within ``bound``."""
-        every = np.unique(np.concatenate([self._stages[kind].ravel() for kind in order]))
-        limits = every[np.isfinite(every)]
-        bound *= 1 + 1e-12  # rounding: the same numbers are summed in another order
-        i = bisect_left(range(len(limits)), True, key=lambda i: self._chain(order, limits[i])[0] <= bound)
-        return self._chain(order, limits[i])[1] if i < len(limits) else None
+    def _balance(self, order: Sequence[int], slack: float) -> _Steps | None:
+        """Return the layout in that order whose slowest stage is fastest, of those with a sum within the slack.
 
-    def _chain(self, order: Sequence[int], limit: float) -> tuple[float, _Steps]:
+        Workers of about the same speed count as equally fast.
+        """
+        stages = self._evened_stages(order)
+        every = np.unique(np.concatenate([stages[kind].ravel() for kind in order]))
+        limits = every[np.isfinite(every)]
+        bound = self._chain(order, stages, inf)[0] * (1 + slack)
+        bound *= 1 + 1e-12  # rounding: the same numbers are summed in another order
+        i = bisect_left(range(len(limits)), True, key=lambda i: self._chain(order, stages, limits[i])[0] <= bound)
+        return self._chain(order, stages, limits[i])[1] if i < len(limits) else None
+
+    def _evened_stages(self, kinds: Collection[int]) -> dict[int, Matrix]:
+        """Return the stages of each kind as if all kinds of about the same speed had their mean speed."""
+        groups: list[list[int]] = []
+        for kind in sorted(set(kinds), key=lambda kind: self._whole_s[kind]):
+            group = next((group for group in groups if self._is_as_fast(kind, group[0])), None)
+            if group is None:
+                groups.append([kind])
+            else:
+                group.append(kind)
+        return {
+            kind: self._stages[kind] * (fmean(self._whole_s[one] for one in group) / self._whole_s[kind])
+            for group in groups
+            for kind in group
+        }
+
+    def _is_as_fast(self, slower: int, faster: int) -> bool:
+        one, other = self._kinds[slower][0].hardware, self._kinds[faster][0].hardware
+        ratio = EQUAL_MACS_RATIO if one is not None and one == other else self._noise
+        return self._whole_s[slower] <= self._whole_s[faster] * ratio
+
+    def _chain(self, order: Sequence[int], stages: Mapping[int, Matrix], limit: float) -> tuple[float, _Steps]:
         """Return the minimum sum in that order with no stage slower than ``limit``, and its stages."""
         cost, begins = np.full(len(self._table.positions), inf), []
         cost[0] = 0.0
         for before, kind in pairwise((-1, *order)):
             arriving = cost if before < 0 else cost + self._hops[before][kind]
-            totals = arriving[:, None] + np.where(self._stages[kind] > limit, inf, self._stages[kind])
+            totals = arriving[:, None] + np.where(stages[kind] > limit, inf, stages[kind])
             begins.append(totals.argmin(axis=0))
             cost = totals.min(axis=0)
         steps, at = [], len(cost) - 1
