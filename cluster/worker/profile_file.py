@@ -59,8 +59,9 @@ class ProfileFile:
     def store_correction(self, fingerprint: str, ratio: float) -> None:
         """Move a model's correction towards ``ratio``, which is the measured time of new frames over the predicted one.
 
-        It moves by ``LEARN_SHARE`` of the way and begins at the factor that predictions use now. The oldest correction
-        of many is dropped.
+        It moves by ``LEARN_SHARE`` of the way and begins at the factor that predictions use now. If the measurement was
+        disturbed and frames are faster, it moves all the way: such a profile is too slow, and says nothing against
+        them. The oldest correction of many is dropped.
         """
         profile = self.kept.profile
         if not math.isfinite(ratio) or not profile.known:
@@ -69,7 +70,8 @@ class ProfileFile:
         before = profile.correction(fingerprint)
         if fingerprint in dict(profile.corrections) and abs(bounded - before) <= LEARN_STEP * before:
             return
-        moved = before ** (1 - LEARN_SHARE) * bounded**LEARN_SHARE
+        share = 1.0 if self.kept.disturbed and bounded < before else LEARN_SHARE
+        moved = before ** (1 - share) * bounded**share
         others = [pair for pair in profile.corrections if pair[0] != fingerprint]
         learned = (*others, (fingerprint, round(moved, 4)))[-KEPT_CORRECTIONS:]
         self._keep(replace(self.kept, profile=replace(self.kept.profile, corrections=learned)))

@@ -102,6 +102,17 @@ def test_a_busy_minute_moves_a_correction_a_little_and_is_forgotten(path: Path) 
     assert file.kept.profile.correction("m") == pytest.approx(1.02, rel=0.03)
 
 
+def test_frames_correct_a_disturbed_measurement_at_once(path: Path) -> None:
+    file = ProfileFile(path, "k")
+    file.put(PROFILE, "other programs left 50% of a processor")
+    file.store_correction("m", 0.5)
+    assert file.kept.profile.correction("m") == 0.5
+    file.store_correction("m", 1.0)
+    assert file.kept.profile.correction("m") < 0.7, "a busy minute still counts for little"
+    file.store_correction("m", 0.12)
+    assert file.kept.profile.correction("m") == 1 / CORRECTION_BOUND
+
+
 def test_links_are_kept_for_a_day_by_worker_and_host(path: Path) -> None:
     now = 1e9
     file = ProfileFile(path, "k", lambda: now)
