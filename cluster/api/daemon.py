@@ -120,6 +120,8 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         await coordinator.load(settings.order)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread
         plan, _ = await coordinator.plan_and_view()
+        if trust.me:  # not before, so that one that cannot serve does not take the place of one that does
+            remember_coordinator(settings.home, settings.cluster, addresses[0])
         if plan:
             report.serving(addresses, plan, http)
         await anyio.sleep_forever()
@@ -224,7 +226,7 @@ async def _public_port(
         port = bind(server, trust, host, port)
     await server.start()
     try:
-        async with _findable(settings, trust, hosts, port):
+        async with _announced(settings, trust, hosts[-1], port):
             yield tuple(format_address(host, port) for host in hosts)
     finally:
         with anyio.CancelScope(shield=True):
@@ -233,14 +235,13 @@ async def _public_port(
 
 
 @asynccontextmanager
-async def _findable(settings: ServeSettings, trust: Trust, hosts: tuple[str, ...], port: int) -> AsyncIterator[None]:
-    """Let the clients of this cluster find the port: remember it on this Mac, and announce it to the others."""
+async def _announced(settings: ServeSettings, trust: Trust, host: str, port: int) -> AsyncIterator[None]:
+    """Announce the port to the clients of this cluster, if there is one."""
     if not trust.me:
         yield
         return
-    remember_coordinator(settings.home, settings.cluster, format_address(hosts[0], port))
     cluster_id = Authority.load(ClusterFolder(settings.home, settings.cluster)).cluster_id
-    async with announce_coordinator(cluster_id=cluster_id, host=hosts[-1], port=port):
+    async with announce_coordinator(cluster_id=cluster_id, host=host, port=port):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Finds the coordinator of a cluster from another of its Macs: where it was last, else by its announcement.
+"""Finds the coordinator of a cluster: where it was last, else on this Mac's default port, else by its announcement.
 
 Announcements prove nothing, so an address counts only if a TLS handshake shows the coordinator's certificate there.
 """
@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from cluster.core.text import parse_address
+from cluster.core.limits import DEFAULT_COORDINATOR_PORT
+from cluster.core.text import format_address, parse_address
+from cluster.discovery.interfaces import LOOPBACK
 from cluster.security.cluster_choice import remember_coordinator
 
 SEARCH_S: Final = 3.0
@@ -26,18 +28,18 @@ MAX_TRIED: Final = 8
 
 
 def find_coordinator(home: Path, cluster: str, known: str) -> str:
-    """Return ``known`` if the cluster's coordinator answers there, else the announced address at which it does.
+    """Return ``known`` if the cluster's coordinator answers there, else the address at which it does.
 
     Return ``known`` also if it is found nowhere, so that the caller's own call names the error. Remember an address
-    that is found. Blocks for at most ``SEARCH_S`` and three handshakes. Raises ``ClusterDamaged``.
+    that is found. Blocks for at most ``SEARCH_S`` and four handshakes. Raises ``ClusterDamaged``.
     """
     from cluster.security.authority import read_authority
     from cluster.security.cluster_folder import ClusterFolder
     from cluster.security.roles import Role, name_of
 
     folder = ClusterFolder(home, cluster)
-    if folder.leads or not folder.exists:
-        return known  # only this Mac can be the coordinator
+    if not folder.exists:
+        return known
     try:
         authority = read_authority(folder.authority.read_bytes())
         context = ssl.create_default_context(cadata=authority.certificate.decode())
@@ -52,8 +54,11 @@ def find_coordinator(home: Path, cluster: str, known: str) -> str:
 
     if proves(known):
         return known
-    with ThreadPoolExecutor(1, "coordinator-search") as pool:  # the caller's thread may run an event loop
-        found = pool.submit(lambda: asyncio.run(_search(authority.cluster_id, proves))).result()
+    default = format_address(LOOPBACK, DEFAULT_COORDINATOR_PORT)
+    found = default if default != known and proves(default) else None
+    if found is None:
+        with ThreadPoolExecutor(1, "coordinator-search") as pool:  # the caller's thread may run an event loop
+            found = pool.submit(lambda: asyncio.run(_search(authority.cluster_id, proves))).result()
     if found is None:
         return known
     remember_coordinator(home, cluster, found)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from zeroconf.asyncio import AsyncServiceInfo
 
-from cluster.client import AsyncClient, Client
+from cluster.client import AsyncClient, Client, coordinator_search
 from cluster.client.coordinator_search import find_coordinator
 from cluster.core.errors import InvalidOption
 from cluster.discovery.coordinator_announcement import GRPC_SERVICE, announce_coordinator, read_coordinator_sighting
@@ -142,8 +142,12 @@ def test_a_coordinator_that_moved_is_found_by_its_announcement(home: Path, lead:
     assert asyncio.run(use()) == remembered_coordinator(home, "studio")
 
 
-def test_the_mac_that_leads_looks_nowhere_else(lead: Lead) -> None:
-    assert find_coordinator(lead.folder.home, "studio", "127.0.0.1:1") == "127.0.0.1:1"
+def test_an_address_that_refuses_does_not_end_the_search(lead: Lead, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = lead.folder.home
+    with listening(lead.folder.party(Role.COORDINATOR)) as address:
+        monkeypatch.setattr(coordinator_search, "DEFAULT_COORDINATOR_PORT", int(address.split(":")[1]))
+        assert find_coordinator(home, "studio", "127.0.0.1:1") == address
+        assert remembered_coordinator(home, "studio") == address, "even the Mac that leads remembers where it was found"
 
 
 LONG = {b"id": ID.encode(), **{b"%d" % n: b"y" * 200 for n in range(11)}}

@@ -46,6 +46,8 @@ def test_a_coordinator_that_runs_admits(tmp_path: Path, llama: Path) -> None:
         assert json.loads(joined)["name"] == "mac-2-client"
         members = json.loads(macpipe("members", "--json", HOME, leader))["members"]
         assert [one["name"] for one in members][-1] == "mac-2-client"
+        record = tmp_path / "mac-1" / "clusters" / "default" / "coordinator.json"
+        assert not record.exists(), "commands look for a coordinator that serves"
     finally:
         serving.kill()
         _, said = serving.communicate()

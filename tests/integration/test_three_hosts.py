@@ -71,6 +71,8 @@ def test_three_hosts_find_each_other_and_answer_though_a_cable_is_pulled(
     first = three_hosts[0]
     serve = cluster.serve(llama, "--workers", "3", "--wait", str(START_S), launch=on(first))
     serve.wait_for("serving")
+    record = cluster.folder / "coordinator" / "clusters" / cluster.name / "coordinator.json"
+    assert json.loads(record.read_text()) == {"address": f"127.0.0.1:{PORT}"}
     status = macpipe(first, "status")
     workers = status["workers"]
     assert isinstance(workers, list)
