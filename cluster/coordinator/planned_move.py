@@ -39,7 +39,8 @@ class PlannedMove(EpochChange):
         newcomers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
         pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
         self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
-        self.doing = f"moving layers to {', '.join(sorted(newcomers)) or 'the remaining workers'}"
+        receivers = ", ".join(sorted(newcomers)) or ("the remaining workers" if self._missing_bytes else "")
+        self.doing = f"moving layers to {receivers}" if receivers else "linking the stages again"
         self._context.deps.roster.pin((*self._epoch.workers, *chosen.workers))
         try:
             load = self._context.builder.load(chosen.plan, chosen.workers, only=newcomers)

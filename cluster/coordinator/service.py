@@ -21,6 +21,7 @@ from cluster.coordinator.draft_assignment import DraftAssignment
 from cluster.coordinator.draft_service import DraftService
 from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch import Epoch, EpochBuilder, unload_workers
+from cluster.coordinator.link_upkeep import LinkUpkeep
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.planned_move import PlannedMove
 from cluster.coordinator.planner import capacity
@@ -91,6 +92,7 @@ class ModelService:
         self._move_refused_at: dict[str, float] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._no_restore_before = 0.0
+        self._links = LinkUpkeep(self._steady_epoch, self._is_idle, deps.heartbeat.members)
         self._contacted: set[str] = set()  # control addresses
         limits = capacity(first.plan, model_info.shape, order, first.workers)
         self._draft = DraftService(model_info, draft, deps, self._control, notify) if draft else None
@@ -193,6 +195,7 @@ class ModelService:
         self._tasks = [
             asyncio.create_task(self._supervise()),
             asyncio.create_task(self._keep_sending_step_times()),
+            asyncio.create_task(self._links.run()),
         ]
 
     async def close(self, error: MacpipeError) -> None:
@@ -283,6 +286,7 @@ class ModelService:
         except TimeoutError:
             await self._move_draining()
             await self._restore_layers()
+            await self._use_better_link()
             if self._draft:
                 self._draft.tend(self._stage_workers())
         else:
@@ -442,6 +446,17 @@ class ModelService:
         except MacpipeError as e:
             self._no_restore_before = time.monotonic() + DRAIN_RETRY_S
             self._notify(f"workers that are back cannot take their layers again: {e.sentence}")
+
+    async def _use_better_link(self) -> None:
+        """Link the stages again over a much better link, if one was found and no request is live."""
+        epoch = self._epoch
+        if epoch is None or not self._links.has_better(epoch) or not await self._is_idle():
+            return
+        reason = self._links.take()
+        try:
+            await self._carry_out(PlannedMove(self._context, epoch, reason))
+        except MacpipeError as e:
+            self._notify(f"{reason}, but the stages cannot be linked over it: {e.sentence}")
 
     async def _release(self, leaver: WorkerInfo) -> None:
         await unload_workers(self._deps.epochs.last, [self._control(leaver.control_address)])

@@ -24,6 +24,12 @@ MAX_SHARED_HOSTS: Final = 4
 REACH_TIMEOUT_S: Final = 1.5
 """Time limit of a connection that shows whether an address can be reached. It takes milliseconds on a local network,
 and a second more if a packet is lost."""
+LINKS_S: Final = 30.0
+"""Interval at which an idle coordinator looks for a better link between two stages."""
+RELINK_S: Final = 600.0
+"""The same after it has found one: a link that cannot be used after all must not interrupt answers again and again."""
+LINK_GAIN: Final = 1.5
+"""How many times better a link must be before the stages are linked again."""
 DATA_HOSTS_S: Final = 10.0
 """Interval at which a worker looks for addresses that appeared or went."""
 KEPT_LINKS: Final = 128

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cluster.core.link_limits import LINKS_S
 from integration.daemons import START_S, Cluster, command, until
 from integration.test_three_hosts import macpipe, on
 from netns import Host
@@ -63,6 +64,9 @@ def test_the_fast_cable_is_used_and_the_slow_one_once_it_is_cut(
     assert (near["worker"], far["worker"]) in {("near", "far"), ("far", "near")}
     assert far["input_route"] == "direct"
     assert far["link_interface"] == "eth0"
+    first.plug()
+    until(lambda: stages_of(first)[1]["link_interface"] == "eth1", 2 * LINKS_S + START_S)  # nobody waits for an answer
+    assert first.run(*command("generate", *ANSWER), timeout=200).stdout == whole
 
 
 def stages_of(host: Host) -> Any:
