@@ -30,7 +30,7 @@ USUAL_ACCEPTANCE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A layout to explain, in pipeline order."""
+    """A layout to explain, in pipeline order. ``lanes`` is what the user asked for; None means one for each stage."""
 
     shape: ModelShape
     candidates: Candidates
@@ -38,6 +38,7 @@ class Layout:
     ranges: tuple[LayerRange, ...]
     objective: Objective
     acceptance: float = 0.0
+    lanes: int | None = None
 
     @property
     def token_s(self) -> float:
@@ -59,7 +60,7 @@ class Layout:
 
     @property
     def forecast(self) -> Forecast:
-        return forecast(self.shape, self.candidates, self.workers, self.ranges, acceptance=self.acceptance)
+        return forecast(self.shape, self.candidates, self.workers, self.ranges, self.lanes, self.acceptance)
 
     @property
     def free_bytes(self) -> int:
@@ -162,7 +163,7 @@ def _explain_single_worker(layout: Layout, search: Search | None) -> str:
         return ""
     alone = layout.of(found)
     sentence = f"{found.workers[0].name} alone would be faster for one user: {_rate(alone)} against {_rate(layout)}"
-    many, now = (forecast(one.shape, one.candidates, one.workers, one.ranges).eight_users for one in (alone, layout))
+    many, now = alone.forecast.eight_users, layout.forecast.eight_users
     return (
         f"{sentence}; and for eight: {figure_in_words(many)} against {figure_in_words(now)}" if many > now else sentence
     )

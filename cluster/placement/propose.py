@@ -19,7 +19,6 @@ from cluster.core.errors import NoPlan
 from cluster.core.plan import Forecast, LayerRange, ModelShape, Objective, Spare
 from cluster.placement import explain
 from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.layout_forecast import forecast
 from cluster.placement.memory_split import check_cuts, place_on_largest, require_fit, solve
 from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.search import Search
@@ -161,12 +160,12 @@ def _build_proposal(
 ) -> Proposal:
     known = candidates.known
     acceptance = request.acceptance if request.objective is Objective.LATENCY else 0.0
-    layout = explain.Layout(shape, candidates, workers, ranges, request.objective, acceptance)
+    layout = explain.Layout(shape, candidates, workers, ranges, request.objective, acceptance, request.lanes)
     return Proposal(
         workers,
         ranges,
         tuple(decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)),
-        forecast(shape, candidates, workers, ranges, request.lanes, acceptance) if known else None,
+        layout.forecast if known else None,
         explain.spares(layout, search, _explain_worker_limit(request)),
         explain.reasons(layout, search) if known else (explain.unknown(candidates),),
     )

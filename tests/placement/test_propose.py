@@ -199,6 +199,11 @@ def test_what_another_mac_brings_is_told() -> None:
     assert forecast
     (guessed,) = [line for line in told(two, request).splitlines() if "would bring" in line]
     assert guessed.endswith(f" tokens/s instead of {figure_in_words(forecast.one_user)}")
+    for lanes, gains in ((8, True), (1, False)):
+        forecast = propose(shape(), two, PlanRequest(lanes=lanes)).forecast
+        assert forecast
+        (laned,) = [line for line in told(two, PlanRequest(lanes=lanes)).splitlines() if "would bring" in line]
+        assert (f" instead of {figure_in_words(forecast.eight_users)} for eight users" in laned) is gains
     spare = told(Candidates([mac("a", 100), mac("b", 100)]))
     assert "one more of these Macs would bring" in spare
     many = Candidates([mac(f"m{i}", 30 + i, replace(FAST, bandwidth=8e11 + i)) for i in range(9)])
