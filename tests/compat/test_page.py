@@ -5,10 +5,15 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import signal
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 AXE = os.environ.get("MACPIPE_AXE", "")
 """Path of axe.min.js from the npm package axe-core."""
 WAIT_MS = 60_000
+SEEN_S = 3.0
+"""A killed worker is seen on the page within this time: half of it is for machines that do other work, too."""
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 
@@ -279,32 +286,132 @@ def started(folder: Path, *, mtls: bool, workers: tuple[str, ...]) -> Iterator[t
 
 
 @pytest.mark.long
-def test_a_killed_worker_is_seen_and_its_return_to_service_too(tmp_path: Path, visit: Callable[..., Any]) -> None:
+def test_a_killed_worker_is_seen_within_seconds_and_its_return_to_service_too(
+    tmp_path: Path, visit: Callable[..., Any]
+) -> None:
     with started(tmp_path, mtls=False, workers=("eve", "fay", "gus")) as (cluster, http):
         page = visit(http)
         page.wait_for_selector(".mac h3:has-text('fay')")
+        seen = page.evaluate_handle(WHEN_LOST, "fay")
         (fay,) = (daemon for daemon in cluster.daemons if daemon.name == "fay")
+        killed = time.time()
         os.killpg(fay.process.pid, signal.SIGKILL)
-        page.wait_for_selector("#pulse:not(:has-text('Serving'))")
+        assert page.evaluate("async (seen) => (await seen.at) / 1000", seen) - killed <= SEEN_S
         page.wait_for_selector(".events .recovery")
         page.wait_for_selector(".mac h3:has-text('gus')")
 
 
+WHEN_LOST = """(name) => {
+    const isLost = () => document.getElementById("pulse").textContent !== "Serving"
+        || document.querySelector(".events .recovery")
+        || ![...document.querySelectorAll(".mac h3")].some((mac) => mac.textContent === name);
+    return { at: new Promise((resolve) => {
+        const look = () => isLost() && resolve(Date.now());
+        new MutationObserver(look).observe(document.body, { childList: true, characterData: true, subtree: true });
+    }) };
+}"""
+"""When the page shows that a Mac was lost, in milliseconds of this machine's clock; it is to be awaited."""
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[KeyStore, str]]:
+    """A cluster with keys, and the address of its page."""
+    with started(tmp_path_factory.mktemp("keyed"), mtls=True, workers=("eve", "fay")) as (cluster, http):
+        yield KeyStore(cluster.lead.folder), http
+
+
+@contextmanager
+def other_origin() -> Iterator[tuple[int, list[str]]]:
+    """Serve an empty page on a port of its own. Yields the port, and the cookies that browsers send with a visit."""
+    cookies: list[str] = []
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            cookies.append(self.headers.get("cookie", ""))
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield server.server_address[1], cookies
+        finally:
+            server.shutdown()
+
+
+ATTACK = """async (address) => {
+    const blind = { mode: "no-cors", credentials: "include" };
+    const open = { credentials: "include" };
+    const asked = [
+        ...["unload", "load", "plan", "chat"].map((path) => [path, { ...blind, method: "POST", body: "{}" }]),
+        ["session", { ...open, method: "DELETE" }], ["unload", { ...open, method: "POST" }],
+        ["session", open], ["session", blind], ["events", blind],
+    ];
+    const read = [];
+    for (const [path, options] of asked) {
+        try {
+            read.push((await (await fetch(`${address}/api/${path}`, options)).text()).length);
+        } catch {
+            read.push(0);
+        }
+    }
+    return read;
+}"""
+"""What a page of another origin can try with a visitor's cookie; returns the characters that it read each time."""
+
+
+def count_responses(http: str, key: str) -> Counter[tuple[str, str]]:
+    """Return how many responses the coordinator has sent, by route and status."""
+    told = httpx.get(f"{http}/metrics", headers={"authorization": f"Bearer {key}"}).text
+    found = re.findall(r'^macpipe_http_responses_total{route="(/api/[^"]*)",status="(\d+)"} (\S+)', told, re.MULTILINE)
+    return Counter({(route, status): int(float(count)) for route, status, count in found})
+
+
 @pytest.mark.long
-def test_keys_in_a_browser(tmp_path: Path, visit: Callable[..., Any]) -> None:
+def test_a_stolen_cookie_is_of_no_use_on_another_origin(keyed: tuple[KeyStore, str], visit: Callable[..., Any]) -> None:
+    """Cookies know no ports: a browser sends them from another port of the same host, and the coordinator refuses."""
+    keys, http = keyed
+    _, text = keys.create("ann", KeyScope.ADMIN)
+    page = visit(http, text)
+    page.wait_for_selector(".mac")
+    (stolen,) = page.context.cookies()
+    assert (stolen["httpOnly"], stolen["sameSite"]) == (True, "Strict")
+    with other_origin() as (port, cookies):
+        for host, sent in (("127.0.0.1", True), ("localhost", False)):
+            evil = visit("about:blank")
+            evil.context.add_cookies([stolen])
+            evil.goto(f"http://{host}:{port}")
+            assert (stolen["value"] in cookies[-1]) == sent, host
+            before = count_responses(http, text)
+            read = evil.evaluate(ATTACK, http)
+            assert set(read) == {0}, host
+            answers = count_responses(http, text) - before
+            assert {status for _, status in answers} == {"403"}, host
+            assert answers.total() == len(read), host
+    page.reload()
+    page.wait_for_selector("#pulse:has-text('Serving')")
+    page.wait_for_selector("button:has-text('Sign out')")
+
+
+@pytest.mark.long
+def test_keys_in_a_browser(keyed: tuple[KeyStore, str], visit: Callable[..., Any]) -> None:
     """A wrong key, one without the right to plan, and one that is revoked while its page is open."""
-    with started(tmp_path, mtls=True, workers=("eve", "fay")) as (cluster, http):
-        keys = KeyStore(cluster.lead.folder)
-        _, text = keys.create("amy", KeyScope.INFERENCE)
-        page = visit(http)
-        sign_in(page, text[:-1] + ("a" if text[-1] != "a" else "b"))
-        page.wait_for_selector("[role=alert]:has-text('unknown or was revoked')")
-        sign_in(page, text)
-        page.wait_for_selector(".mac h3:has-text('eve')")
-        page.click("nav a[href='#plan']")
-        page.wait_for_selector("text=needs a key with the scope admin")
-        assert page.is_disabled("#plan button.main")
-        assert page.evaluate("document.cookie") == "", "scripts cannot read the session"
-        keys.revoke("amy")
-        page.wait_for_selector("#login #key")
-        assert "sign in again" in page.inner_text("#login")
+    keys, http = keyed
+    _, text = keys.create("amy", KeyScope.INFERENCE)
+    page = visit(http)
+    sign_in(page, text[:-1] + ("a" if text[-1] != "a" else "b"))
+    page.wait_for_selector("[role=alert]:has-text('unknown or was revoked')")
+    sign_in(page, text)
+    page.wait_for_selector(".mac h3:has-text('eve')")
+    page.click("nav a[href='#plan']")
+    page.wait_for_selector("text=needs a key with the scope admin")
+    assert page.is_disabled("#plan button.main")
+    assert page.evaluate("document.cookie") == "", "scripts cannot read the session"
+    keys.revoke("amy")
+    page.wait_for_selector("#login #key")
+    assert "sign in again" in page.inner_text("#login")
