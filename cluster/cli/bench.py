@@ -48,8 +48,8 @@ def bench(
     """
     with errors_in_json(json):
         asked = parse_users(users)
-        if plot and plot.suffix.lower() != ".svg":
-            raise InvalidOption(f"--plot {plot}: the picture is SVG; use a name that ends with .svg", field="plot")
+        if plot:
+            _check_picture(plot)
         from cluster.cli.load_generator import Trial, measure
         from cluster.client import Client
 
@@ -81,6 +81,19 @@ def parse_users(written: str) -> tuple[int, ...]:
     if numbers[0] < 1 or numbers[-1] > MAX_QUEUE:
         raise InvalidOption(f"--users {written!r}: each number must be from 1 to {MAX_QUEUE}", field="users")
     return tuple(numbers)
+
+
+def _check_picture(file: Path) -> None:
+    """Raise InvalidOption unless ``file`` is named as an SVG picture and can be written: a bench takes minutes."""
+    if file.suffix.lower() != ".svg":
+        raise InvalidOption(f"--plot {file}: the picture is SVG; use a name that ends with .svg", field="plot")
+    is_new = not file.exists()
+    try:
+        file.open("ab").close()
+        if is_new:
+            file.unlink()
+    except OSError as e:
+        raise InvalidOption(f"--plot {file} cannot be written: {e.strerror or e}", field="plot") from None
 
 
 def _draw(report: BenchReport, file: Path) -> None:

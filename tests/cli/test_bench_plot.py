@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from cluster.cli.bench import bench
 from cluster.cli.bench_plot import HEIGHT, WIDTH, ceil_nicely, draw_report
+from cluster.cli.error_boundary import WRONG_USAGE, exit_code
 from cluster.cli.load_generator import BenchReport, LoadLevel, energy
 from cluster.cli.throughput import StageTime, Turn, joules_per_token
 from cluster.client import ClusterState, LayerRange, Route, ServingState, StageState, WorkerState
+from cluster.core.errors import InvalidOption, Unreachable
 
 TURN = Turn(10.0, 12.0, 5.0, 6.0, 64, 1.0, 64.0, 0.0)
 STAGES = tuple(
@@ -42,6 +46,25 @@ def test_a_ring_of_many_stages_is_drawn_without_colors_beyond_the_list() -> None
     text = draw_report(replace(REPORT, levels=(replace(LEVELS[0], stages=many),)))
     root = ElementTree.fromstring(text)  # noqa: S314 - our own text
     assert sum(element.tag.endswith("rect") for element in root.iter()) == 1 + 20 + 2 + 8
+
+
+@pytest.mark.parametrize(("name", "why"), [("missing/x.svg", "No such file or directory"), ("x.png", "is SVG")])
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    with pytest.raises(InvalidOption, match=why) as refused:
+        bench(plot=tmp_path / name, coordinator="127.0.0.1:1")
+    assert exit_code(refused.value) == WRONG_USAGE
+    assert not list(tmp_path.iterdir())
+
+
+def test_asking_whether_a_picture_can_be_written_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.svg", tmp_path / "new.svg"
+    old.write_text("a picture")
+    for picture in (old, new):
+        with pytest.raises(Unreachable):
+            bench(plot=picture, coordinator="127.0.0.1:1")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old.svg": "a picture"}
 
 
 @pytest.mark.parametrize(("value", "nice"), [(0, 1), (0.3, 0.5), (1, 1), (1.2, 2), (2.2, 2.5), (99, 100), (260, 500)])
