@@ -226,11 +226,17 @@ class _StateCollector(Collector):
         yield _gauge("macpipe_kv_capacity_bytes", "KV cache capacity.", labels, room)
         busy = by_stage(padded(loop.busy_s))
         yield _counter("macpipe_stage_compute_seconds", "Compute time of this epoch.", labels, busy)
-        bubbles = by_stage(loop.bubbles)
+        known = zip(plan.stages, loop.bubbles, strict=True)
+        bubbles = [([str(i), s.worker], idle) for i, (s, idle) in enumerate(known) if idle is not None]
         wasted = by_stage(padded(loop.wasted_s))
         text = "Compute time of wrong guesses since the last recovery."
         yield _counter("macpipe_wasted_compute_seconds", text, labels, wasted)
-        yield _gauge("macpipe_bubble_share", "Share of the ring's active time without compute.", labels, bubbles)
+        yield _gauge(
+            "macpipe_bubble_share",
+            "Share of the ring's active time without compute in the last 30 s.",
+            labels,
+            bubbles,
+        )
 
 
 def _counter(name: str, text: str, labels: list[str], values: Values) -> Metric:

@@ -60,7 +60,7 @@ def _stages(state: ClusterState) -> Table:
             format_bytes(stage.reserved_bytes),
             format_bytes(stage.prefix_bytes),
             format_bytes(stage.cache_bytes),
-            f"{stage.bubble_share:.0%}",
+            "-" if stage.bubble_share is None else f"{stage.bubble_share:.0%}",
         )
     return shown
 

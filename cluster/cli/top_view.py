@@ -15,12 +15,15 @@ from cluster.cli.live_figures import TokenRates, hit_share, time_shares
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable, table
 from cluster.cli.status import NO_WORKERS, describe_move, describe_repair
 from cluster.client import ClusterState, EventKind, LiveRequest, RequestState, ServingState, StageState, WorkerState
+from cluster.core.limits import OCCUPANCY_S
 from cluster.core.text import figure_in_words
 
 WIDE_COLUMNS: Final = 160
-"""Narrower screens leave out what ``macpipe status`` shows as well, and where a request's time went."""
+"""Narrower screens leave out what ``macpipe status`` shows as well, where a request's time went, its lane, and what was
+cached of its prompt: a whole id, which ``macpipe trace`` takes, is of more use."""
 BLOCKS: Final = "▁▂▃▄▅▆▇█"
-RIGHT: Final = frozenset({"prompt", "cached", "answer", "tokens/s", "lane", "age", "step", "power"})
+BUSY_S: Final = f"{OCCUPANCY_S:.0f} s"
+RIGHT: Final = frozenset({"prompt", "cached", "answer", "tokens/s", "lane", "age", BUSY_S, "step", "power"})
 EVENTS: Final = 5
 """The most events that are shown; fewer on a screen that is too low for a few requests."""
 LEAST_REQUESTS: Final = 5
@@ -135,9 +138,9 @@ def bar(share: float, width: int, style: str) -> Text:
 
 def _stages(state: ClusterState, *, wide: bool) -> Table:
     """Return the table of stages, then of workers without one."""
-    more = ("machine", "power", "link in", "caches", "predicted") if wide else ()
-    right = RIGHT | {"predicted"}
-    shown = table("worker", "layers", "memory", "", "busy", "", "step", *more, "state", right=right)
+    more = ("machine", "power", "link in", "reserved", "predicted") if wide else ()
+    right = RIGHT | {"predicted", "reserved"}
+    shown = table("worker", "layers", "memory", "", "busy", BUSY_S, "step", *more, "state", right=right)
     by_name = {worker.name: worker for worker in state.workers}
     staged = [(by_name.get(stage.worker), stage) for stage in state.stages]
     others = [(worker, None) for worker in state.workers if worker.name not in {s.worker for s in state.stages}]
@@ -152,8 +155,8 @@ def _stage_cells(worker: WorkerState | None, stage: StageState | None, *, wide: 
     cells: list[Text | str] = [Text(printable(name), overflow="ellipsis", no_wrap=True)]
     cells.append(str(stage.layers) if stage else "-")
     cells += _memory_cells(worker, columns)
-    busy = 1 - stage.bubble_share if stage and stage.active_seconds else 0.0
-    cells += [bar(busy, columns, "green"), f"{busy:.0%}"] if stage else [Text(), "-"]
+    idle = stage.bubble_share if stage else None
+    cells += [Text(), "-"] if idle is None else [bar(1 - idle, columns, "green"), f"{1 - idle:.0%}"]
     cells.append(f"{figure_in_words(stage.measured_ms)} ms" if stage and stage.measured_ms else "-")
     if wide:
         cells.append(printable(worker.chip or worker.backend) if worker else "")
@@ -194,8 +197,8 @@ def _requests(requests: Sequence[LiveRequest], *, wide: bool) -> list[Renderable
     """Return the table of these requests, or one line if there is none."""
     if not requests:
         return [Text("no live requests", "dim")]
-    more = ("where its time went",) if wide else ()
-    shown = table("request", "state", "prompt", "cached", "answer", "tokens/s", "lane", "age", *more, right=RIGHT)
+    cached, lane, more = (("cached",), ("lane",), ("where its time went",)) if wide else ((), (), ())
+    shown = table("request", "state", "prompt", *cached, "answer", "tokens/s", *lane, "age", *more, right=RIGHT)
     for one in requests:
         shown.add_row(*_request_cells(one, wide=wide))
     return [shown]
@@ -211,10 +214,10 @@ def _request_cells(one: LiveRequest, *, wide: bool) -> list[Text | str]:
         Text(printable(one.request_id), overflow="ellipsis", no_wrap=True),
         Text(one.state, _PHASE_STYLES.get(one.state, "")),
         f"{one.prefilled_tokens}/{one.prompt_tokens}" if reading else str(one.prompt_tokens),
-        str(one.cached_tokens),
+        *((str(one.cached_tokens),) if wide else ()),
         str(one.completion_tokens),
         f"{one.tokens_per_second:.1f}" if one.tokens_per_second else "-",
-        "-" if one.lane is None else str(one.lane),
+        *(("-" if one.lane is None else str(one.lane),) if wide else ()),
         format_duration(one.age_seconds),
         *((Text(shares, overflow="ellipsis", no_wrap=True),) if wide else ()),
     ]

@@ -52,6 +52,7 @@ _EVENT_KINDS: Final = {
     EventKind.RECOVERY: pb.EVENT_KIND_RECOVERY,
     EventKind.MOVE: pb.EVENT_KIND_MOVE,
     EventKind.RETURN: pb.EVENT_KIND_RETURN,
+    EventKind.UNLOAD: pb.EVENT_KIND_UNLOAD,
     EventKind.UNKNOWN: pb.EVENT_KIND_UNSPECIFIED,
 }
 _SERVING_STATE_OF: Final = {number: state for state, number in _SERVING_STATES.items()}

@@ -145,7 +145,7 @@ def decode_stage(message: pb.Stage) -> StageState:
         input_route=decode_route(message.inlet),
         reserved_bytes=message.reserved_bytes,
         prefix_bytes=message.prefix_bytes,
-        bubble_share=message.bubble_share,
+        bubble_share=message.bubble_share if message.HasField("bubble_share") else None,
         predicted_ms=message.predicted_ms,
         measured_ms=message.measured_ms,
         expected_ms=message.expected_ms,

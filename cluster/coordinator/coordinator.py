@@ -275,9 +275,12 @@ class Coordinator:
         if self._loading.locked():
             raise NotServing("a model is being loaded or trained; wait until that ends")
         async with self._loading:
+            service = self._service
             await self._close(NotServing("the model was unloaded"))
             self._order = None
             self._training.problem = ""
+        if service:
+            self._timeline.add(EventKind.UNLOAD, f"unloaded {service.model_info.shape.model.name}")
         self.changed.set()
 
     async def _close(self, error: MacpipeError) -> None:

@@ -198,7 +198,8 @@ class EngineLoop:
         return self._inbox.ask(self._view)
 
     def _view(self) -> LoopView:
-        return LoopView.of(self._scheduler, self.answers.progress(), self._utilization, self._step_times)
+        progress, now = self.answers.progress(), self._clock()
+        return LoopView.of(self._scheduler, progress, self._utilization, self._step_times, now)
 
     def copy_frames(self) -> Future[FramesCopy]:
         """Return a future of the last frames, to trace a request."""

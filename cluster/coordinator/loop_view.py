@@ -32,7 +32,8 @@ class LoopView:
     reserved_bytes: tuple[int, ...]
     prefix_bytes: tuple[int, ...]
     prefixes: int
-    bubbles: tuple[float, ...]
+    bubbles: tuple[float | None, ...]
+    """Idle shares of the last ``OCCUPANCY_S``; None if no frame came back in it."""
     step_times: tuple[StageStepTime, ...] = ()
     busy_s: tuple[float, ...] = ()
     active_s: float = 0.0
@@ -54,8 +55,9 @@ class LoopView:
         answers: Mapping[str, AnswerProgress],
         occupancy: StageUtilization,
         step_times: StepTimes | None,
+        now: float,
     ) -> LoopView:
-        """Build the view. ``answers`` has the live samples by request id; others are omitted."""
+        """Build the view at ``now``. ``answers`` has the live samples by request id; others are omitted."""
         live = ((s, answers.get(s.request.id)) for s in scheduler.sequences)
         counts = scheduler.speculation.counts
         return cls(
@@ -64,7 +66,7 @@ class LoopView:
             reserved_bytes=scheduler.reserved,
             prefix_bytes=scheduler.prefixes.used,
             prefixes=len(scheduler.prefixes),
-            bubbles=occupancy.bubbles(),
+            bubbles=occupancy.bubbles(now),
             step_times=step_times.stages() if step_times else (),
             busy_s=occupancy.busy_s,
             active_s=occupancy.active_s,

@@ -40,13 +40,17 @@ class StageUtilization:
                 compute[timing.stage] = timing.compute_us
                 self._busy_s[timing.stage] += timing.compute_us / 1e6
         self._frames.append((now, active, tuple(compute)))
-        while self._frames[0][0] < now - OCCUPANCY_S:
-            self._frames.popleft()
+        self._forget(now)
 
-    def bubbles(self) -> tuple[float, ...]:
-        """Return each stage's idle share of the active time in the last ``OCCUPANCY_S``; 0 without measurements."""
+    def bubbles(self, now: float) -> tuple[float | None, ...]:
+        """Return each stage's idle share of the active time in the last ``OCCUPANCY_S``; None if no frame came back."""
+        self._forget(now)
         active = sum(f[1] for f in self._frames)
         if active <= 0:
-            return (0.0,) * self._stages
+            return (None,) * self._stages
         busy = [sum(f[2][i] for f in self._frames) / 1e6 for i in range(self._stages)]
         return tuple(max(0.0, 1.0 - b / active) for b in busy)
+
+    def _forget(self, now: float) -> None:
+        while self._frames and self._frames[0][0] < now - OCCUPANCY_S:
+            self._frames.popleft()

@@ -49,6 +49,8 @@ class EventKind(StrEnum):
     """Layers were moved as planned."""
     RETURN = "return"
     """A lost worker is back."""
+    UNLOAD = "unload"
+    """A model was unloaded."""
     UNKNOWN = "unknown"
 
 
@@ -91,7 +93,8 @@ class StageState:
     input_route: Route
     reserved_bytes: int = 0
     prefix_bytes: int = 0
-    bubble_share: float = 0.0
+    bubble_share: float | None = None
+    """Idle share of the last half minute's time with a frame in the ring; None if no frame came back in it."""
     predicted_ms: float = 0.0
     """Predicted time of a decode step of one row, from planning; 0 if the worker's speed was unknown."""
     measured_ms: float = 0.0

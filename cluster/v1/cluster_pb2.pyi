@@ -161,6 +161,8 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """Layers were moved as planned."""
     EVENT_KIND_RETURN: _EventKind.ValueType  # 4
     """A lost worker is back."""
+    EVENT_KIND_UNLOAD: _EventKind.ValueType  # 5
+    """A model was unloaded."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
 
@@ -173,6 +175,8 @@ EVENT_KIND_MOVE: EventKind.ValueType  # 3
 """Layers were moved as planned."""
 EVENT_KIND_RETURN: EventKind.ValueType  # 4
 """A lost worker is back."""
+EVENT_KIND_UNLOAD: EventKind.ValueType  # 5
+"""A model was unloaded."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 class _FindingSeverity:
@@ -431,7 +435,9 @@ class Stage(_message.Message):
     """Parts of cache_bytes: reserved for live requests, and used by kept prefixes."""
     prefix_bytes: _builtins.int
     bubble_share: _builtins.float
-    """Share of the ring's busy time in the last half minute in which this stage waited for work."""
+    """Share of the ring's busy time in the last half minute in which this stage waited for work; absent if no frame came
+    back in it.
+    """
     predicted_ms: _builtins.float
     """Predicted time of a decode step of one row; 0: the worker's speed was unknown."""
     measured_ms: _builtins.float
@@ -462,7 +468,7 @@ class Stage(_message.Message):
         inlet: Global___Route.ValueType = ...,
         reserved_bytes: _builtins.int = ...,
         prefix_bytes: _builtins.int = ...,
-        bubble_share: _builtins.float = ...,
+        bubble_share: _builtins.float | None = ...,
         predicted_ms: _builtins.float = ...,
         measured_ms: _builtins.float = ...,
         expected_ms: _builtins.float = ...,
@@ -474,11 +480,13 @@ class Stage(_message.Message):
         link_bandwidth: _builtins.float = ...,
         link_interface: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bubble_share", b"_bubble_share", "bubble_share", b"bubble_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "link_bandwidth", b"link_bandwidth", "link_interface", b"link_interface", "link_round_trip_ms", b"link_round_trip_ms", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble_share", b"_bubble_share", "active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "link_bandwidth", b"link_bandwidth", "link_interface", b"link_interface", "link_round_trip_ms", b"link_round_trip_ms", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__bubble_share: _TypeAlias = _typing.Literal["bubble_share"]  # noqa: Y015
+    _WhichOneofArgType__bubble_share: _TypeAlias = _typing.Literal["_bubble_share", b"_bubble_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bubble_share) -> _WhichOneofReturnType__bubble_share | None: ...
 
 Global___Stage: _TypeAlias = Stage  # noqa: Y015
 

@@ -131,6 +131,23 @@ def test_a_screen_is_filled_and_no_larger(width: int, height: int) -> None:
     assert ("1 min ago" in shown) == (height > 16)
 
 
+def test_a_screen_of_80_columns_shows_whole_ids() -> None:
+    name = "chatcmpl-" + "0123456789ab" * 2
+    shown = draw(view_of(replace(STATE, requests=(replace(REQUESTS[0], request_id=name, prompt_tokens=131_072),))), 80)
+    assert any(line.startswith(f"{name} ") for line in shown)
+
+
+def test_a_stage_without_recent_work_is_neither_busy_nor_idle() -> None:
+    stages = (STAGES[0], replace(STAGES[1], bubble_share=None))
+    shown = draw(view_of(replace(STATE, stages=stages)), 80)
+    (heading,) = (line for line in shown if line.startswith("worker"))
+    busy, unknown = (next(line for line in shown if line.startswith(name[:5])) for name in ("ada", "a-mac"))
+    assert "busy    30 s" in heading
+    end = heading.index("30 s") + len("30 s")
+    assert (busy[:end].split()[-1], unknown[:end].split()[-1]) == ("75%", "-")
+    assert "%" not in unknown
+
+
 def test_keys_scroll_through_the_requests_and_stop_at_the_ends() -> None:
     view = view_of(STATE)
 

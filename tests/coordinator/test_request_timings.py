@@ -65,17 +65,17 @@ def test_one_token_has_no_time_between_tokens() -> None:
 
 def test_a_stage_is_idle_while_the_ring_works_elsewhere() -> None:
     occupancy = StageUtilization(2)
-    assert occupancy.bubbles() == (0.0, 0.0)
+    assert occupancy.bubbles(0.0) == (None, None)
     for i in range(10):
         occupancy.frame(i * 0.010, i * 0.010 + 0.010, timings(2500, 7500))
-    assert occupancy.bubbles() == pytest.approx((0.75, 0.25))
+    assert occupancy.bubbles(0.1) == pytest.approx((0.75, 0.25))
 
 
 def test_frames_that_overlap_count_the_rings_time_once() -> None:
     occupancy = StageUtilization(2)
     occupancy.frame(0.0, 0.010, timings(5000, 5000))
     occupancy.frame(0.005, 0.015, timings(5000, 5000))
-    assert occupancy.bubbles() == pytest.approx((1 - 10 / 15, 1 - 10 / 15))
+    assert occupancy.bubbles(0.015) == pytest.approx((1 - 10 / 15, 1 - 10 / 15))
     assert (occupancy.active_s, *occupancy.busy_s) == pytest.approx((0.015, 0.010, 0.010))
 
 
@@ -84,7 +84,8 @@ def test_what_is_long_ago_counts_no_more() -> None:
     occupancy.frame(0.0, 1.0, timings(0, 0))
     later = OCCUPANCY_S + 2
     occupancy.frame(later, later + 1.0, timings(1_000_000, 500_000))
-    assert occupancy.bubbles() == pytest.approx((0.0, 0.5))
+    assert occupancy.bubbles(later + 1.0) == pytest.approx((0.0, 0.5))
+    assert occupancy.bubbles(later + 2.0 + OCCUPANCY_S) == (None, None), "nothing ran"
     assert (occupancy.active_s, *occupancy.busy_s) == pytest.approx((2.0, 1.0, 0.5))
 
 

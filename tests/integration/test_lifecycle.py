@@ -114,7 +114,12 @@ def test_an_engine_that_crashes_is_reported_and_restarted_and_the_answer_goes_on
         assert children(workers[1].process.pid)[0] == standby != crashed
         last = with_standby(workers[1].process.pid)
         client.unload()
-        assert client.cluster().recoveries == 1
+        idle = client.cluster()
+        assert (idle.recoveries, idle.events[-1].kind, idle.events[-1].sentence) == (
+            1,
+            "unload",
+            f"unloaded {state.model}",
+        )
     workers[1].stop(signal.SIGKILL)
     assert all(gone(pid, 5 * STOP_S) for pid in last)  # one at its imports ends after them
 
