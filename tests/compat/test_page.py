@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,20 @@ import pytest
 from cluster.api.http.page_files import FOLDER
 from cluster.api.http.sse import event
 from cluster.api.page_limits import FEED_REQUESTS
-from cluster.core.cluster_state import ClusterState, LiveRequest, Repair, RequestState, ServingState
+from cluster.core.cluster_state import (
+    ClusterEvent,
+    ClusterState,
+    EventKind,
+    LiveRequest,
+    Repair,
+    RequestState,
+    ServingState,
+    StageState,
+)
 from cluster.core.json_types import to_json_types
-from cluster.core.request import SamplingParams
+from cluster.core.plan import LayerRange, Route
+from cluster.core.request import SamplingParams, StageFigures
+from cluster.core.worker import WorkerState
 from cluster.security.keys import KeyScope, KeyStore
 from compat.conftest import Served
 from integration.daemons import Cluster, free_port
@@ -83,12 +95,13 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
 def show(visit: Callable[..., Any]) -> Callable[..., Any]:
     """Open the page without a cluster: it is fed ``state``, and ``page.told`` are the bodies that it sends."""
 
-    def open_page(state: ClusterState, view: str) -> Any:
+    def open_page(state: ClusterState, view: str, plan: Any = None) -> Any:
         facts = to_json_types(state) | {"requests_live": len(state.requests), "models": [], "loading": None}
         answers = {
             "/": (FOLDER / "index.html").read_text(),
             "/api/session": json.dumps({"required": False, "name": None, "scope": "admin", "problem": None}),
             "/api/events": event(facts, "cluster").decode(),
+            "/api/plan": json.dumps(plan),
             "/api/chat": 'data: {"choices": [{"delta": {"content": "A link."}}]}\n\ndata: [DONE]\n\n',
         }
         kinds = {"/": "text/html", "/api/events": "text/event-stream"}
@@ -100,7 +113,8 @@ def show(visit: Callable[..., Any]) -> Callable[..., Any]:
                 route.fulfill(path=FOLDER / path.removeprefix("/page/"))
                 return
             told.extend([route.request.post_data_json] if path == "/api/chat" else [])
-            route.fulfill(body=answers[path], content_type=kinds.get(path, "application/json"))
+            status = 400 if path == "/api/plan" and "error" in plan else 200
+            route.fulfill(status=status, body=answers[path], content_type=kinds.get(path, "application/json"))
 
         page = visit("about:blank", viewport=DESKTOP)
         page.told = told
@@ -152,6 +166,72 @@ def test_the_chat_says_why_it_waits_in_sentences(show: Callable[..., Any]) -> No
 def test_without_a_model_no_stage_is_idle(show: Callable[..., Any]) -> None:
     page = show(ClusterState("lab", "1", ServingState.IDLE), "cluster")
     assert page.inner_text("[data-key=Idle] .big") == "\N{EN DASH}"
+
+
+def stage(index: int, worker: str, idle: float | None = None) -> StageState:
+    return StageState(index, worker, LayerRange(index, index + 1), 1, 1, Route.DIRECT, bubble_share=idle)
+
+
+def worker(name: str) -> WorkerState:
+    return WorkerState(name, name, "1", "", "", "", "cpu", "", 1, 1, reachable=True)
+
+
+def test_an_idle_share_tells_its_time_and_a_lost_mac_keeps_its_colour(show: Callable[..., Any]) -> None:
+    way = tuple(StageFigures(name, LayerRange(0, 1), 1.0, 0.0, 0.0) for name in ("fay", "gus"))
+    request = LiveRequest("r", RequestState.DECODE, 9, 9, 1, 0, 1.0, stages=way)
+    lost = ClusterEvent(EventKind.UNLOAD, 5.0, 0.0, "", "unloaded m")
+    state = ClusterState("lab", "1", ServingState.SERVING, model="m", layers=2, requests=(request,), events=(lost,))
+    page = show(replace(state, stages=(stage(0, "gus", 0.5), stage(1, "fay"))), "cluster")
+    assert page.inner_text("[data-key=Idle]").split("\n") == ["Idle", "50 %", "of the last 30 s with work"]
+    assert [one.split("\n")[-1] for one in page.locator(".mac .facts").all_inner_texts()] == ["50 %", "\N{EN DASH}"]
+    colours = [
+        page.evaluate("(one) => one.style.getPropertyValue('--mac')", one.element_handle())
+        for one in page.locator(".mac").all()
+    ]
+    shown = [
+        page.evaluate("(one) => one.style.background", one.element_handle())
+        for one in page.locator(".way > span:not([class])").all()
+    ]
+    assert shown == colours[::-1], "by the Mac's name, wherever it is in the list"
+    assert page.inner_text(".events .what") == "Unloaded"
+
+
+def test_a_plan_speaks_of_the_forms_fields_and_leaves_names_of_macs_alone(show: Callable[..., Any]) -> None:
+    workers = (worker("eve"), worker("fay"))
+    state = ClusterState("lab", "1", ServingState.IDLE, workers=workers)
+    found = {
+        "model": "m", "layers": 1, "max_context": 9, "max_sequences": 1, "stages": to_json_types([stage(0, "fay")]),
+        "forecast": None, "reasons": ["fay is the fastest", "one Mac is enough"],
+        "spares": [{"worker": "eve", "why": "fay is enough"}],
+    }  # fmt: skip
+    page = show(state, "plan", found)
+    page.fill("#plan-model", "m")
+    page.click("#plan button.main")
+    said = page.locator("#plan .reasons li")
+    assert said.all_inner_texts() == ["fay is the fastest.", "One Mac is enough.", "eve: fay is enough."]
+    page.fill("#plan-workers", "9")
+    page.click("#plan button.main")
+    assert page.inner_text("#plan [role=alert]") == "There are only 2 Macs now: eve, fay."
+    wrong = {"error": {"message": "--layers: 'x' is not a range; lower --max-context or raise --memory-limit"}}
+    page = show(state, "plan", wrong)
+    page.fill("#plan-model", "m")
+    page.click("#plan button.main")
+    page.wait_for_selector("#plan [role=alert]:has-text('“Layers for each stage”: ')")
+    assert "lower “Context in tokens” or raise --memory-limit" in page.inner_text("#plan [role=alert]")
+
+
+def test_tables_align_their_columns(show: Callable[..., Any]) -> None:
+    page = show(ClusterState("lab", "1", ServingState.IDLE), "chat")
+    aligned = page.evaluate(
+        """async () => {
+            const { markdown } = await import("/page/markdown.js");
+            const place = document.createElement("div");
+            document.body.append(place);
+            place.append(...markdown("|a|b|c|\\n|:-|:-:|-:|\\n|1|2|3|\\n"));
+            return [...place.querySelectorAll("td")].map((cell) => getComputedStyle(cell).textAlign);
+        }"""
+    )
+    assert aligned == ["left", "center", "right"]
 
 
 def test_what_happened_stays_near_below_many_requests(show: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 import { showChat } from "./chat.js";
 import { showCluster, stateName } from "./cluster.js";
 import { fill, h } from "./dom.js";
+import { nameMacs } from "./format.js";
 import { History } from "./history.js";
 import { showPlan } from "./plan.js";
 import { get, post, send, sentence, watch } from "./server.js";
@@ -56,6 +57,7 @@ function onState(facts) {
   connected = true;
   state = facts;
   history.add(facts);
+  nameMacs([...facts.stages.map((stage) => stage.worker), ...facts.workers.map((worker) => worker.name)]);
   render();
 }
 

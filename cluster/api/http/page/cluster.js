@@ -1,6 +1,7 @@
 // The view of the cluster: notices, figures, and the pipeline of Macs.
 
 import { fill, h } from "./dom.js";
+import { inFields } from "./fields.js";
 import { bandwidth, bytes, colour, count, duration, figure, layers, milliseconds, percent, whole } from "./format.js";
 import { HISTORY } from "./history.js";
 import { legend, requests } from "./requests.js";
@@ -95,7 +96,7 @@ function repairSentence(what, repair) {
 /** The progress of a load, or why the last one failed. */
 export function loadSection(loading) {
   if (loading.problem)
-    return h("ul", { class: "notices" }, h("li", { class: "bad" }, `The load failed: ${sentence(loading.problem)}`));
+    return h("ul", { class: "notices" }, h("li", { class: "bad" }, `The load failed: ${inFields(sentence(loading.problem))}`));
   const wanted = loading.workers_wanted ? ` of ${loading.workers_wanted}` : "";
   if (!loading.stages.length)
     return h("p", { class: "soft" }, `Waiting for workers: ${loading.workers_found}${wanted} found.`);
@@ -121,7 +122,8 @@ export function loadSection(loading) {
 }
 
 function figures(state, history) {
-  const idle = state.stages.reduce((sum, stage) => sum + stage.bubble_share, 0) / state.stages.length;
+  const idle = state.stages.map((stage) => stage.bubble_share).filter((share) => share !== null);
+  const none = state.stages.length ? "no work in the last 30 s" : "no stage yet";
   const prompts = state.prompt_tokens ?? 0;
   const waiting = state.queued ? `${state.queued} waiting` : "none waiting";
   return h(
@@ -134,9 +136,9 @@ function figures(state, history) {
       prompts ? percent(state.cached_tokens / prompts) : "–",
       prompts ? `of ${whole(prompts)} prompt tokens` : "no prompt yet",
     ),
-    state.stages.length
-      ? quantity("Idle", percent(idle), "of the stages’ time with work")
-      : quantity("Idle", "–", "no stage yet"),
+    idle.length
+      ? quantity("Idle", percent(idle.reduce((sum, share) => sum + share, 0) / idle.length), "of the last 30 s with work")
+      : quantity("Idle", "–", none),
     quantity("Recoveries", whole(state.recoveries), `up ${duration(state.uptime_seconds)}`),
     state.forecast ? quantity("Predicted", figure(state.forecast.one_user), "tokens a second for one") : null,
   );
@@ -181,12 +183,12 @@ function pipelineSection(state) {
         i ? h("li", { class: "hop", "data-key": `hop-${i}` }, hop(stage)) : null,
         h(
           "li",
-          { class: "mac", "data-key": `mac-${i}`, style: { "--mac": colour(i) } },
+          { class: "mac", "data-key": `mac-${i}`, style: { "--mac": colour(stage.worker) } },
           mac(stage, macs.get(stage.worker)),
         ),
       ]),
     ),
-    legend({ weights: "weights", live: "caches in use", kept: "kept prefixes", free: "free" }),
+    legend({ weights: "weights", live: "reserved caches", kept: "kept prefixes", free: "free" }),
   );
 }
 
@@ -199,11 +201,11 @@ export function layerBand(stages, total) {
       role: "img",
       "aria-label": stages.map((stage) => `${stage.worker}: layers ${layers(stage.layers)}`).join("; "),
     },
-    stages.map((stage, i) =>
+    stages.map((stage) =>
       h(
         "span",
         {
-          style: { "flex-grow": String(stage.layers[1] - stage.layers[0]), background: colour(i) },
+          style: { "flex-grow": String(stage.layers[1] - stage.layers[0]), background: colour(stage.worker) },
           title: `${stage.worker}: layers ${layers(stage.layers)} of ${total}`,
         },
         layers(stage.layers),
@@ -245,7 +247,7 @@ function mac(stage, worker) {
             milliseconds(step) + (planned ? ` (plan ${figure(planned)})` : ""),
           )
         : null,
-      fact("Idle", percent(stage.bubble_share)),
+      fact("Idle, last 30 s", percent(stage.bubble_share)),
       worker?.power_watts ? fact("Power", `${figure(worker.power_watts)} W`) : null,
     ),
   ];
@@ -267,12 +269,12 @@ function memoryBar(stage, held) {
   const part = (kind, size, name) =>
     h("span", { class: kind, style: { "flex-grow": String(size) }, title: `${name}: ${bytes(size)}` });
   const free = Math.max(0, stage.cache_bytes - stage.reserved_bytes - stage.prefix_bytes);
-  const label = `${bytes(stage.weight_bytes)} weights, ${bytes(stage.reserved_bytes)} caches in use, ${bytes(stage.prefix_bytes)} kept prefixes, ${bytes(free)} free`;
+  const label = `${bytes(stage.weight_bytes)} weights, ${bytes(stage.reserved_bytes)} reserved caches, ${bytes(stage.prefix_bytes)} kept prefixes, ${bytes(free)} free`;
   return h(
     "div",
     { class: "memory", role: "img", "aria-label": held ? label : "nothing is loaded" },
     part("weights", stage.weight_bytes, "Weights"),
-    part("live", stage.reserved_bytes, "Caches in use"),
+    part("live", stage.reserved_bytes, "Reserved caches"),
     part("kept", stage.prefix_bytes, "Kept prefixes"),
     part("free", free, "Free"),
   );

@@ -12,7 +12,8 @@ export function figure(value) {
 }
 
 export const whole = (value) => Math.round(value).toLocaleString("en");
-export const percent = (share) => `${Math.round(100 * share)} %`;
+/** A share in percent; null and undefined, which are unknown, as a dash. */
+export const percent = (share) => (share == null ? "–" : `${Math.round(100 * share)} %`);
 export const milliseconds = (value) => (value >= 1000 ? `${figure(value / 1000)} s` : `${figure(value)} ms`);
 
 export function bytes(count) {
@@ -43,5 +44,20 @@ export const count = (number, word) => `${whole(number)} ${word}${number === 1 ?
 /** Layers [start, end) as people write them. */
 export const layers = ([start, end]) => (end - start === 1 ? `${start}` : `${start}–${end - 1}`);
 
-/** The colour of a stage's Mac, the same wherever the Mac is shown. */
-export const colour = (index) => `var(--mac-${index % 8})`;
+const COLOURS = 8;
+const numbers = new Map();
+
+/** Give each of these Macs a colour that no other has, while there are enough. A Mac keeps its colour when it is lost. */
+export function nameMacs(names) {
+  for (const name of names) if (!numbers.has(name)) numbers.set(name, numbers.size);
+}
+
+/** Return whether a text begins with the name of a Mac. */
+export const beginsWithMac = (text) =>
+  [...numbers.keys()].some((name) => text.startsWith(name) && !/[\w-]/.test(text[name.length] ?? ""));
+
+/** The colour of a Mac, the same wherever it is shown. */
+export function colour(name) {
+  nameMacs([name]);
+  return `var(--mac-${numbers.get(name) % COLOURS})`;
+}

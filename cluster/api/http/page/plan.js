@@ -2,6 +2,7 @@
 
 import { layerBand, loadSection, quantity } from "./cluster.js";
 import { fill, h } from "./dom.js";
+import { FIELDS, inFields } from "./fields.js";
 import { bytes, colour, count, figure, layers, milliseconds, whole } from "./format.js";
 import { post, sentence } from "./server.js";
 
@@ -55,16 +56,6 @@ function build(root) {
       option("relay", "through the coordinator"),
     ),
   };
-  const names = {
-    model: "Model",
-    objective: "Goal",
-    max_context: "Context in tokens",
-    workers: "Macs",
-    layers: "Layers for each stage",
-    quantize: "Weights",
-    kv_bits: "KV caches",
-    route: "Route",
-  };
   const ask = h("button", { type: "submit", class: "main" }, "What if?");
   const load = h(
     "button",
@@ -99,7 +90,7 @@ function build(root) {
   const form = h(
     "form",
     { class: "options", onsubmit: onAsk },
-    Object.entries(names).map(([name, text]) =>
+    Object.entries(FIELDS).map(([name, text]) =>
       h("div", { class: name === "model" ? "wide" : null }, h("label", { for: fields[name].id }, text), fields[name]),
     ),
     h("div", { class: "row wide" }, ask, load, h("span", { class: "gap" }), unload),
@@ -128,10 +119,16 @@ function build(root) {
 
   async function onAsk(event) {
     event.preventDefault();
+    const asked = value();
+    const macs = context.state.workers.filter((worker) => worker.reachable).map((worker) => worker.name);
+    if (asked.workers > macs.length) {
+      fill(message, `There are only ${count(macs.length, "Mac")} now: ${macs.join(", ") || "start workers first"}.`);
+      return;
+    }
     fill(message, "");
     ask.disabled = true;
     try {
-      fill(result, planElement(await post("api/plan", value()), context.state));
+      fill(result, planElement(await post("api/plan", asked), context.state));
     } catch (error) {
       refuse(error);
     } finally {
@@ -175,7 +172,7 @@ function build(root) {
   }
 
   function refuse(error) {
-    fill(message, error.message);
+    fill(message, inFields(error.message));
     if (error.status === 401) context.signInAgain();
   }
 
@@ -215,11 +212,11 @@ function planElement(plan, state) {
         h(
           "tbody",
           {},
-          plan.stages.map((stage, i) =>
+          plan.stages.map((stage) =>
             h(
               "tr",
               {},
-              h("th", { scope: "row" }, h("span", { class: "swatch", style: { background: colour(i) } }), stage.worker),
+              h("th", { scope: "row" }, h("span", { class: "swatch", style: { background: colour(stage.worker) } }), stage.worker),
               h("td", { class: "num right" }, layers(stage.layers)),
               h("td", { class: "num right" }, bytes(stage.weight_bytes)),
               h("td", { class: "num right" }, bytes(stage.cache_bytes)),
@@ -240,7 +237,7 @@ function planElement(plan, state) {
       ? h(
           "ul",
           { class: "reasons soft" },
-          plan.spares.map((spare) => h("li", {}, `${spare.worker}: ${sentence(spare.why)}`)),
+          plan.spares.map((spare) => h("li", {}, `${spare.worker}: ${spare.why}.`)),
         )
       : null,
   ];

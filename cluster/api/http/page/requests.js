@@ -31,7 +31,7 @@ export function requests(state) {
             h(
               "tbody",
               {},
-              state.requests.map((request) => requestRow(request, state.stages)),
+              state.requests.map(requestRow),
             ),
           ),
         )
@@ -50,7 +50,7 @@ export function legend(names) {
   );
 }
 
-function requestRow(request, stages) {
+function requestRow(request) {
   const phase = { queued: "waiting", prefill: "prompt", decode: "answer" }[request.state] ?? request.state;
   const read =
     request.state === "prefill"
@@ -75,15 +75,14 @@ function requestRow(request, stages) {
       request.tokens_per_second ? `${figure(request.tokens_per_second)}/s` : "–",
     ),
     h("td", { class: "num right", "data-name": "Age" }, duration(request.age_seconds)),
-    h("td", {}, tokenWay(request.stages ?? [], stages)),
+    h("td", {}, tokenWay(request.stages ?? [])),
   );
 }
 
 /** Where the time of a request went: computing (full), waiting (light) and on the wire (grey), stage by stage. */
-function tokenWay(spent, stages) {
+function tokenWay(spent) {
   const total = spent.reduce((sum, one) => sum + one.compute_ms + one.wait_ms + one.wire_ms, 0);
   if (!total) return h("span", { class: "soft" }, "–");
-  const index = new Map(stages.map((stage) => [stage.worker, stage.index]));
   const words = spent.map(
     (one) =>
       `${one.worker}: ${milliseconds(one.compute_ms)} computing, ${milliseconds(one.wait_ms)} waiting, ${milliseconds(one.wire_ms)} on the wire`,
@@ -92,7 +91,7 @@ function tokenWay(spent, stages) {
     "div",
     { class: "way", role: "img", "aria-label": words.join("; "), title: words.join("\n") },
     spent.map((one) => {
-      const own = colour(index.get(one.worker) ?? 7);
+      const own = colour(one.worker);
       return [
         h("span", { style: { "flex-grow": String(one.compute_ms / total), background: own } }),
         h("span", { class: "wait", style: { "flex-grow": String(one.wait_ms / total), "--mac": own } }),

@@ -1,5 +1,7 @@
 // Requests to the coordinator that served this page, and the events that it sends.
 
+import { beginsWithMac } from "./format.js";
+
 /** A request that was refused or failed; `message` is the coordinator's sentence. */
 class Refused extends Error {
   constructor(status, message) {
@@ -75,6 +77,9 @@ export async function* events(response) {
   }
 }
 
-/** A sentence of the coordinator with a capital letter and a full stop. */
-export const sentence = (text) =>
-  text ? text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".") : "";
+/** A sentence of the coordinator with a full stop, and a capital letter unless it begins with the name of a Mac. */
+export const sentence = (text) => {
+  if (!text) return "";
+  const first = beginsWithMac(text) ? text[0] : text[0].toUpperCase();
+  return first + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+};

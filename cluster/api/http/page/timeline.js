@@ -6,7 +6,7 @@ import { sentence } from "./server.js";
 
 const TIMELINE_S = 3600;
 const SHOWN = 12;
-const KINDS = { load: "Loaded", recovery: "Recovered", move: "Moved", return: "Returned" };
+const KINDS = { load: "Loaded", recovery: "Recovered", move: "Moved", return: "Returned", unload: "Unloaded" };
 
 /** Return the section of events. */
 export function timeline(state) {
