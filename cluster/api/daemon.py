@@ -164,7 +164,7 @@ async def _http_port(
         report.problem(f"HTTP is off: {e.sentence}")
         yield ""
         return
-    app = application(service, settings.http.names, http_port_settings.sites, loads, feed)
+    app = application(service, settings.http.names, http_port_settings.sites, loads, feed, settings.order)
     async with serve(app, listener, http_port_settings.certificate) as address:
         yield f"{'https' if http_port_settings.certificate else 'http'}://{address}"
 

@@ -69,7 +69,7 @@ class Silent:
 
 
 class Watched(WorkerlessCoordinator):
-    """A coordinator without a model, whose state can be watched. ``loads`` are the orders that it was given."""
+    """A coordinator without a model, whose state can be watched. ``loads`` and ``plans`` are the orders given to it."""
 
     speculates = False
 
@@ -78,6 +78,7 @@ class Watched(WorkerlessCoordinator):
         self.requests: tuple[LiveRequest, ...] = ()
         self.snapshots = 0
         self.loads: list[LoadOrder] = []
+        self.plans: list[LoadOrder] = []
         self.loaded = asyncio.Event()
 
     def served_model(self, name: str, adapter: str = "") -> Any:
@@ -92,6 +93,10 @@ class Watched(WorkerlessCoordinator):
         self.loads.append(order)
         await self.loaded.wait()
         raise NoPlan("the model does not fit")
+
+    async def plan(self, order: LoadOrder) -> Any:
+        self.plans.append(order)
+        raise NotServing("no worker was measured")
 
     async def unload(self) -> None:
         raise NotServing("a model is being loaded")
@@ -129,10 +134,15 @@ async def test_a_browser_gets_the_page_and_a_program_a_text(usage: KeyUsage) -> 
         page = await client.get("/", headers={"accept": "text/html,*/*;q=0.8"})
         text = await client.get("/")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
-        assert "curl" in page.text, "a browser without JavaScript is told what else there is"
+        assert f"curl {ORIGIN}/v1/" in page.text, "a browser without JavaScript is told what else there is"
         assert text.text.startswith("macpipe.\n"), "strangers are not told the version"
         again = await client.get("/", headers={"accept": "text/html", "if-none-match": page.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
+        hostile = await client.get("/", headers={"accept": "text/html", "host": 'localhost:"><script>'})
+        assert "<script>/v1" not in hostile.text
+    async with client_to(app_of(usage), "https://localhost:8923") as client:
+        page = await client.get("/", headers={"accept": "text/html"})
+        assert "curl https://localhost:8923/v1/" in page.text
 
 
 async def test_the_files_of_the_page_forbid_all_that_it_does_not_need(usage: KeyUsage) -> None:
@@ -253,6 +263,20 @@ async def test_without_a_cluster_changes_still_need_the_page() -> None:
         assert (await client.post("/api/load", json={"model": "faq"}, headers=PAGE)).status_code == 202
         assert (await client.post("/api/load", json={"model": "faq"}, headers=PAGE)).status_code == 503, "one runs"
         coordinator.loaded.set()
+
+
+async def test_a_load_from_the_page_keeps_the_settings_of_serve() -> None:
+    coordinator, first = Watched(), LoadOrder("m", max_context=3000, max_step_ms=40.0)
+    service = RequestService(cast(Coordinator, coordinator), Metrics(), None)
+    async with client_to(application(service, first=first)) as client:
+        assert (await client.post("/api/load", json={"model": "faq"}, headers=PAGE)).status_code == 202
+        assert (await client.post("/api/plan", json={"model": "faq"}, headers=PAGE)).status_code == 503
+        while not coordinator.loads:
+            await asyncio.sleep(0)
+        coordinator.loaded.set()
+    for order in (*coordinator.loads, *coordinator.plans):
+        assert (order.model, order.max_context, order.default_context, order.max_step_ms) == ("faq", None, 3000, 40.0)
+    assert len(coordinator.loads) == len(coordinator.plans) == 1
 
 
 async def test_a_key_without_the_right_is_told_which_one_it_needs(keys: KeyStore, usage: KeyUsage) -> None:

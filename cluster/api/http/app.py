@@ -33,6 +33,7 @@ from cluster.api.http.responses import Responses
 from cluster.api.http.sse import EventStream
 from cluster.api.http.tokenize import Tokenize
 from cluster.api.request_service import RequestService
+from cluster.coordinator.settings import LoadOrder
 
 Endpoint = Callable[[Request], Awaitable[Response | EventStream[Any]]]
 UNKNOWN: Final = "unknown"
@@ -46,14 +47,17 @@ def application(
     origin_policy: OriginPolicy | None = None,
     loads: BackgroundLoad | None = None,
     feed: ClusterFeed | None = None,
+    first: LoadOrder | None = None,
 ) -> ASGIApp:
     """Return the HTTP application of one coordinator; ``aliases`` are further names of the served model.
 
-    Requests need an API key if ``service`` knows keys. ``loads`` runs the loads that people begin on the page,
-    and ``feed`` tells them what happens.
+    Requests need an API key if ``service`` knows keys. ``loads`` runs the loads that people begin on the page, with the
+    settings of ``first``, and ``feed`` tells them what happens.
     """
     sessions = BrowserSessions(service.key_usage) if service.key_usage else None
-    page = page_table(service, aliases, loads or BackgroundLoad(service.coordinator), feed or ClusterFeed(), sessions)
+    loads = loads or BackgroundLoad(service.coordinator)
+    operations = Operations(service.coordinator, loads, first or LoadOrder(""))
+    page = page_table(service, aliases, operations, feed or ClusterFeed(), sessions)
     routes = [*table(service, aliases), *page]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
     known = frozenset(route.path for route in routes)
@@ -96,15 +100,14 @@ def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[Declar
 def page_table(
     service: RequestService,
     aliases: tuple[str, ...],
-    loads: BackgroundLoad,
+    operations: Operations,
     feed: ClusterFeed,
     sessions: BrowserSessions | None,
 ) -> list[DeclaredRoute]:
     """Return the routes of the page. Its files are for anyone; what it shows and does needs a session or a key."""
     names = ModelNames(service.coordinator, aliases)
     files, health, login = PageFiles(), Health(service, names), Login(service.key_usage, sessions)
-    operations = Operations(service.coordinator, loads)
-    live = Live(service, names, loads, feed, sessions)
+    live = Live(service, names, operations.loads, feed, sessions)
 
     async def root(request: Request) -> Response:
         return files.index(request) if wants_page(request) else await health.root(request)

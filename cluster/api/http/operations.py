@@ -36,14 +36,19 @@ class PlanForm(Form):
     route: Literal["direct", "relay"] = "direct"
     acceptance: Annotated[float, Field(ge=0, le=1)] = 0.0
 
-    def order(self) -> LoadOrder:
-        """Return the order. Raises ``InvalidOption`` for layers that cannot be."""
+    def order(self, first: LoadOrder) -> LoadOrder:
+        """Return the order. What depends on the use of the cluster and not on the model is as in ``first``.
+
+        Raises ``InvalidOption`` for layers that cannot be.
+        """
         return LoadOrder(
             model=self.model,
             worker_count=self.workers,
             layers=parse_layers(self.layers) if self.layers else None,
             route=Route(self.route),
             max_context=self.max_context,
+            default_context=first.max_context or first.default_context,
+            max_step_ms=first.max_step_ms,
             quantize=self.quantize,
             kv_bits=self.kv_bits,
             objective=Objective(self.objective),
@@ -57,22 +62,23 @@ class EmptyForm(Form):
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """The routes' handlers."""
+    """The routes' handlers. ``first`` is the order of the model that the coordinator was started with."""
 
     coordinator: Coordinator
     loads: BackgroundLoad
+    first: LoadOrder
 
     async def plan(self, request: Request) -> Json:
         """Return which worker would hold which layers, and the predicted speed. Load nothing."""
         form = await read(request, PlanForm)
-        order = form.order()
+        order = form.order(self.first)
         plan = await while_connected(request, lambda: self.coordinator.plan(order))
         return Json(to_json_types(describe_plan(plan)))
 
     async def load(self, request: Request) -> Json:
         """Begin to load a model. The load goes on without the page, which shows its progress."""
         form = await read(request, PlanForm)
-        self.loads.start(form.order())
+        self.loads.start(form.order(self.first))
         return Json({"state": "loading"}, 202)
 
     async def unload(self, request: Request) -> Json:

@@ -7,6 +7,7 @@ nothing from other hosts, and its policy forbids it to.
 from __future__ import annotations
 
 import hashlib
+import html
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,9 @@ from starlette.responses import Response
 from cluster.api.http.errors import routing_error
 
 FOLDER: Final = Path(__file__).parent / "page"
+_INDEX: Final = "index.html"
+_ADDRESS: Final = b"http://localhost:8080"
+"""Where the document names the address of this API, for browsers without JavaScript."""
 _KINDS: Final = MappingProxyType(
     {
         ".css": "text/css; charset=utf-8",
@@ -73,14 +77,20 @@ class PageFiles:
         return self.file(request, request.path_params["name"])
 
     def index(self, request: Request) -> Response:
-        """Return the document."""
-        return self.file(request, "index.html")
+        """Return the document, with the address under which it was asked for."""
+        called = html.escape(f"{request.url.scheme}://{request.url.netloc}")
+        content = self._files[_INDEX].content.replace(_ADDRESS, called.encode())
+        return self._respond(request, _make_file(content, _KINDS[".html"]))
 
     def file(self, request: Request, name: str) -> Response:
         """Return a file, or 304 if the browser has it. Raises a ``MacpipeError`` with the status 404."""
         file = self._files.get(name)
         if file is None:
             raise routing_error(404, f"the page has no file {name[:64]}")
+        return self._respond(request, file)
+
+    @staticmethod
+    def _respond(request: Request, file: _File) -> Response:
         headers = {**_HEADERS, "etag": file.etag}
         if request.headers.get("if-none-match") == file.etag:
             return Response(status_code=304, headers=headers)
@@ -93,5 +103,8 @@ def wants_page(request: Request) -> bool:
 
 
 def _read(path: Path) -> _File:
-    content = path.read_bytes()
-    return _File(content, _KINDS[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return _make_file(path.read_bytes(), _KINDS[path.suffix])
+
+
+def _make_file(content: bytes, media_type: str) -> _File:
+    return _File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
