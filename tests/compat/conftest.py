@@ -60,6 +60,17 @@ class Served:
             return len(client.cluster().requests)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests for the model with tools after the others, since each change of the model takes seconds."""
+    places = [i for i, item in enumerate(items) if item.path.is_relative_to(Path(__file__).parent)]
+    for place, item in zip(places, sorted((items[i] for i in places), key=_needs_tools), strict=True):
+        items[place] = item
+
+
+def _needs_tools(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "tooled" in item.fixturenames
+
+
 @pytest.fixture(scope="package")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     cluster = Cluster(tmp_path_factory.mktemp("compat"))
