@@ -13,6 +13,7 @@ import pytest
 from cluster.client import Client
 from cluster.coordinator.identity import state_folder
 from cluster.core.errors import MacpipeError, ModelNotFound, NoPlan, WorkerLost
+from effort import effort
 from integration.daemons import START_S, Cluster, Footprint, alive, children, gone, wait_serving
 
 pytestmark = pytest.mark.timeout(180)
@@ -180,7 +181,7 @@ def test_a_load_that_cannot_be_leaves_the_served_model_alone(cluster: Cluster, l
         assert next(tokens).index == 1
         assert client.cluster().model == str(llama)
         threads = [Footprint.of(serve.process.pid).threads]
-        for _ in range(6):
+        for _ in range(effort(3, 6)):
             client.load(str(llama), workers=1).wait()
             threads.append(Footprint.of(serve.process.pid).threads)
         assert threads[-1] <= threads[1] + 2, threads

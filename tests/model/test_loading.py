@@ -18,6 +18,7 @@ from checkpoints import EXPERTS, hollow, make, mixed_quantization, split, split_
 from cluster.core.limits import SAMPLE_BYTES
 from cluster.model.model_shape import read_shape
 from cluster.model.safetensors import read_shard
+from effort import chosen
 from model.ring import ALL, Ring, cuts, edited, open_stage, tokens
 
 LAYERS = 12
@@ -45,7 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc")
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", chosen(MODELS, "float32", "4+8 bit", "experts unconverted"))
 def test_a_stage_reads_and_holds_its_slice(kind: str, tmp_path: Path) -> None:
     """Loaded in a child process, since the kernel counts the reads of a whole process."""
     name, how = MODELS[kind]
