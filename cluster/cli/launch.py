@@ -251,10 +251,11 @@ def _codex(s: Served) -> Launch:
 
 def _opencode(s: Served) -> Launch:
     limit = {"context": s.context, "output": s.longest_answer}
+    waits = {"headerTimeout": int(PATIENCE_MS), "chunkTimeout": int(PATIENCE_MS), "timeout": False}
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "name": "macpipe",
-        "options": {"baseURL": s.openai, "apiKey": s.key},
+        "options": {"baseURL": s.openai, "apiKey": s.key, **waits},  # some versions end any request after five minutes
         "models": {s.model: {"name": s.model, "limit": limit}},
     }
     config = {"provider": {"macpipe": provider}, "model": f"macpipe/{s.model}"}

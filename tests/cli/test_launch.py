@@ -86,6 +86,13 @@ def test_clients_wait_for_a_long_prompt(name: str, place: str) -> None:
     assert CLIENTS[name](SERVED).environment[place] == ("3600000" if place.endswith("_MS") else "3600")
 
 
+def test_clients_that_are_configured_otherwise_wait_too() -> None:
+    assert any("stream_idle_timeout_ms=3600000" in word for word in CLIENTS["codex"](SERVED).command)
+    config = json.loads(CLIENTS["opencode"](SERVED).environment["OPENCODE_CONFIG_CONTENT"])
+    options = config["provider"]["macpipe"]["options"]
+    assert (options["headerTimeout"], options["chunkTimeout"], options["timeout"]) == (3_600_000, 3_600_000, False)
+
+
 @pytest.mark.parametrize("name", CLIENTS)
 def test_clients_are_told_the_key_and_whom_to_believe(name: str) -> None:
     served = Served("https://mac-1.local:8080", "faq", 1024, "mpk_mine", "/lab/authority.pem")
