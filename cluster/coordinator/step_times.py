@@ -33,12 +33,15 @@ class StageStepTime:
 
 
 class StepTimes:
-    """Step times of a plan's stages. ``profiles`` are the profiles with which the stages were planned, in order."""
+    """Step times of a plan's stages. ``profiles`` are those of the stages' workers, in order.
+
+    Ratios refer to them. A plan may count on another profile, that of an equal Mac, and so may expect another time.
+    """
 
     def __init__(self, shape: ModelShape, stages: Sequence[PlannedStage], profiles: Sequence[Profile]) -> None:
         self._shape, self._ranges = shape, [s.layers for s in stages]
         self._bare = [replace(p, corrections=()) for p in profiles]
-        self._corrections = [p.correction(shape.model.fingerprint) for p in profiles]
+        self._factors = [_planned_factor(shape, s, p) for s, p in zip(stages, profiles, strict=True)]
         self._frames: list[deque[tuple[float, float]]] = [deque(maxlen=LEARNED_FRAMES) for _ in stages]
 
     def frame(self, timings: Sequence[StageTiming], rows: int, context: int) -> None:
@@ -49,16 +52,22 @@ class StepTimes:
                 self._frames[timing.stage].append((timing.compute_us / 1e3, bare * 1e3))
 
     def stages(self) -> tuple[StageStepTime, ...]:
-        return tuple(_summarize(frames, c) for frames, c in zip(self._frames, self._corrections, strict=True))
+        return tuple(_summarize(frames, factor) for frames, factor in zip(self._frames, self._factors, strict=True))
 
 
-def _summarize(frames: Sequence[tuple[float, float]], correction: float) -> StageStepTime:
+def _planned_factor(shape: ModelShape, stage: PlannedStage, profile: Profile) -> float:
+    """Return the plan's prediction over that of the worker's profile without corrections."""
+    bare_ms = decode_s(shape, replace(profile, corrections=()), stage.layers) * 1e3
+    return stage.decode_ms / bare_ms if stage.decode_ms and bare_ms else profile.correction(shape.model.fingerprint)
+
+
+def _summarize(frames: Sequence[tuple[float, float]], factor: float) -> StageStepTime:
     if len(frames) < LEAST_FRAMES:
         return StageStepTime(len(frames))
     known = all(bare > 0 for _, bare in frames)
     return StageStepTime(
         frames=len(frames),
         measured_ms=median(measured for measured, _ in frames),
-        expected_ms=median(bare for _, bare in frames) * correction,
+        expected_ms=median(bare for _, bare in frames) * factor,
         ratio=median(measured / bare for measured, bare in frames) if known else 0.0,
     )

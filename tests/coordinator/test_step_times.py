@@ -54,6 +54,15 @@ def test_a_correction_changes_what_is_expected_and_not_what_is_learned() -> None
     assert first.ratio == pytest.approx(2.0)
 
 
+def test_a_plan_that_counts_on_an_equal_macs_profile_expects_its_times() -> None:
+    stages = [replace(stage, decode_ms=1.275) for stage in STAGES]
+    step_times = StepTimes(replace(SHAPE, max_context=5), stages, [PROFILE, PROFILE])
+    for _ in range(LEAST_FRAMES):
+        step_times.frame([StageTiming(0, 0, 1275, 0)], 1, 5)
+    first, _ = step_times.stages()
+    assert (first.expected_ms, first.ratio) == (pytest.approx(1.275), pytest.approx(0.5))
+
+
 def test_the_median_of_the_last_frames_counts() -> None:
     step_times = paced(PROFILE, LEAST_FRAMES, 10**9)
     for _ in range(LEARNED_FRAMES):
