@@ -7,6 +7,9 @@ Arrows follow each frame of the request.
 Send and return are times of the coordinator's clock. Waits and steps are durations that the stages measured. The rest
 of a frame's time is divided equally among its hops, and a stage computes one step after the other. So no clocks of Macs
 are compared, and a step's position is as exact as that division.
+
+Times count from the request's acceptance, or from the first frame if that was sent before: Perfetto drops events with
+negative times.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ def to_chrome_trace(trace: RequestTrace) -> dict[str, Any]:
     """Return the JSON object: ``traceEvents`` with times in microseconds, ordered by time, and what it shows."""
     builder = _Builder(trace)
     events = sorted(builder.events(), key=lambda event: event["ts"])
+    if events and (early := events[0]["ts"]) < 0:
+        events = [event | {"ts": round(event["ts"] - early, 3)} for event in events]
     return {
         "traceEvents": [*builder.names(), *events],
         "displayTimeUnit": "ms",

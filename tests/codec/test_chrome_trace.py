@@ -73,6 +73,15 @@ def test_every_event_has_what_viewers_need() -> None:
     assert timed == sorted(timed)
 
 
+def test_frames_from_before_the_request_shift_all_times_and_none_is_negative() -> None:
+    """Perfetto drops events with negative times. A frame of others may be in flight when the request is accepted."""
+    early = frame(7, -2, 1, (0, 1000), (0, 1000), own=False)
+    shifted = to_chrome_trace(replace(TRACE, frames=(early, *FRAMES)))["traceEvents"]
+    assert min(event["ts"] for event in shifted) == 0
+    tokens = [(e["name"], e["ts"]) for e in shifted if e["ph"] == "i"]
+    assert tokens == [("token 0", 18000), ("token 1", 21000), ("token 2", 35000)]
+
+
 def test_the_requests_phases_and_tokens_are_the_coordinators_times() -> None:
     phases = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in spans(COORDINATOR) if e["tid"] == REQUEST_TRACK]
     assert phases == [("queue", 0, 1000), ("prefill", 1000, 16000), ("decode", 16000, 34000)]
