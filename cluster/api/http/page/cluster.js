@@ -96,7 +96,11 @@ function repairSentence(what, repair) {
 /** The progress of a load, or why the last one failed. */
 export function loadSection(loading) {
   if (loading.problem)
-    return h("ul", { class: "notices" }, h("li", { class: "bad" }, `The load failed: ${inFields(sentence(loading.problem))}`));
+    return h(
+      "ul",
+      { class: "notices" },
+      h("li", { class: "bad" }, `The load failed: ${inFields(sentence(loading.problem))}`),
+    );
   const wanted = loading.workers_wanted ? ` of ${loading.workers_wanted}` : "";
   if (!loading.stages.length)
     return h("p", { class: "soft" }, `Waiting for workers: ${loading.workers_found}${wanted} found.`);
@@ -137,7 +141,11 @@ function figures(state, history) {
       prompts ? `of ${whole(prompts)} prompt tokens` : "no prompt yet",
     ),
     idle.length
-      ? quantity("Idle", percent(idle.reduce((sum, share) => sum + share, 0) / idle.length), "of the last 30 s with work")
+      ? quantity(
+          "Idle",
+          percent(idle.reduce((sum, share) => sum + share, 0) / idle.length),
+          "of the last 30 s with work",
+        )
       : quantity("Idle", "–", none),
     quantity("Recoveries", whole(state.recoveries), `up ${duration(state.uptime_seconds)}`),
     state.forecast ? quantity("Predicted", figure(state.forecast.one_user), "tokens a second for one") : null,
@@ -303,7 +311,11 @@ function spares(state) {
       { class: "spares" },
       idle.map((worker) => {
         const standing = standingOf(worker);
-        const facts = [worker.chip || worker.backend, bytes(worker.memory_limit), standing.text];
+        const facts = [
+          worker.chip || worker.backend,
+          worker.memory_limit ? bytes(worker.memory_limit) : "",
+          standing.text,
+        ];
         if (worker.name === state.draft_worker) facts.push("holds the draft model");
         else if (why.get(worker.name)) facts.push(why.get(worker.name));
         return h(

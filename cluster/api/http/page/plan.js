@@ -216,7 +216,12 @@ function planElement(plan, state) {
             h(
               "tr",
               {},
-              h("th", { scope: "row" }, h("span", { class: "swatch", style: { background: colour(stage.worker) } }), stage.worker),
+              h(
+                "th",
+                { scope: "row" },
+                h("span", { class: "swatch", style: { background: colour(stage.worker) } }),
+                stage.worker,
+              ),
               h("td", { class: "num right" }, layers(stage.layers)),
               h("td", { class: "num right" }, bytes(stage.weight_bytes)),
               h("td", { class: "num right" }, bytes(stage.cache_bytes)),

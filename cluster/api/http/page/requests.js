@@ -28,26 +28,32 @@ export function requests(state) {
                 ),
               ),
             ),
-            h(
-              "tbody",
-              {},
-              state.requests.map(requestRow),
-            ),
+            h("tbody", {}, state.requests.map(requestRow)),
           ),
         )
       : h("p", { class: "soft" }, "None."),
-    state.requests.length ? legend({ weights: "computing", kept: "waiting", sent: "on the wire" }) : null,
+    state.requests.length
+      ? legend({ weights: "computing", kept: "waiting", sent: "on the wire" }, formerMacs(state))
+      : null,
     hidden > 0 ? h("p", { class: "small soft" }, `${count(hidden, "further request")} not shown.`) : null,
   );
 }
 
-/** What the colours mean: a name for each kind of swatch. */
-export function legend(names) {
+/** What the colours mean: a name for each kind of swatch, then Macs with their own colours. */
+export function legend(names, macs = []) {
   return h(
     "p",
     { class: "legend small soft" },
     Object.entries(names).map(([kind, name]) => h("span", {}, h("span", { class: `swatch ${kind}` }), name)),
+    macs.map((name) => h("span", {}, h("span", { class: "swatch", style: { background: colour(name) } }), name)),
   );
+}
+
+/** The Macs where time of these requests went, and which hold no layers now: the pipeline does not show their colours. */
+function formerMacs({ requests, stages }) {
+  const serving = new Set(stages.map((stage) => stage.worker));
+  const spent = requests.flatMap((request) => request.stages.map((one) => one.worker));
+  return [...new Set(spent)].filter((name) => !serving.has(name));
 }
 
 function requestRow(request) {
