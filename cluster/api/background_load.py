@@ -40,7 +40,7 @@ class LoadTracker:
         self.state = LoadState()
 
     def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
-        self.state = LoadState(workers_found=len(found), workers_wanted=wanted)
+        self.state = LoadState(workers_found=sum(not one.draining for one in found), workers_wanted=wanted)
         self._report.waiting(found, wanted)
 
     def planned(self, plan: Plan) -> None:

@@ -124,13 +124,15 @@ class TerminalReport:
 
     def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
         """Print the workers found so far, if they or the number of those to find changed."""
-        names = tuple(sorted(f"{worker.name} ({worker.chip or worker.backend})" for worker in found))
-        if (names, wanted) == self._found:
+        names = tuple(sorted(f"{one.name} ({one.chip or one.backend})" for one in found if not one.draining))
+        drained = [f"; {one.name} is drained: `macpipe drain {one.name} --undo`" for one in found if one.draining]
+        if ((*names, *drained), wanted) == self._found:
             return
-        self._found = names, wanted
+        self._found = (*names, *drained), wanted
         some = count_in_words(len(names), "worker")
         count = f"{len(names)} of {wanted} workers" if wanted and len(names) <= wanted else some
-        self._print_line(f"{count}: {', '.join(names)}" if names else f"waiting for {_describe_wanted(wanted)}")
+        known = f"{count}: {', '.join(names)}" if names else f"waiting for {_describe_wanted(wanted)}"
+        self._print_line(f"{known}{''.join(drained)}")
 
     def planned(self, plan: Plan) -> None:
         """Print the plan."""

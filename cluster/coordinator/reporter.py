@@ -15,7 +15,7 @@ class LoadReporter(Protocol):
     """Receives the progress of a load. Called on the coordinator's event loop; must not block."""
 
     def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
-        """Report the usable workers found so far. Called whenever they change."""
+        """Report the usable workers found so far, and those that are drained. Called whenever they change."""
 
     def planned(self, plan: Plan) -> None: ...
 

@@ -22,9 +22,11 @@ from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import DuplicateId, DuplicateName, MacpipeError, NoWorkers, VersionMismatch
 from cluster.core.limits import DESCRIBE_TIMEOUT_S, RESTART_S, SETTLE_S
+from cluster.core.text import count_in_words
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Source
 from cluster.security.trust import WORKER, Trust
+from cluster.transport.rich_errors import OUTSIDE
 
 COPIED: Final = (
     "the state folder of one was copied from the other. Stop one of them, or start it with --home or MACPIPE_HOME set "
@@ -43,6 +45,8 @@ class RosterEntry:
     reachable: bool = True
     duplicate: bool = False
     """Whether another living worker has its id; ``problem`` says so."""
+    outside: str = ""
+    """In which way the server at its address is no member of this cluster; "" if it may be one."""
 
 
 class Roster:
@@ -94,7 +98,7 @@ class Roster:
             info, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
         except MacpipeError as e:
             known = self._pinned.get(address) or self._pinned_draft.get(address) or _unknown_worker(address)
-            answers[address] = RosterEntry(known, e.sentence, reachable=False)
+            answers[address] = RosterEntry(known, e.sentence, reachable=False, outside=e.details.get(OUTSIDE, ""))
         else:
             answers[address] = self.member(info, problem)
 
@@ -117,7 +121,7 @@ class Roster:
     def why_unusable(self, info: WorkerInfo) -> str:
         """Return why a worker that answered cannot be used; "" if it can."""
         if info.cluster != self._cluster:
-            return f"{info.name} belongs to the cluster {info.cluster}, not to {self._cluster}"
+            return _other_cluster([info.name], info.cluster, self._cluster)
         if differs := _version_difference(info):
             return _other_version([info.name], *differs)
         if info.live_owner and info.live_owner != self._coordinator:
@@ -170,10 +174,11 @@ class Roster:
         with anyio.move_on_after(wait_s):
             while True:
                 usable = _usable(await self.refresh(), wanted)
-                names = tuple(f.name for f in usable)
+                drained = tuple(m.info for m in self.members if m.info.draining and not m.problem)
+                names = tuple(f"{f.name} {f.draining}" for f in (*usable, *drained))
                 if names != reported:
                     reported = names
-                    report.waiting(usable, wanted)
+                    report.waiting((*usable, *drained), wanted)
                 if conflicting := next((m for m in self.members if self.is_held_by_other_process(m.info)), None):
                     if time.monotonic() - began > RESTART_S + SETTLE_S:
                         raise DuplicateId(conflicting.problem)
@@ -200,40 +205,60 @@ class Roster:
         return not await self._source.changed(SETTLE_S)
 
     def _too_few_workers(self, wanted: int | None, wait_s: float) -> MacpipeError:
-        usable = [m.info.name for m in self.members if not m.problem]
+        usable = [m.info.name for m in self.members if not m.problem and not m.info.draining]
         others = self._causes()
         if any(m.problem and _is_other_version(m.info) for m in self.members):
             return VersionMismatch("; ".join(others))
         if self._all_stay_unusable():
             return NoWorkers(f"no worker can be used: {'; '.join(others)}")
         found = f"found {', '.join(usable)}" if usable else "found no worker"
-        looked = f"waited {wait_s:.0f} s for" if wait_s else "wanted"
+        looked = f"waited {wait_s:.0f} s for" if wait_s >= 1 else "wanted"
+        outcome = (
+            f"{looked} {count_in_words(wanted or 1, 'worker')} of cluster {self._cluster}, "
+            f"{found}{''.join(f'; {o}' for o in others)}"
+        )
+        if len(self.members) >= (wanted or 1) and all(not m.problem or self._stays_unusable(m) for m in self.members):
+            return NoWorkers(outcome)  # enough are found, and why the others cannot be used is known
         return NoWorkers(
-            f"{looked} {wanted or 1} worker{'s' * ((wanted or 1) != 1)} of cluster {self._cluster}, "
-            f"{found}{''.join(f'; {o}' for o in others)}. Check that `macpipe worker --cluster {self._cluster}` runs "
+            f"{outcome}. Check that `macpipe worker --cluster {self._cluster}` runs "
             "on each Mac with --host set to its network address, that the Macs share a network that lets multicast "
             "through, or name the workers with --peer HOST:PORT"
         )
 
     def _all_stay_unusable(self) -> bool:
-        """Return whether workers were found, and each is of another version or of another cluster."""
-        return bool(self.members) and all(
-            m.problem and m.reachable and (_is_other_version(m.info) or m.info.cluster != self._cluster)
-            for m in self.members
-        )
+        """Return whether workers were found, and none can be used before somebody does something about it."""
+        return bool(self.members) and all(self._stays_unusable(m) for m in self.members)
+
+    def _stays_unusable(self, member: RosterEntry) -> bool:
+        """Return whether a worker is drained, of another version or of another cluster, so that waiting is no use."""
+        info = member.info
+        differs = member.reachable and (_is_other_version(info) or info.cluster != self._cluster)
+        return bool(member.outside or (member.problem and differs) or (info.draining and not member.problem))
 
     def _causes(self) -> list[str]:
-        """Return why workers cannot be used, in one sentence for all that run the same other version."""
+        """Return why workers cannot be used: those that are drained first, and those of one cause in one sentence."""
+        drained, causes = [], []
         old: dict[tuple[str, str, str], list[str]] = {}
-        causes = []
+        foreign: dict[str, list[str]] = {}
+        outside: dict[str, list[RosterEntry]] = {}
         for m in self.members:
-            if m.problem and (differs := _version_difference(m.info)) and m.info.cluster == self._cluster:
+            if m.outside:
+                outside.setdefault(m.outside, []).append(m)
+            elif m.problem and m.reachable and m.info.cluster != self._cluster:
+                foreign.setdefault(m.info.cluster, []).append(m.info.name)
+            elif m.problem and (differs := _version_difference(m.info)) and m.info.cluster == self._cluster:
                 old.setdefault(differs, []).append(m.info.name)
             elif m.problem:
                 causes.append(m.problem)
             elif m.info.draining:
-                causes.append(f"{m.info.name} is drained; `macpipe drain {m.info.name} --undo` takes it back")
-        return [_other_version(names, *differs) for differs, names in old.items()] + causes
+                drained.append(f"{m.info.name} is drained; `macpipe drain {m.info.name} --undo` takes it back")
+        return [
+            *drained,
+            *(_other_version(names, *differs) for differs, names in old.items()),
+            *causes,
+            *(_other_cluster(names, cluster, self._cluster) for cluster, names in foreign.items()),
+            *map(_outside, outside.values()),
+        ]
 
     async def forget_absent(self) -> None:
         """Close the channels to addresses that are no longer announced and hold no stage."""
@@ -308,6 +333,17 @@ def _other_version(names: Sequence[str], what: str, theirs: str, ours: str) -> s
     where = "both" if one else "all Macs"
     who = f"{', '.join(names)} run{'s' * one}"
     return f"{who} {what} {theirs}, this coordinator {ours}; install the same version on {where}"
+
+
+def _other_cluster(names: Sequence[str], theirs: str, ours: str) -> str:
+    return f"{', '.join(names)} belong{'s' * (len(names) == 1)} to the cluster {theirs}, not to {ours}"
+
+
+def _outside(members: Sequence[RosterEntry]) -> str:
+    """Return the problem of servers that are outside the cluster in the same way."""
+    first, *others = members
+    same = f"; the same is true at {', '.join(m.info.control_address for m in others)}"
+    return f"{first.problem}{same if others else ''}"
 
 
 def _unknown_worker(address: str) -> WorkerInfo:

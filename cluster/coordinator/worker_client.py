@@ -45,7 +45,7 @@ from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import WORKER, Trust, worker_of
 from cluster.transport.grpc_setup import PING_S, control_channel
-from cluster.transport.rich_errors import from_rpc_error
+from cluster.transport.rich_errors import OUTSIDE, from_rpc_error
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 
@@ -326,7 +326,10 @@ async def _map_rpc_errors(name: str, address: str) -> AsyncIterator[None]:
             raise WorkerReplaced(error.sentence, worker=name) from e
         if isinstance(error, Unreachable):
             kind = WorkerRefused if isinstance(error, PortClosed) else WorkerLost
-            raise kind(error.sentence, worker=name) from e
+            lost = kind(error.sentence, worker=name)
+            if OUTSIDE in error.details:
+                lost.details[OUTSIDE] = error.details[OUTSIDE]
+            raise lost from e
         named = type(error)(f"worker {name}: {error.sentence}")
         named.details = error.details | {"worker": name}  # not as keyword arguments: the worker chose the keys
         raise named from e

@@ -173,30 +173,41 @@ _REFUSED: Final = re.compile(re.escape(os.strerror(errno.ECONNREFUSED)) + r"[ ()
 """The end of gRPC's chain of causes if nothing listens at an address. gRPC has no status code for this case. Only the
 end is matched, where no name that others chose can appear."""
 
+OUTSIDE: Final = "outside"
+"""The detail of an ``Unreachable`` whose server is no member of this cluster: its value says in which way."""
 _HANDSHAKE_CAUSES: Final = (
-    (("WRONG_VERSION_NUMBER",), "it does not speak TLS, so it is in no cluster; let it join with `macpipe join TOKEN`"),
+    (
+        ("WRONG_VERSION_NUMBER",),
+        "it does not speak TLS, so it is in no cluster; let it join with `macpipe join TOKEN`",
+        "no_tls",
+    ),
     (
         ("certificate has expired", "certificate is not yet valid"),
         "its certificate is not valid now by this Mac's clock; compare the clocks of both Macs",
+        "",
     ),
     (
         ("BAD_SIGNATURE", "CERTIFICATE_VERIFY_FAILED", "certificate signature failure", "unable to get local issuer"),
         "its certificate is of another cluster; let it join this one with `macpipe join TOKEN`",
+        "other_cluster",
     ),
     (
         ("Socket closed", "Connection reset", "handshake"),
         "it closed the connection at once: it is stopping, it is in another cluster or in none, or it no longer"
         " accepts this Mac's certificate",
+        "",
     ),
 )
-"""The cause of a failed TLS handshake, by gRPC's words for it."""
+"""The cause of a failed TLS handshake by gRPC's words for it, and in which way the server is outside the cluster."""
 
 
 def _unreachable(details: str, address: str, peer: str) -> Unreachable:
     if "Hostname Verification" in details:
         return OtherParty(f"the server at {address} belongs to this cluster, but is not the expected {peer}")
-    if why := _handshake_cause(details):
-        return Unreachable(f"cannot connect to the {peer} at {address}: {why}")
+    why, outside = _handshake_cause(details)
+    if why:
+        sentence = f"cannot connect to the {peer} at {address}: {why}"
+        return Unreachable(sentence, outside=outside) if outside else Unreachable(sentence)
     if any(words in details for words in _NOT_HTTP2):
         return Unreachable(f"the server at {address} does not speak gRPC; use the {peer}'s gRPC port")
     if "failed to connect" not in details.lower() and "resol" not in details.lower():
@@ -218,12 +229,12 @@ def is_ping_timeout(details: str) -> bool:
     return "ping timeout" in details
 
 
-def _handshake_cause(details: str) -> str:
-    """Return why a TLS handshake failed; empty if none did."""
+def _handshake_cause(details: str) -> tuple[str, str]:
+    """Return why a TLS handshake failed, and in which way the server is outside the cluster; empty if none failed."""
     if "failed to connect" not in details:
-        return ""
-    causes = (cause for words, cause in _HANDSHAKE_CAUSES if any(word in details for word in words))
-    return next(causes, "")
+        return "", ""
+    causes = ((why, outside) for words, why, outside in _HANDSHAKE_CAUSES if any(word in details for word in words))
+    return next(causes, ("", ""))
 
 
 def _cause(details: str) -> str:

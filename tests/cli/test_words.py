@@ -285,6 +285,7 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
         report.waiting([], 2)
         report.waiting([], 2)
         report.waiting([a_worker("mac-0")], 2)
+        report.waiting([a_worker("mac-0"), replace(a_worker("mac-2"), draining=True)], 2)
         report.waiting([a_worker("mac-0"), a_worker("mac-1")], 2)
         report.waiting([a_worker("mac-0"), a_worker("mac-1")], 3)
         report.planned(a_plan())
@@ -294,7 +295,11 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
         report.problem("mac-1 stopped answering")
     said = stream.getvalue()
     assert said.count("waiting for 2 workers") == 1
-    assert "1 of 2 workers: mac-0 (Apple M4)\n2 of 2 workers: mac-0 (Apple M4), mac-1 (Apple M4)\n" in said
+    assert (
+        "1 of 2 workers: mac-0 (Apple M4)\n"
+        "1 of 2 workers: mac-0 (Apple M4); mac-2 is drained: `macpipe drain mac-2 --undo`\n"
+        "2 of 2 workers: mac-0 (Apple M4), mac-1 (Apple M4)\n"
+    ) in said
     assert "2 of 3 workers: mac-0 (Apple M4), mac-1 (Apple M4)\n" in said
     assert "big[bold]model" in said
     assert "9.0 GiB" in said

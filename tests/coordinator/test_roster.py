@@ -28,12 +28,15 @@ SHAPE = ModelShape(ModelRef("m", "", "f" * 64), 6, (1,) * 6, (1,) * 6, (), (1, 2
 
 
 class Telling:
-    """A worker that describes itself, or does not answer."""
+    """A worker that describes itself; one without a version does not answer, or is outside in the way of its chip."""
 
-    def __init__(self, info: WorkerInfo | None) -> None:
-        self._info = info
+    def __init__(self, info: WorkerInfo) -> None:
+        self._info = info if info.version else None
+        self._address, self._outside = info.control_address, info.chip
 
     async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
+        if self._info is None and self._outside:
+            raise WorkerLost(f"cannot connect to {self._address}: no TLS", worker="", outside=self._outside)
         if self._info is None:
             raise WorkerLost("worker ada does not answer", worker="ada")
         return self._info, ""
@@ -58,17 +61,19 @@ class Silent:
 def a_roster(monkeypatch: pytest.MonkeyPatch, *workers: WorkerInfo) -> Roster:
     """Return a roster of these workers. Those without a version do not answer."""
     roster = Roster(static_source([w.control_address for w in workers]), "c", "me", LocalTrust())
-    told = {w.control_address: Telling(w if w.version else None) for w in workers}
+    told = {w.control_address: Telling(w) for w in workers}
     monkeypatch.setattr(roster, "control", lambda address: cast(Any, told[address]))
     monkeypatch.setattr("cluster.coordinator.roster.SETTLE_S", 0.05)
     return roster
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, *workers: WorkerInfo, wait_s: float = 60.0) -> MacpipeError:
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, *workers: WorkerInfo, wanted: int | None = None, wait_s: float = 60.0
+) -> MacpipeError:
     """Return the error of a wait for workers, of which these are there."""
     roster = a_roster(monkeypatch, *workers)
     with pytest.raises(MacpipeError) as refused:
-        asyncio.run(roster.gather(None, wait_s, Silent()))
+        asyncio.run(roster.gather(wanted, wait_s, Silent()))
     return refused.value
 
 
@@ -92,7 +97,7 @@ def test_a_worker_that_may_come_back_is_waited_for(monkeypatch: pytest.MonkeyPat
     began = time.monotonic()
     error = refusal(monkeypatch, replace(ADA, version=""), replace(BOB, cluster="lab"), wait_s=0.3)
     assert time.monotonic() - began >= 0.3
-    assert error.sentence.startswith("waited 0 s for 1 worker of cluster c, found no worker")
+    assert error.sentence.startswith("wanted 1 worker of cluster c, found no worker")
     assert "found no worker; worker ada does not answer; bob belongs to the cluster lab" in error.sentence
 
 
@@ -122,3 +127,24 @@ def test_workers_that_a_model_cannot_use_are_not_waited_for(monkeypatch: pytest.
     roster = a_roster(monkeypatch, ADA)
     with pytest.raises(NoPlan, match="m has 6 layers and can be cut into 6 stages at most, not 7"):
         asyncio.run(gather_workers(roster, order, SHAPE, Silent()))
+
+
+def test_a_drained_worker_comes_first_and_those_outside_share_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = [
+        replace(ADA, id="", version="", chip="no_tls", control_address=f"127.0.0.1:{port}") for port in (7, 8, 9)
+    ]
+    lab = [replace(worker, cluster="lab") for worker in (ADA, BOB)]
+    error = refusal(monkeypatch, *foreign, *lab, replace(CYD, draining=True))
+    assert isinstance(error, NoWorkers)
+    assert error.sentence == (
+        "no worker can be used: cyd is drained; `macpipe drain cyd --undo` takes it back; "
+        "ada, bob belong to the cluster lab, not to c; "
+        "cannot connect to 127.0.0.1:7: no TLS; the same is true at 127.0.0.1:8, 127.0.0.1:9"
+    )
+
+
+def test_nothing_is_advised_where_every_cause_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = refusal(monkeypatch, ADA, replace(BOB, draining=True), wanted=2, wait_s=0.1)
+    assert error.sentence == (
+        "wanted 2 workers of cluster c, found ada; bob is drained; `macpipe drain bob --undo` takes it back"
+    )
