@@ -65,7 +65,8 @@ def install(ctx: typer.Context, daemon: Daemon, home: Home = None) -> None:
     definition = ServiceDefinition(daemon, command, environment, Path.cwd(), absolute_path(log))
     path = manager.definition_path(daemon)
     try:
-        make_private_folder(definition.log.parent)
+        if not definition.log.parent.exists():  # one that exists may be the user's own: its mode stays
+            make_private_folder(definition.log.parent)
         manager.install(definition)
     except OSError as e:
         raise not_written(e, path, "the service", "check who owns that folder") from None

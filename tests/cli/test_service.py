@@ -73,6 +73,14 @@ def test_a_service_is_installed_watched_and_removed(service: Service, tmp_path: 
     assert log.exists()
 
 
+def test_a_folder_that_exists_keeps_its_mode(service: Service, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    fresh = tmp_path / "fresh"
+    for folder in (tmp_path, fresh):
+        assert service("install", "worker", "--", "--log-file", str(folder / "x.log")).returncode == 0
+    assert [oct(folder.stat().st_mode & 0o777) for folder in (tmp_path, fresh)] == ["0o755", "0o700"]
+
+
 def test_a_service_is_removed_although_systemd_cannot_be_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
