@@ -80,6 +80,11 @@ def finish(extras: str, wanted: str) -> None:
 
 
 def main(extras: str, wanted: str) -> None:
+    if VENV.is_symlink():
+        sys.exit(
+            f"macpipe: {VENV} is a link to {VENV.resolve()}, and installing through it would change that environment;"
+            f" remove the link with `rm {VENV}` to get one of its own"
+        )
     with CONSTRAINTS.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if up_to_date(extras, wanted):

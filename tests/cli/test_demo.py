@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,3 +258,16 @@ def test_an_exit_that_is_swallowed_is_raised_again(environment: dict[str, str]) 
 def test_a_signal_that_does_not_interrupt_a_system_call_is_sent_again(environment: dict[str, str]) -> None:
     """One that comes right before the call does not, and one that another thread receives."""
     assert run_script(UNNOTICED, environment) == (143, "")
+
+
+def test_nothing_is_installed_through_a_link_into_another_environment(tmp_path: Path) -> None:
+    tree, other = tmp_path / "tree", tmp_path / "other"
+    for name in ("ops/venv", "ops/environment.py", "ops/constraints.txt", "pyproject.toml"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    other.mkdir()
+    (tree / ".venv").symlink_to(other)
+    done = subprocess.run([tree / "ops/venv"], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert f"{tree}/.venv is a link to {other}" in done.stderr
+    assert list(other.iterdir()) == []
