@@ -89,7 +89,9 @@ def print_error(sentence: str) -> None:
     """Print one line on stderr, after the traceback if MACPIPE_DEBUG is set."""
     if is_debugging():
         traceback.print_exc()
-    typer.echo(f"macpipe: {sentence}", err=True)
+    from cluster.cli.screen import note
+
+    note(f"macpipe: {sentence}")
 
 
 def is_debugging() -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Final, TextIO
 
 from cluster.core.limits import GIB, KIB, MIB
@@ -22,8 +25,14 @@ def console(stream: TextIO) -> Console:
     """Return a console on ``stream`` that prints text literally: no markup, no emoji codes, no highlighting."""
     from rich.console import Console
 
-    width = None if stream.isatty() else PIPE_COLUMNS
+    width = None if stream.isatty() else wanted_columns() or PIPE_COLUMNS
     return Console(file=stream, width=width, markup=False, emoji=False, highlight=False)
+
+
+def wanted_columns() -> int:
+    """Return the width that COLUMNS asks for; 0 if it asks for none."""
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isascii() and columns.isdigit() else 0
 
 
 def table(*columns: str, right: frozenset[str] = frozenset()) -> Table:
@@ -38,9 +47,9 @@ def table(*columns: str, right: frozenset[str] = frozenset()) -> Table:
 
 
 def print_lines(screen: Console, *lines: str) -> None:
-    """Print lines without control characters. On a terminal they wrap at words; elsewhere each stays one line."""
+    """Print lines without control characters. On a terminal, or with COLUMNS, they wrap at words; else they do not."""
     for line in lines:
-        screen.print(printable(line), soft_wrap=not screen.is_terminal)
+        screen.print(printable(line), soft_wrap=not screen.is_terminal and not wanted_columns())
 
 
 def format_bytes(count: int) -> str:
@@ -75,9 +84,18 @@ def write_answer(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Write a line to stderr."""
-    sys.stderr.write(f"{printable(text)}\n")
+    """Write a text to stderr. On a terminal it wraps at words."""
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
+    sys.stderr.write(f"{wrap_words(printable(text), width)}\n")
     sys.stderr.flush()
+
+
+def wrap_words(text: str, width: int) -> str:
+    """Return ``text`` with lines of at most ``width`` characters, but for longer words; 0 changes nothing."""
+    if not width:
+        return text
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
 
 
 def printable(text: str) -> str:

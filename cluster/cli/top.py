@@ -34,9 +34,10 @@ def top(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = F
 
             print_json({"tokens_per_second": view.rates.now, "cluster": view.state})
         else:
-            from cluster.cli.screen import PIPE_COLUMNS, console
+            from cluster.cli.screen import console
 
-            console(sys.stdout).print(view.draw(PIPE_COLUMNS, 0, ""))
+            screen = console(sys.stdout)
+            screen.print(view.draw(screen.width, 0, ""))
 
 
 def _take_snapshot(coordinator: str | None, cluster: str | None, view: TopView) -> None:

@@ -19,7 +19,15 @@ from cluster.cli.command_name import command_name
 from cluster.cli.convert_progress import ConversionBar
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.ps import show_requests
-from cluster.cli.screen import format_bytes, format_duration, format_share, printable
+from cluster.cli.screen import (
+    console,
+    format_bytes,
+    format_duration,
+    format_share,
+    print_lines,
+    printable,
+    wrap_words,
+)
 from cluster.cli.status import describe_deviation, describe_links, describe_overload, headline, show_state
 from cluster.cli.throughput import Roofline
 from cluster.codec.cluster_state import decode_cluster_state
@@ -335,3 +343,16 @@ def test_a_conversion_tells_bytes_and_the_time_left() -> None:
     assert some[4].startswith("m.gguf: 50%, 100 of 200 MiB, ")
     assert some[4].endswith(" left")
     assert last == "m.gguf: 100%, 200 of 200 MiB"
+
+
+def test_columns_count_in_a_pipe_and_words_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "the first words of a long line, and the last"
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for columns, expected in (("", [line]), ("34", ["the first words of a long line,", "and the last"])):
+        monkeypatch.setenv("COLUMNS", columns)
+        stream = io.StringIO()
+        print_lines(console(stream), line)
+        assert [one.rstrip() for one in stream.getvalue().splitlines()] == expected
+        assert console(stream).width == int(columns or 200)
+    assert wrap_words("a note\nof more than ten", 10) == "a note\nof more\nthan ten"
+    assert wrap_words(line, 0) == line
