@@ -44,8 +44,9 @@ def show_requests(state: ClusterState) -> None:
     else:
         screen.print(_table(state.requests))
     if state.stages and not state.training:
-        lanes = f"lanes of {', '.join(map(str, state.lane_sizes))}; " if state.lane_sizes else ""
-        screen.print(f"\n{lanes}{state.queued} queued; {state.prefixes} cached prefixes")
+        lanes = f"answers per lane: {', '.join(map(str, state.lane_sizes))}; " if any(state.lane_sizes) else ""
+        prefixes = f"{state.prefixes} cached prefix{'es' * (state.prefixes != 1)}"
+        screen.print(f"\n{lanes}{state.queued} queued; {prefixes}")
         screen.print(_stages(state))
 
 

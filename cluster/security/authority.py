@@ -68,6 +68,11 @@ class Authority:
     def load(cls, folder: ClusterFolder) -> Authority:
         """Read the authority of ``folder``. Raises ``NoCluster`` if this machine does not hold its key."""
         if not folder.leads:
+            if folder.exists:
+                raise NoCluster(
+                    f"this Mac is a member of the cluster {folder.cluster}, but does not lead it; run this command on"
+                    " the coordinator's Mac"
+                )
             raise NoCluster(
                 f"this Mac does not lead a cluster named {folder.cluster}: create one with `macpipe init`, or run this"
                 " command on the Mac that did"
