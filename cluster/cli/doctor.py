@@ -44,7 +44,11 @@ class ClusterAnswers:
 
 def doctor(
     whole_cluster: Annotated[
-        bool, typer.Option("--cluster", help="Examine every Mac of the cluster, through its coordinator.")
+        bool,
+        typer.Option(
+            "--cluster",
+            help="Examine every Mac of the cluster (MACPIPE_CLUSTER, else the last one entered) by its coordinator.",
+        ),
     ] = False,
     coordinator: Coordinator = None,
     json: Json = False,

@@ -40,8 +40,9 @@ class Command(TyperCommand):
     """A command whose help names arguments as its usage does, in place of typer's ``{MODEL}`` and ``MODEL <str>``."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return the parts of the usage line: ``[OPTIONS]``, the arguments, and ``[-- ARGS]`` for another program."""
-        arguments = [str(one.metavar) for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        """Return the parts of the usage line: ``[OPTIONS]``, the arguments (in brackets if optional), ``[-- ARGS]``."""
+        given = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        arguments = [str(one.metavar) if one.required else f"[{one.metavar}]" for one in given]
         return ["[OPTIONS]", *arguments, *(["[-- ARGS]"] if ctx.allow_extra_args else [])]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

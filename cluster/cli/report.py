@@ -29,7 +29,8 @@ def report(
 ) -> None:
     """Write a bundle for a bug report.
 
-    It holds what `doctor` finds, versions, this Mac's settings and the cluster's state: no prompts, tokens or keys.
+    It is a zip file: findings.json has what `doctor --cluster` finds, readings.json this Mac's versions, disk, network
+    and settings, and cluster.json what `status --json` shows. It has no prompts, answers, tokens, keys or logs.
     """
     with errors_in_json(json):
         path = file or Path(time.strftime("macpipe-report-%Y%m%d-%H%M%S.zip"))
