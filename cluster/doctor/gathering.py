@@ -123,11 +123,22 @@ def _is_busy(port: int) -> bool:
 
 
 def _try_multicast() -> bool:
-    """Return whether an empty mDNS query can be sent from a socket that belongs to the mDNS group."""
-    membership = socket.inet_aton(MULTICAST[0]) + bytes(4)  # on the interface that the system chooses
+    """Return whether an empty mDNS query can be sent over some interface.
+
+    The system chooses one first. It has no choice where there is no default route, as on Macs joined by a cable alone.
+    """
+    found = [str(own.ip) for one in interfaces() for own in one.addresses if own.version == 4]
+    own = [address for address in found if not is_loopback(address)]
+    return any(map(_can_multicast, ("", *own)))
+
+
+def _can_multicast(address: str) -> bool:
+    """Return whether it can be sent over the interface with this address, or over the system's choice for ""."""
+    interface = socket.inet_aton(address) if address else bytes(4)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+            sender.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(MULTICAST[0]) + interface)
+            sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, interface)
             sender.sendto(bytes(12), MULTICAST)
     except OSError:
         return False
