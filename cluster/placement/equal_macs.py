@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from cluster.core.limits import CORRECTION_BOUND, EQUAL_MACS_RATIO
 from cluster.core.plan import LayerRange, ModelShape, Profile
@@ -40,11 +41,11 @@ def _choose_profile(shape: ModelShape, worker: WorkerInfo, workers: Sequence[Wor
     if hardware(worker) is None or not own.known or _is_judged(shape, own):
         return own
     equal = [w.profile for w in workers if hardware(w) == hardware(worker) and w.profile.known]
-    fastest = max(equal, key=lambda profile: profile.bandwidth)
+    fastest = min(equal, key=partial(_whole_s, shape))
     judged = [profile for profile in equal if _is_judged(shape, profile)]
     if not judged:
         return fastest
-    best = min(judged, key=lambda profile: _whole_s(shape, profile))
+    best = min(judged, key=partial(_whole_s, shape))
     known_s = min(_whole_s(shape, best), _whole_s(shape, replace(best, corrections=())))
     return fastest if _whole_s(shape, fastest) * EQUAL_MACS_RATIO < known_s else best
 

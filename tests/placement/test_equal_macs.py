@@ -42,6 +42,12 @@ def test_a_busy_moment_of_one_of_three_equal_macs_does_not_skew_the_plan() -> No
     assert cut(*macs) == [10, 10, 10]
 
 
+def test_the_fastest_of_equal_macs_is_the_one_that_computes_the_model_fastest() -> None:
+    """A disturbed measurement can find too much bandwidth, and too long a start."""
+    odd = replace(FAST, bandwidth=5e11, step_s=0.1)
+    assert trusted_profiles(MODEL, [mac("a", odd), mac("b", FAST)]) == [FAST, FAST]
+
+
 def test_only_equal_macs_are_taken_for_alike() -> None:
     others = [mac("b", BUSY, chip="Apple M4"), mac("c", BUSY, gpu_cores=16)]
     assert trusted_profiles(MODEL, [mac("a", FAST), *others]) == [FAST, BUSY, BUSY]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.core.limits import BALANCE_SLACK, GIB, GUESSED_GAP, MAX_HALVED
+from cluster.core.limits import BALANCE_SLACK, GIB, GUESSED_GAP, MAX_HALVED, SPEED_NOISE_RATIO
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, Objective, Profile
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.guessed_token_time import guessed_token_s, steady_token_s
@@ -25,7 +25,8 @@ close = pytest.approx
 
 
 def search(shape: ModelShape, candidates: Candidates, objective: Objective) -> Search:
-    return Search(StageTable(shape, 1), candidates, objective)
+    """Return a search that takes all speeds as exact."""
+    return Search(StageTable(shape, 1), candidates, objective, noise=1.0)
 
 
 @pytest.mark.timeout(300)
@@ -42,6 +43,10 @@ def test_latency_is_what_trying_everything_finds(shape: ModelShape, candidates: 
     assert found.seconds == close(least, rel=1e-9)
     assert found.seconds == close(total_s(shape, candidates, (found.workers, found.ranges)), rel=1e-9)
     evened(shape, candidates, search(shape, candidates, Objective.LATENCY).best(), least)
+    noisy = Search(StageTable(shape, 1), candidates, Objective.LATENCY).best()
+    assert noisy
+    assert (noisy.workers, noisy.ranges) in every
+    assert noisy.seconds <= least * (1 + BALANCE_SLACK) * SPEED_NOISE_RATIO**2 * (1 + 1e-9)
 
 
 def evened(shape: ModelShape, candidates: Candidates, found: BestLayout | None, least: float) -> None:
