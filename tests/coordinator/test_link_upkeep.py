@@ -5,10 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
-from cluster.coordinator.link_upkeep import find_better_link
+from cluster.coordinator import link_upkeep
+from cluster.coordinator.link_upkeep import LinkUpkeep, find_better_link
 from cluster.coordinator.ring import RingStage
+from cluster.coordinator.roster import RosterEntry
 from cluster.core.errors import WorkerLost
 from cluster.core.plan import Link, Route
 
@@ -28,12 +32,15 @@ class Control:
         return self.best
 
 
+def epoch_of(used: Link | None, control: Control) -> Any:
+    stages = (RingStage("mac-1", "h:1", Route.RELAY), RingStage("mac-2", "h:2", Route.DIRECT, link=used))
+    return SimpleNamespace(stages=stages, controls=(Control(None), control))
+
+
 async def found(used: Link | None, best: Link | None, hosts: tuple[str, ...] = ("10.0.0.1",)) -> tuple[str, int]:
     control = Control(best)
-    stages = (RingStage("mac-1", "h:1", Route.RELAY), RingStage("mac-2", "h:2", Route.DIRECT, link=used))
-    epoch: Any = SimpleNamespace(stages=stages, controls=(Control(None), control))
     workers: Any = {"mac-1": SimpleNamespace(data_hosts=hosts)}
-    return await find_better_link(epoch, workers), control.asked
+    return await find_better_link(epoch_of(used, control), workers), control.asked
 
 
 @pytest.mark.anyio
@@ -52,3 +59,26 @@ async def test_nothing_is_changed_for_a_little_or_for_nothing_known() -> None:
 async def test_nothing_is_measured_where_there_is_no_choice() -> None:
     assert await found(WIFI, CABLE, hosts=()) == ("", 0)
     assert await found(None, CABLE) == ("", 0)
+
+
+@pytest.mark.anyio
+async def test_what_was_found_is_for_its_epoch_and_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_upkeep, "LINKS_S", 0.0)
+    control = Control(CABLE)
+    epoch, busy = epoch_of(WIFI, control), [True, True]
+
+    async def is_idle() -> bool:
+        assert not control.asked, "nothing is measured beside requests"
+        return not (busy and busy.pop())
+
+    info: Any = SimpleNamespace(name="mac-1", data_hosts=("10.0.0.1",))
+    upkeep = LinkUpkeep(lambda: epoch, is_idle, lambda: [RosterEntry(info)])
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(upkeep.run)
+        while not upkeep.has_better(epoch):
+            await checkpoint()
+        tasks.cancel_scope.cancel()
+    assert (busy, control.asked) == ([], 1)
+    assert not upkeep.has_better(epoch_of(WIFI, control)), "another epoch may use it"
+    assert upkeep.take() == "a faster network between mac-1 and mac-2 was found"
+    assert not upkeep.has_better(epoch)
