@@ -159,4 +159,4 @@ def _send_once(client: Client, message: str, system: str | None, options: Option
         if json:
             print_json(answer_as_json(stream.completion()))
         else:
-            print_stream(stream)
+            print_stream(stream, client)

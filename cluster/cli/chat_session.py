@@ -66,7 +66,7 @@ class ChatSession:
         question = ChatMessage("user", text)
         with self._client.stream_chat([*opening, *self._history, question], **self._options) as stream:
             try:
-                print_stream(stream)
+                print_stream(stream, self._client)
             except KeyboardInterrupt:
                 note("(stopped)")
             self._remember(question, stream)

@@ -150,6 +150,6 @@ def print_answer(client: Client, state: ClusterState, prompt: str, max_tokens: i
     held = ", ".join(f"{stage.worker} layers {stage.layers}" for stage in state.stages)
     note(f"serving {state.model}: {held}")
     with client.stream_chat([("user", prompt)], max_tokens=max_tokens) as stream:
-        print_stream(stream)
+        print_stream(stream, client)
         if stream.finish and sys.stderr.isatty():
             note(summarize_answer(stream.finish))

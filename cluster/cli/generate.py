@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,7 +110,7 @@ def _answer(
         if json:
             print_json(answer_as_json(stream.completion()))
             return
-        print_stream(stream)
+        print_stream(stream, client)
         if stream.finish and (verbose or sys.stderr.isatty()):
             note(summarize_answer(stream.finish))
 
@@ -120,18 +122,31 @@ def _ask(client: Client, text: str, system: str | None, options: Options, *, raw
     return client.stream_chat([*opening, ("user", text)], **options)
 
 
-def print_stream(stream: Stream) -> None:
-    """Print an answer as it arrives, and end with a line break.
+def print_stream(stream: Stream, client: Client) -> None:
+    """Print an answer as it arrives, and end with a line break. On a terminal, say why it pauses.
 
     The line break is printed after an error too, so that later output starts on a new line.
     """
-    from cluster.cli.screen import printable, write_answer
+    from cluster.cli.pause_watch import PauseWatch
+    from cluster.cli.screen import note, printable, write_answer
     from cluster.cli.word_wrap import WordWrapper
 
     wrapper = WordWrapper(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    writing = threading.Lock()
+
+    def tell(sentence: str) -> None:
+        with writing:
+            write_answer(wrapper.break_line() if wrapper else "")
+            note(f"({sentence})")
+
+    watch = PauseWatch(client, tell) if sys.stderr.isatty() else None
     try:
-        for piece in stream.texts():
-            write_answer(wrapper.add(printable(piece)) if wrapper else piece)
+        with watch or nullcontext():
+            for piece in stream.texts():
+                with writing:
+                    write_answer(wrapper.add(printable(piece)) if wrapper else piece)
+                if watch:
+                    watch.hear()
     finally:
         write_answer(wrapper.flush() if wrapper else "")
         if stream.text and not stream.text.endswith("\n"):

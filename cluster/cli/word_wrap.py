@@ -23,6 +23,11 @@ class WordWrapper:
         """Return what can be written now."""
         return "".join(self._add(character) for character in text)
 
+    def break_line(self) -> str:
+        """Return the end of the line if it has begun, so that something else can be written. The text goes on below."""
+        begun, self._column, self._spaces = self._column > 0, 0, ""
+        return "\n" if begun else ""
+
     def flush(self) -> str:
         """Return the text held back so far. Call it once, after the last piece."""
         rest, self._spaces = self._end_word() + self._spaces, ""

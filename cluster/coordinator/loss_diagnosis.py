@@ -39,6 +39,8 @@ def _verdict(stage: PlannedStage, member: RosterEntry | None, process: str) -> s
     """Return why a worker no longer holds its stage, which it loaded in the process with that id; "" if it does."""
     if member is None:
         return f"worker {stage.worker} is missing"
+    if member.problem and not member.reachable and not member.outside:
+        return f"{stage.worker} stopped answering"  # the log and `status` say at which address, and how
     if member.problem:
         return with_subject(stage.worker, member.problem, f"worker {stage.worker}")
     info = member.info

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.epoch import Epoch, EpochBuilder
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.heartbeat import HeartbeatMonitor
-from cluster.coordinator.loss_diagnosis import diagnose, find_hanging, is_excused, unservable
+from cluster.coordinator.loss_diagnosis import diagnose, find_hanging, is_excused, unservable, verdicts
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.planner import capacity
 from cluster.coordinator.prefix_disks import OwnersOf, PrefixDisks, PrefixOwners
@@ -43,6 +43,8 @@ from cluster.core.limits import (
     RECOVERY_WAIT_S,
     RETURN_S,
 )
+from cluster.core.plan import PlannedStage
+from cluster.core.text import names_in_words
 from cluster.transport.streams import Dialer
 
 log = logging.getLogger(__name__)
@@ -134,8 +136,7 @@ class EpochChange(ABC):
         context = self._context
         missing = [s for s, w in zip(chosen.plan.stages, chosen.workers, strict=True) if not holds(w, s)]
         self._missing_bytes = sum(s.weight_bytes for s in missing)
-        loads = ", ".join(f"layers {s.layers} on {s.worker}" for s in missing)
-        self.doing = f"loading {loads}" if loads else "linking the stages again"
+        self.doing = self._describe_loads(missing) if missing else "linking the stages again"
         self._on_chosen()
         context.deps.roster.pin(chosen.workers)
         await self._while_all_live(chosen, context.builder.load(chosen.plan, chosen.workers))
@@ -150,6 +151,10 @@ class EpochChange(ABC):
         wait_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))
         await run_canary(context.loop, epoch.plan, context.model_info, context.failures, context.deps.heartbeat, wait_s)
         return epoch
+
+    def _describe_loads(self, missing: Sequence[PlannedStage]) -> str:
+        """Describe the loads of stages whose worker does not hold its layers yet."""
+        return f"loading {', '.join(f'layers {s.layers} on {s.worker}' for s in missing)}"
 
     def _on_chosen(self) -> None:
         """Report that the next plan is chosen; ``doing`` says what it needs."""
@@ -177,7 +182,10 @@ class EpochChange(ABC):
 
 
 class Recovery(EpochChange):
-    """One recovery from the loss of a stage. ``cause`` is the loss. ``notify`` hears of each plan that is chosen."""
+    """One recovery from the loss of a stage. ``cause`` is the loss.
+
+    ``notify`` hears of each plan that is chosen, and that none can be.
+    """
 
     def __init__(
         self, context: RecoveryContext, epoch: Epoch, cause: MacpipeError, notify: Callable[[str], None]
@@ -185,6 +193,10 @@ class Recovery(EpochChange):
         super().__init__(context, epoch)
         self.cause = cause
         self._notify = notify
+        self._waits = False
+        """Whether ``notify`` was told that no plan fits, or that an engine restarts."""
+        self._lost = 0
+        """Number of the plan's workers that no longer hold their stage."""
         self._unreachable_once: set[str] = set()
         """Workers whose data port could not be reached once. After a second failure, they get no layers."""
 
@@ -208,20 +220,31 @@ class Recovery(EpochChange):
             except (NoPlan, NoWorkers) as e:
                 self._on_no_plan(e)
             except _EngineRestarting as e:
-                self.doing = e.sentence
+                self._wait_for(e.sentence)
             except MacpipeError as e:
                 self._on_failed_try(e)
             await asyncio.sleep(RECOVERY_PAUSE_S)
 
+    def _describe_loads(self, missing: Sequence[PlannedStage]) -> str:
+        whose = {0: "", 1: "its "}.get(self._lost, "their ")
+        return f"reloading {whose}layers on {names_in_words(list(dict.fromkeys(s.worker for s in missing)))}"
+
     def _on_chosen(self) -> None:
         super()._on_chosen()
         self._notify(f"{self.cause.sentence}; {self.doing}")
+
+    def _wait_for(self, sentence: str) -> None:
+        self.doing = sentence
+        if not self._waits:
+            self._waits = True
+            self._notify(f"{self.cause.sentence}; {self.doing}")
 
     async def _find_cause(self) -> None:
         """Ask the workers that held a stage which of them failed. Reset engines that hang, so that they restart."""
         members = await self._ask_workers()
         plan = self._epoch.plan
         self.cause = diagnose(self.cause, plan, members, self._epoch.workers)
+        self._lost = len(verdicts(plan, members, self._epoch.workers))
         log.warning("recovery: ring lost reason=%s epoch=%d", self.cause.sentence, plan.epoch)
         deadlines = self._context.loop.deadlines
         if deadlines.overdue <= EXCUSES:  # after more overdue frames, even an engine that computes counts as hung
@@ -278,7 +301,7 @@ class Recovery(EpochChange):
 
     def _on_no_plan(self, why: MacpipeError) -> None:
         """Handle that no plan fits. Requests wait up to ``RECOVERY_WAIT_S`` and then end; the recovery continues."""
-        self.doing = f"waiting for a Mac: {why.sentence}"
+        self._wait_for(f"waiting for a Mac: {why.sentence}")
         self._without.clear()  # a folder that was missing may have been copied in the meantime
         if not self.refused and self._elapsed > RECOVERY_WAIT_S:
             self.refused = True

@@ -105,7 +105,7 @@ class Roster:
     def member(self, info: WorkerInfo, problem: str) -> RosterEntry:
         """Return the entry of a worker that answered. A worker outside the cluster counts as unreachable."""
         if why := self.why_not_member(info):
-            return RosterEntry(info, why, reachable=False)
+            return RosterEntry(info, why, reachable=False, outside="removed")
         return RosterEntry(info, problem or self.why_unusable(info))
 
     def why_not_member(self, info: WorkerInfo) -> str:

@@ -297,7 +297,6 @@ class ModelService:
         if self._draft:
             self._draft.stop_loading()
         self.recovery = recovery = Recovery(self._context, self._epoch, cause, self._notify)
-        self._notify(f"{cause.sentence}; recovering")
         self._epoch = await recovery.run()
         self.recovery = None
         self._end_leaves_after_loss()

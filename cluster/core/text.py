@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from cluster.core.errors import InvalidOption
@@ -149,6 +150,12 @@ def duration_in_words(seconds: float) -> str:
         if round(seconds / size) >= 2:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def names_in_words(names: Sequence[str]) -> str:
+    """Return names like ``ada, bob and cyd``."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def count_in_words(count: int, noun: str) -> str:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner
 
 from cluster.cli.chat import read_message, read_piped_lines
 from cluster.cli.main import app
+from cluster.cli.pause_watch import PauseWatch
 from cluster.cli.word_wrap import WordWrapper
+from cluster.core.cluster_state import Repair
 from cluster.core.errors import InvalidOption
 
 WRAPPED = [
@@ -72,3 +78,42 @@ def test_an_option_that_is_not_utf8_is_named(command: str, source: str) -> None:
     ended = CliRunner().invoke(app, [*command.split(), "a\udced\udca0\udc80"], prog_name="macpipe")
     assert isinstance(ended.exception, InvalidOption)
     assert ended.exception.sentence.startswith(f"{source} holds bytes that are not UTF-8, so it was not sent; ")
+
+
+class Recovering:
+    """A coordinator's client: it is asked once before a recovery, then during it."""
+
+    def __init__(self) -> None:
+        plan = Repair("mac-3", "mac-3 stopped answering", 1.0, "reloading its layers on mac-1 and mac-2", 4.0, 1)
+        self.repairs = [None, replace(plan, attempts=0, doing="asking the workers"), plan, plan]
+        self.asked = threading.Semaphore(0)
+
+    def cluster(self) -> Any:
+        repair = self.repairs.pop(0) if len(self.repairs) > 1 else self.repairs[0]
+        self.asked.release()
+        return SimpleNamespace(repair=repair)
+
+
+def test_a_pause_is_explained_once() -> None:
+    client, told = Recovering(), list[str]()
+    with PauseWatch(cast(Any, client), told.append, pause_s=0.01):
+        for _ in range(6):
+            assert client.asked.acquire(timeout=20)
+    assert told == ["mac-3 stopped answering; reloading its layers on mac-1 and mac-2"]
+
+
+def test_nobody_is_asked_while_an_answer_comes() -> None:
+    client = Recovering()
+    watch = PauseWatch(cast(Any, client), lambda _: None, pause_s=1000)
+    watch.hear()
+    assert not watch._pauses()
+    watch._last -= 1001
+    assert watch._pauses()
+
+
+def test_a_note_begins_on_a_line_of_its_own() -> None:
+    wrapper = WordWrapper(20)
+    shown = wrapper.add("Some words of ") + wrapper.break_line()
+    assert shown == "Some words of\n"
+    assert wrapper.break_line() == ""
+    assert wrapper.add("an answer that goes on") + wrapper.flush() == "an answer that goes\non"

@@ -126,10 +126,14 @@ def test_what_fits_nowhere_says_whose_loss_it_was_and_what_is_missing() -> None:
 
 def test_the_guilty_are_named_and_not_their_neighbours() -> None:
     assert diagnose(CAUSE, PLAN, members(*STAGES), STAGES) is CAUSE
-    found = diagnose(CAUSE, PLAN, members(*STAGES, ada="worker ada at x does not answer"), STAGES)
+    silent = RosterEntry(STAGES[0], "worker ada at x does not answer", reachable=False)
+    found = diagnose(CAUSE, PLAN, (silent, *members(*STAGES[1:])), STAGES)
     assert found.details == {"worker": "ada"}
-    assert found.sentence == "worker ada at x does not answer"
-    assert verdicts(PLAN, members(*STAGES, bob="the engine was ended by SIGKILL"), STAGES) == {
+    assert found.sentence == "ada stopped answering"
+    removed = replace(silent, problem="ada was removed from the cluster c", outside="removed")
+    assert verdicts(PLAN, (removed, *members(*STAGES[1:])), STAGES) == {"ada": "ada was removed from the cluster c"}
+    crashed = RosterEntry(STAGES[1], "the engine was ended by SIGKILL")
+    assert verdicts(PLAN, (*members(STAGES[0], STAGES[2]), crashed), STAGES) == {
         "bob": "worker bob: the engine was ended by SIGKILL"
     }
     restarted = (STAGES[0], replace(STAGES[1], epoch=0), STAGES[2])
