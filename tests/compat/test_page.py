@@ -223,6 +223,29 @@ def test_a_plan_speaks_of_the_forms_fields_and_leaves_names_of_macs_alone(show: 
     assert "lower “Context in tokens” or raise --memory-limit" in page.inner_text("#plan [role=alert]")
 
 
+def test_a_page_that_nobody_sees_does_not_watch(show: Callable[..., Any]) -> None:
+    page = show(ClusterState("lab", "1", ServingState.IDLE), "cluster")
+    page.wait_for_selector("#cluster h1")
+    closed = page.evaluate(
+        """() => {
+            let closed = 0;
+            const { close } = EventSource.prototype;
+            EventSource.prototype.close = function () { closed += 1; close.call(this); };
+            Object.defineProperty(document, "hidden", { value: true, configurable: true });
+            document.dispatchEvent(new Event("visibilitychange"));
+            return closed;
+        }"""
+    )
+    assert closed == 1
+    with page.expect_request("**/api/events"):
+        page.evaluate(
+            """() => {
+                delete document.hidden;
+                document.dispatchEvent(new Event("visibilitychange"));
+            }"""
+        )
+
+
 def test_tables_align_their_columns(show: Callable[..., Any]) -> None:
     page = show(ClusterState("lab", "1", ServingState.IDLE), "chat")
     aligned = page.evaluate(

@@ -30,6 +30,16 @@ const context = {
   signInAgain: () => begin(),
 };
 
+/** Watch while somebody sees this page: the coordinator takes no snapshots for hidden ones. */
+function watchWhileVisible() {
+  if (document.hidden || !session?.scope) {
+    stopWatching?.();
+    stopWatching = null;
+  } else {
+    stopWatching ??= watch({ state: onState, lost: onLost, refused: onRefused });
+  }
+}
+
 async function begin() {
   stopWatching?.();
   stopWatching = null;
@@ -49,7 +59,7 @@ async function begin() {
   owner = session.name;
   page.login.hidden = true;
   page.top.hidden = false;
-  stopWatching = watch({ state: onState, lost: onLost, refused: onRefused });
+  watchWhileVisible();
   showView();
 }
 
@@ -165,6 +175,7 @@ async function endSession() {
   location.reload(); // with the conversation
 }
 
+document.addEventListener("visibilitychange", watchWhileVisible);
 addEventListener("hashchange", () => {
   showView();
   page.main.focus();
