@@ -18,6 +18,9 @@ TESTS = Path(__file__).resolve().parent
 pytest_plugins = ["closed_loops", "netns", "disks", "limits"]
 
 
+os.environ.pop("COLUMNS", None)  # a pipe's width, for what the tests print and for the daemons that they start
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick", action="store_true", help="leave out the files of NOT_QUICK: those that start daemons or load models"

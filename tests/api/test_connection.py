@@ -566,5 +566,5 @@ def test_a_mac_that_does_not_lead_the_cluster_needs_a_certificate_of_its_own(
     settings: Settings, folder: ClusterFolder
 ) -> None:
     folder.authority_key.unlink()
-    with pytest.raises(NoCluster, match="init"):
+    with pytest.raises(NoCluster, match="run this command on the coordinator's Mac"):
         port.http_port(settings("192.0.2.7"))

@@ -34,7 +34,7 @@ def test_a_model_of_the_hub(hub: FakeHub, tmp_path: Path) -> None:
     assert config["quantization"] == {"bits": 8, "group_size": 32, "mode": "affine"}
     assert told["fingerprint"] == open_checkpoint(tmp_path / "out").fingerprint
     assert told["bytes"] == sum(one.nbytes for one in open_checkpoint(tmp_path / "out").tensors.values())
-    assert "owner/tiny: 100% of " in done.stderr
+    assert "owner/tiny: 100%, 67.6 of 67.6 KiB" in done.stderr
 
 
 def test_wrong_usage_is_a_sentence(tmp_path: Path) -> None:
