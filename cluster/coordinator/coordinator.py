@@ -34,6 +34,7 @@ from cluster.coordinator.reporter import BothReporters, LoadReporter, LoadWatch,
 from cluster.coordinator.request_timings import ClusterTotals, LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.roster_refresh import RosterRefresh
+from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.service import ModelService, open_service
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_adapters, describe_workers, with_plan, with_requests, with_training
@@ -90,6 +91,7 @@ class Coordinator:
         self.prefix_owners: OwnersOf = PrefixOwners
         """Tells who may have prefixes on the workers' disks. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
+        self._pinning = RosterView(roster, "default")
         self._epochs = epochs or EpochNumbers()
         self._started = time.monotonic()
         self._totals = LoopTotals()
@@ -189,9 +191,9 @@ class Coordinator:
         if self._service:
             await self._service.send_step_times()  # the next plan uses the step times measured here
         if again:
-            gathered, order = await gather_remaining(self._roster, order, model_info.placed_shape, report)
+            gathered, order = await gather_remaining(self._pinning, order, model_info.placed_shape, report)
         else:
-            gathered = await gather_workers(self._roster, order, model_info.placed_shape, report)
+            gathered = await gather_workers(self._pinning, order, model_info.placed_shape, report)
         found, order = await adopt_held_slices(model_info.placed_shape, order, gathered, self._roster)
         number = self._epochs.next(m.info.epoch for m in self._roster.members)
         plan = await self._make_plan(number, model_info.placed_shape, found, order)
@@ -207,8 +209,8 @@ class Coordinator:
                     raise
                 self._report_problem(f"{plan.model.name} is served without a draft model: {e.sentence}")
         await self._close(NotServing("another model is being loaded"))
-        self._roster.pin(workers)
-        self._roster.pin_draft(draft.worker if draft else None)
+        self._pinning.pin(workers)
+        self._pinning.pin_draft(draft.worker if draft else None)
         self._heartbeat.start()
         service = await open_service(
             self._deps(), model_info, order, Assignment(plan, workers), draft, self._report_problem, report.progress
@@ -219,7 +221,7 @@ class Coordinator:
 
     def _deps(self) -> ServiceDeps:
         owners, timeline = self.prefix_owners, self._timeline
-        return ServiceDeps(self._roster, self._heartbeat, self._dialer, self._weights, self._epochs, owners, timeline)
+        return ServiceDeps(self._pinning, self._heartbeat, self._dialer, self._weights, self._epochs, owners, timeline)
 
     async def train(
         self, request: TrainingRequest, tell: Callable[[TrainingEvent], None], follower: LoadReporter
@@ -248,7 +250,7 @@ class Coordinator:
         """
         shape = await self._reader.read_shape(order)
         if wait:
-            found = await gather_workers(self._roster, order, shape, self._report)
+            found = await gather_workers(self._pinning, order, shape, self._report)
         else:
             found = await self._roster.present(order.stage_count)
         return await self._make_plan(0, shape, found, order)
@@ -288,8 +290,8 @@ class Coordinator:
         if service:
             await service.model_info.close()
             await service.close(error)
-        self._roster.pin(())
-        self._roster.pin_draft(None)
+        self._pinning.pin(())
+        self._pinning.pin_draft(None)
 
     async def close(self) -> None:
         """End live requests, release the workers and stop."""

@@ -24,7 +24,8 @@ from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.planner import capacity
 from cluster.coordinator.prefix_disks import OwnersOf, PrefixDisks, PrefixOwners
 from cluster.coordinator.replan import Assignment, holds, reassign_layers
-from cluster.coordinator.roster import Roster, RosterEntry
+from cluster.coordinator.roster import RosterEntry
+from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.step_times import StepTimes
 from cluster.coordinator.timeline import Timeline
@@ -58,7 +59,7 @@ Failures = asyncio.Queue[MacpipeError]
 class ServiceDeps:
     """The dependencies of a service: the cluster's workers, the clients that call them, and the listener of events."""
 
-    roster: Roster
+    roster: RosterView
     heartbeat: HeartbeatMonitor
     dialer: Dialer
     weights: WeightDistribution

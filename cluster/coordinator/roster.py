@@ -58,17 +58,19 @@ class Roster:
         self.trust = trust
         self._refreshing = anyio.Lock()
         self._controls: dict[str, WorkerClient] = {}
-        self._pinned: dict[str, WorkerInfo] = {}
-        self._pinned_draft: dict[str, WorkerInfo] = {}
+        self._pinned: dict[str, dict[str, WorkerInfo]] = {}
+        """By the name of the holder, then by control address."""
         self.members: tuple[RosterEntry, ...] = ()
 
-    def pin(self, workers: Sequence[WorkerInfo]) -> None:
-        """Keep asking the workers that hold a stage, even if no longer announced. Replaces the previous set."""
-        self._pinned = {w.control_address: w for w in workers}
+    def pin(self, holder: str, workers: Sequence[WorkerInfo]) -> None:
+        """Keep asking the workers that hold something for ``holder``, even if no longer announced.
 
-    def pin_draft(self, worker: WorkerInfo | None) -> None:
-        """Keep asking the worker that holds the draft model, too; None if there is none."""
-        self._pinned_draft = {worker.control_address: worker} if worker else {}
+        Replaces the holder's previous set; an empty one forgets the holder.
+        """
+        if workers:
+            self._pinned[holder] = {w.control_address: w for w in workers}
+        else:
+            self._pinned.pop(holder, None)
 
     async def refresh(self) -> tuple[RosterEntry, ...]:
         """Ask all announced workers at once to describe themselves. Return the members, sorted by name."""
@@ -91,13 +93,14 @@ class Roster:
 
     def addresses(self) -> set[str]:
         """Return the control addresses of all announced workers and of those that hold a stage."""
-        return self._pinned.keys() | self._pinned_draft.keys() | {s.address for s in self._source.current()}
+        return set().union(*self._pinned.values(), (s.address for s in self._source.current()))
 
     async def _ask(self, address: str, answers: dict[str, RosterEntry]) -> None:
         try:
             info, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
         except MacpipeError as e:
-            known = self._pinned.get(address) or self._pinned_draft.get(address) or _unknown_worker(address)
+            pinned = (workers[address] for workers in self._pinned.values() if address in workers)
+            known = next(pinned, None) or _unknown_worker(address)
             answers[address] = RosterEntry(known, e.sentence, reachable=False, outside=e.details.get(OUTSIDE, ""))
         else:
             answers[address] = self.member(info, problem)

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 
 from cluster.coordinator.reporter import LoadReporter
-from cluster.coordinator.roster import Roster
+from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import NoWorkers
 from cluster.core.limits import RETURN_S
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 async def gather_workers(
-    roster: Roster, order: LoadOrder, shape: ModelShape, report: LoadReporter
+    roster: RosterView, order: LoadOrder, shape: ModelShape, report: LoadReporter
 ) -> tuple[WorkerInfo, ...]:
     """Wait for the workers that the order asks for, and for one more if there is a draft model.
 
@@ -44,7 +44,7 @@ def require_cuts(shape: ModelShape, order: LoadOrder) -> None:
 
 
 async def gather_remaining(
-    roster: Roster, order: LoadOrder, shape: ModelShape, report: LoadReporter
+    roster: RosterView, order: LoadOrder, shape: ModelShape, report: LoadReporter
 ) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
     """Wait for the workers of an order that was served before. Return them, and the order for which they suffice.
 

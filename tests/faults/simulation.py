@@ -28,6 +28,7 @@ from cluster.coordinator.planner import make_plan
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
 from cluster.coordinator.roster import Roster
+from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.timeline import Timeline
@@ -530,7 +531,8 @@ class Simulation:
         workers = tuple(self.macs[name].info() for name in NAMES[:STAGES])
         first = Assignment(make_plan(self.epochs.next(), SHAPE, workers, order), workers)
         model_info = ModelInfo(SHAPE, cast(Any, _Words()), cast(Any, None), FoundModel(Path()), cast(Any, None))
-        means = ServiceDeps(roster, self._heartbeat, self._network, _NoBytes(), self.epochs, timeline=self.timeline)
+        view = RosterView(roster, "sim")
+        means = ServiceDeps(view, self._heartbeat, self._network, _NoBytes(), self.epochs, timeline=self.timeline)
         draft = None
         if self.drafted:
             order = replace(order, speculation=Speculation.DRAFT, draft="draft")
