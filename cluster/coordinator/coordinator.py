@@ -1,6 +1,6 @@
-"""Run one cluster: at most one loaded model and all requests to it.
+"""Run one cluster: the models that it serves, each a ``Deployment``, and one training in their place.
 
-Owns the state machine idle -> loading -> serving -> failed, and delegates each step to the module that implements it.
+Owns what all deployments share: the workers, the heartbeats, the epoch numbers, the totals and the events.
 """
 
 from __future__ import annotations
@@ -8,65 +8,53 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 import anyio
 
 from cluster import __version__
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.answer_resumption import take_answer
-from cluster.coordinator.draft_assignment import assign_draft, read_draft
+from cluster.coordinator.cluster_planner import ClusterPlanner
+from cluster.coordinator.deployment import Deployment, DeploymentHost
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
-from cluster.coordinator.held_slices import adopt_held_slices
 from cluster.coordinator.journal import Journal
-from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader, choose_model
-from cluster.coordinator.planner import Links, make_plan
+from cluster.coordinator.planner import Links
 from cluster.coordinator.prefix_disks import OwnersOf, PrefixOwners
 from cluster.coordinator.recovery import ServiceDeps
-from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import BothReporters, LoadReporter, LoadWatch, Reporter
 from cluster.coordinator.request_timings import ClusterTotals, LoopTotals
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.roster_refresh import RosterRefresh
 from cluster.coordinator.roster_view import RosterView
-from cluster.coordinator.service import ModelService, open_service
+from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.snapshot import describe_adapters, describe_workers, with_plan, with_requests, with_training
 from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.training_run import TrainingHost, TrainingMode, TrainingRequest
 from cluster.coordinator.weight_distribution import WeightDistribution
-from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
 from cluster.core.adapter import Adapter
-from cluster.core.cluster_state import ClusterState, EventKind, ServingState
-from cluster.core.errors import (
-    Aborted,
-    DeadlineExceeded,
-    MacpipeError,
-    NoPlan,
-    NotServing,
-    RequestNotFound,
-    WorkerLost,
-)
-from cluster.core.limits import (
-    CONTROL_TIMEOUT_S,
-    MAX_SCHEMA_BYTES,
-    OVERLOADED_S,
-    STATUS_VIEW_S,
-)
-from cluster.core.plan import ModelShape, Plan, Speculation
+from cluster.core.cluster_state import ClusterState, ServingState
+from cluster.core.errors import MacpipeError, NotServing, RequestNotFound, WorkerLost
+from cluster.core.limits import MAX_SCHEMA_BYTES, OVERLOADED_S
+from cluster.core.plan import Plan, Speculation
 from cluster.core.request import Grammar, Request
 from cluster.core.training_events import TrainingEvent
-from cluster.core.worker import WorkerInfo, WorkerState
+from cluster.core.worker import WorkerState
 from cluster.membership.suspicion import Belief, Standing
 from cluster.platform.overload import Lag, no_lag
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
+
+DEFAULT: Final = "default"
+"""Name of the deployment that requests without a model's name go to."""
+_BY_URGENCY: Final = (ServingState.LOADING, ServingState.FAILED, ServingState.RECOVERING, ServingState.SERVING)
+"""The states of deployments, the one first that the cluster's state shows if deployments differ."""
 
 
 class Coordinator:
@@ -91,137 +79,95 @@ class Coordinator:
         self.prefix_owners: OwnersOf = PrefixOwners
         """Tells who may have prefixes on the workers' disks. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
-        self._pinning = RosterView(roster, "default")
         self._epochs = epochs or EpochNumbers()
         self._started = time.monotonic()
         self._totals = LoopTotals()
         self._reader = ModelReader(store)
+        self._planner = ClusterPlanner(RosterView(roster, "plans"), self._reader, report)
         self._weights = WeightDistribution(store, roster)
         self._max_schema_bytes = max_schema_bytes
-        self._loading = asyncio.Lock()
-        self._watch = LoadWatch()
-        self._service: ModelService | None = None
-        self._order: LoadOrder | None = None
-        """What is served, or was served before a training."""
+        self._exclusive = asyncio.Lock()
+        """Held by a training, in whose place nothing is served or loaded."""
         self._training = TrainingMode(partial(self.load, again=True), self._report_problem)
+        self._preparation = LoadWatch()
+        """What is done before a training begins."""
         self._lag = lag
         self._heartbeat = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
         self._refresh = RosterRefresh(roster)
         self._timeline = Timeline()
-        self.links: Links = {}
-        """The links between workers as they were measured last, by the names (from, to)."""
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed. The waiter clears it."""
+        self._deployments = {DEFAULT: self._create_deployment(DEFAULT)}
 
     @property
     def state(self) -> ServingState:
         if self._training.job:
             return ServingState.TRAINING
-        if self._loading.locked():
+        if self._exclusive.locked():
             return ServingState.LOADING
-        if self._service is None:
-            return ServingState.IDLE
-        if (recovery := self._service.recovery) is None:
-            return ServingState.SERVING
-        return ServingState.FAILED if recovery.refused else ServingState.RECOVERING
+        states = {deployment.state for deployment in self._deployments.values()}
+        return next((state for state in _BY_URGENCY if state in states), ServingState.IDLE)
 
     @property
     def is_busy(self) -> bool:
         """Whether requests are live or Macs are being given work: this Mac must not go to sleep."""
         if self.state in (ServingState.LOADING, ServingState.TRAINING, ServingState.RECOVERING):
             return True
-        return self._service is not None and len(self._service.loop.answers) > 0
+        return any(deployment.has_requests for deployment in self._deployments.values())
+
+    @property
+    def links(self) -> Links:
+        """The links between workers as they were measured last, by the names (from, to)."""
+        return self._planner.links
 
     def _on_belief(self, belief: Belief) -> None:
         self.changed.set()
         returned = belief.standing is Standing.UP and belief.lost_at
         if returned and (sentence := self._timeline.add_return(belief.worker, belief.lost_at[-1])):
             self._report.problem(sentence)
-        if self._service:
-            self._service.on_belief(belief)
+        for service in self._services():
+            service.on_belief(belief)
         if self._training.job:
             self._training.job.on_belief(belief)
 
     def _alive(self) -> Collection[str]:
-        return self._service.alive() if self._service else ()
+        return {worker for deployment in self._deployments.values() for worker in deployment.alive()}
+
+    def _services(self) -> list[ModelService]:
+        """Return what is served now."""
+        return [deployment.service for deployment in self._deployments.values() if deployment.service]
+
+    def _create_deployment(self, name: str) -> Deployment:
+        deps, journal = self._deps(name), lambda: self.journal
+        host = DeploymentHost(
+            self._reader, self._planner, deps, self._totals, journal, self.changed.set, self._report_problem
+        )
+        return Deployment(name, host)
+
+    def _deps(self, holder: str) -> ServiceDeps:
+        return ServiceDeps(
+            RosterView(self._roster, holder),
+            self._heartbeat,
+            self._dialer,
+            self._weights,
+            self._epochs,
+            lambda: self.prefix_owners(),
+            self._timeline,
+        )
 
     # Loading
 
     async def load(self, order: LoadOrder, follower: LoadReporter | None = None, *, again: bool = False) -> None:
-        """Load a model and serve it in place of the current one.
-
-        The current model is served until workers and a plan for the new one are found. If the new model then fails to
-        load, nothing is served. ``again``: it was served before, and goes on with the workers that are left of those
-        it asks for. Raises ``MacpipeError``.
-        """
-        if self._loading.locked():
+        """Load a model and serve it in place of the current one. Raises ``NotServing``, and as ``Deployment.load``."""
+        if self._is_loading:
             raise NotServing("another model is being loaded or trained; wait until that ends")
+        self._training.problem = ""
         report = BothReporters(self._report, follower) if follower else self._report
-        async with self._loading:
-            self._training.problem = ""
-            self._watch = LoadWatch(order.model, "loading {} again after the training" if again else "loading {}")
-            self.changed.set()
-            try:
-                await self._replace(order, BothReporters(report, self._watch), again=again)
-            finally:
-                self.changed.set()
+        await self._deployments[DEFAULT].load(order, report, again=again)
 
-    async def _replace(self, order: LoadOrder, report: LoadReporter, *, again: bool) -> None:
-        order.check()
-        began = time.monotonic()
-        model_info = await self._reader.read(order)
-        try:
-            draft_info = await read_draft(self._reader, model_info, order)
-            await self._replace_with(model_info, order, report, draft_info, again=again)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await model_info.close()
-            raise
-        self._timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
-
-    async def _replace_with(
-        self,
-        model_info: ModelInfo,
-        order: LoadOrder,
-        report: LoadReporter,
-        draft_info: ModelInfo | None,
-        *,
-        again: bool,
-    ) -> None:
-        if self._service:
-            await self._service.send_step_times()  # the next plan uses the step times measured here
-        if again:
-            gathered, order = await gather_remaining(self._pinning, order, model_info.placed_shape, report)
-        else:
-            gathered = await gather_workers(self._pinning, order, model_info.placed_shape, report)
-        found, order = await adopt_held_slices(model_info.placed_shape, order, gathered, self._roster)
-        number = self._epochs.next(m.info.epoch for m in self._roster.members)
-        plan = await self._make_plan(number, model_info.placed_shape, found, order)
-        report.planned(plan)
-        by_name = {w.name: w for w in found}
-        workers = tuple(by_name[stage.worker] for stage in plan.stages)
-        draft = None
-        if draft_info:
-            try:
-                draft = assign_draft(self._epochs.next(), model_info, draft_info, gathered, [w.name for w in workers])
-            except NoPlan as e:
-                if not again:
-                    raise
-                self._report_problem(f"{plan.model.name} is served without a draft model: {e.sentence}")
-        await self._close(NotServing("another model is being loaded"))
-        self._pinning.pin(workers)
-        self._pinning.pin_draft(draft.worker if draft else None)
-        self._heartbeat.start()
-        service = await open_service(
-            self._deps(), model_info, order, Assignment(plan, workers), draft, self._report_problem, report.progress
-        )
-        service.loop.answers.totals = self._totals
-        service.loop.answers.journal = self.journal
-        self._service, self._order = service, order
-
-    def _deps(self) -> ServiceDeps:
-        owners, timeline = self.prefix_owners, self._timeline
-        return ServiceDeps(self._pinning, self._heartbeat, self._dialer, self._weights, self._epochs, owners, timeline)
+    @property
+    def _is_loading(self) -> bool:
+        return self._exclusive.locked() or any(deployment.is_loading for deployment in self._deployments.values())
 
     async def train(
         self, request: TrainingRequest, tell: Callable[[TrainingEvent], None], follower: LoadReporter
@@ -232,38 +178,21 @@ class Coordinator:
         loaded again, and the errors of ``TrainingMode.run``.
         """
         await self._training.wait_restored()
-        if self._loading.locked():
+        if self._is_loading:
             raise NotServing("a model is being loaded or trained; wait until that ends")
-        self._watch = LoadWatch(request.order.model, "preparing to train adapters of {}")
-        report = BothReporters(BothReporters(self._report, follower), self._watch)
-        host = TrainingHost(self._reader, self._deps(), self._make_plan, self._close, self.changed)
-        async with self._training.report_restored(tell), self._loading:
-            order = self._order
-            if self._service and order:
-                order = self._service.adapters.adjust_order(order)
-            await self._training.run(host, request, tell, report, order)
+        self._preparation = LoadWatch(request.order.model, "preparing to train adapters of {}")
+        report = BothReporters(BothReporters(self._report, follower), self._preparation)
+        deps = self._deps("training")
+        host = TrainingHost(self._reader, deps, self._planner.make_plan, self._close, self.changed)
+        async with self._training.report_restored(tell), self._exclusive:
+            await self._training.run(host, request, tell, report, self._deployments[DEFAULT].order)
 
     async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
         """Return the plan that ``load`` would use with the workers present now. Change nothing.
 
         With ``wait``, wait for workers as ``load`` does. Raises ``MacpipeError``.
         """
-        shape = await self._reader.read_shape(order)
-        if wait:
-            found = await gather_workers(self._pinning, order, shape, self._report)
-        else:
-            found = await self._roster.present(order.stage_count)
-        return await self._make_plan(0, shape, found, order)
-
-    async def _make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:
-        """Return a plan over some of these workers. Measure their links if all speeds are known, or to choose one."""
-        links: Links = {}
-        choice = all(w.profile.known for w in found) or any(w.data_hosts for w in found)
-        if len(found) > 1 and choice:
-            links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
-            known = {member.info.name for member in self._roster.members}
-            self.links = {pair: link for pair, link in {**self.links, **links}.items() if known.issuperset(pair)}
-        return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
+        return await self._planner.plan(order, wait=wait)
 
     def _report_problem(self, sentence: str) -> None:
         self.changed.set()
@@ -274,24 +203,16 @@ class Coordinator:
 
         Raises ``NotServing`` while a model is being loaded or trained.
         """
-        if self._loading.locked():
+        if self._is_loading:
             raise NotServing("a model is being loaded or trained; wait until that ends")
-        async with self._loading:
-            service = self._service
-            await self._close(NotServing("the model was unloaded"))
-            self._order = None
-            self._training.problem = ""
-        if service:
-            self._timeline.add(EventKind.UNLOAD, f"unloaded {service.model_info.shape.model.name}")
+        for deployment in self._deployments.values():
+            await deployment.unload()
+        self._training.problem = ""
         self.changed.set()
 
     async def _close(self, error: MacpipeError) -> None:
-        service, self._service = self._service, None
-        if service:
-            await service.model_info.close()
-            await service.close(error)
-        self._pinning.pin(())
-        self._pinning.pin_draft(None)
+        for deployment in self._deployments.values():
+            await deployment.close(error)
 
     async def close(self) -> None:
         """End live requests, release the workers and stop."""
@@ -306,22 +227,32 @@ class Coordinator:
 
     def served_model(self, model: str, adapter: str = "") -> ModelInfo:
         """Return the served model, with an adapter if one is named. Raises ``NotServing``, and as ``choose_model``."""
-        return choose_model(self._require_service().model_info, model, adapter)
+        return choose_model(self._default().require_service().model_info, model, adapter)
 
     @property
     def speculates(self) -> bool:
         """Whether the served model's tokens may be guessed before they are sampled; False without a model."""
-        return self._service is not None and self._service.speculation is not Speculation.OFF
+        return any(service.speculation is not Speculation.OFF for service in self._services())
 
-    def _require_service(self) -> ModelService:
-        if self._service:
-            return self._service
+    def _default(self) -> Deployment:
+        """Return the default deployment. Raises ``NotServing``, with what the cluster does instead."""
+        deployment = self._deployments[DEFAULT]
+        if deployment.service:
+            return deployment
         if self._training.job:
             raise self._training.job.refusal()
-        if self._loading.locked():
-            raise NotServing(f"the cluster is {self._watch.sentence}; try again in a moment", retry_after_s=5.0)
+        if self._is_loading:
+            raise NotServing(f"the cluster is {self._activity}; try again in a moment", retry_after_s=5.0)
         why = f" ({self._training.problem})" if self._training.problem else ""
         raise NotServing(f"no model is loaded{why}; load one with `macpipe load MODEL`")
+
+    @property
+    def _activity(self) -> str:
+        """What is loaded or prepared now, as a part of a sentence."""
+        if self._exclusive.locked():
+            return self._preparation.sentence
+        loads = (deployment.watch.sentence for deployment in self._deployments.values() if deployment.is_loading)
+        return ", and ".join(loads)
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         """Check the request's grammar, then ``submit`` the request.
@@ -337,58 +268,37 @@ class Coordinator:
         await model_info.check_grammar(grammar, self._max_schema_bytes)
 
     def submit(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
-        """Queue a request that was tokenized for ``model_info``.
-
-        The returned queue yields ``Accepted`` first, or an error. Raises ``NotServing`` if no model is served, or if
-        another model was loaded in the meantime.
-        """
-        service = self._require_service()
-        if not service.model_info.is_same_load(model_info):
-            raise NotServing("another model was loaded while the prompt was tokenized; send the request again")
-        answer = service.create_answer(request)
-        service.loop.submit(request, answer)
-        return answer
+        """Queue a request that was tokenized for ``model_info``. Raises as ``Deployment.submit``."""
+        serving = next((d for d in self._deployments.values() if d.serves(model_info)), None)
+        return (serving or self._default()).submit(request, model_info)
 
     def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, AnswerQueue]:
-        """Resume an answer that a previous coordinator began. Raises as ``take_answer``, and ``NotServing``."""
-        service = self._require_service()
-        request, tokens, skip = take_answer(self.journal, request_id, offsets, client)
-        answer = service.create_answer(request)
-        service.loop.submit(request, answer, tokens, skip)
-        return request, answer
+        """Resume an answer that a previous coordinator began. Raises as ``Deployment.resume``."""
+        return self._default().resume(request_id, offsets, client)
 
     async def add_adapter(self, name: str, folder: str) -> Adapter:
-        """Serve the adapter in ``folder``. Raises as ``ModelReader.read_adapter`` and ``AdapterChanges.add``."""
-        service = self._require_service()
-        return await service.adapters.add(await self._reader.read_adapter(name, folder, service.model_info))
+        """Serve the adapter in ``folder``. Raises as ``Deployment.add_adapter``."""
+        return await self._default().add_adapter(name, folder)
 
     async def remove_adapter(self, name: str) -> int:
-        """Remove an adapter. Raises ``NotServing``, and as ``AdapterChanges.remove``."""
-        return await self._require_service().adapters.remove(name)
+        """Remove an adapter. Raises as ``Deployment.remove_adapter``."""
+        return await self._default().remove_adapter(name)
 
     def forget_client(self, client: str) -> None:
         """Drop what is kept of a client's earlier answers. Its live requests go on; end them first."""
-        if self._service:
-            self._service.loop.forget_client(client)
+        for service in self._services():
+            service.loop.forget_client(client)
 
     async def abort(self, request_id: str) -> None:
-        """End a request in any phase. Raises ``RequestNotFound``, or ``DeadlineExceeded`` if the loop is stuck."""
-        error = Aborted(f"the request {request_id} was aborted")
-        ended = self._require_service().loop.end(request_id, error)
-        try:
-            async with asyncio.timeout(CONTROL_TIMEOUT_S):
-                was_live = await asyncio.wrap_future(ended)
-        except TimeoutError:
-            why = f"request {request_id} did not end within {CONTROL_TIMEOUT_S:.0f} s; the engine loop is stuck"
-            raise DeadlineExceeded(why) from None
-        if not was_live:
-            raise RequestNotFound(f"no live request has the id {request_id}; it may have ended")
+        """End a request in any phase. Raises ``RequestNotFound``, ``NotServing``, and as ``Deployment.abort``."""
+        for deployment in [d for d in self._deployments.values() if d.service] or [self._default()]:
+            if await deployment.abort(request_id):
+                return
+        raise RequestNotFound(f"no live request has the id {request_id}; it may have ended")
 
     async def copy_frames(self) -> FramesCopy:
-        """Return the last frames, to trace a request. Raises ``NotServing``, or ``DeadlineExceeded`` as ``abort``."""
-        with anyio.move_on_after(CONTROL_TIMEOUT_S):
-            return await asyncio.wrap_future(self._require_service().loop.copy_frames())
-        raise DeadlineExceeded(f"the engine loop did not answer within {CONTROL_TIMEOUT_S:.0f} s; it is stuck")
+        """Return the last frames, to trace a request. Raises as ``Deployment.copy_frames``."""
+        return await self._default().copy_frames()
 
     async def drain(self, worker: str, *, undo: bool = False) -> None:
         """Move a worker's layers to other workers and stop using it; ``undo`` takes it back into use.
@@ -401,13 +311,13 @@ class Coordinator:
             raise WorkerLost(f"no worker named {worker} answers; `macpipe status` lists the workers", worker=worker)
         control = self._roster.control(member.info.control_address)
         await control.drain(undo=undo)
-        if self._service is None:
-            return
         if undo:
-            self._service.cancel_move_away(worker)
+            for service in self._services():
+                service.cancel_move_away(worker)
             return
         try:
-            await self._service.move_away(worker)
+            for service in self._services():
+                await service.move_away(worker)
         except MacpipeError:
             await control.drain(undo=True)
             raise
@@ -416,16 +326,17 @@ class Coordinator:
 
     async def snapshot(self, *, ask: bool = True) -> ClusterState:
         """Return the state of the whole cluster; without ``ask``, with the workers' answers to the last heartbeats."""
-        members = await self.members() if ask or not self._service else self._heartbeat.members()
-        loop = await self._view()
-        service = self._service
+        members = await self.members() if ask or not self._services() else self._heartbeat.members()
+        deployment = self._deployments[DEFAULT]
+        loop = await deployment.view()
+        service = deployment.service
         repair = service.recovery.describe() if service and service.recovery else None
         state = ClusterState(
             cluster=self._cluster,
             version=__version__,
             state=self.state,
             problem=repair.cause if repair else "" if service else self._training.problem,
-            activity=self._watch.sentence if self.state is ServingState.LOADING else "",
+            activity=self._activity if self.state is ServingState.LOADING else "",
             workers=describe_workers((*members, *self._heartbeat.duplicates()), self._heartbeat.beliefs()),
             requests_finished=self._totals.finished,
             tokens_generated=self._totals.tokens,
@@ -451,13 +362,13 @@ class Coordinator:
 
     def _warnings(self) -> tuple[str, ...]:
         journal = self.journal.problem if self.journal else ""
-        draft = self._service.draft_problem if self._service else ""
-        return tuple(filter(None, (journal, draft)))
+        return tuple(filter(None, (journal, *(service.draft_problem for service in self._services()))))
 
     async def plan_and_view(self) -> tuple[Plan | None, LoopView | None]:
         """Return the served plan and the engine loop's view. Ask no worker."""
-        plan = self._service.plan if self._service else None
-        return plan, await self._view()
+        deployment = self._deployments[DEFAULT]
+        plan = deployment.service.plan if deployment.service else None
+        return plan, await deployment.view()
 
     def known_workers(self) -> tuple[WorkerState, ...]:
         """Return what the workers said last, and what is believed of them. Ask none."""
@@ -470,11 +381,4 @@ class Coordinator:
 
     async def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker within ``STATUS_ASK_S``; while a model is served, from heartbeats."""
-        return await self._heartbeat.wait_for_answers() if self._service else await self._refresh.members()
-
-    async def _view(self) -> LoopView | None:
-        if self._service is None:
-            return None
-        with anyio.move_on_after(STATUS_VIEW_S), suppress(NotServing):
-            return await asyncio.wrap_future(self._service.loop.view())
-        return None
+        return await self._heartbeat.wait_for_answers() if self._services() else await self._refresh.members()

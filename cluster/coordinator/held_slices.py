@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import anyio
 
-from cluster.coordinator.roster import Roster
+from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.limits import ADOPTION_LOOKS, SETTLE_S
 from cluster.core.plan import LayerRange, ModelShape
@@ -17,7 +17,7 @@ _NO_LAYERS = LayerRange(0, 1)
 
 
 async def adopt_held_slices(
-    shape: ModelShape, order: LoadOrder, workers: tuple[WorkerInfo, ...], roster: Roster
+    shape: ModelShape, order: LoadOrder, workers: tuple[WorkerInfo, ...], roster: RosterView
 ) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
     """Return the workers and the order that keep all held slices where they are.
 

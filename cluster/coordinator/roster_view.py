@@ -21,11 +21,23 @@ class RosterView:
         """The members as they answered last."""
         return self._roster.members
 
+    async def refresh(self) -> tuple[RosterEntry, ...]:
+        """Ask all workers to describe themselves. Return the members, sorted by name."""
+        return await self._roster.refresh()
+
+    def holds_from_before(self, info: WorkerInfo) -> bool:
+        """Return whether the worker's slice is from a predecessor with the same id, see ``Roster``."""
+        return self._roster.holds_from_before(info)
+
     async def gather(
         self, wanted: int | None, wait_s: float, report: LoadReporter, counts: Callable[[WorkerInfo], bool]
     ) -> tuple[WorkerInfo, ...]:
         """Wait for usable workers, see ``Roster.gather``."""
         return await self._roster.gather(wanted, wait_s, report, counts)
+
+    async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:
+        """Return the usable workers present now, see ``Roster.present``."""
+        return await self._roster.present(wanted)
 
     def control(self, address: str) -> WorkerClient:
         """Return the client of the worker at an address."""

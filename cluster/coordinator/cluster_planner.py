@@ -1,0 +1,51 @@
+"""Find workers for an order and plan over them, with the links between them as they are measured now. Loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+
+from cluster.coordinator.link_measurement import measure_links
+from cluster.coordinator.model_reader import ModelReader
+from cluster.coordinator.planner import Links, make_plan
+from cluster.coordinator.reporter import LoadReporter
+from cluster.coordinator.roster_view import RosterView
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.worker_gathering import gather_workers
+from cluster.core.plan import ModelShape, Plan
+from cluster.core.worker import WorkerInfo
+
+
+class ClusterPlanner:
+    """Plans over the workers of one roster. ``report`` hears of the workers that a plan waits for."""
+
+    def __init__(self, roster: RosterView, reader: ModelReader, report: LoadReporter) -> None:
+        self._roster, self._reader, self._report = roster, reader, report
+        self.links: Links = {}
+        """The links between workers as they were measured last, by the names (from, to)."""
+
+    async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
+        """Return the plan for an order with the workers present now. Change nothing.
+
+        With ``wait``, wait for workers as a load does. Raises ``MacpipeError``.
+        """
+        shape = await self._reader.read_shape(order)
+        if wait:
+            found = await gather_workers(self._roster, order, shape, self._report)
+        else:
+            found = await self._roster.present(order.stage_count)
+        return await self.make_plan(0, shape, found, order)
+
+    async def make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:
+        """Return a plan over some of these workers. Measure their links if all speeds are known, or to choose one.
+
+        Raises the errors of ``make_plan``.
+        """
+        links: Links = {}
+        choice = all(w.profile.known for w in found) or any(w.data_hosts for w in found)
+        if len(found) > 1 and choice:
+            links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
+            known = {member.info.name for member in self._roster.members}
+            self.links = {pair: link for pair, link in {**self.links, **links}.items() if known.issuperset(pair)}
+        return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
