@@ -12,11 +12,11 @@ from typing import Any, Final, TypeAlias
 
 from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.errors import WorkerLost
-from cluster.core.limits import KEPT_CORRECTIONS, MAX_FACT_CHARS, MAX_LAG_S, MAX_SENTENCE_CHARS
+from cluster.core.limits import KEPT_CORRECTIONS, MAX_FACT_CHARS, MAX_LAG_S, MAX_SENTENCE_CHARS, MAX_SLICES
 from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.plan import LayerRange, Profile, valid_verify_costs
 from cluster.core.text import HIGHEST_PORT, format_address, is_ip_address, parse_address
-from cluster.core.worker import WorkerInfo, WorkerState, WorkerSummary
+from cluster.core.worker import HeldSlice, WorkerInfo, WorkerState, WorkerSummary
 from cluster.v1 import cluster_pb2, worker_pb2
 
 Summary: TypeAlias = worker_pb2.DescribeResponse | cluster_pb2.Worker
@@ -24,6 +24,8 @@ _UNSENT: Final = {"control_address", "data_address", "clock_ahead_seconds"}
 """Fields of a summary that only the coordinator can know."""
 _SHARED: Final = tuple(field.name for field in fields(WorkerSummary) if field.name not in _UNSENT)
 """The other fields. They are copied by name, so a new one needs no line here."""
+_SLICE: Final = tuple(field.name for field in fields(HeldSlice) if field.name != "layers")
+"""Fields of a slice that are copied by name."""
 MAX_WATTS: Final = 10_000.0
 MAX_JOULES: Final = 1e12
 """Thirty years of a thousand watts."""
@@ -53,6 +55,7 @@ def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float)
         busy_ms=info.busy_ms,
         computing=info.computing,
         stopping=info.stopping,
+        slices=[_encode_slice(held) for held in info.slices],
         certificate_begins=info.certificate[0],
         certificate_ends=info.certificate[1],
         problem=problem,
@@ -88,6 +91,7 @@ def decode_info(answer: worker_pb2.DescribeResponse, address: str, clock_ahead_s
         busy_ms=answer.busy_ms,
         computing=answer.computing,
         stopping=answer.stopping,
+        slices=tuple(_decode_slice(held) for held in answer.slices),
         certificate=(answer.certificate_begins, answer.certificate_ends),
     )
 
@@ -148,8 +152,28 @@ def _require_plausible(answer: worker_pb2.DescribeResponse, address: str) -> Non
     valid = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts) and a.data_port <= HIGHEST_PORT
     valid = valid and len(a.adapters) <= MAX_ADAPTERS and len(a.data_hosts) <= MAX_DATA_HOSTS
     valid = valid and all(map(is_ip_address, a.data_hosts))
+    valid = valid and len(a.slices) <= MAX_SLICES + 1 and all(map(_is_plausible_slice, a.slices))
     if not valid or (a.epoch and a.start_layer >= a.end_layer) or len(a.problem) > MAX_SENTENCE_CHARS:
         raise WorkerLost(f"the process at {address} sent an invalid worker description; is it macpipe?")
+
+
+def _is_plausible_slice(held: worker_pb2.HeldSlice) -> bool:
+    texts = (held.model, held.fingerprint, *held.adapters)
+    short = all(text.isprintable() and len(text) <= MAX_FACT_CHARS for text in texts)
+    short = short and len(held.adapters) <= MAX_ADAPTERS and len(held.problem) <= MAX_SENTENCE_CHARS
+    return short and held.epoch > 0 and held.start_layer < held.end_layer and held.data_port <= HIGHEST_PORT
+
+
+def _encode_slice(held: HeldSlice) -> worker_pb2.HeldSlice:
+    message = worker_pb2.HeldSlice(**{name: getattr(held, name) for name in _SLICE})
+    if held.layers:
+        message.start_layer, message.end_layer = held.layers.start, held.layers.end
+    return message
+
+
+def _decode_slice(held: worker_pb2.HeldSlice) -> HeldSlice:
+    values = {name: getattr(held, name) for name in _SLICE} | {"adapters": tuple(held.adapters)}
+    return HeldSlice(**values, layers=LayerRange(held.start_layer, held.end_layer))
 
 
 def _encode_profile(profile: Profile) -> worker_pb2.Profile:

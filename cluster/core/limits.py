@@ -404,6 +404,10 @@ COMPILED_LIVE_BYTES: Final = GIB
 # Files and memory
 MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 """The format's own limit."""
+MAX_SLICES: Final = 8
+"""Slices of different models that one worker may hold: each has a process of its own."""
+MAX_KEPT: Final = 64
+"""Epochs that a load may keep on a worker: those of its slices, and of slices that are about to be loaded."""
 MEMORY_MARGIN: Final = 0.05
 """Share of a stage's memory that is kept free for activations and the allocator."""
 ACTIVE_LAYERS: Final = 16

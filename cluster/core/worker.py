@@ -51,8 +51,33 @@ class WorkerSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldSlice:
+    """A slice that a worker holds in an engine of its own, whose data plane listens on ``data_port``."""
+
+    epoch: int = 0
+    layers: LayerRange | None = None
+    model: str = ""
+    fingerprint: str = ""
+    kv_bits: int = 0
+    weight_bits: int = 0
+    adapters: tuple[str, ...] = ()
+    """Keys of the adapters that it holds."""
+    data_port: int = 0
+    sequences: int = 0
+    busy_ms: int = 0
+    computing: bool = False
+    """Whether the engine has had processor time in its present step."""
+    problem: str = ""
+    """Why its engine does not answer; "" if it does."""
+    memory_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerInfo(WorkerSummary):
-    """A worker's full description for its coordinator. ``epoch`` is 0 and ``layers`` None if it holds no stage."""
+    """A worker's full description for its coordinator. ``epoch`` is 0 and ``layers`` None if it holds no stage.
+
+    The fields that describe a stage are those of the first of its ``slices``.
+    """
 
     cluster: str = ""
     epoch: int = 0
@@ -76,6 +101,7 @@ class WorkerInfo(WorkerSummary):
     computing: bool = False
     """Whether the engine has had processor time in its present step."""
     stopping: bool = False
+    slices: tuple[HeldSlice, ...] = ()
     data_hosts: tuple[str, ...] = ()
     """Further IP addresses at which its data port listens, beside that of ``data_address``."""
     certificate: tuple[float, float] = (0.0, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -74,6 +74,8 @@ class StoreServer(StoreServiceServicer):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._items: dict[str, SharedModel] = {}
+        self.in_use: Callable[[], Collection[str]] = frozenset
+        """Returns the fingerprints of the models that this Mac's engines hold, which are never closed."""
         self._readers = anyio.Semaphore(STORE_READERS)
         self._checks: set[asyncio.Task[None]] = set()
 
@@ -84,12 +86,13 @@ class StoreServer(StoreServiceServicer):
         return item
 
     def release(self, keep: str = "") -> None:
-        """Close the partial checkpoints that nothing fills or hashes, except the one with the fingerprint ``keep``.
+        """Close the partial checkpoints that nothing fills, hashes or uses, except that with the fingerprint ``keep``.
 
         While they are open they cannot be removed from this Mac. One that a peer asks for is opened again.
         """
+        kept = {keep, *self.in_use()}
         for fingerprint, item in list(self._items.items()):
-            if item.partial and fingerprint != keep and not item.coming and not item.checking:
+            if item.partial and fingerprint not in kept and not item.coming and not item.checking:
                 self._items.pop(fingerprint, None)
 
     def _open_model(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:

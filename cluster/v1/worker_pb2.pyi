@@ -102,6 +102,7 @@ class DescribeResponse(_message.Message):
     POWER_WATTS_FIELD_NUMBER: _builtins.int
     ENERGY_JOULES_FIELD_NUMBER: _builtins.int
     DATA_HOSTS_FIELD_NUMBER: _builtins.int
+    SLICES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -178,6 +179,10 @@ class DescribeResponse(_message.Message):
     def data_hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further IP addresses at which its data port listens, on the same port."""
 
+    @_builtins.property
+    def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldSlice]:
+        """All slices that it holds. Fields above that describe a slice are those of the first."""
+
     def __init__(
         self,
         *,
@@ -226,14 +231,78 @@ class DescribeResponse(_message.Message):
         power_watts: _builtins.float = ...,
         energy_joules: _builtins.float = ...,
         data_hosts: _abc.Iterable[_builtins.str] | None = ...,
+        slices: _abc.Iterable[Global___HeldSlice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_hosts", b"data_hosts", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "energy_joules", b"energy_joules", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "power_watts", b"power_watts", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_hosts", b"data_hosts", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "energy_joules", b"energy_joules", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "power_watts", b"power_watts", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "slices", b"slices", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class HeldSlice(_message.Message):
+    """A slice that a worker holds, in an engine of its own. Fields are as in DescribeResponse."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    START_LAYER_FIELD_NUMBER: _builtins.int
+    END_LAYER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    KV_BITS_FIELD_NUMBER: _builtins.int
+    WEIGHT_BITS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    DATA_PORT_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    BUSY_MS_FIELD_NUMBER: _builtins.int
+    COMPUTING_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    start_layer: _builtins.int
+    end_layer: _builtins.int
+    model: _builtins.str
+    fingerprint: _builtins.str
+    kv_bits: _builtins.int
+    weight_bits: _builtins.int
+    data_port: _builtins.int
+    """Port of its engine's data plane."""
+    sequences: _builtins.int
+    busy_ms: _builtins.int
+    computing: _builtins.bool
+    problem: _builtins.str
+    """A sentence if its engine does not answer."""
+    memory_used: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        start_layer: _builtins.int = ...,
+        end_layer: _builtins.int = ...,
+        model: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        kv_bits: _builtins.int = ...,
+        weight_bits: _builtins.int = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
+        data_port: _builtins.int = ...,
+        sequences: _builtins.int = ...,
+        busy_ms: _builtins.int = ...,
+        computing: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        memory_used: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "busy_ms", b"busy_ms", "computing", b"computing", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "kv_bits", b"kv_bits", "memory_used", b"memory_used", "model", b"model", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "weight_bits", b"weight_bits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldSlice: _TypeAlias = HeldSlice  # noqa: Y015
 
 @_typing.final
 class Profile(_message.Message):
@@ -445,6 +514,8 @@ class LoadStageRequest(_message.Message):
     REPO_FIELD_NUMBER: _builtins.int
     COMMIT_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    MEMORY_LIMIT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     index: _builtins.int
     count: _builtins.int
@@ -465,6 +536,8 @@ class LoadStageRequest(_message.Message):
     commit: _builtins.str
     instance: _builtins.str
     """Random id of the calling coordinator's process."""
+    memory_limit: _builtins.int
+    """Bytes that the slice may use, with its caches; 0: all that the worker may use."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The slice's tensors, in the order in which they are needed."""
@@ -476,6 +549,10 @@ class LoadStageRequest(_message.Message):
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___StorePeer]:
         """Macs that may have bytes of the model."""
+
+    @_builtins.property
+    def keep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Epochs of other slices that stay loaded."""
 
     def __init__(
         self,
@@ -498,10 +575,12 @@ class LoadStageRequest(_message.Message):
         repo: _builtins.str = ...,
         commit: _builtins.str = ...,
         instance: _builtins.str = ...,
+        keep: _abc.Iterable[_builtins.int] | None = ...,
+        memory_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "instance", b"instance", "kv_bits", b"kv_bits", "max_context", b"max_context", "model", b"model", "path", b"path", "peers", b"peers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "instance", b"instance", "keep", b"keep", "kv_bits", b"kv_bits", "max_context", b"max_context", "memory_limit", b"memory_limit", "model", b"model", "path", b"path", "peers", b"peers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -569,6 +648,7 @@ class LoadStageResponse(_message.Message):
     PEER_BYTES_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
     NOTICES_FIELD_NUMBER: _builtins.int
+    DATA_PORT_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     ready: _builtins.bool
@@ -578,6 +658,8 @@ class LoadStageResponse(_message.Message):
     hub_bytes: _builtins.int
     """Bytes fetched for this load, from the hub and from other Macs."""
     peer_bytes: _builtins.int
+    data_port: _builtins.int
+    """In the last message: the port of the data plane of the engine that holds the slice."""
     @_builtins.property
     def digests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorDigest]:
         """Hashes of the slice's tensors, sent in batches before the last message."""
@@ -597,10 +679,11 @@ class LoadStageResponse(_message.Message):
         peer_bytes: _builtins.int = ...,
         digests: _abc.Iterable[Global___TensorDigest] | None = ...,
         notices: _abc.Iterable[_builtins.str] | None = ...,
+        data_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "done_bytes", b"done_bytes", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_port", b"data_port", "digests", b"digests", "done_bytes", b"done_bytes", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -875,20 +958,26 @@ class UnloadStageRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     COORDINATOR_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     coordinator: _builtins.str
     """Id of the calling coordinator, and of its process. Refused while another's heartbeat holds the stage."""
     instance: _builtins.str
+    @_builtins.property
+    def keep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Epochs of slices that stay loaded."""
+
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         coordinator: _builtins.str = ...,
         instance: _builtins.str = ...,
+        keep: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "keep", b"keep"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -959,22 +1048,26 @@ class ResetEngineRequest(_message.Message):
     COORDINATOR_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     coordinator: _builtins.str
     """Id of the calling coordinator. Refused while another's heartbeat holds a stage here."""
     why: _builtins.str
     """The reason, as a sentence."""
     instance: _builtins.str
     """Random id of the calling coordinator's process."""
+    epoch: _builtins.int
+    """The epoch of the slice that the engine holds; 0: the worker's first engine."""
     def __init__(
         self,
         *,
         coordinator: _builtins.str = ...,
         why: _builtins.str = ...,
         instance: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "instance", b"instance", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

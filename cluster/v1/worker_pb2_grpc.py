@@ -127,7 +127,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadStage(self, request, context):
-        """LoadStage loads a slice into the engine in place of the present one.
+        """LoadStage loads a slice into an engine. All slices that it does not keep are freed first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,7 +149,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadStage(self, request, context):
-        """UnloadStage frees everything of the epoch. For an older epoch it does nothing.
+        """UnloadStage frees everything of the epoch and of older ones, except what it keeps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,7 +186,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResetEngine(self, request, context):
-        """ResetEngine kills an engine that hangs. It restarts empty.
+        """ResetEngine kills an engine that hangs. If it was the only one, it restarts empty.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class WorkerServiceStub:
     Describe: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]
     """Describe returns the worker's facts and state. It is also the heartbeat."""
     LoadStage: _grpc.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]
-    """LoadStage loads a slice into the engine in place of the present one."""
+    """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
     LinkStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]
     """LinkStage connects a loaded stage to the previous one."""
     SetAdapters: _grpc.UnaryStreamMultiCallable[_worker_pb2.SetAdaptersRequest, _worker_pb2.SetAdaptersResponse]
@@ -46,7 +46,7 @@ class WorkerServiceStub:
     others. Frames may name them once the stream ends.
     """
     UnloadStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnloadStageRequest, _worker_pb2.UnloadStageResponse]
-    """UnloadStage frees everything of the epoch. For an older epoch it does nothing."""
+    """UnloadStage frees everything of the epoch and of older ones, except what it keeps."""
     OpenPrefixes: _grpc.UnaryUnaryMultiCallable[_worker_pb2.OpenPrefixesRequest, _worker_pb2.OpenPrefixesResponse]
     """OpenPrefixes lets the worker use its prefixes on disk in this epoch, and returns those that its stage can start
     from. Before that, those of all other owners are deleted. It may be called again if the owners have changed.
@@ -60,7 +60,7 @@ class WorkerServiceStub:
     LearnRatio: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]
     """LearnRatio stores a model's measured over predicted frame time with the profile."""
     ResetEngine: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ResetEngineRequest, _worker_pb2.ResetEngineResponse]
-    """ResetEngine kills an engine that hangs. It restarts empty."""
+    """ResetEngine kills an engine that hangs. If it was the only one, it restarts empty."""
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainWorkerRequest, _worker_pb2.DrainWorkerResponse]
     """DrainWorker marks the worker as draining, so that its coordinator moves its layers away."""
     RequestCertificate: _grpc.UnaryUnaryMultiCallable[_worker_pb2.RequestCertificateRequest, _worker_pb2.RequestCertificateResponse]
@@ -80,7 +80,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     Describe: _aio.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]  # type: ignore[assignment]
     """Describe returns the worker's facts and state. It is also the heartbeat."""
     LoadStage: _aio.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]  # type: ignore[assignment]
-    """LoadStage loads a slice into the engine in place of the present one."""
+    """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
     LinkStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]  # type: ignore[assignment]
     """LinkStage connects a loaded stage to the previous one."""
     SetAdapters: _aio.UnaryStreamMultiCallable[_worker_pb2.SetAdaptersRequest, _worker_pb2.SetAdaptersResponse]  # type: ignore[assignment]
@@ -88,7 +88,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     others. Frames may name them once the stream ends.
     """
     UnloadStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnloadStageRequest, _worker_pb2.UnloadStageResponse]  # type: ignore[assignment]
-    """UnloadStage frees everything of the epoch. For an older epoch it does nothing."""
+    """UnloadStage frees everything of the epoch and of older ones, except what it keeps."""
     OpenPrefixes: _aio.UnaryUnaryMultiCallable[_worker_pb2.OpenPrefixesRequest, _worker_pb2.OpenPrefixesResponse]  # type: ignore[assignment]
     """OpenPrefixes lets the worker use its prefixes on disk in this epoch, and returns those that its stage can start
     from. Before that, those of all other owners are deleted. It may be called again if the owners have changed.
@@ -102,7 +102,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     LearnRatio: _aio.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]  # type: ignore[assignment]
     """LearnRatio stores a model's measured over predicted frame time with the profile."""
     ResetEngine: _aio.UnaryUnaryMultiCallable[_worker_pb2.ResetEngineRequest, _worker_pb2.ResetEngineResponse]  # type: ignore[assignment]
-    """ResetEngine kills an engine that hangs. It restarts empty."""
+    """ResetEngine kills an engine that hangs. If it was the only one, it restarts empty."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainWorkerRequest, _worker_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """DrainWorker marks the worker as draining, so that its coordinator moves its layers away."""
     RequestCertificate: _aio.UnaryUnaryMultiCallable[_worker_pb2.RequestCertificateRequest, _worker_pb2.RequestCertificateResponse]  # type: ignore[assignment]
@@ -131,7 +131,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.LoadStageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.LoadStageResponse], _abc.AsyncIterator[_worker_pb2.LoadStageResponse]]:
-        """LoadStage loads a slice into the engine in place of the present one."""
+        """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
 
     @_abc_1.abstractmethod
     def LinkStage(
@@ -157,7 +157,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.UnloadStageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.UnloadStageResponse, _abc.Awaitable[_worker_pb2.UnloadStageResponse]]:
-        """UnloadStage frees everything of the epoch. For an older epoch it does nothing."""
+        """UnloadStage frees everything of the epoch and of older ones, except what it keeps."""
 
     @_abc_1.abstractmethod
     def OpenPrefixes(
@@ -201,7 +201,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.ResetEngineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ResetEngineResponse, _abc.Awaitable[_worker_pb2.ResetEngineResponse]]:
-        """ResetEngine kills an engine that hangs. It restarts empty."""
+        """ResetEngine kills an engine that hangs. If it was the only one, it restarts empty."""
 
     @_abc_1.abstractmethod
     def DrainWorker(

@@ -47,11 +47,12 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.security.credentials import open_trust
     from cluster.security.trust import WORKER
     from cluster.transport.grpc_setup import bind, control_server
+    from cluster.worker.engine_launcher import EngineLauncher, engine_command
+    from cluster.worker.engine_slots import EngineSlots
     from cluster.worker.identity import hold_identity
     from cluster.worker.prefix_files import prepare_folder
     from cluster.worker.profile_provider import ensure_profile
     from cluster.worker.stage_loader import StageLoader
-    from cluster.worker.supervisor import Supervisor
     from cluster.worker.worker_service import WorkerServicer
 
     protect_home(settings.home)
@@ -70,20 +71,20 @@ async def _run(settings: WorkerSettings) -> None:
         machine = machine_facts()
         limit = settings.memory_limit or machine.wired_limit or None
         lag = TimerLag().start()
-        supervisor = Supervisor(settings, limit, lag)
+        launcher = EngineLauncher(engine_command(settings, limit))
+        slots = EngineSlots(launcher, lag)
+        supervisor = slots.first.supervisor
         async with anyio.create_task_group() as tasks:
             servicers: list[WorkerServicer] = []
             tasks.start_soon(_stop_on_signal, tasks.cancel_scope, servicers)
-            tasks.start_soon(supervisor.run)
+            tasks.start_soon(slots.run)
             await supervisor.wait_started()
             profile = await ensure_profile(settings, supervisor)
             if settings.standby:
-                tasks.start_soon(supervisor.standby.keep)  # only now: its imports would distort the measurement
+                tasks.start_soon(launcher.keep)  # only now: its imports would distort the measurement
             loader = StageLoader(settings.home, trust)
             with closing(PowerMeter()) as power:
-                servicer = WorkerServicer(
-                    worker_id, settings, trust, supervisor, loader, profile, machine, lag, power.read
-                )
+                servicer = WorkerServicer(worker_id, settings, trust, slots, loader, profile, machine, lag, power.read)
                 servicers.append(servicer)
                 tasks.start_soon(stay_awake, lambda: servicer.is_busy)
                 await _serve(settings, servicer, server, port)
@@ -142,8 +143,7 @@ def _removed_error(cluster: str) -> Unauthenticated:
 
 
 def _print_ready(settings: WorkerSettings, port: int, servicer: WorkerServicer) -> None:
-    hello = servicer.supervisor.hello
-    assert hello
+    hello = servicer.slots.hello
     alone = "" if servicer.trust.me else "; on this machine only: `macpipe join` lets others in"
     limit, profile = hello.memory_limit / 2**30, servicer.file.kept.profile
     speed = f", {profile.bandwidth / 1e9:.3g} GB/s in decode" if profile.known else ""

@@ -90,6 +90,7 @@ class Engine:
         facts = device.device_facts()
         limit = memory_limit or facts.memory_limit
         device.set_limits(limit)
+        self._limit = limit
         self._began: float | None = None
         self._disk = PrefixDisk(disk.folder, disk.limit, self._jobs.put) if disk else None
         self._host = StageHost(self._jobs.put, GrpcDialer(trust, TimerLag().start()), self._throttle, self._disk)
@@ -166,6 +167,7 @@ class Engine:
         if isinstance(command, Measure):
             self._send(Measured.of(command.call, *measure_device(self._throttle.stretch)))
         elif isinstance(command, Load):
+            device.set_limits(min(command.memory_limit or self._limit, self._limit))
             self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
         elif isinstance(command, LayOutCopy):
             lay_out_copy(Path(command.models), command.key, Path(command.source), command.weight_bits, command.model)
@@ -201,9 +203,10 @@ class Engine:
             self._answers.flush()
 
 
-def _wait_for_begin(commands: BinaryIO) -> bool:
-    """Wait for the daemon's ``Begin``, its first message; False if the pipe closes without one."""
-    return any(isinstance(first, Begin) for first in read(unpacker(), os.read(commands.fileno(), 65536)))
+def _wait_for_begin(commands: BinaryIO) -> Begin | None:
+    """Wait for the daemon's ``Begin``, its first message; None if the pipe closes without one."""
+    found = read(unpacker(), os.read(commands.fileno(), 65536))
+    return next((first for first in found if isinstance(first, Begin)), None)
 
 
 def _read_commands(engine: Engine, commands: BinaryIO) -> None:
@@ -249,15 +252,15 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the daemon gets the same signal and ends us by closing the pipe
     answers = _claim_stdout()
-    if not _wait_for_begin(sys.stdin.buffer):
+    if (begin := _wait_for_begin(sys.stdin.buffer)) is None:
         return 0  # it was a standby and was not needed
     try:
         trust = open_trust(options.home, options.cluster, WORKER, name=options.worker)
-        throttle, disk = Throttle(options.throttle), _prefix_place(options)
+        throttle, disk = Throttle(options.throttle), None if begin.number else _prefix_place(options)
         engine = Engine(
             trust,
             options.host,
-            options.port,
+            options.port and options.port + begin.number,
             options.memory_limit,
             answers,
             throttle,

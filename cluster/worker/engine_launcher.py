@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,12 +20,24 @@ import anyio
 from cluster.core.errors import WorkerLost
 from cluster.core.limits import STANDBY_AFTER_S
 from cluster.platform.process import isolated_environment
+from cluster.worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
 MLX_ENVIRONMENT: Final = {"MLX_ENABLE_CACHE_THRASHING_CHECK": "0", "MLX_CUDA_SDPA_CACHE_SIZE": "2048"}
 """What MLX reads in an engine, unless it is set already. Its CUDA backend prepares attention for each new length of a
 chunk and of its context, keeps 256 of them, and by default raises an error at the 512th."""
+
+
+def engine_command(settings: WorkerSettings, memory_limit: int | None) -> list[str]:
+    """Return the command line of a worker's engines. ``memory_limit`` is in bytes; None leaves it to the device."""
+    limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
+    disk = [f"--prefix-disk={settings.prefix_disk}"] if settings.prefix_disk else []
+    slower = [f"--throttle={settings.throttle}"] if settings.throttle != 1.0 else []
+    where = [f"--host={settings.host}", f"--port={settings.data_port}"]
+    where += [f"--home={settings.home}", f"--cluster={settings.cluster}", f"--worker={settings.name}"]
+    where += [f"--log-level={settings.log_level}", *(["--every-address"] if settings.every_address else [])]
+    return [sys.executable, "-m", "cluster.worker.engine", *where, *limit, *disk, *slower]
 
 
 class EngineLauncher:

@@ -21,9 +21,14 @@ from cluster.core.plan import LayerRange, ModelRef, Profile, StageSpec, valid_ve
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Open the device and the data port, and answer ``Hello``. The first command; an engine stands by until then."""
+    """Open the device and the data port, and answer ``Hello``. The first command; an engine stands by until then.
+
+    ``number`` tells a worker's engines apart. The first is 0, and only it keeps prefixes on disk. A data port that a
+    person chose is the first engine's; each further engine takes the port that is its number higher.
+    """
 
     call: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class Load:
     max_context: int
     kv_bits: int = 0
     weight_bits: int = 0
+    memory_limit: int = 0
+    """Bytes that the slice may use, with its caches; 0: all that the engine may use."""
 
     @property
     def spec(self) -> StageSpec:

@@ -49,7 +49,6 @@ from cluster.worker.pipe_messages import (
     read,
     unpacker,
 )
-from cluster.worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +63,12 @@ _START_CHECKS = 20
 class Supervisor:
     """Runs ``python -m cluster.worker.engine``; ``hello`` is the running engine's description of itself.
 
-    A silent engine is not considered dead while it gets processor time, or while this machine is so overloaded
-    (``lag``) that nothing can be expected of it.
+    ``number`` is that of ``Begin``. A silent engine is not considered dead while it gets processor time, or while this
+    machine is so overloaded (``lag``) that nothing can be expected of it.
     """
 
-    def __init__(self, settings: WorkerSettings, memory_limit: int | None, lag: Lag = no_lag) -> None:
-        limit = [f"--memory-limit={memory_limit}"] if memory_limit else []
-        disk = [f"--prefix-disk={settings.prefix_disk}"] if settings.prefix_disk else []
-        slower = [f"--throttle={settings.throttle}"] if settings.throttle != 1.0 else []
-        where = [f"--host={settings.host}", f"--port={settings.data_port}"]
-        where += [f"--home={settings.home}", f"--cluster={settings.cluster}", f"--worker={settings.name}"]
-        where += [f"--log-level={settings.log_level}", *(["--every-address"] if settings.every_address else [])]
-        self.standby = EngineLauncher([sys.executable, "-m", "cluster.worker.engine", *where, *limit, *disk, *slower])
+    def __init__(self, launcher: EngineLauncher, lag: Lag = no_lag, number: int = 0) -> None:
+        self._launcher, self._number = launcher, number
         self._process: Process | None = None
         self._calls: dict[int, asyncio.Queue[Event | None]] = {}
         self._numbers = itertools.count(1)
@@ -86,6 +79,7 @@ class Supervisor:
         self._output_tail = OutputTail(sys.stderr.buffer)
         self._verdict = ""
         self._refusal: MacpipeError | None = None
+        self._over = False
         self._lag = lag
         self._hangs = Alarms()
         self._last = Reported(0, 0, 0)
@@ -116,17 +110,25 @@ class Supervisor:
             log.error("engine: ended, starting it again reason=%s wait_s=%.1f", self.problem, wait)
             await anyio.sleep(wait)
 
+    async def run_once(self) -> None:
+        """Run an engine until it ends or this is cancelled; then ``wait_started`` raises."""
+        try:
+            await self._run_once()
+        finally:
+            self._over = True
+            self.started.set()
+
     async def _run_once(self) -> None:
         self._verdict = ""
         self._slow = False
         self.computing = False
         kills = out_of_memory_kills()
         try:
-            self._process = await self.standby.take()
+            self._process = await self._launcher.take()
         except WorkerLost as e:
             self.problem = e.sentence
             return
-        _send_begin(self._process)
+        _send_begin(self._process, self._number)
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._output_tail.follow, self._process)
@@ -289,22 +291,27 @@ class Supervisor:
         return event
 
     async def wait_started(self) -> None:
-        """Return once an engine has said hello. Raises ``WorkerLost`` if none does in time."""
+        """Return once an engine has said hello.
+
+        Raises ``WorkerLost`` if none does in time, or the error with which the only one ends before.
+        """
         silence = Silence()
         interval_s = ENGINE_START_TIMEOUT_S / _START_CHECKS
         while silence.seconds < ENGINE_START_TIMEOUT_S:
             had = await self._processor_seconds()
             with anyio.move_on_after(interval_s):
                 await self.started.wait()
+                if self._over:
+                    raise self._refusal or WorkerLost(f"{self.problem} before it was ready")
                 return
             silence.add(interval_s, excused=await self._has_computed_since(had, 0.0) or self._lag() >= OVERLOADED_S)
         raise WorkerLost(f"the engine did not start within {ENGINE_START_TIMEOUT_S:.0f} s: {self.problem}")
 
 
-def _send_begin(process: Process) -> None:
+def _send_begin(process: Process, number: int) -> None:
     assert process.stdin
     with suppress(ConnectionError):  # it has ended already, which is handled as any other end
-        process.stdin.write(pack(Begin()))
+        process.stdin.write(pack(Begin(number=number)))
 
 
 async def _stop(process: Process) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
@@ -19,10 +18,11 @@ from cluster import __version__
 from cluster.codec.stored_models import encode_store
 from cluster.codec.worker_info import encode_info
 from cluster.core.adapter import MAX_ADAPTER_KEY_CHARS, MAX_ADAPTERS, AdapterRef
-from cluster.core.errors import InvalidRequest, MacpipeError, StaleEpoch, WorkerTaken
+from cluster.core.errors import InvalidRequest, MacpipeError, WorkerTaken
 from cluster.core.limits import (
     HOLD_S,
     LOAD_STALL_S,
+    MAX_KEPT,
     MAX_PATH_CHARS,
     MAX_ROSTER,
     MAX_STAGE_PEERS,
@@ -30,43 +30,35 @@ from cluster.core.limits import (
     RESTART_S,
 )
 from cluster.core.link_limits import MAX_DATA_HOSTS
-from cluster.core.plan import LayerRange
 from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
-from cluster.core.quantization import choose_weight_quantization
 from cluster.core.stored_models import MacStore
 from cluster.core.text import is_ip_address, parse_address
-from cluster.core.worker import WorkerInfo
+from cluster.core.worker import HeldSlice, WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.platform.macos import MachineFacts, memory_pressure
 from cluster.platform.overload import Lag, no_lag
 from cluster.platform.power import PowerReading, no_power
 from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import COORDINATOR, Trust
-from cluster.store.quantized_copy import CopyKey
 from cluster.store.stored_models import list_models, remove_model, store_id
 from cluster.transport.rich_errors import abort
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
+from cluster.worker.engine_calls import EngineCalls
+from cluster.worker.engine_slots import EngineSlots, SlotReport
 from cluster.worker.examiner import Examiner
 from cluster.worker.peer_links import PeerLinks, choose_shared
 from cluster.worker.pipe_messages import (
-    Hello,
-    LayOutCopy,
     LinkStage,
-    Load,
     OpenPrefixes,
     PrefixesOpened,
-    Progress,
-    QuantizeLayers,
     ReadPrefix,
-    Reported,
     SetAdapters,
-    Unload,
 )
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
-from cluster.worker.stage_loader import StageLoader, StageWeights
-from cluster.worker.supervisor import Supervisor
+from cluster.worker.slice_description import describe_slices, find_problem
+from cluster.worker.stage_loader import StageLoader
 
 if TYPE_CHECKING:
     from cluster.security.certificate_renewal import Renewal
@@ -82,31 +74,26 @@ CoordinatorRequest: TypeAlias = (
 )
 _RELEASE_INTERVAL_S = 0.05
 """Interval of checks whether a coordinator still needs a worker that stops."""
-_NO_ENGINE = Hello(0, "", "", "", "", 0, 0)
 
 
 @dataclass
 class WorkerServicer(WorkerServiceServicer):
-    """Serves the coordinator. ``loaded`` is the request of the slice that the engine holds, None if it holds none."""
+    """Serves the coordinator."""
 
     id: str
     settings: WorkerSettings
     trust: Trust
-    supervisor: Supervisor
+    slots: EngineSlots
     loader: StageLoader
     file: ProfileFile
     machine: MachineFacts
     lag: Lag = no_lag
     read_power: Callable[[], PowerReading] = no_power
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
-    loaded: pb.LoadStageRequest | None = None
     draining: bool = False
     stopping: bool = False
     removed: anyio.Event = field(default_factory=anyio.Event)
     """Set once this Mac was removed from its cluster."""
-    _loads: int = 0
-    """Stages that are being fetched or loaded now."""
-    _loading_engine: Hello | None = field(default=None)
     _heard: float = field(default=-math.inf)
 
     def __post_init__(self) -> None:
@@ -115,24 +102,31 @@ class WorkerServicer(WorkerServiceServicer):
         self._examiner = Examiner(self.settings.home)
         self._using_store = anyio.Lock()
         self._links = PeerLinks(self.trust, self.file)
+        self.loader.store_server.in_use = self.slots.fingerprints
 
     @property
     def is_busy(self) -> bool:
         """Whether requests run on this worker or layers are loaded: this Mac must not go to sleep."""
-        return self._loads > 0 or self.supervisor.has_work
+        return self.slots.loading or any(slot.supervisor.has_work for slot in self.slots)
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         await self._learn_revoked(request, context)
-        if request.coordinator and self.loaded and _caller(request) == _caller(self.loaded):
+        held = self._first_held()
+        if request.coordinator and held and _caller(request) == _caller(held):
             self._heard = time.monotonic()
-        report, problem = await self._report()
-        info = await self._describe(report)
-        hello = self.supervisor.hello or _NO_ENGINE
-        return encode_info(info, data_port=hello.port, problem=problem, clock=time.time())
+        reports = await self.slots.report()
+        info = await self._describe(reports)
+        return encode_info(info, data_port=self.slots.hello.port, problem=find_problem(reports), clock=time.time())
 
-    async def _describe(self, report: Reported) -> WorkerInfo:
-        hello = self.supervisor.hello or _NO_ENGINE
-        held = self._loaded_request() or pb.LoadStageRequest()  # after the report: a dead engine holds nothing
+    def _first_held(self) -> pb.LoadStageRequest | None:
+        """Return the request of the first slice; None if no engine holds one."""
+        return next((slot.held for slot in self.slots.held), None)
+
+    async def _describe(self, reports: Sequence[SlotReport]) -> WorkerInfo:
+        hello, slices = self.slots.hello, describe_slices(reports)  # after the report: a dead engine holds nothing
+        shown = slices[0] if slices else HeldSlice()
+        held = self._first_held() or pb.LoadStageRequest()
+        report = reports[0].report
         power = self.read_power()
         return WorkerInfo(
             id=self.id,
@@ -145,9 +139,9 @@ class WorkerServicer(WorkerServiceServicer):
             mlx_version=f"{hello.mlx_version} mlx-lm {hello.mlx_lm_version}",
             memory_total=hello.memory_total,
             memory_limit=hello.memory_limit,
-            memory_used=report.memory_used,
-            memory_peak=report.memory_peak,
-            sequences=report.sequences,
+            memory_used=sum(r.report.memory_used for r in reports),
+            memory_peak=sum(r.report.memory_peak for r in reports),
+            sequences=sum(r.report.sequences for r in reports),
             interface=self._interface,
             gpu_cores=self.machine.gpu_cores,
             macos_version=self.machine.macos_version,
@@ -157,13 +151,14 @@ class WorkerServicer(WorkerServiceServicer):
             power_watts=power.watts,
             energy_joules=power.joules,
             cluster=self.settings.cluster,
-            epoch=held.epoch,
-            layers=LayerRange(held.start_layer, held.end_layer) if held.epoch else None,
-            model=held.model,
-            fingerprint=held.fingerprint,
-            kv_bits=held.kv_bits,
-            weight_bits=held.weight_bits,
-            adapters=report.adapters if held.epoch else (),
+            epoch=shown.epoch,
+            layers=shown.layers,
+            model=shown.model,
+            fingerprint=shown.fingerprint,
+            kv_bits=shown.kv_bits,
+            weight_bits=shown.weight_bits,
+            adapters=shown.adapters,
+            slices=slices,
             data_hosts=report.data_hosts,
             owner=held.coordinator,
             live_owner=self._live_owner(),
@@ -171,7 +166,7 @@ class WorkerServicer(WorkerServiceServicer):
             instance=self.instance,
             profile=self.file.kept.profile,
             busy_ms=report.busy_ms,
-            computing=self.supervisor.computing,
+            computing=self.slots.first.supervisor.computing,
             stopping=self.stopping,
             certificate=self.trust.validity,
             prefix_disk_limit=self.settings.prefix_disk,
@@ -193,44 +188,31 @@ class WorkerServicer(WorkerServiceServicer):
 
     def _live_owner(self) -> str:
         """Return the id of the coordinator that owns the stage if its last heartbeat is recent; "" if not."""
-        held = self._loaded_request()
+        held = self._first_held()
         return held.coordinator if held and time.monotonic() - self._heard < HOLD_S else ""
 
     def _owner_was_heard(self) -> bool:
         """Return whether the owner was heard within ``RESTART_S``, so that it must be the same process still."""
         return bool(self._live_owner()) and time.monotonic() - self._heard < RESTART_S
 
-    def _loaded_request(self) -> pb.LoadStageRequest | None:
-        """Return the request of the loaded slice; None if the engine that loaded it has ended."""
-        engine = self._loading_engine
-        return self.loaded if engine is not None and engine is self.supervisor.hello else None
-
-    async def _report(self) -> tuple[Reported, str]:
-        try:
-            return await self.supervisor.report(), ""
-        except MacpipeError as e:
-            return Reported(0, 0, 0), e.sentence or "the engine is stopping"
-
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
         await _require_names(context, request.model, request.path, request.fingerprint, request.repo, request.commit)
         await _require_names(context, request.coordinator, request.instance)
         await _require_few_peers(context, request.peers)
+        await _require_few_kept(context, request.keep)
         await self._refuse_others(request, context)
-        if (held := self._loaded_request()) and request.epoch < held.epoch:
-            why = f"asked to load epoch {request.epoch}, but epoch {held.epoch} is loaded"
-            await abort(context, StaleEpoch(why, epoch=str(held.epoch)))
-        self.loaded = None
-        self._loads += 1
+        port = 0
         try:
-            async with aclosing(self.loader.stage(request, _EngineCalls(self.supervisor, request))) as events:
-                async for event in events:
-                    yield event
+            async with self.slots.load(request) as slot:
+                calls = EngineCalls(slot, self.slots.hello, request)
+                async with aclosing(self.loader.stage(request, calls)) as events:
+                    async for event in events:
+                        yield event
+                port = slot.supervisor.hello.port if slot.supervisor.hello else 0
         except MacpipeError as e:
             await abort(context, e)
-        finally:
-            self._loads -= 1
-        self.loaded, self._loading_engine, self._heard = request, self.supervisor.hello, time.monotonic()
-        yield pb.LoadStageResponse(ready=True)
+        self._heard = time.monotonic()
+        yield pb.LoadStageResponse(ready=True, data_port=port)
 
     async def SetAdapters(
         self, request: pb.SetAdaptersRequest, context: Context
@@ -243,7 +225,7 @@ class WorkerServicer(WorkerServiceServicer):
         if any(len(a.name) + len(a.fingerprint) >= MAX_ADAPTER_KEY_CHARS for a in request.adapters):
             await abort(context, InvalidRequest("an adapter's name or fingerprint is too long", field="adapters"))
         try:
-            held = (await self.supervisor.report()).adapters
+            held = (await self.slots.holder(request.epoch).supervisor.report()).adapters
             async with aclosing(self.loader.adapters(request, held)) as events:
                 async for event in events:
                     if isinstance(event, pb.SetAdaptersResponse):
@@ -257,20 +239,21 @@ class WorkerServicer(WorkerServiceServicer):
     async def _hold_adapters(self, epoch: int, refs: Sequence[AdapterRef]) -> None:
         names, folders = tuple(ref.name for ref in refs), tuple(ref.path for ref in refs)
         fingerprints = tuple(ref.fingerprint for ref in refs)
-        await self.supervisor.ask(lambda call: SetAdapters(call, epoch, names, folders, fingerprints), LOAD_STALL_S)
+        supervisor = self.slots.holder(epoch).supervisor
+        await supervisor.ask(lambda call: SetAdapters(call, epoch, names, folders, fingerprints), LOAD_STALL_S)
 
     async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:
-        r = request
+        r, supervisor = request, self.slots.holder(request.epoch).supervisor
         try:
             if not r.pull_from:
-                await self.supervisor.ask(lambda call: LinkStage(call, r.epoch, "", ""))
+                await supervisor.ask(lambda call: LinkStage(call, r.epoch, "", ""))
                 return pb.LinkStageResponse()
             others = await _require_addresses(context, r.pull_from, r.others)
             link = await self._links.pull(
                 r.peer.partition(".")[2],
                 r.pull_from,
                 others,
-                lambda address: self.supervisor.ask(lambda call: LinkStage(call, r.epoch, address, r.peer)),
+                lambda address: supervisor.ask(lambda call: LinkStage(call, r.epoch, address, r.peer)),
             )
         except MacpipeError as e:
             await abort(context, e)
@@ -284,7 +267,7 @@ class WorkerServicer(WorkerServiceServicer):
             await abort(context, InvalidRequest(f"at most {MAX_DISK_OWNERS} owners may have prefixes", field="owners"))
         owners = "\n".join(request.owners)
         try:
-            opened = await self.supervisor.ask(
+            opened = await self.slots.holder(request.epoch).supervisor.ask(
                 lambda call: OpenPrefixes(call, request.epoch, request.edition, owners, request.anonymous)
             )
         except MacpipeError as e:
@@ -296,7 +279,7 @@ class WorkerServicer(WorkerServiceServicer):
         await _require_names(context, request.owner, request.adapter)
         r = request
         try:
-            await self.supervisor.ask(
+            await self.slots.holder(r.epoch).supervisor.ask(
                 lambda call: ReadPrefix(call, r.epoch, r.prefix, r.owner, r.adapter, r.beginning, r.length), DISK_READ_S
             )
         except MacpipeError as e:
@@ -304,13 +287,12 @@ class WorkerServicer(WorkerServiceServicer):
         return pb.ReadPrefixResponse()
 
     async def UnloadStage(self, request: pb.UnloadStageRequest, context: Context) -> pb.UnloadStageResponse:
+        await _require_few_kept(context, request.keep)
         await self._refuse_others(request, context)
         try:
-            await self.supervisor.ask(lambda call: Unload(call, request.epoch))
+            await self.slots.unload(request)
         except MacpipeError as e:
             await abort(context, e)
-        if self.loaded and self.loaded.epoch <= request.epoch:
-            self.loaded = None
         return pb.UnloadStageResponse()
 
     async def MeasureLink(self, request: pb.MeasureLinkRequest, context: Context) -> pb.MeasureLinkResponse:
@@ -339,13 +321,12 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def ResetEngine(self, request: pb.ResetEngineRequest, context: Context) -> pb.ResetEngineResponse:
         await self._refuse_others(request, context)
-        self.loaded = None
-        self.supervisor.reset(request.why)
+        self.slots.reset(request.epoch, request.why)
         return pb.ResetEngineResponse()
 
     async def _refuse_others(self, request: CoordinatorRequest, context: Context) -> None:
         """Abort the call if another coordinator, or another process of the same id, owns the stage."""
-        held, owner = self._loaded_request(), self._live_owner()
+        held, owner = self._first_held(), self._live_owner()
         if held and owner and owner != request.coordinator:
             await abort(context, WorkerTaken(f"it serves {held.model} for {_OTHER}"))
         if held and self._owner_was_heard() and held.instance != request.instance:
@@ -403,7 +384,7 @@ class WorkerServicer(WorkerServiceServicer):
 
         A stage uses its model, or a quantized copy of it; a load closes all others itself.
         """
-        if not self._loads and self._loaded_request() is None:
+        if not self.slots.loading and not self.slots.held:
             self.loader.store_server.release()
 
     async def LearnRatio(self, request: pb.LearnRatioRequest, context: Context) -> pb.LearnRatioResponse:
@@ -444,54 +425,11 @@ async def _require_few_peers(context: Context, peers: Collection[pb.StorePeer]) 
         await abort(context, InvalidRequest(why, field="peers"))
 
 
+async def _require_few_kept(context: Context, keep: Collection[int]) -> None:
+    if len(keep) > MAX_KEPT:
+        await abort(context, InvalidRequest(f"a request may keep at most {MAX_KEPT} epochs", field="keep"))
+
+
 def _caller(request: CoordinatorRequest | pb.DescribeRequest) -> tuple[str, str]:
     """Return the calling coordinator's id and the id of its process."""
     return request.coordinator, request.instance
-
-
-@dataclass(frozen=True, slots=True)
-class _EngineCalls:
-    """The engine's part of the load that ``request`` asks for; a ``StageEngine``."""
-
-    supervisor: Supervisor
-    request: pb.LoadStageRequest
-
-    def copy_key(self) -> CopyKey:
-        r, hello = self.request, self.supervisor.hello or _NO_ENGINE
-        return CopyKey(
-            r.fingerprint,
-            choose_weight_quantization(bits=r.weight_bits),
-            versions=f"mlx {hello.mlx_version} mlx-lm {hello.mlx_lm_version}",
-            device=f"{hello.chip} {hello.backend}",
-        )
-
-    def lay_out_copy(self, models: Path, source: Path) -> AsyncIterator[Progress]:
-        key, r = self.copy_key().digest, self.request
-        return self.supervisor.events(
-            lambda call: LayOutCopy(call, str(models), key, str(source), r.weight_bits, r.model)
-        )
-
-    def quantize(self, models: Path, source: Path) -> AsyncIterator[Progress]:
-        key, r = self.copy_key().digest, self.request
-        return self.supervisor.events(
-            lambda call: QuantizeLayers(call, str(models), key, str(source), r.weight_bits, r.start_layer, r.end_layer)
-        )
-
-    def read(self, weights: StageWeights) -> AsyncIterator[Progress]:
-        r = self.request
-        return self.supervisor.events(
-            lambda call: Load(
-                call=call,
-                epoch=r.epoch,
-                index=r.index,
-                count=r.count,
-                model=r.model,
-                path=str(weights.folder),
-                fingerprint=weights.fingerprint,
-                start_layer=r.start_layer,
-                end_layer=r.end_layer,
-                max_context=r.max_context,
-                kv_bits=r.kv_bits,
-                weight_bits=weights.weight_bits,
-            )
-        )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -17,6 +15,8 @@ from cluster.security.credentials import LocalTrust
 from cluster.store.stored_models import list_models, remove_model, store_id
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
+from cluster.worker.engine_launcher import EngineLauncher
+from cluster.worker.engine_slots import EngineSlots
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.stage_loader import StageLoader
@@ -41,10 +41,10 @@ async def test_the_coordinators_own_store_is_listed_unless_a_worker_shares_it(hu
 @asynccontextmanager
 async def worker(home: Path) -> AsyncIterator[tuple[WorkerServicer, WorkerClient]]:
     """Serve a worker without an engine on a real port."""
-    engine: Any = SimpleNamespace(hello=None)
+    slots = EngineSlots(EngineLauncher([]))
     loader, profile = StageLoader(home, LocalTrust()), ProfileFile(home / "profile.json", "k")
     settings = WorkerSettings(name="ada", home=home)
-    servicer = WorkerServicer("ab" * 8, settings, LocalTrust(), engine, loader, profile, MachineFacts())
+    servicer = WorkerServicer("ab" * 8, settings, LocalTrust(), slots, loader, profile, MachineFacts())
     server = control_server(LocalTrust())
     add_WorkerServiceServicer_to_server(servicer, server)
     control = WorkerClient(LocalTrust(), f"127.0.0.1:{bind(server, LocalTrust(), '127.0.0.1', 0)}", "c0" * 8)

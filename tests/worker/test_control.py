@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -18,7 +18,7 @@ from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.json_types import to_json_types
-from cluster.core.limits import KEPT_CORRECTIONS, LEARN_SHARE, MAX_PATH_CHARS, MAX_STAGE_PEERS
+from cluster.core.limits import KEPT_CORRECTIONS, LEARN_SHARE, MAX_KEPT, MAX_PATH_CHARS, MAX_STAGE_PEERS
 from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.plan import Profile
 from cluster.platform.macos import MachineFacts
@@ -26,6 +26,8 @@ from cluster.security.credentials import LocalTrust
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub, add_WorkerServiceServicer_to_server
+from cluster.worker.engine_launcher import EngineLauncher
+from cluster.worker.engine_slots import EngineSlots
 from cluster.worker.pipe_messages import Reported
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
@@ -38,6 +40,8 @@ LONG = "a" * (MAX_PATH_CHARS + 1)
 PEERS = [pb.StorePeer(name="a", address="127.0.0.1:1")] * (MAX_STAGE_PEERS + 1)
 REFUSED = [
     ("LoadStage", pb.LoadStageRequest(peers=PEERS)),
+    ("LoadStage", pb.LoadStageRequest(keep=range(MAX_KEPT + 1))),
+    ("UnloadStage", pb.UnloadStageRequest(keep=range(MAX_KEPT + 1))),
     *(("LoadStage", pb.LoadStageRequest(**{name: LONG})) for name in ("model", "path", "fingerprint", "instance")),
     ("SetAdapters", pb.SetAdaptersRequest(peers=PEERS)),
     ("SetAdapters", pb.SetAdaptersRequest(adapters=[pb.StageAdapter()] * (MAX_ADAPTERS + 1))),
@@ -54,12 +58,12 @@ REFUSED = [
 @pytest.mark.anyio
 async def test_long_names_and_too_many_places_are_refused_and_not_kept(tmp_path: Path) -> None:
     """Otherwise each heartbeat would report them, and could not be sent any more."""
-    nothing: Any = None
+    slots = EngineSlots(EngineLauncher([]))
     profile = ProfileFile(tmp_path / "profile.json", "k")
     profile.put(PROFILE)
     settings = WorkerSettings(name="ada", home=tmp_path)
     loader = StageLoader(tmp_path, LocalTrust())
-    control = WorkerServicer("ab" * 8, settings, LocalTrust(), nothing, loader, profile, MachineFacts())
+    control = WorkerServicer("ab" * 8, settings, LocalTrust(), slots, loader, profile, MachineFacts())
     server = control_server(LocalTrust())
     add_WorkerServiceServicer_to_server(control, server)
     port = bind(server, LocalTrust(), "127.0.0.1", 0)
@@ -73,7 +77,7 @@ async def test_long_names_and_too_many_places_are_refused_and_not_kept(tmp_path:
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, method
         await stub.LearnRatio(pb.LearnRatioRequest(fingerprint="f", ratio=2.0))
     await server.stop(None)
-    assert control.loaded is None
+    assert not control.slots.held
     assert profile.kept.profile.corrections == (("f", round(2.0**LEARN_SHARE, 4)),)
 
 
@@ -93,11 +97,12 @@ async def test_what_the_system_says_of_a_machine_reaches_whoever_asks_for_the_st
     async def report() -> Reported:
         return Reported(0, 0, 0)
 
-    engine: Any = SimpleNamespace(hello=None, report=report, computing=False)
+    slots = EngineSlots(EngineLauncher([]))
+    slots.first.supervisor = cast(Supervisor, SimpleNamespace(hello=None, report=report, computing=False))
     profile, settings = ProfileFile(tmp_path / "profile.json", "k"), WorkerSettings(name="ada", home=tmp_path)
     loader, machine = StageLoader(tmp_path, LocalTrust()), MachineFacts(gpu_cores=40, macos_version="15.1")
     server = control_server(LocalTrust())
-    servicer = WorkerServicer("ab" * 8, settings, LocalTrust(), engine, loader, profile, machine)
+    servicer = WorkerServicer("ab" * 8, settings, LocalTrust(), slots, loader, profile, machine)
     add_WorkerServiceServicer_to_server(servicer, server)
     control = WorkerClient(LocalTrust(), f"127.0.0.1:{bind(server, LocalTrust(), '127.0.0.1', 0)}", "c0" * 8)
     await server.start()
@@ -115,9 +120,12 @@ async def test_what_the_system_says_of_a_machine_reaches_whoever_asks_for_the_st
 async def test_a_worker_is_busy_while_it_loads_and_while_its_engine_works(tmp_path: Path) -> None:
     """Otherwise its Mac may go to sleep."""
     settings = WorkerSettings(name="ada", home=tmp_path)
-    supervisor = Supervisor(settings, None)
+    slots = EngineSlots(EngineLauncher([]))
+    supervisor = slots.first.supervisor
 
     class Loader:
+        store_server = SimpleNamespace()
+
         async def stage(self, *_: object) -> AsyncIterator[pb.LoadStageResponse]:
             assert control.is_busy
             yield pb.LoadStageResponse()
@@ -125,7 +133,7 @@ async def test_a_worker_is_busy_while_it_loads_and_while_its_engine_works(tmp_pa
 
     loader: Any = Loader()
     profile = ProfileFile(tmp_path / "profile.json", "k")
-    control = WorkerServicer("ab" * 8, settings, LocalTrust(), supervisor, loader, profile, MachineFacts())
+    control = WorkerServicer("ab" * 8, settings, LocalTrust(), slots, loader, profile, MachineFacts())
     assert not control.is_busy
     context: Any = None
     loading: Any = control.LoadStage(pb.LoadStageRequest(), context)

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import pytest
 from cluster.core.errors import WorkerLost
 from cluster.worker import engine_launcher as standby
 from cluster.worker.engine_launcher import EngineLauncher
-from cluster.worker.settings import WorkerSettings
 from cluster.worker.supervisor import Supervisor
 
 COMMAND = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
@@ -88,12 +86,10 @@ def test_a_standby_that_the_system_does_not_start_ends_nothing(monkeypatch: pyte
     asyncio.run(scenario())
 
 
-def test_a_first_engine_that_the_system_does_not_start_is_told_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_first_engine_that_the_system_does_not_start_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio, "create_subprocess_exec", Launches(1))
     with pytest.raises(WorkerLost, match="cannot start the engine process: Too many open files"):
-        asyncio.run(Supervisor(WorkerSettings("eve", tmp_path), None).run())
+        asyncio.run(Supervisor(EngineLauncher(COMMAND)).run())
 
 
 @pytest.mark.parametrize("own", [None, "1"])

@@ -15,7 +15,7 @@ import pytest
 from cluster.core.errors import BadFrame, WorkerLost
 from cluster.core.limits import OVERLOADED_S
 from cluster.core.plan import Profile
-from cluster.worker.engine_launcher import EngineLauncher
+from cluster.worker.engine_launcher import EngineLauncher, engine_command
 from cluster.worker.pipe_messages import Done, Hello, Load, Measured, Reported, pack, read, unpacker
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.supervisor import Supervisor
@@ -30,7 +30,7 @@ def test_an_engine_imports_nothing_from_where_the_daemon_was_started(
     monkeypatch.chdir(tmp_path)
 
     async def body() -> None:
-        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
+        supervisor = Supervisor(EngineLauncher(engine_command(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)))
         running = asyncio.create_task(supervisor.run())
         await asyncio.wait([running, asyncio.create_task(supervisor.wait_started())], return_when="FIRST_COMPLETED")
         assert supervisor.hello, supervisor.problem
@@ -44,9 +44,8 @@ def test_an_engine_imports_nothing_from_where_the_daemon_was_started(
 @pytest.mark.parametrize("said", [b"\xc1", b"\x05", b"\x92\xa4Done\xa11", b"\xda\xff\xff" + b"x" * 70_000])
 def test_an_engine_that_says_nonsense_is_killed(said: bytes, tmp_path: Path) -> None:
     async def body() -> None:
-        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
         program = f"import sys, time; sys.stdout.buffer.write({said!r}); sys.stdout.flush(); time.sleep(60)"
-        supervisor.standby = EngineLauncher([sys.executable, "-c", program])
+        supervisor = Supervisor(EngineLauncher([sys.executable, "-c", program]))
         with pytest.raises(WorkerLost, match=r"the engine was killed: .*message"):
             await supervisor.run()
 
@@ -62,8 +61,7 @@ def test_a_start_that_takes_long_is_waited_for_while_it_gets_anywhere(
     slow = f"{busy}sys.stdout.buffer.write({hello!r}); sys.stdout.flush(); time.sleep(60)"
 
     async def start(program: str) -> None:
-        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
-        supervisor.standby = EngineLauncher([sys.executable, "-c", program])
+        supervisor = Supervisor(EngineLauncher([sys.executable, "-c", program]))
         running = asyncio.create_task(supervisor.run())
         try:
             await supervisor.wait_started()
@@ -91,8 +89,7 @@ def test_an_engine_that_computes_is_slow_and_one_that_is_stopped_is_killed(
     program = f"import sys; sys.stdout.buffer.write({hello!r}); sys.stdout.flush()\nwhile True: pass"
 
     async def body() -> None:
-        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None)
-        supervisor.standby = EngineLauncher([sys.executable, "-c", program])
+        supervisor = Supervisor(EngineLauncher([sys.executable, "-c", program]))
         running = asyncio.create_task(supervisor.run())
         await supervisor.wait_started()
         assert await supervisor.report() == Reported(0, 0, 0), "of one that is slow: what it said last"
@@ -114,8 +111,7 @@ def test_an_engine_is_excused_while_this_machine_is_overloaded(tmp_path: Path, m
     program = f"import sys, time; sys.stdout.buffer.write({hello!r}); sys.stdout.flush(); time.sleep(60)"
 
     async def body() -> None:
-        supervisor = Supervisor(WorkerSettings("eve", tmp_path, host="127.0.0.1"), None, lambda: lag[0])
-        supervisor.standby = EngineLauncher([sys.executable, "-c", program])
+        supervisor = Supervisor(EngineLauncher([sys.executable, "-c", program]), lambda: lag[0])
         running = asyncio.create_task(supervisor.run())
         await supervisor.wait_started()
         assert await supervisor.report() == Reported(0, 0, 0)

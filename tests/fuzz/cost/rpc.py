@@ -31,6 +31,8 @@ from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
 from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
+from cluster.worker.engine_launcher import EngineLauncher
+from cluster.worker.engine_slots import EngineSlots
 from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.worker_service import WorkerServicer
@@ -111,11 +113,13 @@ def _public(methods: _Methods) -> None:
 def _worker(methods: _Methods) -> None:
     nothing: Any = _Nothing()
     home = scratch("home")
+    slots = EngineSlots(EngineLauncher([]))
+    slots.first.supervisor = nothing
     control = WorkerServicer(
         id="ab" * 8,
         settings=WorkerSettings(name="fuzz", home=home),
         trust=LocalTrust(),
-        supervisor=nothing,
+        slots=slots,
         loader=nothing,
         file=ProfileFile(scratch("profile.json"), "k"),
         machine=MachineFacts(),
