@@ -34,6 +34,7 @@ from cluster.coordinator.roster_refresh import RosterRefresh
 from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.slice_claims import SliceClaims
 from cluster.coordinator.snapshot import describe_adapters, describe_workers, with_plan, with_requests, with_training
 from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.training_run import TrainingHost, TrainingMode, TrainingRequest
@@ -83,7 +84,8 @@ class Coordinator:
         self._started = time.monotonic()
         self._totals = LoopTotals()
         self._reader = ModelReader(store)
-        self._planner = ClusterPlanner(RosterView(roster, "plans"), self._reader, report)
+        self._claims = SliceClaims()
+        self._planner = ClusterPlanner(RosterView(roster, DEFAULT, self._claims), self._reader, report)
         self._weights = WeightDistribution(store, roster)
         self._max_schema_bytes = max_schema_bytes
         self._exclusive = asyncio.Lock()
@@ -138,15 +140,15 @@ class Coordinator:
         return [deployment.service for deployment in self._deployments.values() if deployment.service]
 
     def _create_deployment(self, name: str) -> Deployment:
-        deps, journal = self._deps(name), lambda: self.journal
+        deps, journal = self._deps(RosterView(self._roster, name, self._claims)), lambda: self.journal
         host = DeploymentHost(
             self._reader, self._planner, deps, self._totals, journal, self.changed.set, self._report_problem
         )
         return Deployment(name, host)
 
-    def _deps(self, holder: str) -> ServiceDeps:
+    def _deps(self, roster: RosterView) -> ServiceDeps:
         return ServiceDeps(
-            RosterView(self._roster, holder),
+            roster,
             self._heartbeat,
             self._dialer,
             self._weights,
@@ -157,13 +159,19 @@ class Coordinator:
 
     # Loading
 
-    async def load(self, order: LoadOrder, follower: LoadReporter | None = None, *, again: bool = False) -> None:
-        """Load a model and serve it in place of the current one. Raises ``NotServing``, and as ``Deployment.load``."""
+    async def load(
+        self, order: LoadOrder, follower: LoadReporter | None = None, *, name: str = DEFAULT, again: bool = False
+    ) -> None:
+        """Load a model and serve it in place of the one with this name, beside all others.
+
+        Raises ``NotServing``, and as ``Deployment.load``.
+        """
         if self._is_loading:
             raise NotServing("another model is being loaded or trained; wait until that ends")
         self._training.problem = ""
         report = BothReporters(self._report, follower) if follower else self._report
-        await self._deployments[DEFAULT].load(order, report, again=again)
+        deployment = self._deployments.setdefault(name, self._create_deployment(name))
+        await deployment.load(order, report, again=again)
 
     @property
     def _is_loading(self) -> bool:
@@ -182,7 +190,7 @@ class Coordinator:
             raise NotServing("a model is being loaded or trained; wait until that ends")
         self._preparation = LoadWatch(request.order.model, "preparing to train adapters of {}")
         report = BothReporters(BothReporters(self._report, follower), self._preparation)
-        deps = self._deps("training")
+        deps = self._deps(RosterView(self._roster, "training", SliceClaims()))  # it leaves nothing to others
         host = TrainingHost(self._reader, deps, self._planner.make_plan, self._close, self.changed)
         async with self._training.report_restored(tell), self._exclusive:
             await self._training.run(host, request, tell, report, self._deployments[DEFAULT].order)
@@ -198,15 +206,16 @@ class Coordinator:
         self.changed.set()
         self._report.problem(sentence)
 
-    async def unload(self) -> None:
-        """End live requests and free the workers' memory. Do nothing if no model is loaded.
+    async def unload(self, name: str = "") -> None:
+        """End live requests of the deployment with this name, of all without one, and free the workers' memory.
 
-        Raises ``NotServing`` while a model is being loaded or trained.
+        Do nothing if it is not loaded. Raises ``NotServing`` while a model is being loaded or trained.
         """
         if self._is_loading:
             raise NotServing("a model is being loaded or trained; wait until that ends")
         for deployment in self._deployments.values():
-            await deployment.unload()
+            if name in ("", deployment.name):
+                await deployment.unload()
         self._training.problem = ""
         self.changed.set()
 

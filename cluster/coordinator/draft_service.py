@@ -148,7 +148,14 @@ class DraftService:
             self._on_loop(lambda: self._fail(epoch, f"{worker}: {why}"))
 
         builder = EpochBuilder(
-            self._deps.dialer, self._deps.weights, assignment.model_info, self._control, progress, received, lost
+            self._deps.dialer,
+            self._deps.weights,
+            assignment.model_info,
+            self._control,
+            progress,
+            received,
+            lost,
+            self._deps.roster.claim,
         )
         self._deps.roster.pin_draft(assignment.worker)
         self._assignment, self._holder = assignment, assignment.worker
@@ -160,7 +167,7 @@ class DraftService:
     async def _open_again(self, busy: Collection[str]) -> None:
         self._not_before = time.monotonic() + DRAFT_RETRY_S
         try:
-            members = self._deps.heartbeat.members()
+            members = self._deps.members()
             try:
                 assignment = self._assign(members, busy)
             except MacpipeError:
@@ -194,7 +201,7 @@ class DraftService:
     def _why_leave(self, worker: str, busy: Collection[str]) -> str:
         if worker in busy:
             return f"worker {worker} took layers of the model"
-        entry = self._entry(worker, self._deps.heartbeat.members())
+        entry = self._entry(worker, self._deps.members())
         return f"worker {worker} is being drained" if entry and entry.info.draining else ""
 
     def _entry(self, worker: str, members: Collection[RosterEntry]) -> RosterEntry | None:
@@ -206,7 +213,7 @@ class DraftService:
 
     async def _reset(self, holder: WorkerInfo, why: str) -> None:
         try:
-            await self._control(holder.control_address).reset(why)
+            await self._control(holder.control_address).reset(why, epoch=self._assignment.plan.epoch)
         except MacpipeError as e:
             log.info("draft: engine not reset reason=%s worker=%s", e.sentence, holder.name)
 
@@ -220,7 +227,7 @@ class DraftService:
     async def _free(self, holder: WorkerInfo) -> None:
         self._holder = None
         self._deps.roster.pin_draft(None)
-        await unload_workers(self._assignment.plan.epoch, [self._control(holder.control_address)])
+        await unload_workers(self._deps.roster, self._assignment.plan.epoch, [holder.control_address])
 
     # On the engine loop's thread
 

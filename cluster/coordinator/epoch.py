@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import anyio
 
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replan import holds
 from cluster.coordinator.ring import Ring, RingStage, StageLost
-from cluster.coordinator.stage_setup import Progress, link_stages, load_slices
+from cluster.coordinator.roster_view import RosterView
+from cluster.coordinator.stage_setup import Claim, Progress, claim_worker, link_stages, load_slices
 from cluster.coordinator.weight_distribution import WeightDelivery, WeightDistribution
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import UNLOAD_TIMEOUT_S
-from cluster.core.plan import FetchOrder, LoadProgress, Plan
+from cluster.core.plan import FetchOrder, LoadedStage, LoadProgress, Plan, PlannedStage
 from cluster.core.prefix_keys import edition_key
+from cluster.core.text import format_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.platform.process import first_error
 from cluster.transport.streams import Dialer, Received
@@ -54,10 +56,14 @@ class EpochBuilder:
     progress: Progress
     received: Received
     lost: StageLost
+    claim: Claim = claim_worker
+    """Called before each load of a slice."""
     rate: float = 0.0
     """Bytes per second of the last load, over all workers; 0 before the first load."""
     edition: str = ""
     """Name of the model's edition by the digests of all its tensors; empty while they are not all known."""
+    _data_ports: dict[str, int] = field(default_factory=dict)
+    """Where the data planes of the slices listen that were loaded last, by the workers' names."""
 
     async def load(self, plan: Plan, workers: Sequence[WorkerInfo], only: Collection[str] | None = None) -> None:
         """Load the slices of all workers, or of those named in ``only``. Raises ``MacpipeError``.
@@ -72,19 +78,26 @@ class EpochBuilder:
         stages = [plan.stages[i] for i in selected]
         selected_controls = [controls[i] for i in selected]
         if only is not None and not missing:
-            await load_slices(stages, selected_controls, [_NOTHING] * len(selected), self.progress)
+            await self._load_slices(stages, selected_controls, [_NOTHING] * len(selected))
             await self._load_adapters(plan, workers, selected)
             return
         async with self.weights.delivery(plan, self.model_info, workers) as delivery:
             orders = [delivery.orders[i] if i in missing else _NOTHING for i in selected]
-            stage_digests = await load_slices(stages, selected_controls, orders, self.progress)
-            new_digests = [d for i, d in zip(selected, stage_digests, strict=True) if i in missing]
+            loaded = await self._load_slices(stages, selected_controls, orders)
+            new_digests = [d for i, d in zip(selected, loaded, strict=True) if i in missing]
             new_delivery = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
             await new_delivery.check(new_digests, lambda: self._report_all(plan, "hashing"))
             self.edition = self._edition_of(plan, delivery)
         await self._load_adapters(plan, workers, selected)
         if read_bytes := sum(plan.stages[i].weight_bytes for i in missing):
             self.rate = read_bytes / max(time.monotonic() - began, 1e-3)
+
+    async def _load_slices(
+        self, stages: Sequence[PlannedStage], controls: Sequence[WorkerClient], orders: Sequence[FetchOrder]
+    ) -> tuple[LoadedStage, ...]:
+        loaded = await load_slices(stages, controls, orders, self.progress, self.claim)
+        self._data_ports |= {stage.worker: one.data_port for stage, one in zip(stages, loaded, strict=True)}
+        return loaded
 
     async def _load_adapters(self, plan: Plan, workers: Sequence[WorkerInfo], selected: Sequence[int]) -> None:
         """Let the selected stages hold the model's adapters, if there are any or a worker holds some."""
@@ -117,7 +130,16 @@ class EpochBuilder:
     async def link(self, plan: Plan, workers: Sequence[WorkerInfo]) -> Epoch:
         """Link the loaded stages with each other. Raises ``MacpipeError``."""
         controls = self._controls(workers)
-        return Epoch(plan, tuple(workers), await link_stages(plan, workers, controls), controls)
+        located = tuple(self._locate(worker) for worker in workers)
+        return Epoch(plan, located, await link_stages(plan, located, controls), controls)
+
+    def _locate(self, worker: WorkerInfo) -> WorkerInfo:
+        """Return the worker with the address of the engine that holds its slice."""
+        port = self._data_ports.get(worker.name)
+        if not port:
+            return worker
+        host, _ = parse_address(worker.data_address)
+        return replace(worker, data_address=format_address(host, port))
 
     async def connect(self, epoch: Epoch) -> Ring:
         """Open the coordinator's own streams to the stages. Raises ``Unreachable`` or ``StaleEpoch``."""
@@ -131,16 +153,19 @@ class EpochBuilder:
         return tuple(self.control(w.control_address) for w in workers)
 
 
-async def unload_workers(epoch: int, controls: Sequence[WorkerClient]) -> None:
-    """Ask workers to free their slices of this epoch or an older one. Ignore workers that do not answer in time."""
+async def unload_workers(roster: RosterView, epoch: int, addresses: Iterable[str]) -> None:
+    """Ask workers to free the holder's slices of this epoch or an older one. Ignore those that do not answer in time.
+
+    ``addresses`` are their control addresses.
+    """
     with anyio.move_on_after(UNLOAD_TIMEOUT_S):
         async with anyio.create_task_group() as tasks:
-            for control in controls:
-                tasks.start_soon(_unload, control, epoch)
+            for address in addresses:
+                tasks.start_soon(_unload, roster.control(address), epoch, roster.release(address, epoch))
 
 
-async def _unload(control: WorkerClient, epoch: int) -> None:
+async def _unload(control: WorkerClient, epoch: int, keep: Sequence[int]) -> None:
     try:
-        await control.unload(epoch, UNLOAD_TIMEOUT_S)
+        await control.unload(epoch, UNLOAD_TIMEOUT_S, keep)
     except MacpipeError:
         return  # a worker that is gone holds nothing

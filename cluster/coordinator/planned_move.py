@@ -35,7 +35,7 @@ class PlannedMove(EpochChange):
         breaks during the load, raises that loss, since requests must not wait for a planned load. After an error,
         nothing has changed unless ``switched``.
         """
-        chosen = chosen or self._choose_assignment(self._context.deps.heartbeat.members())
+        chosen = chosen or self._choose_assignment(self._context.deps.members())
         newcomers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
         pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
         self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))

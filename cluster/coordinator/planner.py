@@ -99,6 +99,8 @@ def _stages(epoch: int, shape: ModelShape, proposal: Proposal, order: LoadOrder)
         spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, order.kv_bits, order.quantize)
         used = shape.stage_bytes(layers)
         left = worker.memory.usable - used
+        if order.cached_contexts is not None:
+            left = min(left, order.cached_contexts * shape.stage_cache_bytes(layers))
         stages.append(PlannedStage(spec, worker.name, used, left, proposal.decode_s[i] * 1e3))
     return tuple(stages)
 

@@ -67,6 +67,14 @@ class ServiceDeps:
     prefix_owners: OwnersOf = PrefixOwners
     timeline: Timeline = field(default_factory=Timeline)
 
+    def members(self) -> tuple[RosterEntry, ...]:
+        """Return every worker as the last heartbeats found it, with the service's own slices."""
+        return tuple(map(self.roster.focus, self.heartbeat.members()))
+
+    async def ask(self, workers: Collection[str]) -> tuple[RosterEntry, ...]:
+        """Ask all workers now. Return ``members`` once each of ``workers`` has answered or is gone."""
+        return tuple(map(self.roster.focus, await self.heartbeat.ask(workers, time.monotonic())))
+
 
 @dataclass(frozen=True, slots=True)
 class RecoveryContext:
@@ -260,13 +268,14 @@ class Recovery(EpochChange):
     async def _reset(self, member: RosterEntry) -> None:
         self.cause = WorkerLost(f"the engine of worker {member.info.name} hangs", worker=member.info.name)
         try:
-            await self._context.builder.control(member.info.control_address).reset(self.cause.sentence)
+            control = self._context.builder.control(member.info.control_address)
+            await control.reset(self.cause.sentence, epoch=member.info.epoch)
         except MacpipeError as e:
             log.info("recovery: engine not reset reason=%s worker=%s", e.sentence, member.info.name)
 
     async def _ask_workers(self) -> tuple[RosterEntry, ...]:
         names = [s.worker for s in self._epoch.plan.stages]
-        return await self._context.deps.heartbeat.ask(names, time.monotonic())
+        return await self._context.deps.ask(names)
 
     async def _try_once(self) -> Epoch:
         members = await self._ask_workers()

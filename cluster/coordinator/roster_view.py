@@ -1,29 +1,34 @@
-"""The roster as one holder of stages sees it: what it pins does not replace what others pin."""
+"""The roster as one holder of slices sees it: its own slices, and the memory that the slices of others leave."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster import Roster, RosterEntry
+from cluster.coordinator.slice_claims import SliceClaim, SliceClaims
 from cluster.coordinator.worker_client import WorkerClient
-from cluster.core.worker import WorkerInfo
+from cluster.core.plan import PlannedStage
+from cluster.core.text import format_address, parse_address
+from cluster.core.worker import HeldSlice, WorkerInfo
 
 
 class RosterView:
     """The workers of a cluster, for the holder with this name."""
 
-    def __init__(self, roster: Roster, holder: str) -> None:
-        self._roster, self._holder = roster, holder
+    def __init__(self, roster: Roster, holder: str, claims: SliceClaims | None = None) -> None:
+        self._roster, self._holder, self._claims = roster, holder, claims or SliceClaims()
+        self._pinned = self._pinned_draft = frozenset[str]()
 
     @property
     def members(self) -> tuple[RosterEntry, ...]:
         """The members as they answered last."""
-        return self._roster.members
+        return tuple(map(self.focus, self._roster.members))
 
     async def refresh(self) -> tuple[RosterEntry, ...]:
         """Ask all workers to describe themselves. Return the members, sorted by name."""
-        return await self._roster.refresh()
+        return tuple(map(self.focus, await self._roster.refresh()))
 
     def holds_from_before(self, info: WorkerInfo) -> bool:
         """Return whether the worker's slice is from a predecessor with the same id, see ``Roster``."""
@@ -33,20 +38,82 @@ class RosterView:
         self, wanted: int | None, wait_s: float, report: LoadReporter, counts: Callable[[WorkerInfo], bool]
     ) -> tuple[WorkerInfo, ...]:
         """Wait for usable workers, see ``Roster.gather``."""
-        return await self._roster.gather(wanted, wait_s, report, counts)
+        found = await self._roster.gather(wanted, wait_s, report, lambda worker: counts(self._focus_info(worker)))
+        return tuple(map(self._focus_info, found))
 
     async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:
         """Return the usable workers present now, see ``Roster.present``."""
-        return await self._roster.present(wanted)
+        return tuple(map(self._focus_info, await self._roster.present(wanted)))
 
     def control(self, address: str) -> WorkerClient:
         """Return the client of the worker at an address."""
         return self._roster.control(address)
 
     def pin(self, workers: Sequence[WorkerInfo]) -> None:
-        """Keep asking the workers that hold a stage. Replaces the holder's previous set."""
+        """Keep asking the workers that hold a stage. Replaces the holder's previous set.
+
+        What the holder has claimed on other workers is no longer kept for it.
+        """
         self._roster.pin(self._holder, workers)
+        self._pinned = frozenset(w.control_address for w in workers)
+        self._release_unpinned()
 
     def pin_draft(self, worker: WorkerInfo | None) -> None:
         """Keep asking the worker that holds the draft model, too; None if there is none."""
         self._roster.pin(f"draft of {self._holder}", [worker] if worker else [])
+        self._pinned_draft = frozenset([worker.control_address] if worker else [])
+        self._release_unpinned()
+
+    def _release_unpinned(self) -> None:
+        self._claims.release_all_but(self._holder, self._pinned | self._pinned_draft)
+
+    def claim(self, address: str, stage: PlannedStage) -> tuple[int, ...]:
+        """Claim a worker for a stage. Return the epochs of the slices that others have there."""
+        claim = SliceClaim(stage.spec.epoch, stage.weight_bytes + stage.cache_bytes)
+        self._claims.claim(self._holder, address, claim)
+        return self._kept(address)
+
+    def release(self, address: str, epoch: int) -> tuple[int, ...]:
+        """Give up what the holder has claimed on a worker for this epoch or an older one.
+
+        Return the epochs of the slices that others have there.
+        """
+        self._claims.release(self._holder, address, epoch)
+        return self._kept(address)
+
+    def _kept(self, address: str) -> tuple[int, ...]:
+        return tuple(other.epoch for other in self._claims.others(self._holder, address))
+
+    def focus(self, entry: RosterEntry) -> RosterEntry:
+        """Return the entry with the holder's own slice in place of the worker's first, and without others' memory."""
+        others = self._claims.others(self._holder, entry.info.control_address)
+        if not others:
+            return entry
+        info = self._focus_info(entry.info)
+        own = next((held for held in info.slices if held.epoch == info.epoch), None)
+        return replace(entry, info=info, problem=entry.problem or (own.problem if own else ""))
+
+    def _focus_info(self, info: WorkerInfo) -> WorkerInfo:
+        others = self._claims.others(self._holder, info.control_address)
+        if not others:
+            return info
+        foreign = {other.epoch for other in others}
+        own = [held for held in info.slices if held.epoch not in foreign]
+        held = max(own, key=lambda one: one.epoch, default=HeldSlice())
+        data_address = info.data_address
+        if held.data_port:
+            data_address = format_address(parse_address(data_address)[0], held.data_port)
+        return replace(
+            info,
+            epoch=held.epoch,
+            layers=held.layers,
+            model=held.model,
+            fingerprint=held.fingerprint,
+            kv_bits=held.kv_bits,
+            weight_bits=held.weight_bits,
+            adapters=held.adapters,
+            busy_ms=held.busy_ms,
+            computing=held.computing,
+            data_address=data_address,
+            memory_limit=max(info.memory_limit - sum(other.nbytes for other in others), 0),
+        )

@@ -92,7 +92,7 @@ class ModelService:
         self._move_refused_at: dict[str, float] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._no_restore_before = 0.0
-        self._links = LinkUpkeep(self._steady_epoch, self._is_idle, deps.heartbeat.members)
+        self._links = LinkUpkeep(self._steady_epoch, self._is_idle, deps.members)
         self._contacted: set[str] = set()  # control addresses
         limits = capacity(first.plan, model_info.shape, order, first.workers)
         self._draft = DraftService(model_info, draft, deps, self._control, notify) if draft else None
@@ -167,6 +167,7 @@ class ModelService:
             progress,
             self.loop.on_message,
             self.loop.on_stream_lost,
+            self._deps.roster.claim,
         )
         self._context = RecoveryContext(
             self._deps,
@@ -208,7 +209,7 @@ class ModelService:
         await anyio.to_thread.run_sync(self.loop.stop, error)
         if self._draft:
             await self._draft.close()
-        await unload_workers(self._deps.epochs.last, [self._deps.roster.control(a) for a in self._contacted])
+        await unload_workers(self._deps.roster, self._deps.epochs.last, self._contacted)
 
     def _steady_epoch(self) -> Epoch | None:
         """Return the epoch that serves; None during a recovery or a move."""
@@ -381,7 +382,7 @@ class ModelService:
 
     async def _move_draining(self) -> None:
         """Move the layers of the first draining worker that holds a stage."""
-        for member in self._deps.heartbeat.members():
+        for member in self._deps.members():
             name, info = member.info.name, member.info
             if info.draining and not member.problem and name in self._stage_workers() and self._may_retry_move(name):
                 await self._move_from(info)
@@ -433,7 +434,7 @@ class ModelService:
             return
         since = time.monotonic() - STEADY_S
         heartbeat = self._deps.heartbeat
-        steady = (m.info for m in heartbeat.members() if not m.problem and heartbeat.up_since(m.info.name, since))
+        steady = (m.info for m in self._deps.members() if not m.problem and heartbeat.up_since(m.info.name, since))
         next_number = self._deps.epochs.next
         reason = "workers that were lost are back and take their layers again"
         try:
@@ -458,7 +459,7 @@ class ModelService:
             self._notify(f"{reason}, but the stages cannot be linked over it: {e.sentence}")
 
     async def _release(self, leaver: WorkerInfo) -> None:
-        await unload_workers(self._deps.epochs.last, [self._control(leaver.control_address)])
+        await unload_workers(self._deps.roster, self._deps.epochs.last, [leaver.control_address])
         self._end_leave(leaver.name)
 
 

@@ -33,7 +33,8 @@ class LoadOrder:
     while it loads them; 0 leaves them. ``acceptance`` is the share of guessed tokens that the plan expects to be right,
     from 0 to 1. ``speculation`` says what guesses tokens before they are sampled; with ``exact``, a frame has one of
     them, so that they change no bit of an answer.
-    ``draft`` is the draft model, "" if there is none. ``adapters`` are names and folders.
+    ``cached_contexts`` is how many full contexts each stage has room for in its caches; None uses all memory that is
+    left on its Mac. ``draft`` is the draft model, "" if there is none. ``adapters`` are names and folders.
     """
 
     model: str
@@ -53,6 +54,7 @@ class LoadOrder:
     acceptance: float = 0.0
     speculation: Speculation = Speculation.OFF
     exact: bool = True
+    cached_contexts: int | None = None
     draft: str = ""
     adapters: tuple[tuple[str, str], ...] = ()
 

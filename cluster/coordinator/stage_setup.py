@@ -10,7 +10,7 @@ from cluster.coordinator.concurrent_calls import call_for_each
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import LinkFailed, MacpipeError
-from cluster.core.plan import FetchOrder, Link, LoadProgress, Plan, PlannedStage, Route, StageDigests
+from cluster.core.plan import FetchOrder, Link, LoadedStage, LoadProgress, Plan, PlannedStage, Route
 from cluster.core.worker import WorkerInfo
 from cluster.platform.process import first_error
 from cluster.security.trust import worker_of
@@ -18,6 +18,13 @@ from cluster.security.trust import worker_of
 log = logging.getLogger(__name__)
 
 Progress = Callable[[LoadProgress], None]
+Claim = Callable[[str, PlannedStage], tuple[int, ...]]
+"""Claims a worker, by its control address, for a stage. Returns the epochs of the slices that it keeps beside."""
+
+
+def claim_worker(address: str, stage: PlannedStage) -> tuple[int, ...]:
+    """Claim a worker for a stage alone: it keeps nothing beside."""
+    return ()
 
 
 async def load_slices(
@@ -25,28 +32,31 @@ async def load_slices(
     controls: Sequence[WorkerClient],
     orders: Sequence[FetchOrder],
     progress: Progress,
-) -> tuple[StageDigests, ...]:
-    """Load every slice. Return the digests of each stage's tensors, in order.
+    claim: Claim = claim_worker,
+) -> tuple[LoadedStage, ...]:
+    """Load every slice, once ``claim`` has said what its worker keeps. Return what is loaded, in order.
 
     Raises the first error and cancels the other loads.
     """
     loads = zip(stages, controls, orders, strict=True)
     try:
-        return tuple(await call_for_each(lambda load: _load(*load, progress), loads))
+        return tuple(await call_for_each(lambda load: _load(*load, progress, claim), loads))
     except* MacpipeError as group:
         raise first_error(group) from None
 
 
-async def _load(stage: PlannedStage, control: WorkerClient, order: FetchOrder, progress: Progress) -> StageDigests:
-    digests = StageDigests(stage.worker, ())
-    async for p in control.load(stage.spec, order):
-        if isinstance(p, StageDigests):
-            digests = p
+async def _load(
+    stage: PlannedStage, control: WorkerClient, order: FetchOrder, progress: Progress, claim: Claim
+) -> LoadedStage:
+    loaded = LoadedStage(stage.worker, ())
+    async for p in control.load(stage.spec, order, claim(control.address, stage)):
+        if isinstance(p, LoadedStage):
+            loaded = p
             continue
         total = p.total_bytes or stage.weight_bytes
         done = total if p.state in ("hashing", "ready") else p.done_bytes
         progress(replace(p, worker=stage.worker, done_bytes=done, total_bytes=total))
-    return digests
+    return loaded
 
 
 async def link_stages(

@@ -196,7 +196,7 @@ class TrainingMode:
             await job.run(Assignment(plan, tuple(by_name[stage.worker] for stage in plan.stages)))
         finally:
             with anyio.CancelScope(shield=True):
-                await unload_workers(deps.epochs.last, [deps.roster.control(a) for a in job.contacted])
+                await unload_workers(deps.roster, deps.epochs.last, job.contacted)
                 deps.roster.pin(())
 
 

@@ -23,7 +23,7 @@ from cluster.core.adapter import Adapter
 from cluster.core.errors import MacpipeError, ModelDiffers
 from cluster.core.futures import ignore_error
 from cluster.core.limits import HEARTBEAT_S
-from cluster.core.plan import FetchOrder, Plan, StageDigests, StorePlace
+from cluster.core.plan import FetchOrder, LoadedStage, Plan, StorePlace
 from cluster.core.text import format_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.security.trust import worker_of
@@ -48,7 +48,7 @@ class WeightDelivery:
     own: asyncio.Task[dict[str, str]]
     """Digests of the coordinator's own folder, by tensor name; empty if the folder is incomplete."""
 
-    async def check(self, stages: Sequence[StageDigests], waiting: Callable[[], None]) -> None:
+    async def check(self, stages: Sequence[LoadedStage], waiting: Callable[[], None]) -> None:
         """Raise ``ModelDiffers``, naming worker and tensor, unless all workers hold the tensors of one model.
 
         ``waiting`` is called every ``HEARTBEAT_S`` while the coordinator's own folder is being hashed.
@@ -69,7 +69,7 @@ class WeightDelivery:
             self.manifest.learn(stage.digests, f"worker {stage.worker}")
 
 
-def compare(stages: Sequence[StageDigests], manifest: DigestManifest) -> None:
+def compare(stages: Sequence[LoadedStage], manifest: DigestManifest) -> None:
     """Compare digests with the manifest and with each other. Raises ``ModelDiffers``, naming worker and tensor."""
     seen: dict[str, tuple[str, str]] = {}
     for stage in stages:

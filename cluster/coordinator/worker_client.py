@@ -35,11 +35,11 @@ from cluster.core.limits import (
     MAX_FACT_CHARS,
 )
 from cluster.core.link_limits import MAX_SHARED_HOSTS, PROBE_TIMEOUT_S
-from cluster.core.plan import FetchOrder, LayerRange, Link, LoadProgress, StageDigests, StageSpec, StorePlace
+from cluster.core.plan import FetchOrder, LayerRange, Link, LoadedStage, LoadProgress, StageSpec, StorePlace
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
 from cluster.core.stored_models import STORE_S, MacStore
-from cluster.core.text import format_address, parse_address
+from cluster.core.text import HIGHEST_PORT, format_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED
@@ -148,18 +148,24 @@ class WorkerClient:
             )
         return answer
 
-    async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageDigests]:
-        """Load a slice. Yield its progress, then a ``StageDigests`` with the digests of its tensors.
+    async def load(
+        self, spec: StageSpec, order: FetchOrder, keep: Sequence[int] = ()
+    ) -> AsyncIterator[LoadProgress | LoadedStage]:
+        """Load a slice in place of all others but those of the epochs ``keep``. Yield progress, then what is loaded.
 
         Raises the worker's error, or ``WorkerLost`` if the load stalls.
         """
-        call = self._stub.LoadStage(_load_request(spec, order, self._coordinator, self._instance))
+        request = _load_request(spec, order, self._coordinator, self._instance)
+        request.keep.extend(keep)
+        call = self._stub.LoadStage(request)
         digests: list[tuple[str, str]] = []
+        port = 0
         async with self._map_errors():
             async for message in _read_with_stall_limit(call, self.name):
                 digests += [(digest.name, digest.sha256.hex()) for digest in message.digests]
-                if len(digests) > len(order.tensors):
-                    why = f"worker {self.name} sent digests of tensors that it was not asked for"
+                port = message.data_port
+                if len(digests) > len(order.tensors) or port > HIGHEST_PORT:
+                    why = f"worker {self.name} sent digests of tensors that it was not asked for, or an impossible port"
                     raise WorkerLost(why, worker=self.name)
                 yield LoadProgress(
                     self.name,
@@ -171,7 +177,7 @@ class WorkerClient:
                     message.peer_bytes,
                     tuple(message.notices),
                 )
-        yield StageDigests(self.name, tuple(digests))
+        yield LoadedStage(self.name, tuple(digests), port)
 
     async def set_adapters(
         self, epoch: int, layers: LayerRange, adapters: Sequence[Adapter], peers: Sequence[StorePlace]
@@ -231,9 +237,12 @@ class WorkerClient:
         async with self._map_errors():
             await self._stub.ReadPrefix(request, timeout=order.timeout_s)
 
-    async def unload(self, epoch: int, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+    async def unload(self, epoch: int, timeout_s: float = CONTROL_TIMEOUT_S, keep: Sequence[int] = ()) -> None:
+        """Free the worker's slices of this epoch and of older ones, but those of the epochs ``keep``."""
         async with self._map_errors():
-            request = pb.UnloadStageRequest(epoch=epoch, coordinator=self._coordinator, instance=self._instance)
+            request = pb.UnloadStageRequest(
+                epoch=epoch, coordinator=self._coordinator, instance=self._instance, keep=keep
+            )
             await self._stub.UnloadStage(request, timeout=timeout_s)
 
     async def measure_link(self, source: WorkerInfo) -> Link:
@@ -263,10 +272,15 @@ class WorkerClient:
             request = pb.DrainWorkerRequest(coordinator=self._coordinator, instance=self._instance, undo=undo)
             await self._stub.DrainWorker(request, timeout=CONTROL_TIMEOUT_S)
 
-    async def reset(self, why: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-        """Tell the worker to kill its engine. The engine restarts and then holds no layers."""
+    async def reset(self, why: str, timeout_s: float = CONTROL_TIMEOUT_S, epoch: int = 0) -> None:
+        """Tell the worker to kill the engine that holds a slice of this epoch; for 0, its first engine.
+
+        The first engine restarts, and then holds no layers.
+        """
         async with self._map_errors():
-            request = pb.ResetEngineRequest(coordinator=self._coordinator, instance=self._instance, why=why)
+            request = pb.ResetEngineRequest(
+                coordinator=self._coordinator, instance=self._instance, why=why, epoch=epoch
+            )
             await self._stub.ResetEngine(request, timeout=timeout_s)
 
     async def examine(self, others: Iterable[WorkerInfo]) -> tuple[CheckResult, ...]:

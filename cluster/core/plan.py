@@ -376,11 +376,15 @@ class FetchOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class StageDigests:
-    """The hashes of a stage's tensors on its worker: pairs of name and SHA-256 in hex."""
+class LoadedStage:
+    """A stage on its worker: the hashes of its tensors, pairs of name and SHA-256 in hex, and its data plane's port.
+
+    ``data_port`` 0: that of the worker's description.
+    """
 
     worker: str
     digests: tuple[tuple[str, str], ...]
+    data_port: int = 0
 
 
 _FILLS: Final = 4

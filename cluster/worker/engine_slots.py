@@ -233,8 +233,10 @@ class EngineSlots:
         await slot.ended.wait()
 
     def reset(self, epoch: int, why: str) -> None:
-        """Kill the engine that holds a slice of this epoch; for epoch 0, the first."""
+        """Kill the engine that holds a slice of this epoch; for epoch 0, the first. Do nothing if there is none."""
         slot = self.holder(epoch)
+        if epoch and slot.requests and all(request.epoch != epoch for request in slot.requests):
+            return
         slot.hold(None)
         slot.supervisor.reset(why)
 

@@ -130,7 +130,7 @@ class DraftRing:
     """Stands for the builder of a draft's epoch and for its ring. It computes nothing."""
 
     def __init__(self, opened: OpenDraft, arguments: tuple[Any, ...]) -> None:
-        *_, self.received, self.lost = arguments
+        *_, self.received, self.lost, _claim = arguments
         self._opened = opened
         self.sent: list[Frame] = []
         self.lost_at_once = opened.lost_at_once
@@ -164,7 +164,7 @@ class Control:
     address: str
     resets: ClassVar[list[str]] = []
 
-    async def reset(self, why: str) -> None:
+    async def reset(self, why: str, epoch: int) -> None:
         self.resets.append(f"{self.address}: {why}")
 
 
@@ -191,8 +191,9 @@ class OpenDraft:
             dialer=None,
             weights=None,
             epochs=self.epochs,
-            roster=SimpleNamespace(pin_draft=lambda pinned: None),
-            heartbeat=SimpleNamespace(members=lambda: tuple(self.members), is_gone=self.gone.__contains__),
+            roster=SimpleNamespace(pin_draft=lambda pinned: None, claim=None),
+            heartbeat=SimpleNamespace(is_gone=self.gone.__contains__),
+            members=lambda: tuple(self.members),
         )
         assignment = assign_draft(self.epochs.next(), target, draft, [worker("ada"), worker("bob")], ["ada"])
         control: Any = Control
@@ -204,8 +205,8 @@ class OpenDraft:
 
     async def _loads(self) -> None: ...
 
-    async def _unload(self, epoch: int, controls: list[Control]) -> None:
-        self.freed += [control.address for control in controls]
+    async def _unload(self, roster: object, epoch: int, addresses: list[str]) -> None:
+        self.freed += addresses
 
     @property
     def ring(self) -> DraftRing:

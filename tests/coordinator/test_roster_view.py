@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.coordinator.roster import Roster
+from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.roster_view import RosterView
-from cluster.core.worker import WorkerInfo
+from cluster.coordinator.slice_claims import SliceClaims
+from cluster.core.plan import LayerRange, ModelRef, PlannedStage, StageSpec
+from cluster.core.worker import HeldSlice, WorkerInfo
 from cluster.discovery.static import static_source
 from cluster.security.credentials import LocalTrust
 
@@ -27,3 +29,47 @@ def test_what_one_holder_pins_stays_when_another_lets_go() -> None:
     other.pin_draft(None)
     one.pin([BOB])
     assert roster.addresses() == {BOB.control_address}
+
+
+def a_stage(epoch: int, nbytes: int) -> PlannedStage:
+    spec = StageSpec(epoch, 0, 1, ModelRef("m", "", "f"), LayerRange(0, 4), 16)
+    return PlannedStage(spec, "ada", nbytes, nbytes)
+
+
+def test_a_holder_sees_its_own_slice_and_the_memory_that_others_leave() -> None:
+    roster, claims = Roster(static_source([]), "c", "me", LocalTrust()), SliceClaims()
+    one, other = RosterView(roster, "one", claims), RosterView(roster, "other", claims)
+    address = ADA.control_address
+    one.pin([ADA])
+    other.pin([ADA])
+    assert one.claim(address, a_stage(5, 100)) == ()
+    assert other.claim(address, a_stage(6, 30)) == (5,)
+    assert one.claim(address, a_stage(7, 100)) == (6,), "its slice of an older epoch goes"
+    slices = (
+        HeldSlice(6, LayerRange(0, 2), "b", "fb", data_port=71, busy_ms=9),
+        HeldSlice(7, LayerRange(0, 4), "a", "fa", data_port=70, problem="its engine hangs"),
+    )
+    info = replace(ADA, epoch=6, memory_limit=1000, data_address="127.0.0.1:70", slices=slices)
+    mine, theirs = one.focus(RosterEntry(info)), other.focus(RosterEntry(info))
+    assert (mine.info.epoch, mine.info.layers, mine.info.memory_limit, mine.problem) == (
+        7,
+        LayerRange(0, 4),
+        940,
+        "its engine hangs",
+    )
+    assert (theirs.info.fingerprint, theirs.info.busy_ms, theirs.info.memory_limit, theirs.problem) == (
+        "fb",
+        9,
+        800,
+        "",
+    )
+    assert theirs.info.data_address == "127.0.0.1:71"
+    lost = other.focus(RosterEntry(replace(info, slices=slices[1:])))
+    assert (lost.info.epoch, lost.info.layers, lost.info.model) == (0, None, "")
+    assert other.release(address, 5) == (7,)
+    assert one.claim(address, a_stage(8, 100)) == (6,), "a slice is given up by its own epoch, or a newer one"
+    assert other.release(address, 9) == (8,)
+    alone = RosterEntry(info)
+    assert one.focus(alone) is alone
+    one.pin([BOB])
+    assert other.claim(address, a_stage(9, 1)) == (), "who moved away leaves nothing to keep"

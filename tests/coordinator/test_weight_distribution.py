@@ -8,7 +8,7 @@ import pytest
 
 from cluster.coordinator.weight_distribution import compare
 from cluster.core.errors import ModelDiffers
-from cluster.core.plan import StageDigests
+from cluster.core.plan import LoadedStage
 from cluster.store.digest_manifest import DigestManifest
 
 A, B = "a" * 64, "b" * 64
@@ -16,12 +16,12 @@ A, B = "a" * 64, "b" * 64
 
 def test_equal_digests_pass(tmp_path: Path) -> None:
     manifest = DigestManifest(tmp_path, "f")
-    compare([StageDigests("ada", (("x", A), ("y", B))), StageDigests("bob", (("y", B),))], manifest)
+    compare([LoadedStage("ada", (("x", A), ("y", B))), LoadedStage("bob", (("y", B),))], manifest)
     assert not manifest.known
 
 
 def test_a_shared_tensor_that_differs_names_both(tmp_path: Path) -> None:
-    stages = [StageDigests("ada", (("tied", A),)), StageDigests("bob", (("tied", B),))]
+    stages = [LoadedStage("ada", (("tied", A),)), LoadedStage("bob", (("tied", B),))]
     with pytest.raises(ModelDiffers, match="worker ada and worker bob have different bytes of the tensor tied") as told:
         compare(stages, DigestManifest(tmp_path, "f"))
     assert told.value.details == {"worker": "bob", "tensor": "tied"}
@@ -29,7 +29,7 @@ def test_a_shared_tensor_that_differs_names_both(tmp_path: Path) -> None:
 
 def test_where_the_right_one_is_known_the_wrong_one_is_named(tmp_path: Path) -> None:
     DigestManifest(tmp_path, "f").learn([("tied", B)], "an earlier load")
-    stages = [StageDigests("ada", (("tied", A),)), StageDigests("bob", (("tied", B),))]
+    stages = [LoadedStage("ada", (("tied", A),)), LoadedStage("bob", (("tied", B),))]
     with pytest.raises(ModelDiffers, match="worker ada has another version of the tensor tied"):
         compare(stages, DigestManifest(tmp_path, "f"))
 

@@ -47,12 +47,12 @@ from cluster.core.errors import (
 from cluster.core.frames import Compute, Drop, Edit, Frame, Join, Leave, Restore, Sample, Save, Step, Tensor, Trim
 from cluster.core.plan import (
     FetchOrder,
+    LoadedStage,
     LoadProgress,
     ModelRef,
     ModelShape,
     Plan,
     Speculation,
-    StageDigests,
     StageSpec,
 )
 from cluster.core.request import Accepted, FinishEvent, Request, SamplingParams, TokenEvent
@@ -268,7 +268,9 @@ class Mac(Port):
             instance=str(self._life),
         )
 
-    async def load(self, spec: StageSpec, order: FetchOrder) -> AsyncIterator[LoadProgress | StageDigests]:
+    async def load(
+        self, spec: StageSpec, order: FetchOrder, keep: Sequence[int]
+    ) -> AsyncIterator[LoadProgress | LoadedStage]:
         await self._reached()
         if self._problem:
             raise WorkerLost(f"worker {self.name}: {self._problem}", worker=self.name)
@@ -283,7 +285,7 @@ class Mac(Port):
         if self._caches:
             self._caches.close()
         self._caches = Caches(spec)
-        yield StageDigests(self.name, ())
+        yield LoadedStage(self.name, ())
 
     async def link(self, epoch: int, before: WorkerInfo | None) -> None:
         await self._reached()
@@ -296,7 +298,7 @@ class Mac(Port):
         except (Unreachable, StaleEpoch) as e:
             raise LinkFailed(e.sentence) from e
 
-    async def unload(self, epoch: int, timeout_s: float = 1.0) -> None:
+    async def unload(self, epoch: int, timeout_s: float, keep: Sequence[int]) -> None:
         await self._reached()
         if self._caches and self._caches.spec.epoch <= epoch:
             self._drop()
@@ -304,7 +306,7 @@ class Mac(Port):
     async def send_step_time_ratio(self, fingerprint: str, ratio: float) -> None:
         await self._reached()
 
-    async def reset(self, why: str, timeout_s: float = 1.0) -> None:
+    async def reset(self, why: str, epoch: int) -> None:
         await self._reached()
         self.crash()
 
@@ -411,7 +413,7 @@ class _Nobody:
         await asyncio.sleep(0)
         raise self._refusal
 
-    async def unload(self, epoch: int, timeout_s: float = 1.0) -> None:
+    async def unload(self, epoch: int, timeout_s: float, keep: Sequence[int]) -> None:
         raise self._refusal
 
 
@@ -427,7 +429,7 @@ class _Macs(Roster):
 
 
 class _Unchecked(WeightDelivery):
-    async def check(self, stages: Sequence[StageDigests], waiting: Any) -> None:
+    async def check(self, stages: Sequence[LoadedStage], waiting: Any) -> None:
         """There are no bytes to compare."""
 
 

@@ -143,6 +143,7 @@ async def test_the_end_of_an_engine_takes_its_own_slice_alone(monkeypatch: pytes
     async with running(monkeypatch) as slots:
         await load(slots, request(1, "a"))
         await load(slots, request(2, "b", keep=(1,)))
+        slots.reset(99, "an engine of another epoch")
         slots.reset(2, "it hangs")
         await anyio.wait_all_tasks_blocked()
         assert held(slots) == {0: 1}
