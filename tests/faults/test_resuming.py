@@ -12,7 +12,6 @@ import pytest
 from cluster.client import AsyncClient, Client
 from cluster.client.streams import Stream
 from cluster.core.errors import MacpipeError, RequestNotFound
-from faults.campaign import Campaign
 from faults.fleet import Fleet
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
@@ -32,11 +31,11 @@ KINDS: dict[str, Callable[[Client, str], Stream]] = {
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Two workers without a spare, and a coordinator with a journal."""
     fleet = Fleet(tmp_path_factory.mktemp("small"), stages=2, names=("eve", "fay"), options=("--journal", "never"))
     try:
-        yield Campaign(fleet)
+        yield fleet
     finally:
         fleet.close()
 
@@ -78,16 +77,16 @@ def resumed(address: str, name: str, offsets: list[int]) -> list[list[int]]:
     return rest
 
 
-def survives(small: Campaign, number: int, expected: dict[str, list[list[int]]]) -> None:
+def survives(small: Fleet, number: int, expected: dict[str, list[list[int]]]) -> None:
     """Kill the coordinator while an answer of every kind is under way, start it again, and resume them all."""
-    fleet, kill_at = small.fleet, 3 + (9 * number) % 50
-    port = int(fleet.address.rpartition(":")[2])
-    answers = {kind: Answer(ask(fleet.client, f"{kind}-{number}")) for kind, ask in KINDS.items()}
+    kill_at = 3 + (9 * number) % 50
+    port = int(small.address.rpartition(":")[2])
+    answers = {kind: Answer(ask(small.client, f"{kind}-{number}")) for kind, ask in KINDS.items()}
 
     def struck(count: int) -> None:
         if count == kill_at:
             assert all(answer.begun.wait(60) for answer in answers.values())  # what was not accepted cannot be resumed
-            fleet.serve.process.kill()
+            small.serve.process.kill()
 
     readers = [threading.Thread(target=a.follow) for kind, a in answers.items() if kind != "greedy"]
     for reader in readers:
@@ -95,37 +94,37 @@ def survives(small: Campaign, number: int, expected: dict[str, list[list[int]]])
     answers["greedy"].follow(struck)
     for reader in readers:
         reader.join(60)
-    fleet.serve.process.wait(10)
-    fleet.client.close()
-    fleet.start_coordinator(port)
-    assert "reading, 0%" not in fleet.serve.said()
+    small.serve.process.wait(10)
+    small.client.close()
+    small.start_coordinator(port)
+    assert "reading, 0%" not in small.serve.said()
     for kind, answer in answers.items():
         if answer.stream.finish:
             assert answer.whole == expected[kind]
             continue
         said = [answer.said.get(sample, []) for sample in range(len(expected[kind]))]
         offsets = [max(0, len(s) - number % 3) for s in said]  # a client may have lost its last tokens, too
-        rest = resumed(fleet.address, f"{kind}-{number}", offsets)
+        rest = resumed(small.address, f"{kind}-{number}", offsets)
         assert [s[:n] + r for s, n, r in zip(said, offsets, rest, strict=True)] == expected[kind], kind
         with pytest.raises(RequestNotFound, match=kind):
-            list(fleet.client.resume(f"{kind}-{number}", offsets))
+            list(small.client.resume(f"{kind}-{number}", offsets))
 
 
-def undisturbed(small: Campaign) -> dict[str, list[list[int]]]:
-    return {kind: Answer(ask(small.fleet.client, f"{kind}-undisturbed")).follow().whole for kind, ask in KINDS.items()}
+def undisturbed(small: Fleet) -> dict[str, list[list[int]]]:
+    return {kind: Answer(ask(small.client, f"{kind}-undisturbed")).follow().whole for kind, ask in KINDS.items()}
 
 
-def test_a_coordinator_that_dies_is_followed_by_one_that_reads_no_weight_and_resumes(small: Campaign) -> None:
-    engines, expected = [p.engine for p in small.fleet.parties.values()], undisturbed(small)
+def test_a_coordinator_that_dies_is_followed_by_one_that_reads_no_weight_and_resumes(small: Fleet) -> None:
+    engines, expected = [p.engine for p in small.parties.values()], undisturbed(small)
     for number in range(ROUNDS):
         survives(small, number, expected)
-    assert [p.engine for p in small.fleet.parties.values()] == engines
+    assert [p.engine for p in small.parties.values()] == engines
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_twenty_coordinators_die_and_no_answer_is_lost(small: Campaign) -> None:
-    engines, expected = [p.engine for p in small.fleet.parties.values()], undisturbed(small)
+def test_twenty_coordinators_die_and_no_answer_is_lost(small: Fleet) -> None:
+    engines, expected = [p.engine for p in small.parties.values()], undisturbed(small)
     for number in range(ROUNDS, ROUNDS + 20):
         survives(small, number, expected)
-    assert [p.engine for p in small.fleet.parties.values()] == engines
+    assert [p.engine for p in small.parties.values()] == engines
