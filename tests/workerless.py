@@ -8,6 +8,7 @@ from cluster.coordinator.request_timings import ClusterTotals
 class WorkerlessCoordinator:
     """The part of a coordinator that health, metrics and status read."""
 
+    activity = ""
     journal = None
     totals = ClusterTotals()
 

@@ -72,7 +72,8 @@ class BackgroundLoad:
     def start(self, order: LoadOrder) -> None:
         """Begin to load a model. Raises ``NotServing`` while one is being loaded or trained."""
         if self._task or self._coordinator.state in (ServingState.LOADING, ServingState.TRAINING):
-            raise NotServing("another model is being loaded or trained; wait until that ends")
+            activity = self._coordinator.activity or "loading another model"
+            raise NotServing(f"the cluster is {activity}; wait until that ends")
         order.check()
         self._problem = ""
         self._task = asyncio.create_task(self._run(order))

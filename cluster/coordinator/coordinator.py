@@ -166,8 +166,7 @@ class Coordinator:
 
         Raises ``NotServing``, and as ``Deployment.load``.
         """
-        if self._is_loading:
-            raise NotServing("another model is being loaded or trained; wait until that ends")
+        self._require_no_load()
         self._training.problem = ""
         report = BothReporters(self._report, follower) if follower else self._report
         deployment = self._deployments.setdefault(name, self._create_deployment(name))
@@ -176,6 +175,10 @@ class Coordinator:
     @property
     def _is_loading(self) -> bool:
         return self._exclusive.locked() or any(deployment.is_loading for deployment in self._deployments.values())
+
+    def _require_no_load(self) -> None:
+        if self._is_loading:
+            raise NotServing(f"the cluster is {self.activity}; wait until that ends")
 
     async def train(
         self, request: TrainingRequest, tell: Callable[[TrainingEvent], None], follower: LoadReporter
@@ -186,14 +189,13 @@ class Coordinator:
         loaded again, and the errors of ``TrainingMode.run``.
         """
         await self._training.wait_restored()
-        if self._is_loading:
-            raise NotServing("a model is being loaded or trained; wait until that ends")
+        self._require_no_load()
         self._preparation = LoadWatch(request.order.model, "preparing to train adapters of {}")
-        report = BothReporters(BothReporters(self._report, follower), self._preparation)
+        report = BothReporters(self._report, self._preparation)
         deps = self._deps(RosterView(self._roster, "training", SliceClaims()))  # it leaves nothing to others
-        host = TrainingHost(self._reader, deps, self._planner.make_plan, self._close, self.changed)
+        host = TrainingHost(self._reader, deps, self._planner.make_plan, self._close, report, self.changed)
         async with self._training.report_restored(tell), self._exclusive:
-            await self._training.run(host, request, tell, report, self._deployments[DEFAULT].order)
+            await self._training.run(host, request, tell, follower, self._deployments[DEFAULT].order)
 
     async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
         """Return the plan that ``load`` would use with the workers present now. Change nothing.
@@ -211,8 +213,7 @@ class Coordinator:
 
         Do nothing if it is not loaded. Raises ``NotServing`` while a model is being loaded or trained.
         """
-        if self._is_loading:
-            raise NotServing("a model is being loaded or trained; wait until that ends")
+        self._require_no_load()
         for deployment in self._deployments.values():
             if name in ("", deployment.name):
                 await deployment.unload()
@@ -251,13 +252,15 @@ class Coordinator:
         if self._training.job:
             raise self._training.job.refusal()
         if self._is_loading:
-            raise NotServing(f"the cluster is {self._activity}; try again in a moment", retry_after_s=5.0)
+            raise NotServing(f"the cluster is {self.activity}; try again in a moment", retry_after_s=5.0)
         why = f" ({self._training.problem})" if self._training.problem else ""
         raise NotServing(f"no model is loaded{why}; load one with `macpipe load MODEL`")
 
     @property
-    def _activity(self) -> str:
-        """What is loaded or prepared now, as a part of a sentence."""
+    def activity(self) -> str:
+        """What a load or a training does or waits for, as a part of a sentence; "" without one."""
+        if self._training.job:
+            return self._training.job.describe()
         if self._exclusive.locked():
             return self._preparation.sentence
         loads = (deployment.watch.sentence for deployment in self._deployments.values() if deployment.is_loading)
@@ -345,7 +348,7 @@ class Coordinator:
             version=__version__,
             state=self.state,
             problem=repair.cause if repair else "" if service else self._training.problem,
-            activity=self._activity if self.state is ServingState.LOADING else "",
+            activity=self.activity,
             workers=describe_workers((*members, *self._heartbeat.duplicates()), self._heartbeat.beliefs()),
             requests_finished=self._totals.finished,
             tokens_generated=self._totals.tokens,

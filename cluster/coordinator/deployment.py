@@ -168,6 +168,7 @@ class Deployment:
     async def unload(self) -> None:
         """End live requests and free the workers' memory. Do nothing if no model is loaded."""
         async with self._loading:
+            self.watch = LoadWatch(self._order.model if self._order else "", "unloading {}")
             service = self.service
             await self.close(NotServing("the model was unloaded"))
             self._order = None

@@ -63,7 +63,7 @@ def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: 
 
 def with_training(state: ClusterState, job: TrainingJob) -> ClusterState:
     """Return the state of a cluster that trains adapters."""
-    described = replace(state, activity=job.describe(), training=job.progress, model=job.model_name)
+    described = replace(state, training=job.progress, model=job.model_name)
     if job.plan is None:
         return described
     stages = tuple(_describe_stage(stage, Route.RELAY) for stage in job.plan.stages)

@@ -15,7 +15,7 @@ from cluster.coordinator.epoch import unload_workers
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
-from cluster.coordinator.reporter import LoadReporter
+from cluster.coordinator.reporter import BothReporters, LoadReporter
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.training_job import LOSSES, TrainingJob
 from cluster.coordinator.worker_gathering import gather_workers, require_cuts
@@ -50,14 +50,15 @@ class TrainingRequest:
 class TrainingHost:
     """What a run needs of its coordinator.
 
-    ``make_plan`` plans over workers; ``stop_serving`` ends what is served; ``changed`` is set when the coordinator's
-    state changes.
+    ``make_plan`` plans over workers; ``stop_serving`` ends what is served; ``report`` hears of loads beside the client;
+    ``changed`` is set when the coordinator's state changes.
     """
 
     reader: ModelReader
     deps: ServiceDeps
     make_plan: Callable[[int, ModelShape, Sequence[WorkerInfo], LoadOrder], Awaitable[Plan]]
     stop_serving: Callable[[MacpipeError], Awaitable[None]]
+    report: LoadReporter
     changed: asyncio.Event
 
 
@@ -91,7 +92,7 @@ class TrainingMode:
         host: TrainingHost,
         request: TrainingRequest,
         tell: Callable[[TrainingEvent], None],
-        report: LoadReporter,
+        follower: LoadReporter,
         served: LoadOrder | None,
     ) -> None:
         """Train to the end. What is ``served`` goes on until model, data and workers are found.
@@ -110,14 +111,14 @@ class TrainingMode:
             require_cuts(model_info.shape, request.order)  # first what takes no time: tokenizing may take long
             request.options.require_layers(model_info.shape.layers)
             data = await TrainingData.open(request.folder, model_info.found.folder, request.options)
-            await self._train(host, request, model_info, data, tell, report)
+            await self._train(host, request, model_info, data, tell, BothReporters(host.report, follower))
         finally:
             with anyio.CancelScope(shield=True):
                 await model_info.close()
                 if data:
                     await data.close()
             if self.job and served and not self._closed:
-                self._restoring = asyncio.create_task(self._serve_again(served, report))
+                self._restoring = asyncio.create_task(self._serve_again(served, follower))
             self.job = self._running = None
             host.changed.set()
 
@@ -153,11 +154,11 @@ class TrainingMode:
             task.cancel()
             await asyncio.wait((task,), timeout=2 * UNLOAD_TIMEOUT_S)
 
-    async def _serve_again(self, order: LoadOrder, report: LoadReporter) -> Restored:
+    async def _serve_again(self, order: LoadOrder, follower: LoadReporter) -> Restored:
         log.info("training: ended, loading what was served before model=%s", order.model)
         for attempt in range(1, MAX_ENGINE_LOSSES + 1):
             try:
-                await self._load(order, report)
+                await self._load(order, follower)
             except LOSSES as e:
                 log.warning("training: load of the served model failed reason=%s attempt=%d", e.sentence, attempt)
                 why = e.sentence

@@ -18,6 +18,7 @@ from cluster.core.plan import LayerRange, ModelRef, ModelShape
 from cluster.core.training import TrainingOptions
 from cluster.core.training_events import TrainingNotice
 
+FOLLOWER: Any = object()
 SERVED = LoadOrder("faq", worker_count=2)
 OTHER = ModelShape(ModelRef("smol", "", "e" * 64), 2, (1,) * 2, (1,) * 2, (), (1,), (), 64)
 SHAPE = ModelShape(ModelRef("faq", "", "f" * 64), 2, (1,) * 2, (1,) * 2, (), (1,), (), 64)
@@ -38,7 +39,8 @@ class Mode(TrainingMode):
         self.order, self.options = SERVED, TrainingOptions.of({"train": True, "num_layers": 2})
         self.loads, self.problems, self.told = 0, list[str](), list[str]()
 
-    async def load(self, order: LoadOrder, report: object) -> None:
+    async def load(self, order: LoadOrder, follower: object) -> None:
+        assert follower is FOLLOWER, "the coordinator's own reporter hears of each load once"
         self.loads += 1
         if self.failures:
             raise self.failures.pop(0)
@@ -57,11 +59,11 @@ class Mode(TrainingMode):
         async def read_shape(order: LoadOrder) -> ModelShape:
             return SHAPE if order.model.endswith("faq") else OTHER
 
-        host: Any = SimpleNamespace(reader=SimpleNamespace(read=read, read_shape=read_shape), changed=asyncio.Event())
+        reader = SimpleNamespace(read=read, read_shape=read_shape)
+        host: Any = SimpleNamespace(report=None, reader=reader, changed=asyncio.Event())
         request = TrainingRequest(self.order, self.options, Path())
-        report: Any = None
         async with self.report_restored(lambda event: self.told.append(_sentence(event))):
-            await self.run(host, request, lambda event: None, report, self.served)
+            await self.run(host, request, lambda event: None, FOLLOWER, self.served)
 
 
 def _sentence(event: object) -> str:
