@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
+from typing import Final
 
 from cluster.codec.adapter_file import write_adapters
 from cluster.coordinator.epoch import EpochBuilder
@@ -51,6 +52,7 @@ from cluster.security.trust import worker_of
 __all__ = ["LOSSES", "TrainingJob"]
 
 log = logging.getLogger(__name__)
+_EVALUATIONS: Final = {Purpose.VALIDATE: "computing the validation loss", Purpose.TEST: "computing the test loss"}
 MIN_RETRY_S, MAX_RETRY_S = 10.0, 3600.0
 LOSSES = (WorkerLost, Unreachable, LinkFailed, StaleEpoch)
 """Errors of a Mac that went, or is not ready yet: another try may succeed."""
@@ -235,6 +237,7 @@ class TrainingJob:
                 if batch is None:
                     ended = True
                 else:
+                    self._doing = _EVALUATIONS.get(batch.purpose, "")
                     schedule.add(batch, update=self._is_update(batch))
                     keep = batch if self._is_due(batch) else None
             for order in schedule.next_orders():

@@ -83,3 +83,19 @@ def test_the_time_left_does_not_count_the_step_that_compiles_kernels() -> None:
     report = run(6, 4)
     assert report
     assert report.seconds_left == 4 * 94
+
+
+@pytest.mark.anyio
+async def test_a_training_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    job = Job()
+    model_info: Any = SimpleNamespace(shape=SimpleNamespace(model=SimpleNamespace(name="/models/faq")))
+    job._model_info = model_info
+    assert job.refusal().sentence == (
+        "the cluster is training adapters of faq, step 0 of 1; it serves again afterwards"
+    )
+    for _ in range(2):
+        job._wait_for("a Mac: no worker is left")
+    assert job.describe() == "training adapters of faq, step 0 of 1: waiting for a Mac: no worker is left"
+    assert caplog.text.count("training: waiting reason=") == 1, "it is logged once"
+    job._wait_for("")
+    assert job.describe() == "training adapters of faq, step 0 of 1"
