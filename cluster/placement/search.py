@@ -16,12 +16,11 @@ bytes.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import pairwise, product
 from math import inf, prod
-from statistics import fmean
 from typing import TypeAlias
 
 import numpy as np
@@ -109,7 +108,7 @@ class Search:
             self._kinds = [[w] for w in sorted(candidates.workers, key=lambda w: -w.profile.bandwidth)]
             self._transitions = len(self._kinds) ** 2
         self._stages = [table.seconds(kind[0], unbounded=unbounded) for kind in self._kinds]
-        self._whole_s = [float(table.seconds(kind[0], unbounded=True)[0, -1]) for kind in self._kinds]
+        self._unbounded = [table.seconds(kind[0], unbounded=True) for kind in self._kinds]
         self._hops = [[self._hop(a[0], b[-1]) for b in self._kinds] for a in self._kinds]
         self._runs: dict[float | None, _States] = {}
         self.visited = 0
@@ -303,25 +302,33 @@ class Search:
         i = bisect_left(range(len(limits)), True, key=lambda i: self._chain(order, stages, limits[i])[0] <= bound)
         return self._chain(order, stages, limits[i])[1] if i < len(limits) else None
 
-    def _evened_stages(self, kinds: Collection[int]) -> dict[int, Matrix]:
-        """Return the stages of each kind as if all kinds of about the same speed had their mean speed."""
+    def _evened_stages(self, order: Sequence[int]) -> dict[int, Matrix]:
+        """Return the stages of each kind in an order as if all kinds of about the same speed were equally fast."""
+        share = max(bisect_left(self._table.positions, self._table.positions[-1] / len(order)), 1)
         groups: list[list[int]] = []
-        for kind in sorted(set(kinds), key=lambda kind: self._whole_s[kind]):
-            group = next((group for group in groups if self._is_as_fast(kind, group[0])), None)
+        for kind in sorted(set(order), key=lambda kind: self._unbounded[kind][0, share]):
+            group = next((g for g in groups if all(self._is_as_fast(kind, one, share) for one in g)), None)
             if group is None:
                 groups.append([kind])
             else:
                 group.append(kind)
-        return {
-            kind: self._stages[kind] * (fmean(self._whole_s[one] for one in group) / self._whole_s[kind])
-            for group in groups
-            for kind in group
-        }
+        stages: dict[int, Matrix] = {}
+        for group in groups:
+            mean = np.mean([self._unbounded[kind] for kind in group], axis=0)
+            stages |= {kind: np.where(np.isfinite(self._stages[kind]), mean, inf) for kind in group}
+        return stages
 
-    def _is_as_fast(self, slower: int, faster: int) -> bool:
-        one, other = self._kinds[slower][0].hardware, self._kinds[faster][0].hardware
-        ratio = EQUAL_MACS_RATIO if one is not None and one == other else self._noise
-        return self._whole_s[slower] <= self._whole_s[faster] * ratio
+    def _is_as_fast(self, one: int, other: int, share: int) -> bool:
+        """Return whether two kinds are about as fast: equal Macs with a ``share`` of the model, others with any stage.
+
+        How a stage's time grows with its layers is known worse than the time of a stage like those measured.
+        """
+        macs = [self._kinds[kind][0].hardware for kind in (one, other)]
+        equal = macs[0] is not None and macs[0] == macs[1]
+        stages = [self._unbounded[kind] for kind in (one, other)]
+        a, b = [matrix[0, share] if equal else matrix[np.isfinite(matrix)] for matrix in stages]
+        ratio = EQUAL_MACS_RATIO if equal else self._noise
+        return bool(np.all(a <= b * ratio) and np.all(b <= a * ratio))
 
     def _chain(self, order: Sequence[int], stages: Mapping[int, Matrix], limit: float) -> tuple[float, _Steps]:
         """Return the minimum sum in that order with no stage slower than ``limit``, and its stages."""
