@@ -129,6 +129,11 @@ class PartialCheckpoint:
             self._damaged.add(tensor.name)
             return False
 
+    def note_damaged(self, tensors: Iterable[str]) -> None:
+        """Count tensors as damaged that another object found so in this folder, unless they are verified here."""
+        with self._lock:
+            self._damaged.update(tensor for tensor in tensors if tensor not in self._verified)
+
     def recorded_digest(self, tensor: str) -> str:
         """Return the digest from when the tensor was last verified, or an empty string if it never was."""
         return self._noted.get(tensor, "")

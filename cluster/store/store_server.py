@@ -82,6 +82,9 @@ class StoreServer(StoreServiceServicer):
     def share(self, folder: Path, partial: PartialCheckpoint | None) -> SharedModel:
         """Share a model's or an adapter's bytes with other Macs from now on. Blocks; raises as ``open_folder``."""
         item = self._open_model(folder, partial)
+        before = self._items.get(item.checkpoint.fingerprint)
+        if before and before.partial and partial:
+            partial.note_damaged(before.partial.damaged)
         self._items[item.checkpoint.fingerprint] = item
         return item
 

@@ -160,6 +160,28 @@ def test_a_file_with_a_new_time_is_looked_at_again_before_the_internet_is_asked(
     assert (held.here, held.damaged) == (frozenset(names) - {NAME}, {NAME})
 
 
+def test_the_next_load_still_tells_which_tensor_was_found_damaged(hub: FakeHub, tmp_path: Path) -> None:
+    """A load opens the folder anew, perhaps just after another Mac's question led to the find."""
+    partial = Store(tmp_path / "home-bob").find_by_name("owner/tiny").partial
+    assert partial
+    origin, server = Hub("owner/tiny", hub.commit), StoreServer(Store(tmp_path / "home-bob"))
+    take(tmp_path / "home-bob", partial, [], [NAME], origin)
+    file, tensor = partial.folder / partial.tensors[NAME].file, partial.tensors[NAME]
+    content = bytearray(file.read_bytes())
+    content[tensor.offset] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+    asked = PartialCheckpoint(partial.folder)
+    server.share(partial.folder, asked)
+    assert not asked.recheck(tensor)
+    loading = PartialCheckpoint(partial.folder)
+    server.share(partial.folder, loading)
+    assert loading.damaged == {NAME}
+    take(tmp_path / "home-bob", loading, [], [NAME], origin)
+    assert not loading.damaged
+    assert not server.share(partial.folder, PartialCheckpoint(partial.folder)).partial.damaged  # type: ignore[union-attr]
+
+
 def test_damaged_bytes_are_taken_from_somebody_else(
     giving: Giving, published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
