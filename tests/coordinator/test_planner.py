@@ -46,6 +46,17 @@ def test_a_plan_has_a_lane_for_each_stage_and_room_for_what_memory_holds() -> No
     assert (plan.lanes, plan.rows, plan.max_sequences) == (2, LANE_ROWS, left // 100)
 
 
+def test_caches_limited_to_some_contexts_leave_memory_to_other_models() -> None:
+    two = [worker("a", 1000), worker("b", 1000)]
+    plan = make_plan(7, SHAPE, two, replace(ORDER, worker_count=2, cached_contexts=3))
+    assert [s.cache_bytes for s in plan.stages] == [300, 300], "three contexts of two layers"
+    assert plan.max_sequences == 3
+    full = make_plan(7, SHAPE, two, replace(ORDER, cached_contexts=10**6))
+    assert [s.cache_bytes for s in full.stages] == [s.cache_bytes for s in make_plan(7, SHAPE, two, ORDER).stages]
+    small = make_plan(7, SHAPE, two, replace(ORDER, worker_count=1, cached_contexts=1))
+    assert [(s.weight_bytes, s.cache_bytes) for s in small.stages] == [(400, 200)]
+
+
 def test_caches_that_cannot_batch_get_lanes_of_one() -> None:
     plan = make_plan(7, replace(SHAPE, batchable=False), [worker("a", 10**6)], replace(ORDER, lanes=3))
     assert (plan.lanes, plan.rows, plan.max_sequences) == (3, 1, 3)
