@@ -162,12 +162,14 @@ class Roster:
         wait_s: float,
         report: LoadReporter,
         counts: Callable[[WorkerInfo], bool] = lambda worker: True,
+        purpose: str = "",
     ) -> tuple[WorkerInfo, ...]:
         """Wait for at least ``wanted`` usable workers; with None, for one, until no more come for ``SETTLE_S``.
 
         Do not wait longer where each worker that is found would first have to be started in another way.
         Workers that ``counts`` rejects are not counted towards ``wanted``. Return all usable workers: the plan chooses
-        the best of them, and says what is missing if ``wanted`` are there but too few count. Raises ``NoWorkers`` or
+        the best of them, and says what is missing if ``wanted`` are there but too few count. ``purpose`` says in an
+        error what that many workers are for, "" if it is the model alone. Raises ``NoWorkers`` or
         ``VersionMismatch`` after ``wait_s``, and ``DuplicateName`` or ``DuplicateId`` at once. Raises ``DuplicateId``
         after ``RESTART_S`` if another coordinator process has this one's id: until then, it may be the previous process
         of this coordinator, whose workers are to be adopted.
@@ -195,7 +197,7 @@ class Roster:
         usable = _usable(self.members, wanted)
         if wanted and len(usable) >= wanted:
             return usable
-        raise self._too_few_workers(wanted, wait_s)
+        raise self._too_few_workers(wanted, wait_s, purpose)
 
     async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:
         """Return the usable workers present now. Raises the errors of ``gather``, without waiting."""
@@ -207,7 +209,7 @@ class Roster:
     async def _wait_settled(self) -> bool:
         return not await self._source.changed(SETTLE_S)
 
-    def _too_few_workers(self, wanted: int | None, wait_s: float) -> MacpipeError:
+    def _too_few_workers(self, wanted: int | None, wait_s: float, purpose: str = "") -> MacpipeError:
         usable = [m.info.name for m in self.members if not m.problem and not m.info.draining]
         others = self._causes()
         if any(m.problem and _is_other_version(m.info) for m in self.members):
@@ -217,8 +219,8 @@ class Roster:
         found = f"found {', '.join(usable)}" if usable else "found no worker"
         looked = f"waited {wait_s:.0f} s for" if wait_s >= 1 else "wanted"
         outcome = (
-            f"{looked} {count_in_words(wanted or 1, 'worker')} of cluster {self._cluster}, "
-            f"{found}{''.join(f'; {o}' for o in others)}"
+            f"{looked} {count_in_words(wanted or 1, 'worker')} of cluster {self._cluster}"
+            f"{f' ({purpose})' if purpose else ''}, {found}{''.join(f'; {o}' for o in others)}"
         )
         if len(self.members) >= (wanted or 1) and all(not m.problem or self._stays_unusable(m) for m in self.members):
             return NoWorkers(outcome)  # enough are found, and why the others cannot be used is known

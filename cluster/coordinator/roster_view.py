@@ -35,10 +35,17 @@ class RosterView:
         return self._roster.holds_from_before(info)
 
     async def gather(
-        self, wanted: int | None, wait_s: float, report: LoadReporter, counts: Callable[[WorkerInfo], bool]
+        self,
+        wanted: int | None,
+        wait_s: float,
+        report: LoadReporter,
+        counts: Callable[[WorkerInfo], bool],
+        purpose: str = "",
     ) -> tuple[WorkerInfo, ...]:
         """Wait for usable workers, see ``Roster.gather``."""
-        found = await self._roster.gather(wanted, wait_s, report, lambda worker: counts(self._focus_info(worker)))
+        found = await self._roster.gather(
+            wanted, wait_s, report, lambda worker: counts(self._focus_info(worker)), purpose
+        )
         return tuple(map(self._focus_info, found))
 
     async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:

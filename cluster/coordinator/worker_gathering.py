@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import PurePath
 
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster_view import RosterView
@@ -28,11 +29,16 @@ async def gather_workers(
     cut so, and the errors of ``Roster.gather``.
     """
     require_cuts(shape, order)
+    wanted, purpose = order.stage_count, ""
+    if wanted and order.draft:
+        purpose = f"{wanted} for the model and 1 for the draft model {PurePath(order.draft).name}"
+        wanted += 1
     return await roster.gather(
-        order.stage_count + bool(order.draft) if order.stage_count else None,
+        wanted,
         order.wait_s,
         report,
         lambda w: not is_too_small(shape, WorkerMemory(w.name, w.memory_limit)),
+        purpose,
     )
 
 

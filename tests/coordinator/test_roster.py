@@ -129,6 +129,15 @@ def test_workers_that_a_model_cannot_use_are_not_waited_for(monkeypatch: pytest.
         asyncio.run(gather_workers(roster, order, SHAPE, Silent()))
 
 
+def test_missing_workers_are_counted_for_the_model_and_for_its_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = LoadOrder("m", worker_count=3, draft="models/faq-draft", wait_s=0.1)
+    with pytest.raises(NoWorkers) as refused:
+        asyncio.run(gather_workers(a_roster(monkeypatch, ADA, BOB, CYD), order, SHAPE, Silent()))
+    assert refused.value.sentence.startswith(
+        "wanted 4 workers of cluster c (3 for the model and 1 for the draft model faq-draft), found ada, bob, cyd. "
+    )
+
+
 def test_a_drained_worker_comes_first_and_those_outside_share_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     foreign = [
         replace(ADA, id="", version="", chip="no_tls", control_address=f"127.0.0.1:{port}") for port in (7, 8, 9)
