@@ -32,7 +32,9 @@ from cluster.wire.frame_codec import decode, encode
 log = logging.getLogger(__name__)
 
 DRAFT_RETRY_S: Final = 2.0
-"""Interval of checks whether a lost draft model can be loaded again."""
+"""First interval of checks whether a lost draft model can be loaded again."""
+MOST_DRAFT_SEARCH_S: Final = 16.0
+"""The same after several checks that found no Mac for it: each doubles it."""
 MOST_DRAFT_RETRY_S: Final = 60.0
 """The same after several loads that brought no guess: each doubles it."""
 DRAFT_OVERDUE_S: Final = 4 * FRAME_FLOOR_S
@@ -62,7 +64,8 @@ class DraftService:
         """The worker that holds the model, or did when it was last asked to."""
         self._task: asyncio.Task[None] | None = None
         self._loading_on = ""
-        self._retry_s, self._not_before = DRAFT_RETRY_S, 0.0
+        self._retry_s = self._search_s = DRAFT_RETRY_S
+        self._not_before = 0.0
         self._told = False
         self._rings: list[Ring] = []
         """The rings that may be open: at most the last two."""
@@ -165,7 +168,8 @@ class DraftService:
         self._on_loop(lambda: self._begin(assignment, ring))
 
     async def _open_again(self, busy: Collection[str]) -> None:
-        self._not_before = time.monotonic() + DRAFT_RETRY_S
+        self._not_before = time.monotonic() + self._search_s
+        self._search_s = min(2 * self._search_s, MOST_DRAFT_SEARCH_S)
         try:
             members = self._deps.members()
             try:
@@ -176,14 +180,17 @@ class DraftService:
             if self._holder and self._holder.name != assignment.worker.name:
                 await self._free_unless(busy, members)
             self._loading_on = assignment.worker.name
+            self._search_s = DRAFT_RETRY_S
             self._not_before = time.monotonic() + self._retry_s
             self._retry_s = min(2 * self._retry_s, MOST_DRAFT_RETRY_S)
             await self._load(assignment, lambda progress: None)
         except MacpipeError as e:
             if isinstance(e, StaleEpoch):
                 self._deps.epochs.learn_refusal(e)
-            log.info("draft: cannot reload draft model reason=%s model=%s", e.sentence, self._name)
-            self.problem = f"the draft model {self._name} does not guess: {e.sentence}"
+            problem = f"the draft model {self._name} does not guess: {e.sentence}"
+            if problem != self.problem:
+                log.info("draft: cannot reload draft model reason=%s model=%s", e.sentence, self._name)
+            self.problem = problem
         except Exception as e:  # top of the task
             log.exception("draft: not loaded again")
             self.problem = f"the draft model {self._name} does not guess: {type(e).__name__}: {e}"

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
@@ -15,7 +16,13 @@ import pytest
 
 from cluster.coordinator import draft_service
 from cluster.coordinator.draft_assignment import assign_draft, require_matching_draft
-from cluster.coordinator.draft_service import DRAFT_OVERDUE_S, DRAFT_RETRY_S, MOST_DRAFT_RETRY_S, DraftService
+from cluster.coordinator.draft_service import (
+    DRAFT_OVERDUE_S,
+    DRAFT_RETRY_S,
+    MOST_DRAFT_RETRY_S,
+    MOST_DRAFT_SEARCH_S,
+    DraftService,
+)
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.roster import RosterEntry
@@ -413,6 +420,41 @@ def test_a_draft_that_cannot_be_loaded_is_tried_again_less_and_less_often(opened
         assert opened.rings[2].epoch > opened.rings[1].epoch + 50, "what the refusal named was learnt"
 
     asyncio.run(play())
+
+
+def test_a_draft_without_a_mac_is_logged_once_and_looks_for_one_less_and_less_often(
+    opened: OpenDraft, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked: list[float] = []
+
+    def assign(*given: Any) -> Any:
+        looked.append(opened.now)
+        return assign_draft(*given)
+
+    async def play() -> None:
+        await opened.opened()
+        monkeypatch.setattr(draft_service, "assign_draft", assign)
+        opened.ring.lost(opened.ring.epoch, "bob", "it is gone")
+        while len(looked) < 7:
+            await opened.tend("ada", "bob", "cyd")
+            opened.now += 1.0
+        waits = [after - before for before, after in pairwise(looked)]
+        assert waits == [min(DRAFT_RETRY_S * 2**i, MOST_DRAFT_SEARCH_S) for i in range(6)]
+        opened.now += MOST_DRAFT_SEARCH_S
+        await opened.tend("ada", "bob")
+        assert opened.service.worker == "cyd"
+        opened.ring.lost(opened.ring.epoch, "cyd", "it is gone")
+        opened.now += 2 * DRAFT_RETRY_S
+        del looked[:]
+        while len(looked) < 2:
+            await opened.tend("ada", "bob", "cyd")
+            opened.now += 1.0
+        assert looked[1] - looked[0] == DRAFT_RETRY_S, "the first check after a loss is not late"
+
+    with caplog.at_level("INFO", draft_service.__name__):
+        asyncio.run(play())
+    said = [record.getMessage() for record in caplog.records]
+    assert len([one for one in said if "no Mac is left for the draft model faq-draft" in one]) == 2, said
 
 
 @pytest.mark.parametrize("end", ["gone", "layers", "close"])
