@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from checkpoints import make
@@ -51,16 +51,33 @@ def rings(checkpoint: Callable[[str], Path], shape: Callable[[str], ModelShape])
     return cache(lambda arch, stages: Ring(shape(arch), checkpoint(arch), stages))
 
 
-class Replay:
-    """Guesses what was said before, now and then wrong; or one constant token, or anything."""
+Wrong = Callable[[random.Random, Sample], int]
+"""Returns the token that is guessed in place of a sample's own."""
 
-    def __init__(self, rng: random.Random, said: Said, error: float) -> None:
-        self.rng, self.said, self.error = rng, said, error
+
+def random_token(rng: random.Random, sample: Sample) -> int:
+    return rng.randrange(250)
+
+
+def constant_token(rng: random.Random, sample: Sample) -> int:
+    return 9
+
+
+def next_best_token(rng: random.Random, sample: Sample) -> int:
+    """Return the likeliest token that was not sampled: the guess that comes closest and is wrong."""
+    return next((one.token for one in sample.top if one.token != sample.token), (sample.token + 1) % 250)
+
+
+class Replay:
+    """Guesses what was said before; with the probability ``error``, a token that ``wrong`` returns."""
+
+    def __init__(self, rng: random.Random, said: Said, error: float, wrong: Wrong = random_token) -> None:
+        self.rng, self.said, self.error, self.wrong = rng, said, error, wrong
 
     def propose(self, request: Request, tokens: Sequence[int], count: int) -> Guess | None:
         at = len(tokens) - len(request.prompt)
-        truth = [sample.token for sample, _ in self.said[request.id]][at : at + count]
-        found = [self.rng.randrange(250) if self.rng.random() < self.error else token for token in truth]
+        truth = [sample for sample, _ in self.said[request.id]][at : at + count]
+        found = [self.wrong(self.rng, one) if self.rng.random() < self.error else one.token for one in truth]
         return Guess(tuple(found), GuessSource.REPLAY) if found else None
 
     def hint(self, request: Request, position: int, tokens: tuple[int, ...]) -> None: ...
@@ -177,8 +194,11 @@ def test_any_guesser_leaves_every_sample_bit_for_bit(
         st.integers(1, 4),
         st.sampled_from((1, 1, 2)),
         st.booleans() if arch == "llama" else st.just(False),  # only there are rows bit for bit those of one token
+        st.sampled_from((random_token, constant_token, next_best_token)),
     )
-    def check(seed: int, error: float, stages: int, together: int, rows: bool) -> None:
+    @example(1, 1.0, 3, 1, False, constant_token)
+    @example(2, 1.0, 3, 1, False, next_best_token)
+    def check(seed: int, error: float, stages: int, together: int, rows: bool, wrong: Wrong) -> None:
         rng = random.Random(seed)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(guess_chains, "choose_window", lambda times, acceptance, most: rng.randint(1, max(1, most)))
@@ -187,7 +207,7 @@ def test_any_guesser_leaves_every_sample_bit_for_bit(
                 "choose_depth",
                 lambda steps, _, most: Depth(rng.randint(1, max(1, most)), rng.choice(sorted(steps))),
             )
-            play = Play(rings(arch, stages), shape(arch), rng, Replay(rng, plain, error), rows=rows)
+            play = Play(rings(arch, stages), shape(arch), rng, Replay(rng, plain, error, wrong), rows=rows)
             said = play.answer(requests, together if stages > 1 else 1)  # one lane would turn their windows
         counts = play.scheduler.speculation.counts.by_source
         play.close()
