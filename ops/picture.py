@@ -1,6 +1,9 @@
 """Run a command in a terminal of its own and write what it printed as an SVG picture for the README.
 
 usage: ops/picture.py FILE TITLE COMMAND [ARG ...]
+
+That of `macpipe top` shows what it prints into a pipe, in colour:
+  FORCE_COLOR=1 ops/picture.py ops/docs/pictures/top.svg 'macpipe top' sh -c 'macpipe top | cat'
 """
 
 from __future__ import annotations

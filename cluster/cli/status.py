@@ -13,7 +13,7 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.core.limits import FAR_OFF
 from cluster.core.plan import Link, Speculation
-from cluster.core.text import count_in_words, figure_in_words, gib_in_words, link_in_words
+from cluster.core.text import count_in_words, figure_in_words, gib_in_words, link_in_words, with_subject
 from cluster.security.limits import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _describe_problems(worker: WorkerState, held: list[StageState]) -> list[str]
     if off := describe_deviation(worker.name, held):
         lines.append(off)
     if worker.problem:
-        lines.append(f"{worker.name}: {worker.problem}")
+        lines.append(with_subject(worker.name, worker.problem))
     return lines
 
 
