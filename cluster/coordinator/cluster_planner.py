@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
 
 import anyio
 
@@ -13,8 +15,12 @@ from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.worker_gathering import gather_workers
+from cluster.core.errors import DoesNotFit, MacpipeError
 from cluster.core.plan import ModelShape, Plan
 from cluster.core.worker import WorkerInfo
+
+ROOM_WAIT_S: Final = 5.0
+"""Workers are waited for this long, only to see whether a model that cannot be served would fit."""
 
 
 class ClusterPlanner:
@@ -36,6 +42,18 @@ class ClusterPlanner:
         else:
             found = await self._roster.present(order.stage_count)
         return await self.make_plan(0, shape, found, order)
+
+    async def require_room(self, order: LoadOrder) -> None:
+        """Raise ``DoesNotFit`` if a model whose tokenizer cannot be used is also too large for the workers.
+
+        That comes first: nobody mends a model that then does not fit.
+        """
+        try:
+            await self.plan(replace(order, wait_s=min(order.wait_s, ROOM_WAIT_S)), wait=True)
+        except DoesNotFit:
+            raise
+        except MacpipeError:  # it cannot be planned now, which says nothing about its size
+            return
 
     async def make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:
         """Return a plan over some of these workers. Measure their links if all speeds are known, or to choose one.

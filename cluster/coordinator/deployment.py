@@ -28,7 +28,15 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
 from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import EventKind, ServingState
-from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing
+from cluster.core.errors import (
+    Aborted,
+    BadCheckpoint,
+    DeadlineExceeded,
+    MacpipeError,
+    ModelUnsupported,
+    NoPlan,
+    NotServing,
+)
 from cluster.core.limits import CONTROL_TIMEOUT_S, STATUS_VIEW_S
 from cluster.core.request import Request
 
@@ -114,7 +122,11 @@ class Deployment:
     async def _replace(self, order: LoadOrder, report: LoadReporter, *, again: bool) -> None:
         order.check()
         began = time.monotonic()
-        model_info = await self._host.reader.read(order)
+        try:
+            model_info = await self._host.reader.read(order)
+        except (BadCheckpoint, ModelUnsupported):
+            await self._host.planner.require_room(order)
+            raise
         try:
             draft_info = await read_draft(self._host.reader, model_info, order)
             await self._replace_with(model_info, order, report, draft_info, again=again)
