@@ -62,7 +62,11 @@ def load(
         else:
             held = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
             sys.stdout.write(f"serving {state.model} on {count_in_words(len(state.stages), 'worker')}: {held}\n")
+            if state.draft_worker:
+                sys.stdout.write(f"draft model on {state.draft_worker}\n")
             for spare in state.spares:
+                if spare.worker == state.draft_worker:
+                    continue
                 sys.stdout.write(f"spare: {spare.worker} ({spare.why})\n")
 
 

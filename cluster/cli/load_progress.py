@@ -45,7 +45,8 @@ class LoadBars:
             print_lines(self._console, f"{progress.worker}: {notice}")
         sources = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
         received = ", ".join(f"{format_bytes(count)} from {source}" for count, source in sources if count)
-        what = f"{progress.worker} layers {progress.layers}"
+        model = f" draft model {progress.draft}," if progress.draft else ""
+        what = f"{progress.worker}{model} layers {progress.layers}"
         state = f"{progress.state} ({received})" if received else progress.state
         self.show_as(what, state, progress.done_bytes, progress.total_bytes)
 

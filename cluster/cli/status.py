@@ -83,7 +83,7 @@ def describe_state(state: ClusterState, width: int) -> list[str | Table]:
     if not wide:
         parts += [f"{worker.name}: {_machine(worker)}" for worker in state.workers]
     parts += describe_links(state.stages)
-    parts += [f"spare: {spare.worker}: {spare.why}" for spare in state.spares]
+    parts += [f"spare: {spare.worker}: {spare.why}" for spare in state.spares if spare.worker != state.draft_worker]
     if powers := [worker for worker in state.workers if worker.power_watts]:
         parts.append(f"power: {', '.join(f'{worker.name} {worker.power_watts:.0f} W' for worker in powers)}")
     for worker in state.workers:
@@ -275,10 +275,11 @@ def _workers(state: ClusterState, *, wide: bool) -> Table:
     shown = table("worker", *machine, "layers", "weights", "memory used", *times, "state", right=RIGHT)
     for worker in state.workers:
         held = [stage for stage in state.stages if stage.worker == worker.name]
+        without_layers = "draft model" if worker.name == state.draft_worker else "-"
         shown.add_row(
             printable(worker.name),
             *((printable(_machine(worker)),) if wide else ()),
-            ", ".join(str(stage.layers) for stage in held) or "-",
+            ", ".join(str(stage.layers) for stage in held) or without_layers,
             gib_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
             format_share(worker.memory_used, worker.memory_limit) if worker.reachable else "-",
             *_decode_ms(held, wide=wide),

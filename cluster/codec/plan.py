@@ -171,6 +171,7 @@ def encode_progress(progress: LoadProgress) -> pb.StageProgress:
         hub_bytes=progress.hub_bytes,
         peer_bytes=progress.peer_bytes,
         notices=progress.notices,
+        draft=progress.draft,
     )
 
 
@@ -185,4 +186,5 @@ def decode_progress(message: pb.StageProgress) -> LoadProgress:
         hub_bytes=message.hub_bytes,
         peer_bytes=message.peer_bytes,
         notices=tuple(message.notices),
+        draft=message.draft,
     )

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Final
 
 import anyio
@@ -84,7 +85,7 @@ class DraftService:
     async def open(self, progress: Progress, on_loop: OnLoop) -> None:
         """Load the model and connect it. Raises ``MacpipeError``."""
         self._on_loop = on_loop
-        await self._load(self._assignment, progress)
+        await self._load(self._assignment, lambda each: progress(replace(each, draft=self._name)))
 
     def tend(self, busy: Collection[str]) -> None:
         """Begin to load the model again if it is lost, if its worker drains, or if its engine hangs. Returns at once.

@@ -327,6 +327,8 @@ class LoadProgress:
     peer_bytes: int = 0
     notices: tuple[str, ...] = ()
     """All sentences so far that a person should read about the bytes that were found."""
+    draft: str = ""
+    """The name of the draft model that is being loaded; "" if it is the model that serves."""
 
 
 @dataclass(frozen=True, slots=True)

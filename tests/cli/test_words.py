@@ -44,7 +44,17 @@ from cluster.core.cluster_state import (
 )
 from cluster.core.errors import InvalidOption
 from cluster.core.json_types import to_json_types
-from cluster.core.plan import LayerRange, LoadProgress, ModelRef, Plan, PlannedStage, Route, Speculation, StageSpec
+from cluster.core.plan import (
+    LayerRange,
+    LoadProgress,
+    ModelRef,
+    Plan,
+    PlannedStage,
+    Route,
+    Spare,
+    Speculation,
+    StageSpec,
+)
 from cluster.core.text import count_in_words, figure_in_words, gib_in_words, parse_layers, parse_size
 from cluster.core.worker import WorkerInfo, WorkerState
 from cluster.platform.paths import state_home
@@ -257,8 +267,16 @@ def test_guesses_are_shown_with_their_window_and_with_what_they_lack() -> None:
 def test_a_worker_is_shown_with_its_chip_and_what_its_mac_runs(capsys: pytest.CaptureFixture[str]) -> None:
     mac = WorkerState("1", "ada", "1", "h:1", "h:2", "Apple M4 Max", "metal", "0", 1, 1, macos_version="15.1")
     box = replace(mac, name="bob", chip="", backend="cpu", macos_version="")
-    show_state(ClusterState("c", "1", ServingState.IDLE, workers=(mac, box)))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    spares = (Spare("bob", "1 worker was asked for"),)
+    state = ClusterState("c", "1", ServingState.IDLE, workers=(mac, box), spares=spares)
+    show_state(replace(state, draft_worker="bob"))
+    drafted = capsys.readouterr().out
+    assert any(line.split()[:4] == ["bob", "cpu", "draft", "model"] for line in drafted.splitlines())
+    assert "spare: bob" not in drafted
+    show_state(state)
+    said = capsys.readouterr().out
+    assert "spare: bob: 1 worker was asked for" in said
+    lines = [line.split() for line in said.splitlines()]
     assert any(line[:6] == ["ada", "Apple", "M4", "Max,", "macOS", "15.1"] for line in lines)
     assert any(line[:3] == ["bob", "cpu", "-"] for line in lines)
 
@@ -299,9 +317,11 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
         report.planned(a_plan())
         for percent in range(101):
             report.progress(LoadProgress("mac-0", LayerRange(0, 4), percent, 100, "reading", notices=("a is damaged",)))
+        report.progress(LoadProgress("mac-2", LayerRange(0, 2), 100, 100, "ready", draft="faq-draft"))
         report.serving(["127.0.0.1:7701"], a_plan(), "http://127.0.0.1:8081")
         report.problem("mac-1 stopped answering")
     said = stream.getvalue()
+    assert "mac-2 draft model faq-draft, layers 0-1: ready" in said
     assert said.count("waiting for 2 workers") == 1
     assert (
         "1 of 2 workers: mac-0 (Apple M4)\n"
