@@ -81,7 +81,9 @@ Speculate = Annotated[
 Draft = Annotated[
     str,
     typer.Option(
-        metavar="MODEL", help="Draft model for --speculate auto or draft, on a spare Mac.", show_default="none"
+        metavar="MODEL",
+        help="Draft model for --speculate auto or draft, on a spare Mac. faq-draft is the bundled one, for faq.",
+        show_default="none",
     ),
 ]
 Exact = Annotated[
