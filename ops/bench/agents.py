@@ -318,6 +318,8 @@ def main() -> int:
     sessions = {file.stem[:24]: recorded(file) for file in asked.sessions}
     if not sessions and not asked.tokens:
         parser.error("--tokens 0 needs --sessions")
+    if asked.model and not (asked.model / "config.json").is_file():
+        parser.error(f"--model {asked.model} is no folder of a model: it has no config.json")
     plan = Plan(sessions, asked.tokens, asked.at, asked.agents, asked.shared, asked.rounds)
     generated = max(asked.tokens, asked.at, asked.shared) if asked.tokens else 0
     longest = max([generated, *(len(str(a.body)) // 2 for s in sessions.values() for a in s)])
