@@ -369,3 +369,26 @@ def test_the_description_holds_every_form() -> None:
     assert {path for path, _, _ in BODIES} < set(document["paths"])
     assert document["components"]["schemas"]["ChatForm"]["additionalProperties"] is False
     assert document["components"]["schemas"]["ChatForm"]["properties"]["functions"] == {"default": None, "title": "Functions", "type": "null"}  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1', "[1]", '"a"', "a", "[" * 10_000])
+def test_a_call_that_was_cut_does_not_end_its_session(arguments: str) -> None:
+    """Agents send it back with an error as its result."""
+    shown = json.dumps({"invalid_arguments": arguments}, separators=(",", ":"))
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [TURN, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": "no"}]
+    chat = parse(json.dumps({"messages": turns}).encode(), ChatForm).params("id").conversation.messages
+    assert [one.arguments for one in chat[1].tool_calls] == [shown]
+    items = [
+        TURN,
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments},
+        {"type": "function_call_output", "call_id": "c", "output": "no"},
+    ]
+    told = parse(json.dumps({"input": items}).encode(), ResponsesForm).params("id").conversation.messages
+    assert [one.arguments for one in told[1].tool_calls] == [shown]
+
+
+def test_cache_control_is_a_hint_wherever_clients_put_it() -> None:
+    mark = {"cache_control": {"type": "ephemeral"}}
+    body = {"messages": [{**TURN, **mark}], "tools": [{"type": "function", "function": {"name": "f"}, **mark}]}
+    assert parse(json.dumps(body).encode(), ChatForm).params("id").conversation.messages[0].content

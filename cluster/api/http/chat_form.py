@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cluster.api.http.body import Form, Hint, Ignored, JsonObject, ShortText, Text, Unsupported, hint
 from cluster.api.http.openai_formats import (
-    ArgumentsChecker,
+    ArgumentsReader,
     FunctionSpec,
     RejectAllowedTools,
     ResponseFormat,
@@ -73,6 +73,7 @@ class ChatMessageForm(Form):
     audio: Unsupported = None
     function_call: Unsupported = None
     annotations: Ignored = None
+    cache_control: Hint = None
 
 
 MessageList: TypeAlias = Annotated[list[ChatMessageForm], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -81,6 +82,7 @@ MessageList: TypeAlias = Annotated[list[ChatMessageForm], Field(min_length=1, ma
 class FunctionTool(Form):
     type: Literal["function"]
     function: FunctionSpec
+    cache_control: Hint = None
 
 
 FunctionTools: TypeAlias = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
@@ -210,7 +212,7 @@ class ChatForm(SamplingForm):
 def decode_messages(messages: Sequence[ChatMessageForm]) -> list[ChatMessage]:
     """Translate a conversation. Raises ``InvalidRequest``, also for a tool message that answers no earlier call."""
     turns: list[ChatMessage] = []
-    arguments = ArgumentsChecker()
+    arguments = ArgumentsReader()
     call_ids = set[str]()
     for i, message in enumerate(messages):
         turn = decode_message(message, f"messages[{i}]", arguments)
@@ -220,7 +222,7 @@ def decode_messages(messages: Sequence[ChatMessageForm]) -> list[ChatMessage]:
     return turns
 
 
-def decode_message(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) -> ChatMessage:
+def decode_message(m: ChatMessageForm, field: str, arguments: ArgumentsReader) -> ChatMessage:
     """Translate one message. Raises ``InvalidRequest`` for a field that its role requires or does not allow."""
     if m.role != "assistant" and m.content is None:
         raise InvalidRequest(f"{field} has no content; send its text", field=f"{field}.content")
@@ -240,15 +242,14 @@ def decode_message(m: ChatMessageForm, field: str, arguments: ArgumentsChecker) 
         role="system" if m.role == "developer" else m.role,
         content=join_text(m.content, f"{field}.content"),
         reasoning=m.reasoning_content or m.reasoning or "",
-        tool_calls=tuple(_call(c, f"{field}.tool_calls[{i}]", arguments) for i, c in enumerate(m.tool_calls or ())),
+        tool_calls=tuple(_call(call, arguments) for call in m.tool_calls or ()),
         tool_call_id=m.tool_call_id or "",
         name=m.name or "",
     )
 
 
-def _call(call: Call, field: str, arguments: ArgumentsChecker) -> ToolCall:
-    text = arguments.text(call.function.arguments, f"{field}.function.arguments")
-    return ToolCall(id=call.id, name=call.function.name, arguments=text)
+def _call(call: Call, arguments: ArgumentsReader) -> ToolCall:
+    return ToolCall(id=call.id, name=call.function.name, arguments=arguments.text(call.function.arguments))
 
 
 def join_text(content: str | list[ChatContentPart] | None, field: str) -> str:

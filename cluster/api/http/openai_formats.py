@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
@@ -29,6 +29,8 @@ RejectAllowedTools = BeforeValidator(_no_allowed_tools)
 """A validator for tool_choice: rejects OpenAI's ``allowed_tools``, which is not supported."""
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
 """The name of a tool or a schema, in the characters that OpenAI and Anthropic allow."""
+INVALID_ARGUMENTS: Final = "invalid_arguments"
+"""The name under which the model is shown arguments of an earlier call that are not a JSON object."""
 
 
 class FunctionSpec(Form):
@@ -94,8 +96,8 @@ def check_answers(turn: ChatMessage, call_ids: Collection[str], field: str) -> N
         raise InvalidRequest(f"{field} is {turn.tool_call_id[:64]!r}; no call before it has this id", field=field)
 
 
-class ArgumentsChecker:
-    """Checks the arguments of all tool calls of a conversation, and bounds their JSON elements together.
+class ArgumentsReader:
+    """Reads the arguments of all tool calls of a conversation, and bounds their JSON elements together.
 
     Arguments are JSON inside strings, which the element count of the body does not cover.
     """
@@ -103,10 +105,11 @@ class ArgumentsChecker:
     def __init__(self) -> None:
         self._elements = ElementCounter()
 
-    def text(self, arguments: str, field: str) -> str:
-        """Return ``arguments`` unchanged, or ``{}`` if empty.
+    def text(self, arguments: str) -> str:
+        """Return ``arguments`` unchanged if they are a JSON object, ``{}`` if empty, else an object with their text.
 
-        Raises ``InvalidRequest`` if they are not a JSON object, or ``TooLarge``.
+        A call that ``max_tokens`` cut has half an object, and agents send it back with an error as its result. Most
+        templates need an object. Raises ``TooLarge``.
         """
         data = arguments.encode() or b"{}"
         self._elements.feed(data)
@@ -115,5 +118,5 @@ class ArgumentsChecker:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise InvalidRequest(f"{field} is not a JSON object", field=field)
+            return compact({INVALID_ARGUMENTS: arguments})
         return arguments or "{}"

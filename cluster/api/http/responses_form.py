@@ -23,7 +23,7 @@ from cluster.api.http.body import (
     note_ignored,
 )
 from cluster.api.http.openai_formats import (
-    ArgumentsChecker,
+    ArgumentsReader,
     FunctionSpec,
     Name,
     RejectAllowedTools,
@@ -262,7 +262,7 @@ class _ConversationBuilder:
         self._thoughts: list[str] = []
         self._calls: list[ToolCall] = []
         self._call_ids: set[str] = set()
-        self._arguments = ArgumentsChecker()
+        self._arguments = ArgumentsReader()
 
     def messages(self) -> list[ChatMessage]:
         self._end_assistant()
@@ -285,7 +285,7 @@ class _ConversationBuilder:
             )
 
     def _add_call(self, item: InputItem, field: str) -> None:
-        arguments = self._arguments.text(_require(item.arguments, f"{field}.arguments"), f"{field}.arguments")
+        arguments = self._arguments.text(_require(item.arguments, f"{field}.arguments"))
         call_id = _require(item.call_id, f"{field}.call_id")
         name = _require(item.name, f"{field}.name")
         self._in_assistant = True
