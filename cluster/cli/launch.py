@@ -37,10 +37,16 @@ AUTHORITIES: Final = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERT
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A client's environment and command. ``command`` is empty if the user chooses the program."""
+    """A client's environment and command. ``command`` is empty if the user chooses the program.
+
+    ``settings`` are for a client that reads some from a file alone: ``write_settings`` sets ``settings_variable`` to
+    its path.
+    """
 
     environment: Mapping[str, str]
     command: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
+    settings_variable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ def launch(
     served = fetch_with_key(address, os.environ.get(KEY_VARIABLE, ""), cluster)
     if warning := short_context(client, served):
         typer.echo(warning, err=True)
-    found = add_authority(CLIENTS[client], served)
+    found = write_settings(add_authority(CLIENTS[client], served), client)
     if run or ctx.args:
         start(found, client, ctx.args)
     elif json_wanted:
@@ -190,6 +196,25 @@ def add_authority(client: Callable[[Served], Launch], served: Served) -> Launch:
     return replace(found, environment={**found.environment, **trusted})
 
 
+def write_settings(found: Launch, client: str) -> Launch:
+    """Write the client's settings to a file in the state folder, and name it in the environment.
+
+    Raise MacpipeError if it cannot be written.
+    """
+    if not found.settings:
+        return found
+    from cluster.platform.json_file import write_json
+    from cluster.platform.paths import state_home
+    from cluster.platform.private_files import not_written
+
+    path = state_home() / "launch" / f"{client}.json"
+    try:
+        write_json(path, dict(found.settings))
+    except OSError as error:
+        raise not_written(error, path, f"the settings of {client}") from error
+    return replace(found, environment={**found.environment, found.settings_variable: str(path)})
+
+
 def shell_lines(found: Launch) -> str:
     """Return ``export`` lines for a shell."""
     from shlex import join, quote
@@ -270,7 +295,9 @@ def _qwen(s: Served) -> Launch:
         "QWEN_CODE_API_TIMEOUT_MS": PATIENCE_MS,
         "QWEN_STREAM_IDLE_TIMEOUT_MS": PATIENCE_MS,
     }
-    return Launch(environment, ("qwen", "--auth-type", "openai"))  # else it may ask how to sign in
+    context = {"model": {"generationConfig": {"contextWindowSize": s.context}}}  # else it assumes 200,000 tokens
+    command = ("qwen", "--auth-type", "openai")  # else it may ask how to sign in
+    return Launch(environment, command, context, "QWEN_CODE_SYSTEM_SETTINGS_PATH")
 
 
 def _aider(s: Served) -> Launch:

@@ -25,7 +25,9 @@ OTHERS: Final = 0o077
 _WRITERS: Final = 0o022
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BROKEN: Final = frozenset({errno.EIO, errno.EROFS})
-_STATE_FOLDERS: Final = frozenset({"clusters", "coordinators", "digests", "logs", "manifests", "models", "workers"})
+_STATE_FOLDERS: Final = frozenset(
+    {"clusters", "coordinators", "digests", "launch", "logs", "manifests", "models", "workers"}
+)
 """Everything that macpipe keeps directly in a state folder."""
 
 

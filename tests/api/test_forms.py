@@ -392,3 +392,9 @@ def test_cache_control_is_a_hint_wherever_clients_put_it() -> None:
     mark = {"cache_control": {"type": "ephemeral"}}
     body = {"messages": [{**TURN, **mark}], "tools": [{"type": "function", "function": {"name": "f"}, **mark}]}
     assert parse(json.dumps(body).encode(), ChatForm).params("id").conversation.messages[0].content
+
+
+def test_how_fast_an_answer_is_wanted_is_a_hint() -> None:
+    assert chat(service_tier="priority") == chat()
+    assert responses(service_tier="flex") == responses()
+    assert messages(speed="fast") == messages()

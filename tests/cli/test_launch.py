@@ -26,6 +26,7 @@ from cluster.cli.launch import (
     is_own_address,
     shell_lines,
     short_context,
+    write_settings,
 )
 from cluster.core.errors import MacpipeError, Unauthenticated, Unreachable
 from cluster.platform.private_files import make_private_folder
@@ -57,6 +58,15 @@ def test_clients_are_told_the_model_and_how_much_it_takes() -> None:
     config = json.loads(CLIENTS["opencode"](SERVED).environment["OPENCODE_CONFIG_CONTENT"])
     assert config["provider"]["macpipe"]["models"]["my model"]["limit"]["context"] == 8192
     assert CLIENTS["goose"](SERVED).environment["GOOSE_CONTEXT_LIMIT"] == "8192"
+
+
+def test_what_a_client_reads_from_a_file_alone_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MACPIPE_HOME", str(tmp_path / "home"))
+    found = write_settings(CLIENTS["qwen"](SERVED), "qwen")
+    file = Path(found.environment["QWEN_CODE_SYSTEM_SETTINGS_PATH"])
+    assert json.loads(file.read_text()) == {"model": {"generationConfig": {"contextWindowSize": 8192}}}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert write_settings(CLIENTS["goose"](SERVED), "goose") == CLIENTS["goose"](SERVED)
 
 
 @pytest.mark.parametrize(("context", "history"), [(8192, "1024"), (65_536, "4096"), (1_000_000, "8192")])

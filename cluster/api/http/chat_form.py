@@ -13,6 +13,7 @@ from cluster.api.http.openai_formats import (
     FunctionSpec,
     RejectAllowedTools,
     ResponseFormat,
+    ServiceTier,
     check_answers,
     decode_grammar,
     decode_tool,
@@ -132,7 +133,7 @@ class ChatForm(SamplingForm):
     chat_template_kwargs: JsonObject | None = None
     priority: Annotated[Count, Field(le=9)] = 0
     store: Annotated[bool | None, hint("store")] = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: ServiceTier | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=MAX_WORDS, fail_fast=True)] | None = None
     metadata: Hint = None
     user: Hint = None

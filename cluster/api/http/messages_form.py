@@ -183,7 +183,7 @@ class MessagesForm(CountForm):
     stop_sequences: StopStrings | None = None
     speculate: bool | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    speed: Literal["standard"] | None = None
+    speed: Literal["standard"] | Annotated[Literal["fast"], hint("speed")] | None = None
     metadata: Hint = None
     user_profile_id: Hint = None
     workspace_id: Hint = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError, from_json
@@ -29,6 +29,10 @@ RejectAllowedTools = BeforeValidator(_no_allowed_tools)
 """A validator for tool_choice: rejects OpenAI's ``allowed_tools``, which is not supported."""
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
 """The name of a tool or a schema, in the characters that OpenAI and Anthropic allow."""
+ServiceTier: TypeAlias = (
+    Literal["auto", "default"] | Annotated[Literal["flex", "priority", "scale"], hint("service_tier")]
+)
+"""How soon a request is served at OpenAI. Here every tier is the same."""
 INVALID_ARGUMENTS: Final = "invalid_arguments"
 """The name under which the model is shown arguments of an earlier call that are not a JSON object."""
 

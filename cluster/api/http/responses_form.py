@@ -27,6 +27,7 @@ from cluster.api.http.openai_formats import (
     FunctionSpec,
     Name,
     RejectAllowedTools,
+    ServiceTier,
     check_answers,
     decode_tool,
     schema_grammar,
@@ -156,7 +157,7 @@ class ResponsesForm(Form):
     store: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: ServiceTier | None = None
     metadata: Annotated[dict[str, ShortText], Field(max_length=MAX_METADATA), first_entries(MAX_METADATA)] | None = None
     user: Hint = None
     safety_identifier: Hint = None
