@@ -200,7 +200,7 @@ class PrefixWriter:
                     write.job.stopped = not self._write(write)
                     if write.job.stopped:
                         log.info(
-                            "prefixes: prefix not fully written, disk quota reached tokens=%d",
+                            "prefixes: prefix not fully written, no room in the quota or on the disk tokens=%d",
                             len(write.job.prefix.tokens),
                         )
             except OSError as e:

@@ -398,3 +398,11 @@ def test_how_fast_an_answer_is_wanted_is_a_hint() -> None:
     assert chat(service_tier="priority") == chat()
     assert responses(service_tier="flex") == responses()
     assert messages(speed="fast") == messages()
+
+
+def test_tools_that_a_client_found_are_text() -> None:
+    call = {"type": "tool_use", "id": "t", "name": "ToolSearch", "input": {}}
+    found = [{"type": "tool_reference", "tool_name": "WebFetch"}, {"type": "text", "text": "1 tool"}]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": found}
+    turns = [TURN, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    assert messages(messages=turns).conversation.messages[-1].content == "WebFetch\n1 tool"

@@ -24,6 +24,8 @@ from cluster.core.request import ChatMessage, ChatOptions, Grammar, Tool, ToolCa
 
 T = TypeVar("T")
 TEXT = "text"
+REFERENCE = "tool_reference"
+"""In the result of a client's search for tools: the name of one. All tools are in the prompt already."""
 BILLING: Final = "x-anthropic-billing-header:"
 """Start of a line that Claude Code puts before its system prompt. It differs in each session, so that no session could
 start from the prefix of another one; Anthropic's servers take it out too."""
@@ -48,6 +50,7 @@ class Block(Form):
     name: ShortText | None = None
     input: JsonObject | None = None
     tool_use_id: ShortText | None = None
+    tool_name: ShortText | None = None
     content: Text | Blocks | None = None
     is_error: bool | None = None
     source: Ignored = None
@@ -285,10 +288,20 @@ def _user(blocks: list[Block], field: str, call_ids: Collection[str]) -> Iterato
 
 
 def _result(block: Block, field: str) -> ChatMessage:
-    text = _text(block.content or "", f"{field}.content")
+    content = block.content or ""
+    if not isinstance(content, str):
+        content = [_name_as_text(one, f"{field}.content[{i}]") for i, one in enumerate(content)]
+    text = _text(content, f"{field}.content")
     content = f"Error: {text}" if block.is_error else text
     call_id = _require(block.tool_use_id, f"{field}.tool_use_id")
     return ChatMessage(role="tool", content=content, tool_call_id=call_id)
+
+
+def _name_as_text(block: Block, field: str) -> Block:
+    """Return the name of a tool that the client found as text, and another block unchanged."""
+    if block.type != REFERENCE:
+        return block
+    return Block(type=TEXT, text=_require(block.tool_name, f"{field}.tool_name"))
 
 
 def _check_type(block: Block, kinds: tuple[str, ...], field: str) -> None:
