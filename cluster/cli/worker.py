@@ -23,7 +23,8 @@ PrefixDisk = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Keep caches of prompts and answers on this Mac's disk too, up to this size, like 50GiB.",
+        help="Keep caches of prompts and answers on this Mac's disk too, up to this size, like 50GiB. Every Mac of a "
+        "model needs it. Without it, those on disk are deleted.",
         show_default="in memory only",
     ),
 ]

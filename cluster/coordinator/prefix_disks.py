@@ -1,7 +1,7 @@
 """Use the prefixes on the workers' disks: open the disks of an epoch, and have all stages read one prefix.
 
-A disk is opened for an epoch only if every stage has one. Who may have prefixes is asked anew each time, so that a
-worker deletes those of a revoked key before it serves anybody.
+Disks are used in an epoch only if every stage has one. Who may have prefixes is asked anew each time and told to each
+worker that has a disk, used or not, so that it deletes those of a revoked key before it serves anybody.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class PrefixDisks:
         ``edition`` names the model's edition; empty: it is unknown.
         """
         self._epoch, self._edition, self._opened_for = epoch, edition, None
-        if not edition or not all(worker.prefix_disk_limit for worker in epoch.workers):
+        lacking = [worker.name for worker in epoch.workers if not worker.prefix_disk_limit]
+        if len(lacking) == len(epoch.workers):
             return None
         try:
             async with asyncio.timeout(DISK_OPEN_S):
@@ -60,6 +61,10 @@ class PrefixDisks:
             log.warning("prefixes: disks not used in this epoch reason=%s epoch=%d", why, epoch.plan.epoch)
             return None
         self._opened_for = owners
+        if lacking or not edition:
+            why = f"{', '.join(lacking)} runs without --prefix-disk" if lacking else "not all digests are known"
+            log.warning("prefixes: disks not used in this epoch reason=%s epoch=%d", why, epoch.plan.epoch)
+            return None
         shared = set(found[0]).intersection(*found[1:])
         return DiskContents(edition, tuple(beginning for beginning in found[0] if beginning in shared))
 
@@ -80,7 +85,8 @@ class PrefixDisks:
     async def _open_all(self, epoch: Epoch, owners: PrefixOwners) -> list[list[tuple[int, bytes]]]:
         calls = (
             control.open_prefixes(epoch.plan.epoch, self._edition, owners.names, anonymous=owners.anonymous)
-            for control in epoch.controls
+            for worker, control in zip(epoch.workers, epoch.controls, strict=True)
+            if worker.prefix_disk_limit
         )
         return await asyncio.gather(*calls)
 
