@@ -137,16 +137,22 @@ class Coordinator:
 
     def _services(self) -> list[ModelService]:
         """Return what is served now."""
-        return [deployment.service for deployment in self._deployments.values() if deployment.service]
+        return [service for deployment in self._deployments.values() for service in deployment.services]
 
     def _create_deployment(self, name: str) -> Deployment:
-        deps, journal = self._deps(RosterView(self._roster, name, self._claims)), lambda: self.journal
         host = DeploymentHost(
-            self._reader, self._planner, deps, self._totals, journal, self.changed.set, self._report_problem
+            self._reader,
+            self._planner,
+            lambda holder: self._create_deps(RosterView(self._roster, holder, self._claims)),
+            self._timeline,
+            self._totals,
+            lambda: self.journal,
+            self.changed.set,
+            self._report_problem,
         )
         return Deployment(name, host)
 
-    def _deps(self, roster: RosterView) -> ServiceDeps:
+    def _create_deps(self, roster: RosterView) -> ServiceDeps:
         return ServiceDeps(
             roster,
             self._heartbeat,
@@ -192,7 +198,7 @@ class Coordinator:
         self._require_no_load()
         self._preparation = LoadWatch(request.order.model, "preparing to train adapters of {}")
         report = BothReporters(self._report, self._preparation)
-        deps = self._deps(RosterView(self._roster, "training", SliceClaims()))  # it leaves nothing to others
+        deps = self._create_deps(RosterView(self._roster, "training", SliceClaims()))  # it leaves nothing to others
         host = TrainingHost(self._reader, deps, self._planner.make_plan, self._close, report, self.changed)
         async with self._training.report_restored(tell), self._exclusive:
             await self._training.run(host, request, tell, follower, self._deployments[DEFAULT].order)

@@ -1,0 +1,181 @@
+"""Run one copy of a deployment's model: place it, open its service, and close it.
+
+A replica is a whole ring with its own loop, recovery and draft. It sees the workers as a holder of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import anyio
+
+from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.cluster_planner import ClusterPlanner
+from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft
+from cluster.coordinator.frame_history import FramesCopy
+from cluster.coordinator.held_slices import adopt_held_slices
+from cluster.coordinator.journal import AnswerTokens, Journal
+from cluster.coordinator.loop_view import LoopView
+from cluster.coordinator.model_reader import ModelInfo, ModelReader
+from cluster.coordinator.recovery import ServiceDeps
+from cluster.coordinator.replan import Assignment
+from cluster.coordinator.reporter import LoadReporter
+from cluster.coordinator.request_timings import LoopTotals
+from cluster.coordinator.service import ModelService, open_service
+from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.timeline import Timeline
+from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
+from cluster.core.cluster_state import ServingState
+from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing
+from cluster.core.limits import CONTROL_TIMEOUT_S, STATUS_VIEW_S
+from cluster.core.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentHost:
+    """What a deployment and its replicas need of their coordinator.
+
+    ``create_deps`` returns what a service needs, for a holder of slices with that name. ``journal`` returns where live
+    requests are recorded, if anywhere. ``changed`` is called whenever the state may have changed, ``notify`` with a
+    sentence about each event for people.
+    """
+
+    reader: ModelReader
+    planner: ClusterPlanner
+    create_deps: Callable[[str], ServiceDeps]
+    timeline: Timeline
+    totals: LoopTotals
+    journal: Callable[[], Journal | None]
+    changed: Callable[[], None]
+    notify: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a replica is about to run. ``order`` is narrowed to the slices that were adopted."""
+
+    assignment: Assignment
+    order: LoadOrder
+    draft: DraftAssignment | None
+
+
+class Replica:
+    """One copy of a model that is served or not. All methods must be called on the event loop that created it.
+
+    ``holder`` is the name under which its slices are claimed.
+    """
+
+    def __init__(self, holder: str, host: DeploymentHost) -> None:
+        self.holder = holder
+        self._host = host
+        self.deps = host.create_deps(holder)
+        self.service: ModelService | None = None
+
+    @property
+    def state(self) -> ServingState:
+        """The replica's own state: never that it is being loaded."""
+        if self.service is None:
+            return ServingState.IDLE
+        if (recovery := self.service.recovery) is None:
+            return ServingState.SERVING
+        return ServingState.FAILED if recovery.refused else ServingState.RECOVERING
+
+    # Loading
+
+    async def place(
+        self,
+        model_info: ModelInfo,
+        order: LoadOrder,
+        report: LoadReporter,
+        draft_info: ModelInfo | None,
+        *,
+        again: bool,
+    ) -> Placement:
+        """Wait for workers, and plan over them. Change nothing.
+
+        ``again``: the model was served before, and goes on with the workers that are left. Raises ``MacpipeError``.
+        """
+        deps, shape = self.deps, model_info.placed_shape
+        if self.service:
+            await self.service.send_step_times()  # the plan uses the step times measured here
+        if again:
+            gathered, order = await gather_remaining(deps.roster, order, shape, report)
+        else:
+            gathered = await gather_workers(deps.roster, order, shape, report)
+        found, order = await adopt_held_slices(shape, order, gathered, deps.roster)
+        number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
+        plan = await self._host.planner.make_plan(number, shape, found, order)
+        report.planned(plan)
+        by_name = {w.name: w for w in found}
+        workers = tuple(by_name[stage.worker] for stage in plan.stages)
+        draft = None
+        if draft_info:
+            try:
+                draft = assign_draft(deps.epochs.next(), model_info, draft_info, gathered, [w.name for w in workers])
+            except NoPlan as e:
+                if not again:
+                    raise
+                self._host.notify(f"{plan.model.name} is served without a draft model: {e.sentence}")
+        return Placement(Assignment(plan, workers), order, draft)
+
+    async def open(self, model_info: ModelInfo, placement: Placement, report: LoadReporter) -> None:
+        """Load the slices and serve the model. Raises as ``open_service``."""
+        deps, draft = self.deps, placement.draft
+        deps.roster.pin(placement.assignment.workers)
+        deps.roster.pin_draft(draft.worker if draft else None)
+        deps.heartbeat.start()
+        service = await open_service(
+            deps, model_info, placement.order, placement.assignment, draft, self._host.notify, report.progress
+        )
+        service.loop.answers.totals = self._host.totals
+        service.loop.answers.journal = self._host.journal()
+        self.service = service
+
+    async def close(self, error: MacpipeError) -> None:
+        """End live requests with ``error`` and free the workers' memory. Do nothing if it is not served."""
+        service, self.service = self.service, None
+        if service:
+            await service.close(error)
+        self.deps.roster.pin(())
+        self.deps.roster.pin_draft(None)
+
+    # Requests
+
+    def submit(self, request: Request, tokens: AnswerTokens = (), skip: tuple[int, ...] = ()) -> AnswerQueue:
+        """Queue a request, see ``EngineLoop.submit``. Raises ``NotServing``, and as ``ModelService.create_answer``."""
+        service = self._require_service()
+        answer = service.create_answer(request)
+        service.loop.submit(request, answer, tokens, skip)
+        return answer
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request in any phase. Return whether it was live. Raises ``DeadlineExceeded`` if the loop is stuck."""
+        ended = self._require_service().loop.end(request_id, Aborted(f"the request {request_id} was aborted"))
+        try:
+            async with asyncio.timeout(CONTROL_TIMEOUT_S):
+                return await asyncio.wrap_future(ended)
+        except TimeoutError:
+            why = f"request {request_id} did not end within {CONTROL_TIMEOUT_S:.0f} s; the engine loop is stuck"
+            raise DeadlineExceeded(why) from None
+
+    async def copy_frames(self) -> FramesCopy:
+        """Return the last frames, to trace a request. Raises ``NotServing``, or ``DeadlineExceeded`` as ``abort``."""
+        with anyio.move_on_after(CONTROL_TIMEOUT_S):
+            return await asyncio.wrap_future(self._require_service().loop.copy_frames())
+        raise DeadlineExceeded(f"the engine loop did not answer within {CONTROL_TIMEOUT_S:.0f} s; it is stuck")
+
+    async def view(self) -> LoopView | None:
+        """Return the engine loop's view of itself; None without a service, or if it does not answer in time."""
+        if self.service is None:
+            return None
+        with anyio.move_on_after(STATUS_VIEW_S), suppress(NotServing):
+            return await asyncio.wrap_future(self.service.loop.view())
+        return None
+
+    def _require_service(self) -> ModelService:
+        if self.service is None:
+            raise NotServing("no model is loaded")
+        return self.service
