@@ -33,6 +33,7 @@ from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.identity import hold_identity, state_folder
 from cluster.coordinator.journal import Journal
+from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
@@ -133,11 +134,11 @@ def _epochs(settings: ServeSettings) -> EpochNumbers:
     return EpochNumbers(state_folder(home, settings.cluster) / "epoch" if home else None)
 
 
-def _journal(settings: ServeSettings) -> Journal | None:
+def _journal(settings: ServeSettings) -> JournalWriter | None:
     """Return the journal; None if it is off or there is no home folder."""
     if settings.journal is None or settings.home is None:
         return None
-    return Journal(state_folder(settings.home, settings.cluster) / "journal", settings.journal)
+    return JournalWriter(Journal(state_folder(settings.home, settings.cluster) / "journal", settings.journal))
 
 
 @asynccontextmanager

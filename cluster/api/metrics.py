@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cluster import __version__
-from cluster.coordinator.journal import Journal
+from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.request_timings import ClusterTotals
 from cluster.core.cluster_state import RequestState, ServingState
@@ -85,7 +85,7 @@ class Metrics:
         state: ServingState,
         plan: Plan | None,
         loop: LoopView | None,
-        journal: Journal | None = None,
+        journal: JournalWriter | None = None,
         workers: Sequence[WorkerState] = (),
         totals: ClusterTotals | None = None,
     ) -> bytes:
@@ -103,7 +103,7 @@ class _StateCollector(Collector):
         state: ServingState,
         plan: Plan | None,
         loop: LoopView | None,
-        journal: Journal | None,
+        journal: JournalWriter | None,
         workers: Sequence[WorkerState],
         totals: ClusterTotals,
     ) -> None:

@@ -23,6 +23,7 @@ from cluster.api.parsed_answers import ParsedAnswers
 from cluster.api.tool_schema_errors import find_invalid_tool
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.frame_history import trace_request
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
 from cluster.core.limits import KEY_CHECK_S, PROMPT_PIECE_TOKENS
@@ -74,11 +75,6 @@ class RequestService:
         self._answered: set[str] = set()
         """The clients with a key of whose answers something may be kept."""
 
-    @property
-    def speculates(self) -> bool:
-        """Whether tokens may be guessed before they are sampled."""
-        return self.coordinator.speculates
-
     async def submit(self, request: Request, model_info: ModelInfo) -> RunningRequest:
         """Submit a request. Return once it has a lane or a place in the queue.
 
@@ -94,12 +90,10 @@ class RequestService:
                 raise await find_invalid_tool(e, request, model_info, self.coordinator) from None
         return await self._wait_accepted(request, answer, model_info)
 
-    async def resume(
-        self, request_id: str, offsets: Sequence[int], client: str, model_info: ModelInfo
-    ) -> RunningRequest:
+    async def resume(self, request_id: str, offsets: Sequence[int], client: str) -> RunningRequest:
         """Resume an answer from the journal at ``offsets``, one for each sample. Raises the coordinator's errors."""
         with self._count_errors():
-            request, answer = self.coordinator.resume(request_id, offsets, client)
+            request, model_info, answer = self.coordinator.resume(request_id, offsets, client)
         return await self._wait_accepted(request, answer, model_info)
 
     async def abort(self, request_id: str, client: str | None) -> None:
@@ -114,7 +108,7 @@ class RequestService:
         Raises ``RequestNotFound`` if the coordinator does not remember it, and the coordinator's errors.
         """
         frames = await self.coordinator.copy_frames()
-        trace = await anyio.to_thread.run_sync(frames.trace, request_id, client)
+        trace = await anyio.to_thread.run_sync(trace_request, frames, request_id, client)
         if trace is None:
             which = f"of request {request_id}" if request_id else "of any request of yours"
             raise RequestNotFound(

@@ -82,9 +82,9 @@ async def _predict(
     if not text:
         return prepared
     check_size("prediction has", utf8_size(text), context, "prediction")
-    if not (caller.speculates and params.speculate):
+    if not (model_info.speculates and params.speculate):
         if caller.strict:
-            why = "speculate is false" if caller.speculates else "this server does not speculate"
+            why = "speculate is false" if model_info.speculates else "this server does not speculate"
             raise InvalidRequest(f"the prediction has no effect, since {why}; leave it out", field="prediction")
         return replace(prepared, ignored=(*prepared.ignored, "prediction"))
     try:

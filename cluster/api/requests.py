@@ -26,7 +26,7 @@ class Caller:
     ``client`` names the caller for fair queueing and cached prefixes. ``deadline`` is in seconds of the monotonic
     clock; None means no deadline. ``default_max_tokens`` applies if the request has no max_tokens; None means as many
     as the context allows. ``shorten``: a max_tokens that does not fit the context is lowered to what fits. ``strict``:
-    hints that have no effect are errors. ``speculates``: tokens may be guessed before they are sampled.
+    hints that have no effect are errors.
     """
 
     client: str
@@ -34,7 +34,6 @@ class Caller:
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS
     shorten: bool = False
     strict: bool = False
-    speculates: bool = False
 
 
 @dataclass(frozen=True, slots=True)

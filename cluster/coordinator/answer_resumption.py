@@ -8,24 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.coordinator.journal import AnswerTokens, Journal, JournaledRequest
+from cluster.coordinator.journal import AnswerTokens, JournaledRequest
+from cluster.coordinator.journal_writer import JournalWriter
 from cluster.core.errors import InvalidRequest, RequestNotFound
 from cluster.core.request import Request
 
 
-def take_answer(
-    journal: Journal | None, request_id: str, offsets: Sequence[int], client: str
-) -> tuple[Request, AnswerTokens, tuple[int, ...]]:
-    """Take a request of ``client`` from the journal. Return it with its tokens, and how many the client has of each.
-
-    ``offsets`` are the numbers of tokens that the client already has: one per sample, or one for all samples. Raises
-    ``RequestNotFound`` if the journal has no such request of this client, and ``InvalidRequest`` for other numbers of
-    offsets.
-    """
+def take_request(journal: JournalWriter | None, request_id: str, client: str) -> JournaledRequest:
+    """Return a request of ``client`` from the journal. Raises ``RequestNotFound`` if it has none with this id."""
     kept = journal.take(request_id, client) if journal else None
     if kept is None:
         why = "" if journal else ": this coordinator keeps no journal; serve with --journal"
         raise RequestNotFound(f"request {request_id} has no answer that can be resumed{why}")
+    return kept
+
+
+def resume_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Request, AnswerTokens, tuple[int, ...]]:
+    """Return the request that goes on, with the tokens of each sample, and how many of them the client already has.
+
+    ``offsets`` are the numbers of tokens that the client has: one per sample, or one for all samples. Raises
+    ``InvalidRequest`` for other numbers of offsets.
+    """
     tokens, skip = continue_request(kept, offsets)
     request = kept.request
     if skip[0]:  # the client has tokens, and so the prompt's log-probabilities, which come first

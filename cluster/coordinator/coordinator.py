@@ -16,19 +16,21 @@ import anyio
 
 from cluster import __version__
 from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.answer_resumption import take_request
 from cluster.coordinator.cluster_planner import ClusterPlanner
 from cluster.coordinator.deployment import Deployment, DeploymentHost
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
-from cluster.coordinator.journal import Journal
+from cluster.coordinator.journal import JournaledRequest
+from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader, choose_model
 from cluster.coordinator.planner import Links
 from cluster.coordinator.prefix_disks import OwnersOf, PrefixOwners
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.reporter import BothReporters, LoadReporter, LoadWatch, Reporter
-from cluster.coordinator.request_timings import ClusterTotals, LoopTotals
+from cluster.coordinator.request_timings import ClusterTotals, SummedTotals
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.roster_refresh import RosterRefresh
 from cluster.coordinator.roster_view import RosterView
@@ -43,7 +45,7 @@ from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import MacpipeError, NotServing, RequestNotFound, WorkerLost
 from cluster.core.limits import MAX_SCHEMA_BYTES, OVERLOADED_S
-from cluster.core.plan import Plan, Speculation
+from cluster.core.plan import Plan
 from cluster.core.request import Grammar, Request
 from cluster.core.training_events import TrainingEvent
 from cluster.core.worker import WorkerState
@@ -56,6 +58,8 @@ DEFAULT: Final = "default"
 """Name of the deployment that requests without a model's name go to."""
 _BY_URGENCY: Final = (ServingState.LOADING, ServingState.FAILED, ServingState.RECOVERING, ServingState.SERVING)
 """The states of deployments, the one first that the cluster's state shows if deployments differ."""
+RETRY_LOAD_S: Final = 5.0
+"""When to ask again for a model that is being loaded."""
 
 
 class Coordinator:
@@ -75,14 +79,14 @@ class Coordinator:
         epochs: EpochNumbers | None = None,
         lag: Lag = no_lag,
     ) -> None:
-        self.journal: Journal | None = None
+        self.journal: JournalWriter | None = None
         """Records live requests so that a restarted coordinator can resume them. Set it before the first load."""
         self.prefix_owners: OwnersOf = PrefixOwners
         """Tells who may have prefixes on the workers' disks. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
         self._epochs = epochs or EpochNumbers()
         self._started = time.monotonic()
-        self._totals = LoopTotals()
+        self._totals = SummedTotals()
         self._reader = ModelReader(store)
         self._claims = SliceClaims()
         self._planner = ClusterPlanner(RosterView(roster, DEFAULT, self._claims), self._reader, report)
@@ -234,6 +238,8 @@ class Coordinator:
         """End live requests, release the workers and stop."""
         await self._training.close()
         await self._close(NotServing("the coordinator is stopping"))
+        if self.journal:
+            await anyio.to_thread.run_sync(self.journal.close)
         await self._heartbeat.close()
         await self._refresh.close()
         await self._roster.close()
@@ -245,11 +251,6 @@ class Coordinator:
         """Return the served model, with an adapter if one is named. Raises ``NotServing``, and as ``choose_model``."""
         return choose_model(self._default().require_service().model_info, model, adapter)
 
-    @property
-    def speculates(self) -> bool:
-        """Whether the served model's tokens may be guessed before they are sampled; False without a model."""
-        return any(service.speculation is not Speculation.OFF for service in self._services())
-
     def _default(self) -> Deployment:
         """Return the default deployment. Raises ``NotServing``, with what the cluster does instead."""
         deployment = self._deployments[DEFAULT]
@@ -258,7 +259,7 @@ class Coordinator:
         if self._training.job:
             raise self._training.job.refusal()
         if self._is_loading:
-            raise NotServing(f"the cluster is {self.activity}; try again in a moment", retry_after_s=5.0)
+            raise NotServing(f"the cluster is {self.activity}; try again in a moment", retry_after_s=RETRY_LOAD_S)
         why = f" ({self._training.problem})" if self._training.problem else ""
         raise NotServing(f"no model is loaded{why}; load one with `macpipe load MODEL`")
 
@@ -290,9 +291,32 @@ class Coordinator:
         serving = next((d for d in self._deployments.values() if d.serves(model_info)), None)
         return (serving or self._default()).submit(request, model_info)
 
-    def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, AnswerQueue]:
-        """Resume an answer that a previous coordinator began. Raises as ``Deployment.resume``."""
-        return self._default().resume(request_id, offsets, client)
+    def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, ModelInfo, AnswerQueue]:
+        """Resume an answer that a previous coordinator began, on the model that gave it.
+
+        Raises as ``take_request`` and ``Deployment.resume``, and ``NotServing`` while that model is not loaded.
+        """
+        kept = take_request(self.journal, request_id, client)
+        deployment = self._answerer(kept)
+        request, answer = deployment.resume(kept, offsets)
+        return request, deployment.require_service().model_info, answer
+
+    def _answerer(self, kept: JournaledRequest) -> Deployment:
+        """Return the deployment that serves the model which began an answer. Raises ``NotServing``."""
+        by = kept.answerer
+        if not by.fingerprint:  # the record of an older version, which served one model
+            return self._default()
+        serving = [d for d in self._deployments.values() if d.fingerprint == by.fingerprint]
+        if serving:
+            return min(serving, key=lambda deployment: deployment.name != by.deployment)
+        if self._training.job:
+            raise self._training.job.refusal()
+        named = self._deployments.get(by.deployment)
+        if named and named.service:
+            gone = f"the model that began the answer of request {kept.request.id} is no longer served"
+            raise RequestNotFound(f"{gone}; send the request again")
+        why = f"the model {by.deployment}, which began the answer of request {kept.request.id}, is not loaded now"
+        raise NotServing(f"{why}; try again in a moment", retry_after_s=RETRY_LOAD_S)
 
     async def add_adapter(self, name: str, folder: str) -> Adapter:
         """Serve the adapter in ``folder``. Raises as ``Deployment.add_adapter``."""
@@ -314,9 +338,10 @@ class Coordinator:
                 return
         raise RequestNotFound(f"no live request has the id {request_id}; it may have ended")
 
-    async def copy_frames(self) -> FramesCopy:
-        """Return the last frames, to trace a request. Raises as ``Deployment.copy_frames``."""
-        return await self._default().copy_frames()
+    async def copy_frames(self) -> list[FramesCopy]:
+        """Return the last frames of all loops, to trace a request. Raises as ``Deployment.copy_frames``."""
+        serving = [deployment for deployment in self._deployments.values() if deployment.service]
+        return [copy for d in serving or [self._default()] for copy in await d.copy_frames()]
 
     async def drain(self, worker: str, *, undo: bool = False) -> None:
         """Move a worker's layers to other workers and stop using it; ``undo`` takes it back into use.
@@ -348,6 +373,7 @@ class Coordinator:
         deployment = self._deployments[DEFAULT]
         loop = await deployment.view()
         service = deployment.service
+        totals = self._totals.sum()
         repair = service.recovery.describe() if service and service.recovery else None
         state = ClusterState(
             cluster=self._cluster,
@@ -356,10 +382,10 @@ class Coordinator:
             problem=repair.cause if repair else "" if service else self._training.problem,
             activity=self.activity,
             workers=describe_workers((*members, *self._heartbeat.duplicates()), self._heartbeat.beliefs()),
-            requests_finished=self._totals.finished,
-            tokens_generated=self._totals.tokens,
-            prompt_tokens=self._totals.prompt_tokens,
-            cached_tokens=self._totals.cached_tokens,
+            requests_finished=totals.finished,
+            tokens_generated=totals.tokens,
+            prompt_tokens=totals.prompt_tokens,
+            cached_tokens=totals.cached_tokens,
             uptime_seconds=time.monotonic() - self._started,
             repair=repair,
             move=service.move.describe() if service and service.move else None,
@@ -394,7 +420,7 @@ class Coordinator:
 
     @property
     def totals(self) -> ClusterTotals:
-        totals = self._totals
+        totals = self._totals.sum()
         return ClusterTotals(totals.tokens, totals.prompt_tokens, totals.cached_tokens, self._timeline.recoveries)
 
     async def members(self) -> tuple[RosterEntry, ...]:

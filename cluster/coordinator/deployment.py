@@ -9,9 +9,10 @@ from collections.abc import Collection, Sequence
 import anyio
 
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.answer_resumption import take_answer
+from cluster.coordinator.answer_resumption import resume_request
 from cluster.coordinator.draft_assignment import read_draft
 from cluster.coordinator.frame_history import FramesCopy
+from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replica import DeploymentHost, Replica
@@ -39,7 +40,7 @@ class Deployment:
         self._loading = asyncio.Lock()
         self.watch = LoadWatch()
         """What the present load, or the last one, does."""
-        self.replicas = (Replica(name, host),)
+        self.replicas = (Replica(name, name, host),)
         self.model_info: ModelInfo | None = None
         """What is served; None if nothing is."""
         self._order: LoadOrder | None = None
@@ -61,6 +62,11 @@ class Deployment:
     def service(self) -> ModelService | None:
         """The service of the first replica that has one; None if nothing is served."""
         return next(iter(self.services), None)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model that is served; "" if none is."""
+        return self.model_info.shape.model.fingerprint if self.model_info and self.service else ""
 
     @property
     def is_loading(self) -> bool:
@@ -166,10 +172,10 @@ class Deployment:
             raise NotServing("another model was loaded while the prompt was tokenized; send the request again")
         return self.first.submit(request)
 
-    def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, AnswerQueue]:
-        """Resume an answer that a previous coordinator began. Raises as ``take_answer``, and ``NotServing``."""
+    def resume(self, kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Request, AnswerQueue]:
+        """Resume an answer that a previous coordinator began. Raises as ``resume_request``, and ``NotServing``."""
         self.require_service()
-        request, tokens, skip = take_answer(self._host.journal(), request_id, offsets, client)
+        request, tokens, skip = resume_request(kept, offsets)
         return request, self.first.submit(request, tokens, skip)
 
     async def add_adapter(self, name: str, folder: str) -> Adapter:
@@ -189,9 +195,10 @@ class Deployment:
                 return True
         return False
 
-    async def copy_frames(self) -> FramesCopy:
-        """Return the last frames, to trace a request. Raises as ``Replica.copy_frames``."""
-        return await self.first.copy_frames()
+    async def copy_frames(self) -> list[FramesCopy]:
+        """Return the last frames of each replica, to trace a request. Raises as ``Replica.copy_frames``."""
+        self.require_service()
+        return [await replica.copy_frames() for replica in self.replicas if replica.service]
 
     async def view(self) -> LoopView | None:
         """Return the view of the first replica's engine loop, see ``Replica.view``."""

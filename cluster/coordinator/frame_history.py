@@ -57,20 +57,17 @@ class FramesCopy:
     forgotten_at: float
     """When the newest of the forgotten frames came back; minus infinity if there is none."""
 
-    def trace(self, request_id: str, client: str | None) -> RequestTrace | None:
-        """Return the trace of a request; None if it is not known, or another client's.
-
-        ``client`` None may see each request. "" as the id means the newest one that the client may see, and that a
-        client sent: the coordinator's own have none.
-        """
+    def find(self, request_id: str, client: str | None) -> TracedRequest | None:
+        """Return a request; None if it is not known, or another client's. See ``trace_request``."""
         seen = [
             one
             for one in self.requests
             if (client is None or one.client == client) and (one.id == request_id if request_id else one.client)
         ]
-        return self._trace(seen[-1]) if seen else None
+        return seen[-1] if seen else None
 
-    def _trace(self, request: TracedRequest) -> RequestTrace:
+    def trace(self, request: TracedRequest) -> RequestTrace:
+        """Return the trace of one of its requests."""
         began, end = request.accepted_at, request.ended_at
         frames = [f for f in self.frames if f.returned_at >= began and (end is None or f.sent_at <= end)]
         epochs = {frame.epoch for frame in frames}
@@ -82,6 +79,19 @@ class FramesCopy:
             epochs=tuple(e for e in self.epochs if e.epoch in epochs),
             frames=tuple(_describe(f, request) for f in frames),
         )
+
+
+def trace_request(copies: Sequence[FramesCopy], request_id: str, client: str | None) -> RequestTrace | None:
+    """Return the trace of a request, from the copies of several loops; None if it is not known, or another client's.
+
+    ``client`` None may see each request. "" as the id means the newest one that the client may see, and that a client
+    sent: the coordinator's own have none. A request that moved to another loop is traced there.
+    """
+    found = [(copy, request) for copy in copies if (request := copy.find(request_id, client))]
+    if not found:
+        return None
+    copy, request = max(found, key=lambda one: one[1].accepted_at)
+    return copy.trace(request)
 
 
 class FrameHistory:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from cluster.coordinator.request_records import (
     HEADER,
@@ -49,6 +49,18 @@ class Fsync(StrEnum):
     ALWAYS = "always"
 
 
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """What answers a request: the deployment's name, the fingerprint of its model, and the number of an engine loop.
+
+    A record of an older version names no deployment and no model. Loops are numbered anew by each coordinator.
+    """
+
+    deployment: str = ""
+    fingerprint: str = ""
+    loop: int = 0
+
+
 @dataclass(slots=True)
 class JournaledRequest:
     """A live request and its answer so far.
@@ -60,10 +72,27 @@ class JournaledRequest:
     request: Request
     at: float
     tokens: list[list[int]] = field(default_factory=list)
+    answerer: Answerer = Answerer()
+
+
+class AnswerRecorder(Protocol):
+    """Records the live requests of one engine loop. Called on the loop's thread."""
+
+    def record_opened(self, request: Request, tokens: AnswerTokens) -> None:
+        """Record an accepted request. ``tokens`` are those that its samples already have, () for none."""
+
+    def record_token(self, request_id: str, token: int, sample: int) -> None:
+        """Record a token of a live request. Ignore other requests."""
+
+    def record_ended(self, request_id: str) -> None:
+        """Record the end of a live request. Ignore other requests."""
+
+    def flush(self) -> None:
+        """Write the records since the last flush, or have them written."""
 
 
 class Journal:
-    """The journal of one coordinator, in ``path``. Only the engine loop's thread writes to it.
+    """The journal of one coordinator, in ``path``. One thread alone writes to it (see ``JournalWriter``).
 
     No method raises on a disk error. Instead the journal switches off: ``problem`` says why, requests are still
     answered, and the file keeps every record up to the last complete one. Every ``JOURNAL_RETRY_S`` the journal tries
@@ -109,12 +138,14 @@ class Journal:
 
     # Requests of this coordinator
 
-    def record_opened(self, request: Request, tokens: AnswerTokens) -> None:
-        """Record an accepted request. ``tokens`` are those that its samples already have, () for none."""
+    def record_opened(self, request: Request, tokens: AnswerTokens, answerer: Answerer = Answerer()) -> None:
+        """Record an accepted request, which may have had another ``answerer`` before.
+
+        ``tokens`` are those that its samples already have, () for none.
+        """
         self._forget(request.id)
-        kept = JournaledRequest(
-            replace(request, deadline=None), self._clock(), [list(s) for s in tokens or ((),) * request.samples]
-        )
+        answer = [list(sample) for sample in tokens or ((),) * request.samples]
+        kept = JournaledRequest(replace(request, deadline=None), self._clock(), answer, answerer)
         try:
             _require_round_trip(replace(kept.request, prompt=()))  # the prompt holds only token ids
             record = _pack_opened(kept)
@@ -128,18 +159,28 @@ class Journal:
         self._needed += len(record) + _token_bytes(kept)
         self._record(record)
 
-    def record_token(self, request_id: str, token: int, sample: int = 0) -> None:
-        """Record a token of a live request. Ignore other requests."""
-        if kept := self._live.get(request_id):
+    def record_token(self, request_id: str, token: int, sample: int = 0, loop: int = 0) -> None:
+        """Record a token of a live request that this engine loop answers. Ignore other requests."""
+        if kept := self._live_in(loop, request_id):
             kept.tokens[sample].append(token)
             self._needed += _TOKEN_BYTES
             self._record(pack_record(_TOKEN, request_id, token, sample))
 
-    def record_ended(self, request_id: str) -> None:
-        """Record the end of a live request. Ignore other requests."""
-        if request_id in self._live:
+    def record_ended(self, request_id: str, loop: int = 0) -> None:
+        """Record the end of a live request that this engine loop answers. Ignore other requests."""
+        if self._live_in(loop, request_id):
             self._forget(request_id)
             self._record(pack_record(_ENDED, request_id))
+
+    def record_gap(self, loop: int) -> None:
+        """Record that tokens of an engine loop are missing, so none of its live requests can be resumed."""
+        for request_id in [i for i, kept in self._live.items() if kept.answerer.loop == loop]:
+            self.record_ended(request_id, loop)
+
+    def _live_in(self, loop: int, request_id: str) -> JournaledRequest | None:
+        """Return a live request; None if another loop answers it by now."""
+        kept = self._live.get(request_id)
+        return kept if kept and kept.answerer.loop == loop else None
 
     def flush(self) -> None:
         """Write the records since the last flush.
@@ -265,7 +306,10 @@ def _token_bytes(kept: JournaledRequest) -> int:
 
 def _pack_opened(kept: JournaledRequest) -> bytes:
     """Return the record of a request and its answer so far. Raises ``TypeError`` if a field is not plain data."""
-    return pack_record(_OPENED, kept.request.id, kept.at, as_data(kept.request), kept.tokens)
+    by = kept.answerer
+    return pack_record(
+        _OPENED, kept.request.id, kept.at, as_data(kept.request), kept.tokens, by.deployment, by.fingerprint
+    )
 
 
 def _read_live(path: Path, now: float) -> dict[str, JournaledRequest]:
@@ -291,8 +335,9 @@ def _read_live(path: Path, now: float) -> dict[str, JournaledRequest]:
 
 def _apply_record(found: dict[str, JournaledRequest], kind: int, request_id: str, *values: Any) -> None:
     if kind == _OPENED:
-        at, request, tokens = values
-        found[request_id] = _require_valid(JournaledRequest(from_data(request), at, tokens), request_id)
+        at, request, tokens, *by = values
+        kept = JournaledRequest(from_data(request), at, tokens, _read_answerer(*by))
+        found[request_id] = _require_valid(kept, request_id)
     elif kind == _TOKEN:
         token, sample = values
         found[request_id].tokens[sample].append(*token_ids([token]))
@@ -307,6 +352,12 @@ def _apply_record(found: dict[str, JournaledRequest], kind: int, request_id: str
             found[live_id].at = _require_time(at)
     else:
         raise ValueError("unknown kind of record")
+
+
+def _read_answerer(deployment: Any = "", fingerprint: Any = "") -> Answerer:
+    if type(deployment) is not str or type(fingerprint) is not str:
+        raise TypeError("the name of a deployment or of its model is not a string")
+    return Answerer(deployment, fingerprint)
 
 
 def _require_valid(kept: JournaledRequest, request_id: object) -> JournaledRequest:

@@ -14,7 +14,7 @@ from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, Res
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_text import Decoder
 from cluster.coordinator.frame_history import FrameHistory
-from cluster.coordinator.journal import AnswerTokens, Journal
+from cluster.coordinator.journal import AnswerRecorder, AnswerTokens
 from cluster.coordinator.loop_view import AnswerProgress
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
 from cluster.core.errors import Busy, InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
@@ -51,7 +51,7 @@ class LiveAnswers:
         """Requests that are not scheduled yet."""
         self._samples: dict[str, ActiveSample] = {}
         self.totals = LoopTotals()  # replaced after the canary, so the canary's tokens are not counted
-        self.journal: Journal | None = None  # only the loop's thread writes to it
+        self.journal: AnswerRecorder | None = None
 
     def __len__(self) -> int:
         """Return the number of live requests. Any thread may ask."""

@@ -19,7 +19,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.core.adapter import Adapter, count_adapters, require_adapter_name, split_model_name
 from cluster.core.errors import InvalidGrammar, InvalidOption, InvalidRequest, ModelNotFound
 from cluster.core.limits import MIN_CONTEXT
-from cluster.core.plan import ModelShape, TensorMap
+from cluster.core.plan import ModelShape, Speculation, TensorMap
 from cluster.core.request import Grammar
 from cluster.model.adapters import read_adapter
 from cluster.model.device import close_thread
@@ -50,6 +50,8 @@ class ModelInfo:
     text: TextService
     adapters: ServedAdapters = field(default_factory=ServedAdapters)
     adapter: Adapter | None = None
+    speculates: bool = False
+    """Whether tokens may be guessed before they are sampled."""
 
     @property
     def placed_shape(self) -> ModelShape:
@@ -156,7 +158,8 @@ def _find_placed_shape(store: Store, order: LoadOrder) -> ModelShape:
 def _load_info(found: FoundModel, shape: ModelShape, text: TextService, order: LoadOrder) -> ModelInfo:
     adapters = ServedAdapters(read_order_adapters(found.folder, order, shape))
     tensors = tensor_map(found.folder, shape.shared)
-    return ModelInfo(shape, load_tokenizer(found.folder), tensors, found, text, adapters)
+    speculates = order.speculation is not Speculation.OFF
+    return ModelInfo(shape, load_tokenizer(found.folder), tensors, found, text, adapters, speculates=speculates)
 
 
 def _measure_shape(found: FoundModel, order: LoadOrder) -> ModelShape:

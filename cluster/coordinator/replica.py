@@ -17,13 +17,14 @@ from cluster.coordinator.cluster_planner import ClusterPlanner
 from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.held_slices import adopt_held_slices
-from cluster.coordinator.journal import AnswerTokens, Journal
+from cluster.coordinator.journal import AnswerTokens
+from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import LoadReporter
-from cluster.coordinator.request_timings import LoopTotals
+from cluster.coordinator.request_timings import SummedTotals
 from cluster.coordinator.service import ModelService, open_service
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.timeline import Timeline
@@ -47,8 +48,8 @@ class DeploymentHost:
     planner: ClusterPlanner
     create_deps: Callable[[str], ServiceDeps]
     timeline: Timeline
-    totals: LoopTotals
-    journal: Callable[[], Journal | None]
+    totals: SummedTotals
+    journal: Callable[[], JournalWriter | None]
     changed: Callable[[], None]
     notify: Callable[[str], None]
 
@@ -65,11 +66,11 @@ class Placement:
 class Replica:
     """One copy of a model that is served or not. All methods must be called on the event loop that created it.
 
-    ``holder`` is the name under which its slices are claimed.
+    ``holder`` is the name under which its slices are claimed, ``deployment`` that of the model.
     """
 
-    def __init__(self, holder: str, host: DeploymentHost) -> None:
-        self.holder = holder
+    def __init__(self, holder: str, deployment: str, host: DeploymentHost) -> None:
+        self.holder, self._deployment = holder, deployment
         self._host = host
         self.deps = host.create_deps(holder)
         self.service: ModelService | None = None
@@ -130,15 +131,20 @@ class Replica:
         service = await open_service(
             deps, model_info, placement.order, placement.assignment, draft, self._host.notify, report.progress
         )
-        service.loop.answers.totals = self._host.totals
-        service.loop.answers.journal = self._host.journal()
+        answers, journal = service.loop.answers, self._host.journal()
+        answers.totals = self._host.totals.open_loop()
+        fingerprint = model_info.shape.model.fingerprint
+        answers.journal = journal.open_loop(self._deployment, fingerprint) if journal else None
         self.service = service
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory. Do nothing if it is not served."""
         service, self.service = self.service, None
         if service:
-            await service.close(error)
+            try:
+                await service.close(error)
+            finally:
+                self._host.totals.close_loop(service.loop.answers.totals)
         self.deps.roster.pin(())
         self.deps.roster.pin_draft(None)
 

@@ -103,7 +103,7 @@ class ClusterTotals:
 
 @dataclass(slots=True)
 class LoopTotals:
-    """Numbers of complete answers and of tokens since the coordinator started.
+    """Numbers of complete answers and of tokens of one engine loop, whose thread counts them.
 
     ``prompt_tokens`` are those of requests that got a first token; ``cached_tokens`` of them came from a kept prefix.
     """
@@ -119,3 +119,36 @@ class LoopTotals:
         if index == sample == 0:
             self.prompt_tokens += prompt_tokens
             self.cached_tokens += cached_tokens
+
+    def add(self, other: LoopTotals) -> None:
+        """Add the numbers of another loop."""
+        self.finished += other.finished
+        self.tokens += other.tokens
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+
+
+class SummedTotals:
+    """The totals of all engine loops since the coordinator started, those that have ended included."""
+
+    def __init__(self) -> None:
+        self._ended = LoopTotals()
+        self._running: list[LoopTotals] = []
+
+    def open_loop(self) -> LoopTotals:
+        """Return the totals of a loop that begins to serve."""
+        totals = LoopTotals()
+        self._running.append(totals)
+        return totals
+
+    def close_loop(self, totals: LoopTotals) -> None:
+        """Keep the numbers of a loop that has ended."""
+        self._running = [one for one in self._running if one is not totals]
+        self._ended.add(totals)
+
+    def sum(self) -> LoopTotals:
+        """Return the totals of now."""
+        found = LoopTotals()
+        for totals in (self._ended, *self._running):
+            found.add(totals)
+        return found

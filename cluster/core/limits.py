@@ -233,6 +233,8 @@ JOURNAL_BYTES: Final = 16 * MIB
 JOURNAL_FSYNC_S: Final = 1.0
 RESTART_S: Final = GONE_S
 """A coordinator that is silent for this long has ended: another with its id is the same one after a restart."""
+JOURNAL_BATCHES: Final = 4096
+"""Most batches of records that wait for the journal's disk: several seconds of all engine loops."""
 JOURNAL_RETRY_S: Final = 5.0
 """Interval of retries after a failed write of the journal."""
 JOURNAL_LIVE_S: Final = 10.0

@@ -67,7 +67,6 @@ class Idle(WorkerlessCoordinator):
     """A coordinator that serves no model."""
 
     state = ServingState.IDLE
-    speculates = False
 
     def __init__(self) -> None:
         self.answers: dict[str, Answering] = {}

@@ -60,8 +60,6 @@ class Texts:
 class ManyTokens:
     """A coordinator whose answers are complete at once, with the log-probabilities of 20 tokens for each of theirs."""
 
-    speculates = False
-
     def __init__(self) -> None:
         model = served()
         self.texts = Texts(model.tokenizer)

@@ -71,8 +71,6 @@ class Silent:
 class Watched(WorkerlessCoordinator):
     """A coordinator without a model, whose state can be watched. ``loads`` and ``plans`` are the orders given to it."""
 
-    speculates = False
-
     def __init__(self) -> None:
         self.state = ServingState.IDLE
         self.requests: tuple[LiveRequest, ...] = ()

@@ -83,12 +83,15 @@ class Answering:
     def __init__(self, text: str, known: int = 0) -> None:
         self._tokens = tuple(map(ord, text))
         self._known = known
+        self.model: ModelInfo | None = None
         self.request = Request("r", (1,), SamplingParams(), 10**6, parsing=Parsing(TOOLS))
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
-        return self.resume("r", (0,), "")[1]
+        return self.resume("r", (0,), "")[2]
 
-    def resume(self, request_id: str, offsets: tuple[int, ...], client: str) -> tuple[Request, AnswerQueue]:
+    def resume(
+        self, request_id: str, offsets: tuple[int, ...], client: str
+    ) -> tuple[Request, ModelInfo | None, AnswerQueue]:
         generation = Generation(self.request, Letters)
         for _ in generation.begin((self._tokens[: self._known],), offsets):
             pass
@@ -96,14 +99,15 @@ class Answering:
             generation.say(token)
         generation.end()
         generation.deliver()
-        return self.request, generation.answer
+        return self.request, self.model, generation.answer
 
 
 async def read(
     answering: Answering, model: ModelInfo, offset: int = 0
 ) -> list[PromptLogprobs | TokenEvent | FinishEvent]:
+    answering.model = model
     service = RequestService(answering, Metrics())  # type: ignore[arg-type]
-    running = await service.resume("r", (offset,), "", model)
+    running = await service.resume("r", (offset,), "")
     return [event async for event in running.all_events]
 
 

@@ -14,7 +14,7 @@ from cluster.core.request import ChatMessage, ChatOptions
 from fuzz.targets.asked import served
 
 pytestmark = pytest.mark.anyio
-CALLER = Caller("client", None, speculates=True)
+CALLER = Caller("client", None)
 TURN = Conversation([ChatMessage("user", "hello")], ChatOptions())
 
 
@@ -33,12 +33,12 @@ async def test_a_prediction_is_tokenized_as_a_part_of_the_answer() -> None:
 @pytest.mark.parametrize(("speculates", "speculate", "why"), [(False, True, "server"), (True, False, "speculate is")])
 async def test_one_without_effect_is_ignored_or_refused(speculates: bool, speculate: bool, why: str) -> None:
     params = ChatParams(conversation=TURN, prediction="a file", speculate=speculate)
-    caller = replace(CALLER, speculates=speculates)
-    prepared = await request_validation.chat_request(params, 0, served(), caller)
+    model = replace(served(), speculates=speculates)
+    prepared = await request_validation.chat_request(params, 0, model, CALLER)
     assert (prepared.request.prediction, prepared.ignored) == ((), ("prediction",))
     assert prepared.request.speculate is speculate
     with pytest.raises(InvalidRequest, match=f"no effect, since .*{why}") as caught:
-        await request_validation.chat_request(params, 0, served(), replace(caller, strict=True))
+        await request_validation.chat_request(params, 0, model, replace(CALLER, strict=True))
     assert caught.value.field == "prediction"
 
 

@@ -58,8 +58,6 @@ class WatchedQueue(AnswerQueue):
 class OneToken:
     """A coordinator whose answers have one token."""
 
-    speculates = False
-
     def __init__(self) -> None:
         self.answers: list[WatchedQueue] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.coordinator.frame_history import KEPT_REQUESTS, FrameHistory
+from cluster.coordinator.frame_history import KEPT_REQUESTS, FrameHistory, trace_request
 from cluster.core.frames import Frame, Sample, StageTiming
 from cluster.core.plan import LayerRange, ModelRef, PlannedStage, StageSpec
 from cluster.core.request import FinishReason
@@ -38,7 +38,7 @@ def history_of_two() -> FrameHistory:
 
 
 def trace(history: FrameHistory, request_id: str, client: str | None = None) -> RequestTrace:
-    found = history.copy().trace(request_id, client)
+    found = trace_request([history.copy()], request_id, client)
     assert found
     return found
 
@@ -64,9 +64,25 @@ def test_clients_see_their_own_requests_alone() -> None:
     assert trace(history, "", "amy").request_id == trace(history, "a", "amy").request_id == "a"
     assert trace(history, "").request_id == "b"
     copy = history.copy()
-    assert copy.trace("b", "amy") is copy.trace("", "eve") is copy.trace("c", None) is None
+    for unseen in (("b", "amy"), ("", "eve"), ("c", None)):
+        assert trace_request([copy], *unseen) is None
     history.accept("canary-1", "", 1, 20.0)  # the coordinator's own
     assert trace(history, "").request_id == "b"
+
+
+def test_the_newest_request_of_all_loops_is_found_and_one_that_moved_in_its_last_loop() -> None:
+    first, second = history_of_two(), FrameHistory()
+    second.begin_epoch(2, STAGES[:1])
+    second.accept("c", "amy", 7, 11.5)
+    second.accept("a", "amy", 5, 12.4)
+    copies = [second.copy(), first.copy()]
+    newest = trace_request(copies, "", None)
+    moved, other = trace_request(copies, "a", "amy"), trace_request(copies, "b", "ben")
+    assert newest
+    assert moved
+    assert other
+    assert (newest.request_id, moved.frames, len(other.frames)) == ("a", (), len(trace(first, "b").frames))
+    assert trace_request([], "", None) is None
 
 
 def test_an_id_that_is_used_again_is_the_new_request() -> None:
@@ -87,7 +103,7 @@ def test_what_is_kept_is_bounded_and_a_trace_says_what_is_missing() -> None:
     assert trace(history, "b").complete
     for i in range(KEPT_REQUESTS):
         history.accept(f"r{i}", "amy", 1, 5.0)
-    assert history.copy().trace("a", None) is None
+    assert trace_request([history.copy()], "a", None) is None
     for number in range(9):
         history.add(Frame(1, 0, number), Outcome((), (), 6.0), 7.0)  # without times, as frames of edits alone
     assert len(history.copy().frames) == 6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.coordinator.request_timings import LoopTotals, RequestTimings
+from cluster.coordinator.request_timings import LoopTotals, RequestTimings, SummedTotals
 from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.core.frames import StageTiming
 from cluster.core.limits import OCCUPANCY_S
@@ -95,3 +95,16 @@ def test_a_prompt_is_counted_once_for_all_its_samples() -> None:
         for index in range(3):
             totals.count_token(index, sample, prompt_tokens=9, cached_tokens=4)
     assert totals == LoopTotals(tokens=6, prompt_tokens=9, cached_tokens=4)
+
+
+def test_what_a_loop_counted_stays_when_it_ends() -> None:
+    totals = SummedTotals()
+    one, other = totals.open_loop(), totals.open_loop()
+    one.count_token(0, 0, prompt_tokens=9, cached_tokens=4)
+    other.finished += 1
+    totals.close_loop(one)
+    other.count_token(0, 0, prompt_tokens=1, cached_tokens=0)
+    assert totals.sum() == LoopTotals(finished=1, tokens=2, prompt_tokens=10, cached_tokens=4)
+    totals.close_loop(other)
+    assert totals.sum() == LoopTotals(finished=1, tokens=2, prompt_tokens=10, cached_tokens=4)
+    assert totals.open_loop() == LoopTotals()

@@ -91,17 +91,16 @@ class InferenceServicer(InferenceServiceServicer):
         left_s = context.time_remaining()
         deadline = None if left_s is None else time.monotonic() + left_s
         client = client_name(self._trust, context)
-        return Caller(client, deadline, strict=self._service.strict, speculates=self._service.speculates)
+        return Caller(client, deadline, strict=self._service.strict)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async with _errors_sent(context):
-            model_info = self._coordinator.served_model("")
             if len(request.offsets) > MAX_SAMPLES:
                 raise InvalidRequest(
                     f"{len(request.offsets)} offsets were given; send at most {MAX_SAMPLES}", field="offsets"
                 )
             offsets = tuple(request.offsets) or (request.offset,)
-            running = await self._service.resume(request.request_id, offsets, self._caller(context).client, model_info)
+            running = await self._service.resume(request.request_id, offsets, self._caller(context).client)
             async with aclosing(running.all_events):
                 for reply in _yield_opening(running):
                     yield reply

@@ -38,12 +38,7 @@ async def submit_chat(
     params = await build(request, lambda: form.params(request_id))
     names = form.field_names()
     adjustments = adjustments_of(request.scope)
-    caller = replace(
-        caller_of(request, None),
-        shorten=not adjustments.strict,
-        strict=adjustments.strict,
-        speculates=service.speculates,
-    )
+    caller = replace(caller_of(request, None), shorten=not adjustments.strict, strict=adjustments.strict)
     with rename_fields(names):
         chat = await chat_request(params, form_size(request), model_info, caller)
         running = await service.submit(chat.request, model_info)

@@ -55,8 +55,6 @@ class NeedsSandbox(Busy):
 class Coordinator(WorkerlessCoordinator):
     """Checks a request's grammar as the real one does, and then stops."""
 
-    speculates = True
-
     def served_model(self, name: str, adapter: str = "") -> ModelInfo:
         return served()
 
@@ -196,4 +194,4 @@ def served() -> ModelInfo:
     """Return the same model as a coordinator knows it, with a context that every prompt fits."""
     plain = plain_model()
     shape = replace(plain.shape, max_context=LONG_CONTEXT)
-    return ModelInfo(shape, load_tokenizer(model_folder()), plain.tensors, plain.found, SANDBOX)
+    return ModelInfo(shape, load_tokenizer(model_folder()), plain.tensors, plain.found, SANDBOX, speculates=True)

@@ -35,7 +35,7 @@ from fuzz.targets.target import Prepared, Target, prepare_message
 from in_process import InProcess
 from workerless import WorkerlessCoordinator
 
-CALLER = Caller("fuzz", None, speculates=True)
+CALLER = Caller("fuzz", None)
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def served() -> ModelInfo:
     """Return the bundled small model as a coordinator knows it."""
     folder = BUNDLED / "faq"
     tokenizer = load_tokenizer(folder)
-    return ModelInfo(read_shape(folder, "faq", None), tokenizer, None, None, InProcess(tokenizer))  # type: ignore[arg-type]
+    return ModelInfo(read_shape(folder, "faq", None), tokenizer, None, None, InProcess(tokenizer), speculates=True)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -186,7 +186,6 @@ class _Desk:
     metrics = Metrics()
     bodies = ByteBudget()
     strict = False
-    speculates = True
 
     async def submit(self, request: object, model_info: object) -> object:
         raise Busy("nothing is taken here")

@@ -1,0 +1,132 @@
+"""Write the journal on a thread of its own, so that engine loops wait neither for the disk nor for each other."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from cluster.coordinator.journal import Answerer, AnswerTokens, Journal, JournaledRequest
+from cluster.core.limits import JOURNAL_BATCHES, JOURNAL_RETRY_S, LOOP_STOP_S
+from cluster.core.request import Request
+
+__all__ = ["JournalWriter", "LoopJournal"]
+
+log = logging.getLogger(__name__)
+
+_Record = Callable[[Journal], None]
+_MOST_AT_ONCE: Final = 64
+"""Most batches between two writes, so that no record waits for long."""
+_TOO_SLOW: Final = (
+    "the journal is off, since its disk does not keep up: answers continue, but those that are live now cannot be "
+    "resumed if the coordinator ends"
+)
+
+
+class JournalWriter:
+    """Gives each engine loop its own part of one ``Journal``, and writes what they record."""
+
+    def __init__(self, journal: Journal, most_batches: int = JOURNAL_BATCHES) -> None:
+        self._journal = journal
+        self._batches: queue.Queue[list[_Record] | None] = queue.Queue(most_batches)
+        self._loops = itertools.count(1)
+        self._dropped_at = -JOURNAL_RETRY_S
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    @property
+    def problem(self) -> str:
+        """Why the journal is off, as a sentence; empty while it is on."""
+        too_slow = time.monotonic() - self._dropped_at < JOURNAL_RETRY_S
+        return self._journal.problem or (_TOO_SLOW if too_slow else "")
+
+    def take(self, request_id: str, client: str) -> JournaledRequest | None:
+        """Return a request of the previous coordinator, see ``Journal.take``."""
+        return self._journal.take(request_id, client)
+
+    def open_loop(self, deployment: str, fingerprint: str) -> LoopJournal:
+        """Return the recorder of an engine loop that serves this model for this deployment."""
+        if self._thread.ident is None:
+            self._thread.start()
+        return LoopJournal(self, Answerer(deployment, fingerprint, next(self._loops)))
+
+    def queue(self, batch: list[_Record]) -> bool:
+        """Queue records. Return False, and drop them, if the disk does not keep up. Any thread may call this."""
+        try:
+            self._batches.put_nowait(batch)
+        except queue.Full:
+            self._dropped_at = time.monotonic()
+            return False
+        return True
+
+    def close(self) -> None:
+        """Write what is queued, within ``LOOP_STOP_S``. Call it after the engine loops have ended."""
+        if self._thread.ident is None:
+            return
+        try:
+            self._batches.put(None, timeout=LOOP_STOP_S)
+        except queue.Full:
+            log.error("journal: not closed, its disk does not answer")
+            return
+        self._thread.join(LOOP_STOP_S)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                batches = [self._batches.get(timeout=JOURNAL_RETRY_S if self._journal.problem else None)]
+            except queue.Empty:
+                batches = []
+            while len(batches) < _MOST_AT_ONCE and not self._batches.empty():
+                batches.append(self._batches.get())
+            for batch in batches:
+                self._apply(batch or [])
+            if None in batches:
+                self._journal.close()
+                return
+            self._journal.flush()
+
+    def _apply(self, batch: list[_Record]) -> None:
+        for record in batch:
+            try:
+                record(self._journal)
+            except Exception:  # top of the thread: other requests are still to be recorded
+                log.exception("journal: record lost")
+
+
+class LoopJournal:
+    """The part of a journal that belongs to one engine loop. Its methods are called on the loop's thread.
+
+    If the disk does not keep up, records are lost, and then the live requests of this loop cannot be resumed.
+    """
+
+    def __init__(self, writer: JournalWriter, answerer: Answerer) -> None:
+        self._writer, self._answerer = writer, answerer
+        self._batch: list[_Record] = []
+        self._has_gap = False
+
+    def record_opened(self, request: Request, tokens: AnswerTokens) -> None:
+        """Record an accepted request. ``tokens`` are those that its samples already have, () for none."""
+        self._batch.append(lambda journal: journal.record_opened(request, tokens, self._answerer))
+
+    def record_token(self, request_id: str, token: int, sample: int) -> None:
+        """Record a token of a live request. Ignore other requests."""
+        self._batch.append(lambda journal: journal.record_token(request_id, token, sample, self._answerer.loop))
+
+    def record_ended(self, request_id: str) -> None:
+        """Record the end of a live request. Ignore other requests."""
+        self._batch.append(lambda journal: journal.record_ended(request_id, self._answerer.loop))
+
+    def flush(self) -> None:
+        """Hand the records since the last flush to the journal's thread."""
+        if not self._batch:
+            return
+        batch, self._batch = self._batch, []
+        if self._has_gap:
+            batch.insert(0, lambda journal: journal.record_gap(self._answerer.loop))
+        has_gap = not self._writer.queue(batch)
+        if has_gap and not self._has_gap:
+            log.warning("journal: records dropped, its disk does not keep up deployment=%s", self._answerer.deployment)
+        self._has_gap = has_gap
