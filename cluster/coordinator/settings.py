@@ -74,6 +74,27 @@ class LoadOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """A model that a coordinator may serve: what clients call it, how it is loaded, and when it may leave memory.
+
+    ``aliases`` are further names; a ``*`` in one stands for any characters. ``pin`` keeps it in memory.
+    ``idle_unload_s`` is the time in seconds without a request after which it is unloaded; None: never. ``replicas`` is
+    how many copies answer requests; None uses idle Macs for as many as fit. Of models that want the same memory, the
+    one with the higher ``priority`` stays. ``fallback`` is the name of the model that answers while this one cannot; ""
+    for none.
+    """
+
+    name: str
+    order: LoadOrder
+    aliases: tuple[str, ...] = ()
+    pin: bool = False
+    idle_unload_s: float | None = None
+    replicas: int | None = 1
+    priority: int = 0
+    fallback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class HttpSettings:
     """Settings of the HTTP server.
 
