@@ -24,16 +24,17 @@ Placed = TypeVar("Placed")
 class WorkerMemory:
     """The memory of a worker: the bytes that it offers for weights, caches and work.
 
-    ``adjustable``: whether the user may raise the offer.
+    ``adjustable``: whether the user may raise the offer. ``taken`` are the bytes that other models use of it.
     """
 
     worker: str
     nbytes: int
     adjustable: bool = True
+    taken: int = 0
 
     @property
     def usable(self) -> int:
-        return int(self.nbytes * (1 - MEMORY_MARGIN))
+        return max(int(self.nbytes * (1 - MEMORY_MARGIN)) - self.taken, 0)
 
 
 def needed_bytes(shape: ModelShape, layers: LayerRange, sequences: int) -> int:
@@ -167,13 +168,15 @@ def _does_not_fit(
 ) -> str:
     total = sum(needed_bytes(shape, layers, sequences) for layers in ranges)
     names = "; ".join(f"{memory.worker} lacks {gib_in_words(missing)}" for memory, missing in short)
-    offered = sum(memory.usable for memory in memories)
+    offered = gib_in_words(sum(memory.usable for memory in memories))
+    if taken := sum(memory.taken for memory in memories):
+        offered += f" beside the {gib_in_words(taken)} of other models"
     remedies = ["add a worker"]
     if any(memory.adjustable for memory in memories):
         remedies.append("raise --memory-limit")
-    if sum(shape.stage_bytes(layers) for layers in ranges) <= offered:
+    if sum(shape.stage_bytes(layers) for layers in ranges) <= sum(memory.usable for memory in memories):
         remedies.append("lower --max-context")
     return (
         f"{shape.model.name} does not fit: it needs {gib_in_words(total)} with {sequences} x {shape.max_context} "
-        f"tokens of context, the workers offer {gib_in_words(offered)}; {names}; {_join_remedies(remedies)}"
+        f"tokens of context, the workers offer {offered}; {names}; {_join_remedies(remedies)}"
     )

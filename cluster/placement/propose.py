@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from cluster.core.errors import NoPlan
 from cluster.core.plan import Forecast, LayerRange, ModelShape, Objective, Spare
@@ -24,7 +25,20 @@ from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.search import Search
 from cluster.placement.stage_table import StageTable
 
-__all__ = ["PlanRequest", "Proposal", "propose"]
+__all__ = [
+    "SEQUENCES",
+    "ChosenLayout",
+    "PlanRequest",
+    "Proposal",
+    "choose_layout",
+    "describe_layout",
+    "explain_layout",
+    "propose",
+    "search_layouts",
+]
+
+ChosenLayout: TypeAlias = tuple[tuple[Candidate, ...], tuple[LayerRange, ...]]
+"""The workers and their layers, in pipeline order."""
 
 SEQUENCES = 1
 """Number of full-length sequences whose caches must fit on every stage."""
@@ -66,21 +80,39 @@ def propose(shape: ModelShape, candidates: Candidates, request: PlanRequest) -> 
 
     Raise ``NoPlan`` for too few clean cuts or invalid layer ranges, and ``DoesNotFit`` with the missing GiB.
     """
+    search = search_layouts(shape, candidates, request)
+    return explain_layout(shape, candidates, request, choose_layout(shape, candidates, request, search), search)
+
+
+def choose_layout(
+    shape: ModelShape, candidates: Candidates, request: PlanRequest, search: Search | None
+) -> ChosenLayout:
+    """Return the workers and the layers that ``propose`` proposes. ``search`` is that of ``search_layouts``.
+
+    Raise as ``propose``.
+    """
     if request.layers:
         return _use_given_ranges(shape, candidates, request, request.layers)
-    if not candidates.known:
-        return _split_by_memory(shape, candidates, request)
-    search = _search(shape, candidates, request)
-    found = search.best(stage_count=request.stage_count)
-    if found is None:
-        return _split_by_memory(shape, candidates, request)  # raises an error that says what is missing
-    return _build_proposal(shape, candidates, request, found.workers, found.ranges, search)
+    found = search.best(stage_count=request.stage_count) if search else None
+    if found is not None:
+        return found.workers, found.ranges
+    return _split_by_memory(shape, candidates, request)  # with known speeds, its error says what is missing
+
+
+def search_layouts(
+    shape: ModelShape, candidates: Candidates, request: PlanRequest, table: StageTable | None = None
+) -> Search | None:
+    """Return a search of the model's layouts; None if the speed of a worker is not known.
+
+    ``table`` is that of the model and ``SEQUENCES``, for a caller who searches often.
+    """
+    return _search(shape, candidates, request, table) if candidates.known else None
 
 
 def _use_given_ranges(
-    shape: ModelShape, candidates: Candidates, request: PlanRequest, layers: Sequence[LayerRange]
-) -> Proposal:
-    """Propose the given ranges, checked by the same rules. The reasons name the layout that the search prefers.
+    shape: ModelShape, candidates: Candidates, request: PlanRequest, layers: tuple[LayerRange, ...]
+) -> ChosenLayout:
+    """Choose workers for the given ranges, checked by the same rules.
 
     If there are as many workers as ranges, they take the ranges in order. If there are more, the best workers do, and
     the others are spare.
@@ -99,8 +131,7 @@ def _use_given_ranges(
         )
     workers = _choose_workers(shape, candidates, request, layers)
     require_fit(shape, [w.memory for w in workers], layers, SEQUENCES)
-    search = _search(shape, candidates, request) if candidates.known else None
-    return _build_proposal(shape, candidates, request, workers, tuple(layers), search)
+    return workers, layers
 
 
 def _choose_workers(
@@ -117,27 +148,26 @@ def _choose_workers(
     return _largest(candidates, len(layers))
 
 
-def _search(shape: ModelShape, candidates: Candidates, request: PlanRequest) -> Search:
-    return Search(StageTable(shape, SEQUENCES), candidates, request.objective, acceptance=request.acceptance)
+def _search(shape: ModelShape, candidates: Candidates, request: PlanRequest, table: StageTable | None = None) -> Search:
+    return Search(table or StageTable(shape, SEQUENCES), candidates, request.objective, acceptance=request.acceptance)
 
 
 def _count_ranges(ranges: int) -> str:
     return f"{ranges} layer range{'s were' if ranges != 1 else ' was'}"
 
 
-def _split_by_memory(shape: ModelShape, candidates: Candidates, request: PlanRequest) -> Proposal:
-    """Propose a split by memory over as many of the largest workers as requested.
+def _split_by_memory(shape: ModelShape, candidates: Candidates, request: PlanRequest) -> ChosenLayout:
+    """Choose a split by memory over as many of the largest workers as requested.
 
     Without a request, use all workers, except the smallest ones that the model does not fit on.
     """
     if request.stage_count:
         chosen = _largest(candidates, request.stage_count)
-        return _build_proposal(shape, candidates, request, chosen, _solve(shape, chosen), None)
+        return chosen, _solve(shape, chosen)
     most = min(len(candidates.workers), len(shape.clean_cuts) + 1) if candidates.known else None
-    chosen, ranges = place_on_largest(
+    return place_on_largest(
         _largest(candidates, most), lambda w: w.memory.usable, lambda workers: (tuple(workers), _solve(shape, workers))
     )
-    return _build_proposal(shape, candidates, request, chosen, ranges, None)
 
 
 def _solve(shape: ModelShape, workers: Sequence[Candidate]) -> tuple[LayerRange, ...]:
@@ -150,25 +180,28 @@ def _largest(candidates: Candidates, most: int | None) -> tuple[Candidate, ...]:
     return tuple(w for w in candidates.workers if w in largest)
 
 
-def _build_proposal(
-    shape: ModelShape,
-    candidates: Candidates,
-    request: PlanRequest,
-    workers: tuple[Candidate, ...],
-    ranges: tuple[LayerRange, ...],
-    search: Search | None,
+def explain_layout(
+    shape: ModelShape, candidates: Candidates, request: PlanRequest, chosen: ChosenLayout, search: Search | None
 ) -> Proposal:
-    known = candidates.known
-    acceptance = request.acceptance if request.objective is Objective.LATENCY else 0.0
-    layout = explain.Layout(shape, candidates, workers, ranges, request.objective, acceptance, request.lanes)
+    """Return the proposal of a chosen layout. Its reasons name the layout that the search prefers, if it is another."""
+    workers, ranges = chosen
+    layout = describe_layout(shape, candidates, request, chosen)
     return Proposal(
         workers,
         ranges,
         tuple(decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)),
-        layout.forecast if known else None,
+        layout.forecast if candidates.known else None,
         explain.spares(layout, search, _explain_worker_limit(request)),
-        explain.reasons(layout, search) if known else (explain.unknown(candidates),),
+        explain.reasons(layout, search) if search else (explain.unknown(candidates),),
     )
+
+
+def describe_layout(
+    shape: ModelShape, candidates: Candidates, request: PlanRequest, chosen: ChosenLayout
+) -> explain.Layout:
+    """Return a chosen layout with all that its speed depends on."""
+    acceptance = request.acceptance if request.objective is Objective.LATENCY else 0.0
+    return explain.Layout(shape, candidates, *chosen, request.objective, acceptance, request.lanes)
 
 
 def _explain_worker_limit(request: PlanRequest) -> str:
