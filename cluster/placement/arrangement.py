@@ -1,0 +1,216 @@
+"""Several models on the same Macs: who holds what, the memory that is left, and how much one is in another's way.
+
+An ``Arrangement`` is a value; adding a model makes another one. ``Layouts`` finds the layouts of one model on what an
+arrangement leaves, with the search for a single model. Neither decides which model comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+
+from cluster.core.errors import DoesNotFit, NoPlan
+from cluster.core.plan import LayerRange, ModelShape, Objective
+from cluster.placement.candidates import Candidates
+from cluster.placement.memory_shares import MemoryNeed
+from cluster.placement.memory_split import needed_bytes
+from cluster.placement.predicted_step_time import decode_s
+from cluster.placement.propose import (
+    SEQUENCES,
+    ChosenLayout,
+    PlanRequest,
+    choose_layout,
+    describe_layout,
+    search_layouts,
+)
+from cluster.placement.stage_table import StageTable
+
+__all__ = ["Arrangement", "Layouts", "LoadedModel", "ModelDemand", "ModelPlace", "offer_macs"]
+
+EVERY_SUBSET = 4
+"""Up to so many Macs, a model is tried on every subset of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDemand:
+    """A model to place. ``name`` tells it from the others; ``request`` is what its user asked for.
+
+    ``candidates`` are the Macs, with the speed that each has with this model; they are the same Macs for all models.
+    Of two models, the one with the higher ``priority`` is more important, else the one that is named first. A pinned
+    one may make more important ones slower, but only if it fits nowhere otherwise. ``most_contexts`` is how many full
+    contexts it has room for at most; None means no limit.
+    """
+
+    name: str
+    shape: ModelShape
+    candidates: Candidates
+    request: PlanRequest
+    pinned: bool = False
+    priority: int = 0
+    most_contexts: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is loaded and stays where it is.
+
+    ``taken`` are the bytes that it may use of each Mac. ``step_shares`` is the share of its step's time that each Mac
+    computes.
+    """
+
+    name: str
+    taken: Mapping[str, int]
+    step_shares: Mapping[str, float]
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlace:
+    """A model with the Macs that hold it and their layers, in pipeline order.
+
+    ``step_shares`` is the share of its step's time that each Mac computes; of its layers, if the speed of a Mac is not
+    known. ``cost_s`` are the seconds that its plan minimises; 0 if they are not known.
+    """
+
+    demand: ModelDemand
+    macs: tuple[str, ...]
+    ranges: tuple[LayerRange, ...]
+    step_shares: Mapping[str, float]
+    cost_s: float
+
+    @property
+    def name(self) -> str:
+        return self.demand.name
+
+    @property
+    def needs(self) -> dict[str, MemoryNeed]:
+        """What each stage needs, by the Macs' names."""
+        shape = self.demand.shape
+        return {
+            mac: MemoryNeed(shape.stage_bytes(r), SEQUENCES * shape.stage_cache_bytes(r))
+            for mac, r in zip(self.macs, self.ranges, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The models that are loaded, and those that were placed so far, the most important first."""
+
+    loaded: tuple[LoadedModel, ...] = ()
+    places: tuple[ModelPlace, ...] = ()
+
+    @cached_property
+    def taken(self) -> dict[str, int]:
+        """The bytes that are taken on each Mac: what loaded models may use, and the least that the others need."""
+        found: dict[str, int] = {}
+        for one in self.loaded:
+            for mac, nbytes in one.taken.items():
+                found[mac] = found.get(mac, 0) + nbytes
+        for place in self.places:
+            for mac, need in place.needs.items():
+                found[mac] = found.get(mac, 0) + need.least
+        return found
+
+    @property
+    def all(self) -> tuple[LoadedModel | ModelPlace, ...]:
+        """All models, those that are loaded first."""
+        return (*self.loaded, *self.places)
+
+    def including(self, place: ModelPlace) -> Arrangement:
+        """Return the arrangement with one more model."""
+        return replace(self, places=(*self.places, place))
+
+    def without(self, names: Collection[str]) -> Arrangement:
+        """Return the arrangement without the models of these names."""
+        return Arrangement(
+            tuple(one for one in self.loaded if one.name not in names),
+            tuple(one for one in self.places if one.name not in names),
+        )
+
+    def burdens(self, macs: Collection[str]) -> tuple[float, ...]:
+        """Return, for each model here, the share of its step's time that the Macs compute."""
+        return tuple(round(sum(one.step_shares.get(mac, 0.0) for mac in macs), 2) for one in self.all)
+
+
+class Layouts:
+    """Finds layouts of single models, on the memory that an arrangement leaves. Remembers what it found."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, StageTable] = {}
+        self._found: dict[tuple[object, ...], ModelPlace | None] = {}
+
+    def options(self, demand: ModelDemand, beside: Arrangement) -> Iterator[ModelPlace]:
+        """Yield the best layouts of a model on sets of Macs, each once.
+
+        Up to ``EVERY_SUBSET`` Macs, these are all sets. Of more, they are the Macs alone, and sets that grow from the
+        Mac that the models there need least.
+        """
+        seen = set[tuple[object, ...]]()
+        for macs in _sets([w.name for w in demand.candidates.workers], beside):
+            place = self.place(demand, macs, beside)
+            if place and (key := (place.macs, place.ranges)) not in seen:
+                seen.add(key)
+                yield place
+
+    def place(self, demand: ModelDemand, macs: Sequence[str] | None, beside: Arrangement) -> ModelPlace | None:
+        """Return the best layout of a model on some of these Macs, or of all for None; None if none fits."""
+        offered = offer_macs(demand.candidates, beside.taken, macs)
+        key = (demand.name, *((w.name, w.memory.taken) for w in offered.workers))
+        if key not in self._found:
+            self._found[key] = self._search(demand, offered)
+        return self._found[key]
+
+    def _search(self, demand: ModelDemand, offered: Candidates) -> ModelPlace | None:
+        shape, request = demand.shape, demand.request
+        least = needed_bytes(shape, LayerRange(0, shape.layers), SEQUENCES)
+        too_few = len(offered.workers) < (request.stage_count or len(request.layers or (0,)))
+        if too_few or sum(w.memory.usable for w in offered.workers) < least:
+            return None
+        if demand.name not in self._tables:
+            self._tables[demand.name] = StageTable(shape, SEQUENCES)
+        search = search_layouts(shape, offered, request, self._tables[demand.name])
+        try:
+            return _place(demand, offered, choose_layout(shape, offered, request, search))
+        except (DoesNotFit, NoPlan):
+            return None
+
+
+def offer_macs(candidates: Candidates, taken: Mapping[str, int], macs: Collection[str] | None = None) -> Candidates:
+    """Return the Macs with these names, or all for None, of whose memory ``taken`` bytes are used."""
+    return replace(
+        candidates,
+        workers=[
+            replace(w, memory=replace(w.memory, taken=taken.get(w.name, 0)))
+            for w in candidates.workers
+            if macs is None or w.name in macs
+        ],
+    )
+
+
+def _sets(names: Sequence[str], beside: Arrangement) -> Iterator[tuple[str, ...]]:
+    if len(names) <= EVERY_SUBSET:
+        for count in range(1, len(names) + 1):
+            yield from combinations(names, count)
+        return
+    yield from ((name,) for name in names)
+    by_burden = sorted(names, key=lambda name: beside.burdens([name]))
+    for count in range(2, len(names) + 1):
+        yield tuple(by_burden[:count])
+
+
+def _place(demand: ModelDemand, offered: Candidates, chosen: ChosenLayout) -> ModelPlace:
+    workers, ranges = chosen
+    names = tuple(w.name for w in workers)
+    pairs = list(zip(workers, ranges, strict=True))
+    if not demand.candidates.known:
+        return ModelPlace(demand, names, ranges, _shares(names, [float(len(r)) for r in ranges]), 0.0)
+    layout = describe_layout(demand.shape, offered, demand.request, chosen)
+    cost_s = layout.slowest_s if demand.request.objective is Objective.THROUGHPUT else layout.expected_s
+    seconds = [decode_s(demand.shape, w.profile, r) for w, r in pairs]
+    return ModelPlace(demand, names, ranges, _shares(names, seconds), cost_s)
+
+
+def _shares(names: Sequence[str], parts: Sequence[float]) -> dict[str, float]:
+    return {name: part / sum(parts) for name, part in zip(names, parts, strict=True)}
