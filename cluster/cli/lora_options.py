@@ -29,6 +29,9 @@ def training_flags(
     grad_accumulation_steps: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Steps before each update. More of them overlap better.")
     ] = None,
+    micro_batches: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Cut each batch into so many parts, which overlap.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(metavar="RATE", help="Learning rate.")] = None,
     optimizer: Annotated[str | None, typer.Option(metavar="NAME", help="adam, adamw, muon, sgd or adafactor.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(min=2, metavar="N", help="Longer sequences are cut.")] = None,

@@ -260,11 +260,12 @@ class TrainingJob:
         return batch
 
     def _is_update(self, batch: DataBatch) -> bool:
-        return batch.purpose is Purpose.TRAIN and batch.iteration % self._options.grad_accumulation_steps == 0
+        last = batch.purpose is Purpose.TRAIN and batch.ends_batch
+        return last and batch.iteration % self._options.grad_accumulation_steps == 0
 
     def _is_due(self, batch: DataBatch) -> bool:
         """Return whether the state is to be kept after a batch."""
-        if batch.purpose is not Purpose.TRAIN:
+        if batch.purpose is not Purpose.TRAIN or not batch.ends_batch:
             return False
         asked = batch.iteration % self._options.save_every == 0 or batch.iteration == self._options.iters
         return asked or time.monotonic() - self._kept_at > KEEP_INTERVAL_S
@@ -296,5 +297,13 @@ def _command(order: TrainingOrder) -> Callable[[int, int], TrainingCommand]:
         tensors = (Tensor("int32", batch.shape, batch.tokens), Tensor("int32", (rows, 2), batch.lengths), *tensors)
     train = batch.purpose is Purpose.TRAIN
     return lambda epoch, number: TrainingCommand(
-        epoch, number, order.task, batch.number, train, order.gradient, order.update, tensors=tensors
+        epoch,
+        number,
+        order.task,
+        batch.number,
+        train,
+        order.gradient,
+        order.update,
+        tensors=tensors,
+        weight=batch.weight,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from cluster.core.training import TrainingOptions
 from cluster.core.training_events import TrainingReport
@@ -15,7 +16,10 @@ __all__ = ["TrainingReports"]
 
 
 class TrainingReports:
-    """Takes the results of batches in their order. One that was counted already, before a loss of a Mac, is ignored."""
+    """Takes the results of batches in their order. One that was counted already, before a loss of a Mac, is ignored.
+
+    Results of micro-batches are counted as one of their batch.
+    """
 
     def __init__(self, options: TrainingOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._options, self._clock = options, clock
@@ -30,6 +34,8 @@ class TrainingReports:
         """Time and number of the steps since the last report, without those that also compiled kernels."""
         self._losses, self._steps, self._tokens, self._trained_tokens = 0.0, 0, 0, 0
         self._evaluated, self._evaluated_tokens = 0.0, 0
+        self._batch_loss, self._batch_tokens = 0.0, 0
+        """The micro-batches of the present batch that were counted."""
 
     @property
     def seconds_left(self) -> float:
@@ -50,6 +56,12 @@ class TrainingReports:
         if result.batch.number <= self._last:
             return None
         self._last = result.batch.number
+        loss, counted = self._batch_loss + result.loss * result.batch.weight, self._batch_tokens + result.counted
+        if not result.batch.ends_batch:
+            self._batch_loss, self._batch_tokens = loss, counted
+            return None
+        self._batch_loss, self._batch_tokens = 0.0, 0
+        result = replace(result, loss=_float32(loss), counted=counted)
         now = self._clock()
         elapsed_s, self._at = now - self._at, now
         if result.batch.purpose is Purpose.TRAIN:

@@ -53,7 +53,8 @@ class TrainingOptions(BaseModel):
     """What to train, and how. Names and defaults are mlx-lm's.
 
     ``num_layers`` counts from the last layer; -1 means all. ``val_batches`` and ``test_batches`` of -1 use all data. A
-    step is one batch; an update of the weights follows ``grad_accumulation_steps`` of them.
+    step is one batch; an update of the weights follows ``grad_accumulation_steps`` of them. ``micro_batches`` is not
+    mlx-lm's: it cuts a batch into so many parts, at most one a row, which follow each other through the stages.
     """
 
     model_config = _STRICT
@@ -68,6 +69,7 @@ class TrainingOptions(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     grad_checkpoint: bool = False
     grad_accumulation_steps: _Count = 1
+    micro_batches: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1
 
     train: bool = False
     test: bool = False

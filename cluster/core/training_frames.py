@@ -29,10 +29,12 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class DataBatch:
-    """One batch of token ids, int32 [rows, length], padded with zeros. ``number`` counts all batches of a run from 1.
+    """A batch, or a micro-batch: some rows of one. Token ids, int32 [rows, length], padded with zeros.
 
-    ``iteration`` is the training step that it belongs to. ``last``: no other batch of the same evaluation follows.
-    ``lengths``, int32 [rows, 2], are the first and the last position of each row that count in the loss.
+    ``number`` counts them in a run from 1. ``iteration`` is the training step that it belongs to. ``last``: no other
+    batch of the same evaluation follows. ``lengths``, int32 [rows, 2], are the first and the last position of each row
+    that count in the loss. ``weight`` is the share of the batch's counted tokens that these rows have. ``ends_batch``:
+    no other micro-batch of the same batch follows.
     """
 
     number: int
@@ -42,6 +44,8 @@ class DataBatch:
     shape: tuple[int, int]
     tokens: bytes
     lengths: bytes
+    weight: float = 1.0
+    ends_batch: bool = True
 
 
 class Task(IntEnum):
@@ -65,8 +69,8 @@ class TrainingCommand:
 
     ``batch`` is the number of a batch; ``tensors`` are its tokens, its lengths, then what the stage before passed on,
     or the gradients of what this stage passed on. ``train``: the batch comes back. ``gradient``: return gradients of
-    what came in. ``update``: update the adapters after this batch. ``part`` counts the parts of a state from 0, whose
-    tensors have ``names``.
+    what came in. ``update``: update the adapters after this batch. ``weight`` scales the gradients of its mean loss.
+    ``part`` counts the parts of a state from 0, whose tensors have ``names``.
     """
 
     epoch: int
@@ -80,6 +84,7 @@ class TrainingCommand:
     options: str = ""
     names: tuple[str, ...] = ()
     tensors: tuple[Tensor, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tuner.datasets import CacheDataset, ChatDataset, CompletionsDataset, create_dataset
 from mlx_lm.tuner.trainer import iterate_batches
+from numpy.typing import NDArray
 
 from cluster.core.errors import InvalidRequest
 from cluster.core.training import DATA_SETS, TrainingOptions
@@ -36,7 +37,7 @@ class TrainingSets:
     longest: int
 
     def batches(self, options: TrainingOptions) -> Iterator[DataBatch]:
-        """Yield all batches of a run, in the order in which one process would use them."""
+        """Yield all batches of a run, or their micro-batches, in the order in which one process would use them."""
         np.random.seed(options.seed)
         for number, batch in enumerate(self._iterate_run(options), 1):
             yield DataBatch(number, *batch)
@@ -47,7 +48,8 @@ class TrainingSets:
             for iteration, batch in zip(range(1, options.iters + 1), steps, strict=False):
                 if "valid" in self.sets and _is_due(iteration, options):
                     yield from self._iterate_evaluation(Purpose.VALIDATE, iteration, options)
-                yield Purpose.TRAIN, iteration, True, *batch
+                for part in batch:
+                    yield Purpose.TRAIN, iteration, True, *part
         if options.test:
             yield from self._iterate_evaluation(Purpose.TEST, options.iters if options.train else 0, options)
 
@@ -55,12 +57,15 @@ class TrainingSets:
         name, most = ("valid", options.val_batches) if purpose is Purpose.VALIDATE else ("test", options.test_batches)
         made = list(islice(_iterate(self.sets[name], options), most if most >= 0 else None))
         for i, batch in enumerate(made, 1):
-            yield purpose, iteration, i == len(made), *batch
+            for part in batch:
+                yield purpose, iteration, i == len(made), *part
 
 
-_Batch = tuple[tuple[int, int], bytes, bytes]
-"""Shape of the tokens [rows, length]; the tokens; first and last counted position of each row. Both are int32."""
-_Made = tuple[Purpose, int, bool, tuple[int, int], bytes, bytes]
+_Part = tuple[tuple[int, int], bytes, bytes, float, bool]
+"""The last five fields of ``DataBatch``."""
+_Made = tuple[Purpose, int, bool, tuple[int, int], bytes, bytes, float, bool]
+_PADDING: Final = 32
+"""mlx-lm pads a batch to one more than a multiple of this."""
 
 
 def read_training_data(folder: Path, tokenizer: Tokenizer, options: TrainingOptions) -> TrainingSets:
@@ -156,14 +161,31 @@ def _is_due(iteration: int, options: TrainingOptions) -> bool:
     return iteration in (1, options.iters) or iteration % options.steps_per_eval == 0
 
 
-def _iterate(data: CacheDataset, options: TrainingOptions, *, loop: bool = False) -> Iterator[_Batch]:
+def _iterate(data: CacheDataset, options: TrainingOptions, *, loop: bool = False) -> Iterator[list[_Part]]:
+    """Yield the micro-batches of each batch."""
     made: Iterator[tuple[mx.array, mx.array]] = iterate_batches(  # type: ignore[no-untyped-call]
         data, options.batch_size, options.max_seq_length, loop=loop
     )
     for tokens, lengths in made:
-        yield (tokens.shape[0], tokens.shape[1]), _bytes(tokens), _bytes(lengths)
+        yield _cut_batch(np.array(tokens, np.int32), np.array(lengths, np.int32), options.micro_batches)
 
 
-def _bytes(array: mx.array) -> bytes:
-    raw: Any = array.astype(mx.int32)
-    return bytes(memoryview(raw).cast("B"))
+def _cut_batch(tokens: NDArray[np.int32], lengths: NDArray[np.int32], count: int) -> list[_Part]:
+    """Cut a batch along its rows into ``count`` micro-batches, or one a row. Each is padded to its own longest row.
+
+    A micro-batch without a counted token is left out, since its mean loss is undefined and its gradients are zero.
+    """
+    rows, width = tokens.shape
+    first, last = np.maximum(lengths[:, 0], 1), np.minimum(lengths[:, 1], width - 1)
+    counted = np.maximum(last - first + 1, 0)
+    total = int(counted.sum())
+    parts = [part for part in np.array_split(np.arange(rows), min(count, rows)) if counted[part].any()]
+    if len(parts) <= 1:
+        return [(tokens.shape, tokens.tobytes(), lengths.tobytes(), 1.0, True)]
+    made: list[_Part] = []
+    for part in parts:
+        longest = -(-int(lengths[part, 1].max()) // _PADDING) * _PADDING
+        own = tokens[part, : min(longest + 1, width)]
+        weight = int(counted[part].sum()) / total
+        made.append((own.shape, own.tobytes(), lengths[part].tobytes(), weight, part is parts[-1]))
+    return made

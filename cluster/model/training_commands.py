@@ -80,7 +80,13 @@ class TrainingCommands:
         incoming = unpack(command.tensors[2:], self._stage.part.inlet, rows, width - 1)
         if self._stage.spec.last:
             loss, outgoing = self._stage.loss(
-                batch, lengths, incoming, train=command.train, gradient=command.gradient, update=command.update
+                batch,
+                lengths,
+                incoming,
+                train=command.train,
+                gradient=command.gradient,
+                update=command.update,
+                weight=command.weight,
             )
             return self._reply(command, outgoing, loss.loss, loss.tokens)
         outgoing = self._stage.forward(command.batch, batch, incoming, train=command.train, gradient=command.gradient)

@@ -147,11 +147,12 @@ class TrainingStage:
         train: bool,
         gradient: bool = False,
         update: bool = False,
+        weight: float = 1.0,
     ) -> tuple[BatchLoss, list[mx.array]]:
         """Return a batch's loss on the last stage. With ``train``, go backward as well, and return as ``backward``.
 
         ``batch`` has the shape [rows, length + 1]. ``lengths`` [rows, 2] say which of the targets count: from the first
-        number to the second, counted from one.
+        number to the second, counted from one. Gradients are those of the loss times ``weight``.
         """
         logits = self._forward_function(batch[:, :-1], train=train)
         counted: list[mx.array] = []
@@ -165,7 +166,7 @@ class TrainingStage:
             (loss,) = run(incoming)
             mx.eval(loss, counted)
             return BatchLoss(_number(loss), int(_number(counted[0]))), []
-        (loss,), gradients = self._differentiate(run, incoming, [mx.array(1.0)], gradient=gradient)
+        (loss,), gradients = self._differentiate(run, incoming, [mx.array(weight)], gradient=gradient)
         mx.eval(loss, counted)
         outgoing = self._add(gradients, update=update)
         return BatchLoss(_number(loss), int(_number(counted[0]))), outgoing

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cluster.core.errors import DoesNotFit
 from cluster.core.limits import GIB, SCORE_BYTES
 from cluster.core.plan import LayerRange, ModelShape, Plan
+from cluster.core.text import count_in_words
 from cluster.core.training import TrainingOptions
 
 __all__ = ["require_room", "training_bytes"]
@@ -41,18 +42,21 @@ def training_bytes(
 def require_room(plan: Plan, shape: ModelShape, options: TrainingOptions, length: int) -> None:
     """Raise ``DoesNotFit`` if batches of sequences of ``length`` tokens cannot fit beside a stage's weights."""
     count = len(plan.stages)
+    rows = -(-options.batch_size // options.micro_batches)
+    together = options.grad_accumulation_steps * min(options.micro_batches, options.batch_size)
     first = shape.layers - options.num_layers if options.num_layers > 0 else 0
     for i, stage in enumerate(plan.stages):
         if first >= stage.layers.end:
             continue  # it only passes batches on
         trained = LayerRange(max(stage.layers.start, first), stage.layers.end)
-        batches = 1 if i == count - 1 else count + 1 - i
+        batches = 1 if i == count - 1 else min(count + 1 - i, together)
         recompute = options.grad_checkpoint
-        need = training_bytes(shape, trained, options.batch_size, length, batches, recompute=recompute)
+        need = training_bytes(shape, trained, rows, length, batches, recompute=recompute)
         if need > stage.cache_bytes:
             hint = "" if recompute else ", or use --grad-checkpoint"
+            lower = "--batch-size or --max-seq-length" if rows > 1 else "--max-seq-length"
             raise DoesNotFit(
-                f"training {plan.model.name} with {options.batch_size} sequences of {length} tokens needs about "
-                f"{need / GIB:.1f} GiB beside the weights on {stage.worker} (layers {stage.layers}), which has "
-                f"{stage.cache_bytes / GIB:.1f} GiB left; lower --batch-size or --max-seq-length{hint}"
+                f"training {plan.model.name} with {count_in_words(rows, 'sequence')} of {length} tokens at a time "
+                f"needs about {need / GIB:.1f} GiB beside the weights on {stage.worker} (layers {stage.layers}), which "
+                f"has {stage.cache_bytes / GIB:.1f} GiB left; lower {lower}{hint}"
             )

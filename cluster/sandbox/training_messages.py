@@ -79,8 +79,8 @@ def unpack(payload: bytes) -> Made:
         name, *values = msgpack.unpackb(payload)
         made: Any = _KINDS[name]
         if made is DataBatch:
-            number, purpose, iteration, last, shape, tokens, lengths = values
-            return DataBatch(number, Purpose(purpose), iteration, last, tuple(shape), tokens, lengths)
+            number, purpose, iteration, last, shape, *rest = values
+            return DataBatch(number, Purpose(purpose), iteration, last, tuple(shape), *rest)
         if made is DataFailed:
             reason, sentence = values
             return DataFailed(Reason(reason), sentence)

@@ -28,7 +28,7 @@ __all__ = ["decode_command", "decode_reply", "encode_command", "encode_reply", "
 VERSION: Final = 1
 _MARK: Final = 0xFFFFFFFF
 _PREFIX: Final = struct.Struct("<III")
-_COMMAND_FIELDS: Final = 12
+_COMMAND_FIELDS: Final = 13
 _REPLY_FIELDS: Final = 13
 
 
@@ -41,7 +41,7 @@ def encode_command(c: TrainingCommand) -> bytes:
     """Return the command as one message. Raises ``BadFrame`` if it would be longer than a frame may be."""
     flags = [c.train, c.gradient, c.update]
     head = (VERSION, c.epoch, c.number, int(c.task), c.batch, *flags, c.part, c.options, c.names)
-    return _seal((*head, _describe(c.tensors)), c.tensors)
+    return _seal((*head, _describe(c.tensors), c.weight), c.tensors)
 
 
 def encode_reply(r: TrainingReply) -> bytes:
@@ -70,6 +70,7 @@ def decode_command(message: bytes) -> TrainingCommand:
         options=f.text(9),
         names=_names(f, 10),
         tensors=_tensors(f.rows(11, MAX_STATE_TENSORS), body),
+        weight=_finite(f, 12),
     )
 
 
@@ -144,7 +145,7 @@ def _names(f: Fields, i: int) -> tuple[str, ...]:
 
 def _finite(f: Fields, i: int) -> float:
     if not isfinite(value := f.number(i)):
-        raise BadFrame("a figure in a training reply is not a number")
+        raise BadFrame("a figure in a training message is not a number")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,8 @@ from cluster.coordinator.training_job import TrainingJob
 from cluster.coordinator.training_reports import TrainingReports
 from cluster.core.training import TrainingOptions
 from cluster.core.training_events import TrainingReport
-from cluster.core.training_frames import DataBatch, Purpose
-from cluster.scheduler.training_schedule import BatchResult
+from cluster.core.training_frames import DataBatch, Purpose, Task
+from cluster.scheduler.training_schedule import BatchResult, TrainingOrder
 
 OPTIONS = TrainingOptions.of({"train": True, "iters": 1, "steps_per_report": 1})
 BATCH = DataBatch(1, Purpose.TRAIN, 1, last=False, shape=(1, 2), tokens=b"", lengths=b"")
@@ -83,6 +84,44 @@ def test_the_time_left_does_not_count_the_step_that_compiles_kernels() -> None:
     report = run(6, 4)
     assert report
     assert report.seconds_left == 4 * 94
+
+
+def test_the_micro_batches_of_a_batch_are_counted_as_one_step() -> None:
+    reports = TrainingReports(TrainingOptions.of({"train": True, "iters": 4, "steps_per_report": 2}), lambda: 0.0)
+
+    def add(
+        number: int, purpose: Purpose, step: int, loss: float, weight: float, *, ends: bool
+    ) -> TrainingReport | None:
+        batch = DataBatch(number, purpose, step, True, (1, 2), b"", b"", weight, ends)
+        return reports.add(BatchResult(batch, loss, int(weight * 12), 1e-5), {})
+
+    assert add(1, Purpose.VALIDATE, 1, 2.0, 0.25, ends=False) is None
+    report = add(2, Purpose.VALIDATE, 1, 4.0, 0.75, ends=True)
+    assert report == TrainingReport(0, val_loss=3.5)
+    assert add(3, Purpose.TRAIN, 1, 2.0, 0.25, ends=False) is None
+    assert reports.iteration == 0
+    for number, loss, weight in ((1, 9.0, 0.25), (2, 9.0, 0.75), (3, 9.0, 0.25)):  # again, after a loss of a Mac
+        assert add(number, Purpose.TRAIN, 1, loss, weight, ends=number == 2) is None
+    assert add(4, Purpose.TRAIN, 1, 4.0, 0.75, ends=True) is None
+    assert reports.iteration == 1
+    report = add(5, Purpose.TRAIN, 2, 1.5, 1.0, ends=True)
+    assert report
+    assert (report.iteration, report.train_loss, report.trained_tokens) == (2, 2.5, 24)
+
+
+@pytest.mark.anyio
+async def test_updates_and_kept_states_follow_whole_batches() -> None:
+    job = Job()
+    part = DataBatch(
+        1, Purpose.TRAIN, 1, last=True, shape=(1, 2), tokens=b"", lengths=b"", weight=0.25, ends_batch=False
+    )
+    assert not job._is_update(part)
+    assert not job._is_due(part)
+    ends = replace(part, number=2, weight=0.75, ends_batch=True)
+    assert job._is_update(ends)
+    assert job._is_due(ends)
+    command = training_job._command(TrainingOrder(1, Task.FORWARD, part, (), gradient=True, update=False))(1, 2)
+    assert (command.weight, command.batch, command.update) == (0.25, 1, False)
 
 
 @pytest.mark.anyio

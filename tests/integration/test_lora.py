@@ -91,12 +91,13 @@ def test_the_command_trains_as_mlx_lm_and_the_model_is_served_again(
     assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapters.safetensors", *saved}
     chosen = read_options(
         {"model": str(trainers[0].folder / "model"), "test": True, "data": data, "adapter_path": str(folder),
-         "batch_size": 2, "max_seq_length": 48},
+         "batch_size": 2, "max_seq_length": 48, "micro_batches": 2},
         None,
     )  # fmt: skip
     with Client(trainers[1], timeout_s=30) as client:  # this waits until the model is served again
         tested = list(client.train(chosen.model, chosen.options, TrainingFiles.of(chosen).sent))
-        assert [e.test_loss for e in tested if isinstance(e, TrainingReport)] == [lines[-1]["test_loss"]]
+        losses = [e.test_loss for e in tested if isinstance(e, TrainingReport)]
+        assert losses == [pytest.approx(lines[-1]["test_loss"], rel=1e-5)], "micro-batches round differently"
         wait_serving(trainers[1], trainers[0].daemons[-1])
         assert client.generate("a", max_tokens=1).tokens
 
@@ -176,6 +177,31 @@ def test_a_worker_that_is_killed_is_replaced_by_a_spare_and_the_curve_is_the_sam
     (tmp_path / "final.safetensors").write_bytes(final)
     own = dict(mx.load(str(tmp_path / "final.safetensors")))
     assert all(mx.array_equal(own[name], array) for name, array in adapters.items())
+
+
+@pytest.mark.long
+def test_an_engine_that_dies_among_micro_batches_leaves_the_curve_as_it_is(trainers: Trainers, data: Path) -> None:
+    made, address = trainers
+    files = {name: data / f"{name}.jsonl" for name in ("train", "valid")}
+    options = TrainingOptions.of({**BASE, "iters": 40, "save_every": 4, "batch_size": 4, "micro_batches": 3})
+    runs = []
+    with Client(address, timeout_s=30) as client:
+        for dies in (False, True):
+            losses, notices, final = [], list[str](), b""
+            for event in client.train(str(made.folder / "model"), options, files):
+                if isinstance(event, TrainingReport):
+                    losses.append((event.iteration, event.train_loss, event.val_loss))
+                    if dies and event.iteration == 5 and event.train_loss:
+                        os.kill(children(made.daemons[1].process.pid)[0], signal.SIGKILL)
+                elif isinstance(event, TrainingNotice):
+                    notices.append(event.sentence)
+                elif isinstance(event, AdapterFile):
+                    final = event.content
+            assert any("training continues from the last kept state" in sentence for sentence in notices) == dies
+            runs.append((losses, final))
+            wait_serving(address, made.daemons[-1])
+    assert runs[0] == runs[1]
+    assert len(runs[0][0]) == 42
 
 
 def test_data_and_adapters_that_do_not_fit_are_refused_while_the_model_is_served(

@@ -43,10 +43,20 @@ def test_recomputing_needs_much_less_and_longer_sequences_more_than_their_share(
 
 
 def test_what_does_not_fit_is_refused_with_the_figures_and_what_to_do() -> None:
-    why = r"sequences of 1024 tokens needs about \d+\.\d GiB .* on ada .* has 24\.0 GiB left; .* use --grad-checkpoint"
+    why = r"2 sequences of 1024 tokens at a time needs about \d+\.\d GiB .* on ada .* 24\.0 GiB left; .* --grad"
     with pytest.raises(DoesNotFit, match=why):
         require_room(plan(24 * GIB), LARGE, options(), 1024)
     require_room(plan(24 * GIB), LARGE, options(grad_checkpoint=True), 1024)
     require_room(plan(24 * GIB), LARGE, options(num_layers=16), 256)
     with pytest.raises(DoesNotFit, match=r"on bob .* lower --batch-size or --max-seq-length, or"):
         require_room(plan(24 * GIB), LARGE, options(num_layers=16, batch_size=64), 1024)
+
+
+def test_micro_batches_need_the_memory_of_those_that_are_on_their_way() -> None:
+    """The first stage has three of eight micro-batches of one sequence at once, 57 GiB, and both of two of four."""
+    with pytest.raises(DoesNotFit, match=r"with 1 sequence of 1024 tokens at a time .* lower --max-seq-length, or"):
+        require_room(plan(56 * GIB), LARGE, options(batch_size=8, micro_batches=8), 1024)
+    require_room(plan(58 * GIB), LARGE, options(batch_size=8, micro_batches=8), 1024)
+    for more in ({}, {"micro_batches": 2}):
+        with pytest.raises(DoesNotFit):
+            require_room(plan(152 * GIB), LARGE, options(batch_size=8, **more), 1024)

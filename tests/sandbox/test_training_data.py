@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from checkpoints import make_tokenizer
@@ -56,6 +58,31 @@ def test_batches_come_in_the_order_of_one_process_and_end(model: Path, tmp_path:
     assert all(len(b.tokens) == 4 * 2 * b.shape[1] and len(b.lengths) == 16 and b.shape[1] <= 32 for b in found)
     assert data.cut > 0
     assert data.longest > 32
+
+
+def test_a_batch_is_cut_along_its_rows_without_those_that_teach_nothing(model: Path, tmp_path: Path) -> None:
+    """Three micro-batches of four rows; a prompt that is longer than the limit leaves its row nothing to learn."""
+    answers = [("a", "b c"), ("a " * 20, "b"), ("a", "b " * 30), ("a " * 200, "b")]
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in answers]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    given = {"batch_size": 4, "iters": 2, "mask_prompt": True, "max_seq_length": 128}
+    (whole, _), (first, second, *rest) = (
+        list(read_training_data(tmp_path, load_tokenizer(model), chosen).batches(chosen))
+        for chosen in (options(**given), options(**given, micro_batches=3))
+    )
+    assert [(b.number, b.iteration, b.ends_batch) for b in (first, second, *rest)] == [
+        (1, 1, False), (2, 1, True), (3, 2, False), (4, 2, True),
+    ]  # fmt: skip
+    assert (whole.shape, whole.weight, whole.ends_batch) == ((4, 128), 1.0, True)
+    assert first.shape[0] == 2
+    assert second.shape == (1, 97), "padded to its own longest row, as mlx-lm does"
+    tokens = [np.frombuffer(b.tokens, np.int32).reshape(b.shape) for b in (whole, first, second)]
+    lengths = [np.frombuffer(b.lengths, np.int32).reshape(-1, 2) for b in (whole, first, second)]
+    cut = np.concatenate([np.pad(part, ((0, 0), (0, 128 - part.shape[1]))) for part in tokens[1:]])
+    assert np.array_equal(cut, tokens[0][:3])
+    assert np.array_equal(np.concatenate(lengths[1:]), lengths[0][:3])
+    counted = [int((own[:, 1] - own[:, 0] + 1).sum()) for own in lengths[1:]]
+    assert [first.weight, second.weight] == [count / sum(counted) for count in counted]
 
 
 def test_it_ends_at_once_while_nobody_reads_its_batches(model: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ TENSORS = (
     Tensor("bfloat16", (2,), b"abcd"),
     Tensor("uint64", (), bytes(8)),
 )
-COMMAND = TrainingCommand(7, 2, Task.FORWARD, 3, True, True, True, 4, "{}", ("a", "b", "c"), TENSORS)
+COMMAND = TrainingCommand(7, 2, Task.FORWARD, 3, True, True, True, 4, "{}", ("a", "b", "c"), TENSORS, 0.25)
 REPLY = TrainingReply(7, 2, TENSORS, ("a", "b", "c"), 3, 2.5, 9, 1e-5, 64, 2**33, 12, Failure(1, "STAGE_FAILED", "no"))
 
 
@@ -57,3 +57,5 @@ def test_a_figure_that_is_no_number_is_refused_but_a_loss_may_be_none() -> None:
     assert decode_reply(encode_reply(replace(REPLY, loss=float("inf")))).loss == float("inf")
     with pytest.raises(BadFrame, match="not a number"):
         decode_reply(encode_reply(replace(REPLY, learning_rate=float("nan"))))
+    with pytest.raises(BadFrame, match="not a number"):
+        decode_command(encode_command(replace(COMMAND, weight=float("nan"))))

@@ -160,7 +160,7 @@ COMMANDS = (
     TrainingCommand(EPOCH, 1, Task.PREPARE, options='{"train": true}'),
     TrainingCommand(
         EPOCH, 2, Task.FORWARD, 3, True, True, False,
-        tensors=(Tensor("int32", (2, 3), bytes(24)), Tensor("int32", (2, 2), bytes(16)), TENSOR),
+        tensors=(Tensor("int32", (2, 3), bytes(24)), Tensor("int32", (2, 2), bytes(16)), TENSOR), weight=0.25,
     ),
     TrainingCommand(EPOCH, 3, Task.BACKWARD, 3, update=True, tensors=(TENSOR,)),
     TrainingCommand(EPOCH, 4, Task.READ_STATE, part=2),
