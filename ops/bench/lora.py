@@ -2,8 +2,9 @@
 
 Both train the same random llama on the same sequences of one length, with k = 8 steps before each update. Stages
 overlap only between updates, so two of them are at best 2k/(k+1) times as fast as one. ``over_bound`` is the share of
-that which is reached. It is measured without and with checkpointing. A figure is the median over updates, without the
-first one.
+that which is reached. It is measured without and with checkpointing. ``micro_batches_over_bound`` is the same share for
+a batch of k sequences without accumulation, cut into k micro-batches, beside the same batch in one piece. A figure is
+the median over updates, without the first one.
 
 mlx-lm compiles its step, which takes 15 s and more on a CPU and makes no step faster there. So it runs uncompiled, as
 stages do; ``--compile`` leaves it as it is. ``--json`` prints one JSON object on one line.
@@ -30,11 +31,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 STEPS = 8
 """Steps before each update (k)."""
 TOKENS = 96
-"""Tokens of each sequence; every step has one."""
+"""Tokens of each sequence. A step has one sequence, or k where batches are cut."""
 OPTIONS: dict[str, Any] = {
     "train": True, "batch_size": 1, "num_layers": -1, "max_seq_length": TOKENS + 1, "learning_rate": 1e-4,
     "grad_accumulation_steps": STEPS, "steps_per_report": STEPS, "steps_per_eval": 10**6, "save_every": 10**6,
 }  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointed": {"grad_checkpoint": True},
+    "whole_batch": {"batch_size": STEPS, "grad_accumulation_steps": 1, "steps_per_report": 1},
+    "micro_batches": {"batch_size": STEPS, "grad_accumulation_steps": 1, "steps_per_report": 1, "micro_batches": STEPS},
+}
+"""What two stages train, by name."""
 
 
 def make(folder: Path) -> None:
@@ -44,7 +52,7 @@ def make(folder: Path) -> None:
     make_llama(folder / "model", hidden=256, intermediate=704, layers=8, heads=4, context=512)
     words = ["the red fox ran over a blue hill"] * TOKENS
     (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text((json.dumps({"text": " ".join(words)}) + "\n") * 4)
+    (folder / "data" / "train.jsonl").write_text((json.dumps({"text": " ".join(words)}) + "\n") * STEPS)
 
 
 def one_process(folder: Path, updates: int, checkpoint: bool, compiled: bool) -> list[float]:
@@ -72,22 +80,21 @@ def one_process(folder: Path, updates: int, checkpoint: bool, compiled: bool) ->
     return speeds
 
 
-def two_stages(folder: Path, updates: int) -> dict[bool, list[float]]:
-    """Train over two workers, each on a core, without and with checkpointing. Return tokens per second."""
+def two_stages(folder: Path, updates: int) -> dict[str, list[float]]:
+    """Train over two workers, each on a core. Return the tokens per second of each update of each run."""
     from loopback import start_cluster
 
     from cluster.core.training import TrainingOptions
     from cluster.core.training_events import TrainingReport
 
-    speeds: dict[bool, list[float]] = {}
+    speeds: dict[str, list[float]] = {}
     with ExitStack() as stack:
         client = start_cluster(stack, folder / "model", cores=(0, 1))
-        for checkpoint in (False, True):
-            options = TrainingOptions.of(
-                {**OPTIONS, "iters": updates * STEPS, "grad_checkpoint": checkpoint, "val_batches": 0}
-            )
+        for name, more in RUNS.items():
+            given = {**OPTIONS, **more, "val_batches": 0}
+            options = TrainingOptions.of({**given, "iters": updates * given["grad_accumulation_steps"]})
             run = client.train(str(folder / "model"), options, {"train": folder / "data" / "train.jsonl"}, workers=2)
-            speeds[checkpoint] = [e.tokens_per_second for e in run if isinstance(e, TrainingReport)]
+            speeds[name] = [e.tokens_per_second for e in run if isinstance(e, TrainingReport)]
             while client.cluster().state != "serving":
                 time.sleep(0.2)
     return speeds
@@ -119,18 +126,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder)
-        alone = {c: apart(folder, asked.updates, c, asked.compile)[1:] for c in (False, True)}
-        staged = {c: speeds[1:] for c, speeds in two_stages(folder, asked.updates).items()}
+        alone = {
+            name: apart(folder, asked.updates, name == "checkpointed", asked.compile)[1:]
+            for name in ("plain", "checkpointed")
+        }
+        staged = {name: speeds[1:] for name, speeds in two_stages(folder, asked.updates).items()}
     bound = 2 * STEPS / (STEPS + 1)
-    kinds = {False: "plain", True: "checkpointed"}
     figures = [
-        Figure(f"{where}_{kinds[c]}", "tokens/s", tuple(speeds[c]))
+        Figure(f"{where}_{name}", "tokens/s", tuple(of_updates))
         for where, speeds in (("one_process", alone), ("two_stages", staged))
-        for c in kinds
+        for name, of_updates in speeds.items()
     ]
-    over = {c: median(staged[c]) / median(alone[c]) for c in kinds}
-    ratios = {f"speedup_{kinds[c]}": over[c] for c in kinds}
+    over = {name: median(staged[name]) / median(alone[name]) for name in alone}
+    ratios = {f"speedup_{name}": value for name, value in over.items()}
     ratios["over_bound"] = min(over.values()) / bound
+    ratios["speedup_micro_batches"] = median(staged["micro_batches"]) / median(staged["whole_batch"])
+    ratios["micro_batches_over_bound"] = ratios["speedup_micro_batches"] / bound
     more = {"bound": round(bound, 4), "steps": STEPS, "load": round(os.getloadavg()[0], 1), "compiled": asked.compile}
     print_figures("tokens_per_second", figures, ratios, asked.json, more)
     return 0
