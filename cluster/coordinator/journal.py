@@ -26,7 +26,8 @@ from cluster.coordinator.request_records import (
     token_ids,
     unpack_record,
 )
-from cluster.core.limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S, RESUME_S
+from cluster.core.journal_limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S
+from cluster.core.limits import RESUME_S
 from cluster.core.request import Request
 from cluster.platform.private_files import make_private_folder, open_regular_file, replace_and_open, write_all
 

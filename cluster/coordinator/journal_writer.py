@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from cluster.coordinator.journal import Answerer, AnswerTokens, Journal, JournaledRequest
-from cluster.core.limits import JOURNAL_BATCHES, JOURNAL_RETRY_S, LOOP_STOP_S
+from cluster.core.journal_limits import JOURNAL_BATCHES, JOURNAL_RETRY_S
+from cluster.core.limits import LOOP_STOP_S
 from cluster.core.request import Request
 
 __all__ = ["JournalWriter", "LoopJournal"]

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final
 
 import msgpack
 
-from cluster.core.limits import JOURNAL_BYTES
+from cluster.core.journal_limits import JOURNAL_BYTES
 from cluster.core.request import Grammar, GrammarKind, Parsing, Request, SamplingParams, Tool
 
 HEADER: Final = b"macpipe journal 2\n"

@@ -228,17 +228,8 @@ STANDBY_AFTER_S: Final = 2.0
 ENGINE_CRASHES: Final = 3
 CRASHES_S: Final = 60.0
 """A worker that was lost ENGINE_CRASHES times in this period is not waited for: a spare takes over at once."""
-JOURNAL_BYTES: Final = 16 * MIB
-"""A journal of this size is rewritten without finished requests. One full of live requests accepts no more."""
-JOURNAL_FSYNC_S: Final = 1.0
 RESTART_S: Final = GONE_S
 """A coordinator that is silent for this long has ended: another with its id is the same one after a restart."""
-JOURNAL_BATCHES: Final = 4096
-"""Most batches of records that wait for the journal's disk: several seconds of all engine loops."""
-JOURNAL_RETRY_S: Final = 5.0
-"""Interval of retries after a failed write of the journal."""
-JOURNAL_LIVE_S: Final = 10.0
-"""Interval at which a journal notes the live requests. RESUME_S counts from the last note."""
 RESUME_S: Final = 600.0
 """How long a client may take to come back for the rest of its answer after its coordinator died."""
 EPOCH_TRIES: Final = 4

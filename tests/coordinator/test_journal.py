@@ -23,7 +23,8 @@ from cluster.coordinator.journal import Fsync, Journal, JournaledRequest
 from cluster.coordinator.request_records import HEADER, as_data, from_data
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import InvalidRequest
-from cluster.core.limits import JOURNAL_RETRY_S, RESUME_S
+from cluster.core.journal_limits import JOURNAL_RETRY_S
+from cluster.core.limits import RESUME_S
 from cluster.core.request import Grammar, GrammarKind, Parsing, Request, SamplingParams, Tool
 from cluster.platform import private_files
 from disks import FailingDisk

@@ -14,7 +14,8 @@ from zeroconf import DNSIncoming
 from cluster.coordinator.journal import Fsync, Journal
 from cluster.coordinator.request_records import HEADER
 from cluster.core.errors import MacpipeError
-from cluster.core.limits import JOURNAL_BYTES, KIB, MAX_FRAME_HEADER_BYTES
+from cluster.core.journal_limits import JOURNAL_BYTES
+from cluster.core.limits import KIB, MAX_FRAME_HEADER_BYTES
 from cluster.core.request import Request, SamplingParams
 from cluster.core.text import parse_layers
 from cluster.joining.join_messages import read_refusal, read_reply, read_request
