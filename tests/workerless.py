@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cluster.coordinator.model_catalog import public_id
+from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.request_timings import ClusterTotals
 
 
@@ -11,6 +13,16 @@ class WorkerlessCoordinator:
     activity = ""
     journal = None
     totals = ClusterTotals()
+
+    def loaded_models(self) -> list[ModelInfo]:
+        return []
+
+    def unloaded_names(self) -> list[str]:
+        return []
+
+    def names_of(self, model_info: ModelInfo) -> tuple[str, ...]:
+        model = model_info.shape.model
+        return (public_id(model.name, model.path),)
 
     async def plan_and_view(self) -> tuple[None, None]:
         return None, None

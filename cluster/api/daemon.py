@@ -34,6 +34,7 @@ from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.identity import hold_identity, state_folder
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.journal_writer import JournalWriter
+from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
@@ -118,6 +119,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         tasks.start_soon(_update_health, coordinator, checks)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
         tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
+        coordinator.adopt_catalog(_catalog(settings))
         await coordinator.load(settings.order)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread
         plan, _ = await coordinator.plan_and_view()
@@ -126,6 +128,11 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         if plan:
             report.serving(addresses, plan, http)
         await anyio.sleep_forever()
+
+
+def _catalog(settings: ServeSettings) -> ModelCatalog:
+    """Return the models that the settings name. Raises ``InvalidOption``."""
+    return ModelCatalog((ModelEntry(DEFAULT, settings.order, settings.http.names),))
 
 
 def _epochs(settings: ServeSettings) -> EpochNumbers:
@@ -165,7 +172,7 @@ async def _http_port(
         report.problem(f"HTTP is off: {e.sentence}")
         yield ""
         return
-    app = application(service, settings.http.names, http_port_settings.sites, loads, feed, settings.order)
+    app = application(service, http_port_settings.sites, loads, feed, settings.order)
     async with serve(app, listener, http_port_settings.certificate) as address:
         yield f"{'https' if http_port_settings.certificate else 'http'}://{address}"
 

@@ -19,13 +19,15 @@ from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_resumption import take_request
 from cluster.coordinator.cluster_planner import ClusterPlanner
 from cluster.coordinator.deployment import Deployment, DeploymentHost
+from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.loop_view import LoopView
-from cluster.coordinator.model_reader import ModelInfo, ModelReader, choose_model
+from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog
+from cluster.coordinator.model_reader import ModelInfo, ModelReader, choose_adapter
 from cluster.coordinator.planner import Links
 from cluster.coordinator.prefix_disks import OwnersOf, PrefixOwners
 from cluster.coordinator.recovery import ServiceDeps
@@ -43,7 +45,7 @@ from cluster.coordinator.training_run import TrainingHost, TrainingMode, Trainin
 from cluster.coordinator.weight_distribution import WeightDistribution
 from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import ClusterState, ServingState
-from cluster.core.errors import MacpipeError, NotServing, RequestNotFound, WorkerLost
+from cluster.core.errors import InvalidRequest, MacpipeError, NotServing, RequestNotFound, WorkerLost
 from cluster.core.limits import MAX_SCHEMA_BYTES, OVERLOADED_S
 from cluster.core.plan import Plan
 from cluster.core.request import Grammar, Request
@@ -54,8 +56,6 @@ from cluster.platform.overload import Lag, no_lag
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
 
-DEFAULT: Final = "default"
-"""Name of the deployment that requests without a model's name go to."""
 _BY_URGENCY: Final = (ServingState.LOADING, ServingState.FAILED, ServingState.RECOVERING, ServingState.SERVING)
 """The states of deployments, the one first that the cluster's state shows if deployments differ."""
 RETRY_LOAD_S: Final = 5.0
@@ -81,6 +81,8 @@ class Coordinator:
     ) -> None:
         self.journal: JournalWriter | None = None
         """Records live requests so that a restarted coordinator can resume them. Set it before the first load."""
+        self.catalog_problem = ""
+        """Why the models file is not in effect as it stands; "" if it is."""
         self.prefix_owners: OwnersOf = PrefixOwners
         """Tells who may have prefixes on the workers' disks. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
@@ -103,7 +105,7 @@ class Coordinator:
         self._timeline = Timeline()
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed. The waiter clears it."""
-        self._deployments = {DEFAULT: self._create_deployment(DEFAULT)}
+        self._deployments = DeploymentTable(self._create_deployment, self._exclusive.locked)
 
     @property
     def state(self) -> ServingState:
@@ -167,6 +169,30 @@ class Coordinator:
             self._timeline,
         )
 
+    # Models by name
+
+    @property
+    def catalog(self) -> ModelCatalog:
+        """The models that may be served, and those that are although they are not configured."""
+        return self._deployments.catalog
+
+    def adopt_catalog(self, catalog: ModelCatalog) -> None:
+        """Serve the models of this catalog from now on. What is loaded and not in it stays until it is unloaded."""
+        self._deployments.adopt(catalog)
+        self.changed.set()
+
+    def names_of(self, model_info: ModelInfo) -> tuple[str, ...]:
+        """Return the names under which a loaded model is listed, its public one first."""
+        return self._deployments.names_of(model_info)
+
+    def loaded_models(self) -> list[ModelInfo]:
+        """Return what is loaded, in the catalog's order."""
+        return self._deployments.loaded_models()
+
+    def unloaded_names(self) -> list[str]:
+        """Return the public names of all models that are not loaded; none if there is only one model."""
+        return self._deployments.unloaded_names()
+
     # Loading
 
     async def load(
@@ -179,8 +205,12 @@ class Coordinator:
         self._require_no_load()
         self._training.problem = ""
         report = BothReporters(self._report, follower) if follower else self._report
-        deployment = self._deployments.setdefault(name, self._create_deployment(name))
-        await deployment.load(order, report, again=again)
+        deployment = self._deployments.begin(name, order)
+        try:
+            await deployment.load(order, report, again=again)
+            self._deployments.note_loaded(deployment.name, order)
+        finally:
+            self._deployments.forget_unloaded()
 
     @property
     def _is_loading(self) -> bool:
@@ -218,17 +248,22 @@ class Coordinator:
         self.changed.set()
         self._report.problem(sentence)
 
-    async def unload(self, name: str = "") -> None:
-        """End live requests of the deployment with this name, of all without one, and free the workers' memory.
+    async def unload(self, name: str = "", *, every: bool = False) -> tuple[str, ...]:
+        """End live requests of the model with this name, of the only one without a name, and free the workers' memory.
 
-        Do nothing if it is not loaded. Raises ``NotServing`` while a model is being loaded or trained.
+        ``every`` unloads all. Return the public names of what was unloaded. Raises ``NotServing`` while a model is
+        being loaded or trained, and as ``DeploymentTable.choose``.
         """
         self._require_no_load()
-        for deployment in self._deployments.values():
-            if name in ("", deployment.name):
-                await deployment.unload()
+        unloaded = []
+        for deployment in self._deployments.values() if every else self._deployments.choose(name):
+            if deployment.model_info:
+                unloaded.append(self._deployments.public_name(deployment))
+            await deployment.unload()
+        self._deployments.forget_unloaded()
         self._training.problem = ""
         self.changed.set()
+        return tuple(unloaded)
 
     async def _close(self, error: MacpipeError) -> None:
         for deployment in self._deployments.values():
@@ -248,18 +283,32 @@ class Coordinator:
     # Serving
 
     def served_model(self, model: str, adapter: str = "") -> ModelInfo:
-        """Return the served model, with an adapter if one is named. Raises ``NotServing``, and as ``choose_model``."""
-        return choose_model(self._default().require_service().model_info, model, adapter)
+        """Return the loaded model of this name, with the adapter that ``model`` (``BASE:NAME``) or ``adapter`` names.
+
+        "" is the default model. Raises ``NotServing`` if it is not loaded, ``ModelNotFound`` if there is no such model
+        or adapter, and ``InvalidRequest`` if the two name different adapters.
+        """
+        deployment, named = self._deployments.resolve(model)
+        model_info = self._require_loaded(deployment).require_service().model_info
+        if named and adapter and named != adapter:
+            two = f"model {model[:64]} and adapter {adapter[:64]} are two adapters; name one"
+            raise InvalidRequest(two, field="adapter")
+        return choose_adapter(model_info, adapter or named, "model" if named else "adapter")
 
     def _default(self) -> Deployment:
         """Return the default deployment. Raises ``NotServing``, with what the cluster does instead."""
-        deployment = self._deployments[DEFAULT]
+        return self._require_loaded(self._deployments[DEFAULT])
+
+    def _require_loaded(self, deployment: Deployment) -> Deployment:
+        """Return the deployment. Raises ``NotServing`` if it serves nothing, with what the cluster does instead."""
         if deployment.service:
             return deployment
         if self._training.job:
             raise self._training.job.refusal()
         if self._is_loading:
             raise NotServing(f"the cluster is {self.activity}; try again in a moment", retry_after_s=RETRY_LOAD_S)
+        if not self._deployments.is_single and (name := self._deployments.public_name(deployment)):
+            raise NotServing(f"the model {name} is not loaded; load it with `macpipe load {name}`")
         why = f" ({self._training.problem})" if self._training.problem else ""
         raise NotServing(f"no model is loaded{why}; load one with `macpipe load MODEL`")
 
@@ -406,7 +455,9 @@ class Coordinator:
 
     def _warnings(self) -> tuple[str, ...]:
         journal = self.journal.problem if self.journal else ""
-        return tuple(filter(None, (journal, *(service.draft_problem for service in self._services()))))
+        return tuple(
+            filter(None, (self.catalog_problem, journal, *(service.draft_problem for service in self._services())))
+        )
 
     async def plan_and_view(self) -> tuple[Plan | None, LoopView | None]:
         """Return the served plan and the engine loop's view. Ask no worker."""

@@ -53,8 +53,11 @@ class ModelCatalog:
 
     @property
     def default(self) -> ModelEntry:
-        """The model of requests that name none, or ``default``. Raises ModelNotFound if the catalog is empty."""
-        first = next(iter(self), None)
+        """The model of requests that name none, or ``default``: the first one, or the guest of that name.
+
+        Raises ModelNotFound if there is none.
+        """
+        first = next(iter(self.entries), None) or self.get(DEFAULT) or next(iter(self.guests), None)
         if first is None:
             raise ModelNotFound("no model is configured; load one with `macpipe load MODEL`", field="model")
         return first
@@ -152,12 +155,15 @@ class ModelCatalog:
         return ModelNotFound(f"the model {requested[:64]} is not served here; use {listed or 'none'}", field="model")
 
 
-def public_id(model: str) -> str:
+def public_id(model: str, path: str = "") -> str:
     """Return how a model is called in public: a Hugging Face id or bundled name unchanged, a folder's last part.
 
-    A folder's path is private.
+    A folder's path is private. ``path`` is where the model was found; "" looks whether there is such a folder.
     """
-    is_folder = model.startswith(("/", ".", "~")) or Path(model).is_dir()
+    name = PurePath(model)
+    is_folder = model.startswith(("/", ".", "~"))
+    if not is_folder and model:
+        is_folder = PurePath(path).parts[-len(name.parts) :] == name.parts if path else Path(model).is_dir()
     return Path(model).expanduser().absolute().name if is_folder else model
 
 

@@ -9,15 +9,15 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TypeVar
 
 import anyio
 
 from cluster.coordinator.served_adapters import ServedAdapters
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.adapter import Adapter, count_adapters, require_adapter_name, split_model_name
-from cluster.core.errors import InvalidGrammar, InvalidOption, InvalidRequest, ModelNotFound
+from cluster.core.adapter import Adapter, count_adapters, require_adapter_name
+from cluster.core.errors import InvalidGrammar, InvalidOption, ModelNotFound
 from cluster.core.limits import MIN_CONTEXT
 from cluster.core.plan import ModelShape, Speculation, TensorMap
 from cluster.core.request import Grammar
@@ -186,30 +186,17 @@ def read_order_adapters(folder: Path, order: LoadOrder, shape: ModelShape) -> li
     return [read_adapter(name, adapter_folder(place), folder, shape) for name, place in order.adapters]
 
 
-def choose_model(model_info: ModelInfo, model: str, adapter: str) -> ModelInfo:
-    """Return the model with the adapter that ``model`` (``BASE:NAME``) or ``adapter`` names; "" for the one served.
+def choose_adapter(model_info: ModelInfo, name: str, field: str = "adapter") -> ModelInfo:
+    """Return the model with the adapter of that name chosen; "" for none. Raises ``ModelNotFound``.
 
-    Raises ``ModelNotFound`` if there is no such model or adapter, and ``InvalidRequest`` if the two name different
-    adapters.
+    ``field`` is where the client named it.
     """
-    name = model_info.shape.model.name
-    names = (name, PurePath(name).name)
-    base, chosen = ("", "") if not model or model in names else split_model_name(model)
-    if (base or chosen) and base not in names:
-        raise ModelNotFound(f"model {model} is not served here; the served model is {name}", field="model")
-    if chosen and adapter and chosen != adapter:
-        raise InvalidRequest(f"model {model} and adapter {adapter} are two adapters; name one", field="adapter")
-    return choose_adapter(model_info, adapter or chosen)
-
-
-def choose_adapter(model_info: ModelInfo, name: str) -> ModelInfo:
-    """Return the model with the adapter of that name chosen; "" for none. Raises ``ModelNotFound``."""
     if not name:
         return model_info
     if adapter := model_info.adapters.find(name):
         return replace(model_info, adapter=adapter)
     served = ", ".join(a.ref.name for a in model_info.adapters.served) or "none"
-    raise ModelNotFound(f"the adapter {name[:64]} is not served here; served are: {served}", field="adapter")
+    raise ModelNotFound(f"the adapter {name[:64]} is not served here; served are: {served}", field=field)
 
 
 def adapter_folder(written: str) -> Path:

@@ -322,7 +322,7 @@ ORIGIN = "https://chat.example:8443"
 
 @pytest.fixture
 def sited(accounts: KeyUsage) -> ASGIApp:
-    return application(service_of(accounts), (), OriginPolicy(frozenset({"mac-1.local"}), frozenset({ORIGIN})))
+    return application(service_of(accounts), OriginPolicy(frozenset({"mac-1.local"}), frozenset({ORIGIN})))
 
 
 async def test_a_page_that_was_let_in_by_name_may_ask_with_a_key(keys: KeyStore, sited: ASGIApp) -> None:

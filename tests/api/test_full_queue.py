@@ -26,6 +26,7 @@ from cluster.scheduler.scheduler import Scheduler
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keys import KeyStore
 from fuzz.targets.asked import served
+from workerless import WorkerlessCoordinator
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +42,7 @@ class SilentRing:
     def close(self) -> None: ...
 
 
-class Waiting:
+class Waiting(WorkerlessCoordinator):
     """A coordinator whose engine loop has room for one sample; all others wait."""
 
     def __init__(self) -> None:

@@ -24,6 +24,7 @@ from cluster.core.errors import InvalidRequest
 from cluster.core.limits import KIB, MAX_INTAKE_BYTES, MIB
 from cluster.core.request import Accepted, FinishEvent, FinishReason, Request, TokenEvent, TopLogprob, Usage
 from fuzz.targets.asked import served
+from workerless import WorkerlessCoordinator
 
 pytestmark = pytest.mark.anyio
 
@@ -57,7 +58,7 @@ class Texts:
         return "prompt "
 
 
-class ManyTokens:
+class ManyTokens(WorkerlessCoordinator):
     """A coordinator whose answers are complete at once, with the log-probabilities of 20 tokens for each of theirs."""
 
     def __init__(self) -> None:

@@ -243,7 +243,7 @@ async def test_an_origin_that_may_use_the_api_may_not_use_a_session(keys: KeySto
     other = "https://chat.example:8443"
     _, text = keys.create("amy", KeyScope.ADMIN)
     service = RequestService(cast(Coordinator, Watched()), Metrics(), usage)
-    async with client_to(application(service, (), OriginPolicy(frozenset(), frozenset({other})))) as client:
+    async with client_to(application(service, OriginPolicy(frozenset(), frozenset({other})))) as client:
         await sign_in(client, text)
         reply = await client.post("/api/load", json={"model": "faq"}, headers={"origin": other})
         assert reply.status_code == 403

@@ -34,6 +34,7 @@ from cluster.transport.message_bounds import MessageBounds
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
 from fuzz.targets.asked import served
+from workerless import WorkerlessCoordinator
 
 pytestmark = pytest.mark.anyio
 
@@ -55,7 +56,7 @@ class WatchedQueue(AnswerQueue):
         return await super().__anext__()
 
 
-class OneToken:
+class OneToken(WorkerlessCoordinator):
     """A coordinator whose answers have one token."""
 
     def __init__(self) -> None:

@@ -6,17 +6,12 @@ import json
 import os
 import re
 from http.client import HTTPConnection
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from cluster.api.http.model_names import ModelNames
 from cluster.client import Client
-from cluster.coordinator.served_adapters import ServedAdapters
-from cluster.core.errors import ModelNotFound
-from cluster.core.plan import ModelRef
 from compat.conftest import Served
 from integration.daemons import serve_model
 
@@ -70,20 +65,6 @@ def test_a_folder_is_listed_and_found_by_its_last_part(served: Served) -> None:
     assert listed["id"] == served.tooled.name
     assert httpx.get(f"{served.openai}/models/{listed['id']}", headers=served.bearer).status_code == 200
     assert httpx.get(f"{served.openai}/models/{relative}x", headers=served.bearer).status_code == 404
-
-
-def test_the_last_part_of_any_name_is_a_name() -> None:
-    def names(name: str, path: str) -> ModelNames:
-        model = ModelRef(name, path, "0")
-        model_info = SimpleNamespace(shape=SimpleNamespace(model=model), adapters=ServedAdapters(), adapter=None)
-        return ModelNames(SimpleNamespace(served_model=lambda _: model_info))  # type: ignore[arg-type]
-
-    hub = names("mlx-community/Qwen3-4bit", "/cache/models--mlx-community--Qwen3-4bit/snapshots/1")
-    assert hub.public_names(hub.resolve("Qwen3-4bit")) == ("mlx-community/Qwen3-4bit",)
-    folder = names("models/qwenlike", "/disk/models/qwenlike")
-    assert folder.public_names(folder.resolve("models/qwenlike")) == ("qwenlike",)
-    with pytest.raises(ModelNotFound):
-        folder.resolve("models")
 
 
 def test_a_codex_that_hangs_up_after_the_last_event_has_ended_its_request(faq: Served) -> None:

@@ -159,3 +159,9 @@ def test_a_public_id_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert public_id("models/tiny") == public_id("./models/tiny") == public_id(str(tmp_path / "models/tiny")) == "tiny"
     assert public_id("models/other") == "models/other"
     assert public_id("faq") == "faq"
+
+
+def test_a_model_that_was_found_has_a_public_id_too() -> None:
+    hub = "mlx-community/Qwen3-4bit"
+    assert public_id(hub, "/cache/models--mlx-community--Qwen3-4bit/snapshots/1") == hub
+    assert public_id("models/qwenlike", "/disk/models/qwenlike") == "qwenlike"

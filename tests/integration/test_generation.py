@@ -179,7 +179,7 @@ def test_a_prompt_that_cannot_fit_is_refused_with_figures(client: Client) -> Non
 
 
 def test_a_model_that_is_not_served_is_not_found(client: Client) -> None:
-    with pytest.raises(ModelNotFound, match="the served model is faq"):
+    with pytest.raises(ModelNotFound, match="not served here; use faq"):
         client.generate("a", model="llama-99")
     with pytest.raises(InvalidRequest, match="role"):
         client.chat([("robot", "hi")])

@@ -43,13 +43,12 @@ _PATTERNS: Final = (("/v1/models/", "/v1/models/{model}"), ("/page/", "/page/{na
 
 def application(
     service: RequestService,
-    aliases: tuple[str, ...] = (),
     origin_policy: OriginPolicy | None = None,
     loads: BackgroundLoad | None = None,
     feed: ClusterFeed | None = None,
     first: LoadOrder | None = None,
 ) -> ASGIApp:
-    """Return the HTTP application of one coordinator; ``aliases`` are further names of the served model.
+    """Return the HTTP application of one coordinator.
 
     Requests need an API key if ``service`` knows keys. ``loads`` runs the loads that people begin on the page, with the
     settings of ``first``, and ``feed`` tells them what happens.
@@ -57,8 +56,8 @@ def application(
     sessions = BrowserSessions(service.key_usage) if service.key_usage else None
     loads = loads or BackgroundLoad(service.coordinator)
     operations = Operations(service.coordinator, loads, first or LoadOrder(""))
-    page = page_table(service, aliases, operations, feed or ClusterFeed(), sessions)
-    routes = [*table(service, aliases), *page]
+    page = page_table(service, operations, feed or ClusterFeed(), sessions)
+    routes = [*table(service), *page]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
     known = frozenset(route.path for route in routes)
 
@@ -70,9 +69,9 @@ def application(
     return RequestMiddleware(app, observe, authorizer, origin_policy, service.bodies, strict=service.strict)
 
 
-def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[DeclaredRoute]:
+def table(service: RequestService) -> list[DeclaredRoute]:
     """Return the routes of the API, each with the access level that it needs in a cluster."""
-    names = ModelNames(service.coordinator, aliases)
+    names = ModelNames(service.coordinator)
     health, models, tokenize = Health(service, names), Models(names), Tokenize(names)
     document = description()
 
@@ -99,13 +98,12 @@ def table(service: RequestService, aliases: tuple[str, ...] = ()) -> list[Declar
 
 def page_table(
     service: RequestService,
-    aliases: tuple[str, ...],
     operations: Operations,
     feed: ClusterFeed,
     sessions: BrowserSessions | None,
 ) -> list[DeclaredRoute]:
     """Return the routes of the page. Its files are for anyone; what it shows and does needs a session or a key."""
-    names = ModelNames(service.coordinator, aliases)
+    names = ModelNames(service.coordinator)
     files, health, login = PageFiles(), Health(service, names), Login(service.key_usage, sessions)
     live = Live(service, names, operations.loads, feed, sessions)
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from cluster import __version__
 from cluster.api.http.authorization import TRUSTED
 from cluster.api.http.json_response import Json
-from cluster.api.http.model_names import ModelNames, model_id
+from cluster.api.http.model_names import ModelNames
 from cluster.api.request_service import RequestService
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError
@@ -43,7 +43,7 @@ class Health:
         except MacpipeError as e:
             facts["message"] = e.sentence
         else:
-            facts |= {"model": model_id(model_info), "context_length": model_info.shape.max_context}
+            facts |= {"model": self.names.id_of(model_info), "context_length": model_info.shape.max_context}
         return _ready(state, facts)
 
     async def live(self, request: Request) -> Json:

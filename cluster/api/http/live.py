@@ -16,7 +16,7 @@ from cluster.api.http.browser_sessions import SESSION, BrowserSessions
 from cluster.api.http.caller_identity import client_name
 from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import new_id
-from cluster.api.http.model_names import ModelNames, model_id
+from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import COMMENT, EventStream, event
 from cluster.api.key_usage import revoked_error
 from cluster.api.page_limits import FEED_REQUESTS
@@ -82,7 +82,7 @@ class Live:
             model_info = self._names.resolve(None)
         except MacpipeError:
             return {"model": "", "models": []}
-        return {"model": model_id(model_info), "models": self._names.public_names(model_info)}
+        return {"model": self._names.id_of(model_info), "models": self._names.public_names(model_info)}
 
 
 class _SnapshotEncoder:

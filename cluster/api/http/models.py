@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: the served model under each of its names, in OpenAI's and Anthropic's format."""
+"""GET /v1/models and /v1/models/{id}: the models under each of their names, in OpenAI's and Anthropic's format."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from starlette.requests import Request
 
 from cluster.api.http.json_response import Json
-from cluster.api.http.model_names import ModelNames, model_id
+from cluster.api.http.model_names import ModelNames
+from cluster.coordinator.model_catalog import public_id
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.core.errors import MacpipeError, ModelNotFound, NotServing
+from cluster.core.errors import ModelNotFound, NotServing
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,10 @@ class Models:
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def list_models(self, request: Request) -> Json:
-        """Return the list of models; empty while nothing is served."""
-        try:
-            model_info = self.names.resolve(None)
-        except MacpipeError:
-            return Json(_page([]))
-        return Json(_page([self._model(name, model_info) for name in self.names.public_names(model_info)]))
+        """Return the list of models, loaded or not; of a single model, only while it is served."""
+        listed = [self._model(name, info) for info in self.names.loaded() for name in self.names.public_names(info)]
+        listed += [self._describe(name) for name in self.names.unloaded()]
+        return Json(_page(listed))
 
     async def get_model(self, request: Request) -> Json:
         """Return the model with one of its names. Raises ``ModelNotFound``."""
@@ -36,12 +35,25 @@ class Models:
         try:
             model_info = self.names.resolve(name)
         except NotServing as e:
+            if name in self.names.unloaded():
+                return Json(self._describe(name))
             raise ModelNotFound(f"the model {name[:64]} is not served here: {e.sentence}", field="model") from None
         return Json(self._model(self.names.shown_name(name, model_info), model_info))
 
     def _model(self, name: str, model_info: ModelInfo) -> dict[str, Any]:
-        shape, base = model_info.shape, model_id(model_info)
-        parent = {"parent": base} if self.names.resolve(name).adapter else {}
+        shape = model_info.shape
+        parent = {"parent": self.names.id_of(model_info)} if self.names.resolve(name).adapter else {}
+        return {
+            **self._describe(name, loaded=True),
+            "context_length": shape.max_context,
+            "max_model_len": shape.max_context,
+            "root": public_id(shape.model.name, shape.model.path),
+            "layers": shape.layers,
+            **parent,
+        }
+
+    def _describe(self, name: str, *, loaded: bool = False) -> dict[str, Any]:
+        """Return what is known of a model that may not be loaded."""
         return {
             "id": name,
             "object": "model",
@@ -50,11 +62,7 @@ class Models:
             "created": self.created,
             "created_at": datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "owned_by": "macpipe",
-            "context_length": shape.max_context,
-            "max_model_len": shape.max_context,
-            "root": base,
-            "layers": shape.layers,
-            **parent,
+            "loaded": loaded,
         }
 
 

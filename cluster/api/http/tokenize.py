@@ -10,7 +10,7 @@ from cluster.api.http.body import Form, ShortText, Text, build, form_size, read
 from cluster.api.http.chat_form import FunctionTools, MessageList, decode_messages
 from cluster.api.http.json_response import Json
 from cluster.api.http.messages_form import CountForm
-from cluster.api.http.model_names import ModelNames, model_id
+from cluster.api.http.model_names import ModelNames
 from cluster.api.http.openai_formats import decode_tool
 from cluster.api.request_validation import count_tokens, list_tokens
 from cluster.api.requests import Conversation, rename_fields
@@ -52,7 +52,7 @@ class Tokenize:
         tokenized = await list_tokens(prompt, form_size(request), model_info)
         return Json(
             {
-                "model": model_id(model_info),
+                "model": self.names.id_of(model_info),
                 "count": tokenized.count,
                 "context_length": model_info.shape.max_context,
                 "tokens": tokenized.ids,

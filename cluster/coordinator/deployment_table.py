@@ -1,0 +1,145 @@
+"""Find a coordinator's deployments by the names that its catalog gives to models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from cluster.coordinator.deployment import Deployment
+from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry, public_id
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.errors import ModelNotFound
+
+__all__ = ["DeploymentTable"]
+
+
+class DeploymentTable:
+    """The deployments of one coordinator, and its catalog: the models that it may serve.
+
+    A deployment is created when it is first asked for, and forgotten once its model is neither loaded nor in the
+    catalog. ``create`` makes one of a name. ``is_training`` tells whether models that are not loaded now will be loaded
+    again.
+    """
+
+    def __init__(self, create: Callable[[str], Deployment], is_training: Callable[[], bool]) -> None:
+        self._create, self._is_training = create, is_training
+        self._deployments: dict[str, Deployment] = {}
+        self.catalog = ModelCatalog(())
+        """The models that may be served, and as guests those that are although they are not configured."""
+
+    def __getitem__(self, name: str) -> Deployment:
+        """Return the deployment of a model by its own name, or by ``DEFAULT`` that of the first model."""
+        name = self.own_name(name)
+        if name not in self._deployments:
+            self._deployments[name] = self._create(name)
+        return self._deployments[name]
+
+    def values(self) -> Collection[Deployment]:
+        """Return all deployments, loaded or not."""
+        return tuple(self._deployments.values())
+
+    def get(self, name: str) -> Deployment | None:
+        """Return the deployment of a model by its own name; None if it was never loaded."""
+        return self._deployments.get(self.own_name(name))
+
+    def own_name(self, name: str) -> str:
+        """Return the own name of a model; only ``DEFAULT`` may be another name of one."""
+        entries = self.catalog.entries
+        return entries[0].name if entries and name == DEFAULT else name
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is at most one model, so that no name tells it from others."""
+        return len(tuple(self.catalog)) <= 1
+
+    # The catalog
+
+    def adopt(self, catalog: ModelCatalog) -> None:
+        """Serve the models of this catalog from now on. What is loaded and not in it stays, as a guest."""
+        loaded = (entry for entry in self.catalog if self._is_loaded(entry.name))
+        self.catalog = ModelCatalog(catalog.entries, tuple(loaded))
+        self.forget_unloaded()
+
+    def begin(self, name: str, order: LoadOrder) -> Deployment:
+        """Return the deployment that is about to load ``order``, as a guest if its name is not in the catalog."""
+        name = self.own_name(name)
+        if self.catalog.get(name) is None:
+            self.catalog = self.catalog.with_guest(ModelEntry(name, order))
+        return self[name]
+
+    def note_loaded(self, name: str, order: LoadOrder) -> None:
+        """Note with which order a model was loaded: that is what its name means from now on."""
+        self.catalog = self.catalog.with_order(name, order)
+
+    def forget_unloaded(self) -> None:
+        """Forget models that are neither loaded nor configured."""
+        self.catalog = self.catalog.without_guests(
+            guest.name for guest in self.catalog.guests if not self._is_loaded(guest.name)
+        )
+        for name in tuple(self._deployments):
+            if self.catalog.get(name) is None and not self._is_loaded(name):
+                del self._deployments[name]
+
+    def _is_loaded(self, name: str) -> bool:
+        """Return whether a model is loaded, is being loaded, or will be loaded again."""
+        deployment = self._deployments.get(name)
+        if deployment is None:
+            return False
+        waits = self._is_training() and deployment.order is not None
+        return deployment.is_loading or deployment.model_info is not None or waits
+
+    # Names
+
+    def resolve(self, requested: str | None) -> tuple[Deployment, str]:
+        """Return the deployment of the model that ``requested`` names, and the adapter behind a colon; "" for none.
+
+        A single model that is not loaded has every name. Raises ``ModelNotFound``.
+        """
+        if self.is_single and self[DEFAULT].model_info is None:
+            return self[DEFAULT], ""
+        entry, adapter = self.catalog.resolve(requested)
+        return self[entry.name], adapter
+
+    def public_name(self, deployment: Deployment) -> str:
+        """Return the name under which a deployment is shown; "" if it is the default one, without a model."""
+        if deployment.model_info:
+            return self.names_of(deployment.model_info)[0]
+        entry = self.catalog.get(deployment.name)
+        return self.catalog.public_name(entry) if entry else ""
+
+    def names_of(self, model_info: ModelInfo) -> tuple[str, ...]:
+        """Return the names under which a loaded model is listed, its public one first."""
+        model = model_info.shape.model
+        own = public_id(model.name, model.path)
+        deployment = next((d for d in self._deployments.values() if d.serves(model_info)), None)
+        entry = self.catalog.get(deployment.name) if deployment else None
+        if entry is None:
+            return (own,)
+        first, *aliases = self.catalog.public_names(entry)
+        return tuple(dict.fromkeys((own if entry.name == DEFAULT else first, *aliases)))
+
+    def loaded_models(self) -> list[ModelInfo]:
+        """Return what is loaded, in the catalog's order."""
+        found = (self._deployments.get(entry.name) for entry in self.catalog)
+        return [deployment.model_info for deployment in found if deployment and deployment.model_info]
+
+    def unloaded_names(self) -> list[str]:
+        """Return the public names of all models that are not loaded; none if there is only one model."""
+        if self.is_single:
+            return []
+        found = ((entry, self._deployments.get(entry.name)) for entry in self.catalog)
+        waiting = (entry for entry, deployment in found if not (deployment and deployment.model_info))
+        return [name for entry in waiting for name in self.catalog.public_names(entry)]
+
+    def choose(self, name: str) -> list[Deployment]:
+        """Return the deployment to unload: of the model that ``name`` means, else the only one that is loaded.
+
+        Raises ``ModelNotFound``, also if several are loaded and none is named.
+        """
+        if name:
+            return [self[self.catalog.find(name).name]]
+        loaded = [deployment for deployment in self.values() if deployment.model_info]
+        if len(loaded) > 1:
+            names = ", ".join(sorted(map(self.public_name, loaded)))
+            raise ModelNotFound(f"several models are loaded: {names}; name one of them", field="name")
+        return loaded

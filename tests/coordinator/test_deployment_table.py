@@ -1,0 +1,118 @@
+"""Which deployment a model's name means, and when one is forgotten."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.coordinator.deployment_table import DeploymentTable
+from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.errors import ModelNotFound
+
+BIG, SMALL = ModelEntry("big", LoadOrder("org/Big"), ("large",)), ModelEntry("small", LoadOrder("org/Small"))
+
+
+class Idle:
+    """A deployment that is loaded when a test says so."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_loading = False
+        self.order: LoadOrder | None = None
+        self.model_info: Any = None
+
+    def load(self, model: str) -> Any:
+        reference = SimpleNamespace(name=model, path=f"/hub/{model.replace('/', '--')}/1")
+        self.order, self.model_info = LoadOrder(model), SimpleNamespace(shape=SimpleNamespace(model=reference))
+        return self.model_info
+
+    def unload(self) -> None:
+        self.order = self.model_info = None
+
+    def serves(self, model_info: Any) -> bool:
+        return model_info is self.model_info
+
+
+class Table(DeploymentTable):
+    def __init__(self, *entries: ModelEntry) -> None:
+        self.training = False
+        super().__init__(Idle, lambda: self.training)  # type: ignore[arg-type]
+        self.adopt(ModelCatalog(entries))
+
+    def load(self, name: str, model: str) -> Any:
+        deployment: Any = self.begin(name, LoadOrder(model))
+        loaded = deployment.load(model)
+        self.note_loaded(deployment.name, LoadOrder(model))
+        return loaded
+
+
+def test_names_find_the_deployments_of_a_catalog() -> None:
+    table = Table(BIG, SMALL)
+    assert [table.resolve(name)[0].name for name in ("", DEFAULT, "large", "org/Big", "Small")] == [
+        *("big", "big", "big", "big"),
+        "small",
+    ]
+    assert table.resolve("small:legal") == (table["small"], "legal")
+    with pytest.raises(ModelNotFound, match="use big, large, small"):
+        table.resolve("medium")
+    assert table.unloaded_names() == ["big", "large", "small"]
+    loaded = table.load("small", "org/Small")
+    assert table.unloaded_names() == ["big", "large"]
+    assert table.loaded_models() == [loaded]
+    assert table.names_of(loaded) == ("small",)
+
+
+def test_a_single_model_takes_the_name_of_what_is_loaded() -> None:
+    table = Table(ModelEntry(DEFAULT, LoadOrder("org/Big"), ("mine",)))
+    assert table.resolve("whatever")[0].name == DEFAULT
+    assert table.unloaded_names() == []
+    assert table.names_of(table.load(DEFAULT, "org/Big")) == ("org/Big", "mine")
+    assert table.names_of(table.load(DEFAULT, "org/Other")) == ("org/Other", "mine")
+    assert table.resolve("Other")[0].name == table.resolve("mine")[0].name == DEFAULT
+    with pytest.raises(ModelNotFound, match="use org/Other, mine"):
+        table.resolve("org/Big")
+
+
+def test_a_coordinator_without_a_catalog_has_guests() -> None:
+    table = Table()
+    assert table.resolve("")[0].name == DEFAULT
+    first = table.load(DEFAULT, "org/Big")
+    second = table.load("second", "org/Small")
+    assert table.names_of(first) == ("org/Big",)
+    assert table.names_of(second) == ("second",)
+    assert table.resolve("")[0].model_info is first
+    guest: Any = table["second"]
+    guest.unload()
+    table.forget_unloaded()
+    assert [deployment.name for deployment in table.values()] == [DEFAULT]
+
+
+def test_what_is_loaded_stays_when_it_leaves_the_file() -> None:
+    table = Table(BIG, SMALL)
+    loaded = table.load("small", "org/Small")
+    table.adopt(ModelCatalog([BIG]))
+    assert table.resolve("small")[0].model_info is loaded
+    small: Any = table["small"]
+    small.unload()
+    table.training = True
+    small.order = LoadOrder("org/Small")
+    table.forget_unloaded()
+    assert table.resolve("small")[0] is small
+    small.order = None
+    table.forget_unloaded()
+    assert table.get("small") is None
+    assert [entry.name for entry in table.catalog] == ["big"]
+
+
+def test_what_to_unload_must_be_named_if_several_models_are_loaded() -> None:
+    table = Table(BIG, SMALL)
+    assert table.choose("") == []
+    table.load("small", "org/Small")
+    assert table.choose("") == [table["small"]]
+    table.load("big", "org/Big")
+    with pytest.raises(ModelNotFound, match="several models are loaded: big, small; name one of them"):
+        table.choose("")
+    assert table.choose("large") == [table["big"]]
