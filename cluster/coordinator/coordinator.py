@@ -25,6 +25,7 @@ from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.journal_writer import JournalWriter
+from cluster.coordinator.load_turns import LoadTurns
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog
 from cluster.coordinator.model_reader import ModelInfo, ModelReader, choose_adapter
@@ -91,6 +92,7 @@ class Coordinator:
         self._totals = SummedTotals()
         self._reader = ModelReader(store)
         self._claims = SliceClaims()
+        self._turns = LoadTurns()
         self._planner = ClusterPlanner(RosterView(roster, DEFAULT, self._claims), self._reader, report)
         self._weights = WeightDistribution(store, roster)
         self._max_schema_bytes = max_schema_bytes
@@ -150,6 +152,7 @@ class Coordinator:
             self._reader,
             self._planner,
             lambda holder: self._create_deps(RosterView(self._roster, holder, self._claims)),
+            self._turns,
             self._timeline,
             self._totals,
             lambda: self.journal,
@@ -200,9 +203,10 @@ class Coordinator:
     ) -> None:
         """Load a model and serve it in place of the one with this name, beside all others.
 
-        Raises ``NotServing``, and as ``Deployment.load``.
+        Loads of several models take turns. Raises ``NotServing`` during a training, or another load of this name, and
+        as ``Deployment.load``.
         """
-        self._require_no_load()
+        self._require_no_load(name)
         self._training.problem = ""
         report = BothReporters(self._report, follower) if follower else self._report
         deployment = self._deployments.begin(name, order)
@@ -216,8 +220,10 @@ class Coordinator:
     def _is_loading(self) -> bool:
         return self._exclusive.locked() or any(deployment.is_loading for deployment in self._deployments.values())
 
-    def _require_no_load(self) -> None:
-        if self._is_loading:
+    def _require_no_load(self, name: str = "") -> None:
+        """Raise ``NotServing`` during a training, or a load of the deployment with this name; without one, of any."""
+        named = self._deployments.get(name)
+        if self._exclusive.locked() or (named.is_loading if named else not name and self._is_loading):
             raise NotServing(f"the cluster is {self.activity}; wait until that ends")
 
     async def train(
@@ -251,12 +257,16 @@ class Coordinator:
     async def unload(self, name: str = "", *, every: bool = False) -> tuple[str, ...]:
         """End live requests of the model with this name, of the only one without a name, and free the workers' memory.
 
-        ``every`` unloads all. Return the public names of what was unloaded. Raises ``NotServing`` while a model is
-        being loaded or trained, and as ``DeploymentTable.choose``.
+        ``every`` unloads all. Return the public names of what was unloaded. Raises ``NotServing`` while it is being
+        loaded, or adapters are trained, and as ``DeploymentTable.choose``.
         """
-        self._require_no_load()
+        if not name:
+            self._require_no_load()
+        chosen = self._deployments.values() if every else self._deployments.choose(name)
+        for deployment in chosen:
+            self._require_no_load(deployment.name)
         unloaded = []
-        for deployment in self._deployments.values() if every else self._deployments.choose(name):
+        for deployment in chosen:
             if deployment.model_info:
                 unloaded.append(self._deployments.public_name(deployment))
             await deployment.unload()
@@ -361,7 +371,7 @@ class Coordinator:
         if self._training.job:
             raise self._training.job.refusal()
         named = self._deployments.get(by.deployment)
-        if named and named.service:
+        if (named and named.service) or self.catalog.get(self._deployments.own_name(by.deployment)) is None:
             gone = f"the model that began the answer of request {kept.request.id} is no longer served"
             raise RequestNotFound(f"{gone}; send the request again")
         why = f"the model {by.deployment}, which began the answer of request {kept.request.id}, is not loaded now"

@@ -15,7 +15,7 @@ from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.coordinator.replica import DeploymentHost, Replica
+from cluster.coordinator.replica import DeploymentHost, Placement, Replica
 from cluster.coordinator.reporter import BothReporters, LoadReporter, LoadWatch
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
@@ -120,15 +120,35 @@ class Deployment:
             raise
         try:
             draft_info = await read_draft(self._host.reader, model_info, order)
-            placement = await self.first.place(model_info, order, report, draft_info, again=again)
-            await self.close(NotServing("another model is being loaded"))
-            await self.first.open(model_info, placement, report)
+            placement = await self._open_first(model_info, order, report, draft_info, again=again)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await model_info.close()
             raise
         self.model_info, self._order = model_info, placement.order
         self._host.timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
+
+    async def _open_first(
+        self,
+        model_info: ModelInfo,
+        order: LoadOrder,
+        report: LoadReporter,
+        draft_info: ModelInfo | None,
+        *,
+        again: bool,
+    ) -> Placement:
+        """Open the first replica in its turn, in place of what is served. Return where it runs."""
+        first = self.first
+        gathered = await first.gather(model_info, order, report, again=again)
+        async with self._host.turns.take(self.watch) as waited:
+            if waited:  # the workers may be others by now
+                gathered = await first.gather(model_info, order, report, again=again)
+            placement = await first.place(model_info, gathered, report, draft_info, needs_draft=not again)
+            await self.close(NotServing("another model is being loaded"))
+            if first.is_outdated(placement):
+                placement = await first.place(model_info, gathered, report, draft_info, needs_draft=not again)
+            await first.open(model_info, placement, report)
+        return placement
 
     async def unload(self) -> None:
         """End live requests and free the workers' memory. Do nothing if no model is loaded."""

@@ -42,11 +42,13 @@ class PlannedMove(EpochChange):
         receivers = ", ".join(sorted(newcomers)) or ("the remaining workers" if self._missing_bytes else "")
         self.doing = f"moving layers to {receivers}" if receivers else "linking the stages again"
         self._context.deps.roster.pin((*self._epoch.workers, *chosen.workers))
+        self._context.deps.roster.claim_all(chosen.plan, chosen.workers)
         try:
             load = self._context.builder.load(chosen.plan, chosen.workers, only=newcomers)
             await self._while_all_live(chosen, load, self._require_old_ring)
         except BaseException:
             self._context.deps.roster.pin(self._epoch.workers)
+            self._context.deps.roster.claim_all(self._epoch.plan, self._epoch.workers)
             raise
         self.switched = True
         self._context.loop.hold()

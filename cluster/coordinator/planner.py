@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from cluster.coordinator.settings import LoadOrder
@@ -67,14 +68,13 @@ def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: Load
     stages = _stages(epoch, shape, proposal, order)
     lanes = order.lanes or len(stages)
     rows = LANE_ROWS if shape.batchable else 1
-    full_contexts = min(s.cache_bytes // max(shape.stage_cache_bytes(s.layers), 1) for s in stages)
-    return Plan(
+    plan = Plan(
         epoch=epoch,
         model=shape.model,
         stages=stages,
         route=order.route,
         max_context=shape.max_context,
-        max_sequences=min(full_contexts, lanes * rows),
+        max_sequences=min(full_contexts(stages, shape), lanes * rows),
         lanes=lanes,
         rows=rows,
         objective=order.objective,
@@ -82,6 +82,21 @@ def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: Load
         spares=proposal.spares,
         reasons=(*proposal.reasons, *_why_unbatchable(shape, order)),
     )
+    return plan if order.cached_contexts is None else limit_caches(plan, shape, order.cached_contexts)
+
+
+def full_contexts(stages: Sequence[PlannedStage], shape: ModelShape) -> int:
+    """Return how many full contexts all stages have room for."""
+    return min(stage.cache_bytes // max(shape.stage_cache_bytes(stage.layers), 1) for stage in stages)
+
+
+def limit_caches(plan: Plan, shape: ModelShape, contexts: int) -> Plan:
+    """Return the plan with room for at most ``contexts`` full contexts in the caches of each stage."""
+    stages = tuple(
+        replace(stage, cache_bytes=min(stage.cache_bytes, contexts * shape.stage_cache_bytes(stage.layers)))
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages, max_sequences=min(full_contexts(stages, shape), plan.lanes * plan.rows))
 
 
 def _why_unbatchable(shape: ModelShape, order: LoadOrder) -> tuple[str, ...]:
@@ -99,8 +114,6 @@ def _stages(epoch: int, shape: ModelShape, proposal: Proposal, order: LoadOrder)
         spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, order.kv_bits, order.quantize)
         used = shape.stage_bytes(layers)
         left = worker.memory.usable - used
-        if order.cached_contexts is not None:
-            left = min(left, order.cached_contexts * shape.stage_cache_bytes(layers))
         stages.append(PlannedStage(spec, worker.name, used, left, proposal.decode_s[i] * 1e3))
     return tuple(stages)
 

@@ -148,6 +148,7 @@ class EpochChange(ABC):
         self.doing = self._describe_loads(missing) if missing else "linking the stages again"
         self._on_chosen()
         context.deps.roster.pin(chosen.workers)
+        context.deps.roster.claim_all(chosen.plan, chosen.workers)
         await self._while_all_live(chosen, context.builder.load(chosen.plan, chosen.workers))
         epoch = await context.builder.link(chosen.plan, chosen.workers)
         disk = await context.disks.open(epoch, context.builder.edition)

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 import anyio
 
@@ -19,6 +20,7 @@ from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.held_slices import adopt_held_slices
 from cluster.coordinator.journal import AnswerTokens
 from cluster.coordinator.journal_writer import JournalWriter
+from cluster.coordinator.load_turns import LoadTurns
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.recovery import ServiceDeps
@@ -27,26 +29,32 @@ from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.request_timings import SummedTotals
 from cluster.coordinator.service import ModelService, open_service
 from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.slice_claims import AllClaims
 from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing
 from cluster.core.limits import CONTROL_TIMEOUT_S, STATUS_VIEW_S
 from cluster.core.request import Request
+from cluster.core.worker import WorkerInfo
+
+PLAN_TRIES: Final = 3
+"""How often a plan is made again because others claimed memory meanwhile. The worker refuses what is too much."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeploymentHost:
     """What a deployment and its replicas need of their coordinator.
 
-    ``create_deps`` returns what a service needs, for a holder of slices with that name. ``journal`` returns where live
-    requests are recorded, if anywhere. ``changed`` is called whenever the state may have changed, ``notify`` with a
-    sentence about each event for people.
+    ``create_deps`` returns what a service needs, for a holder of slices with that name. ``turns`` orders all loads.
+    ``journal`` returns where live requests are recorded, if anywhere. ``changed`` is called whenever the state may have
+    changed, ``notify`` with a sentence about each event for people.
     """
 
     reader: ModelReader
     planner: ClusterPlanner
     create_deps: Callable[[str], ServiceDeps]
+    turns: LoadTurns
     timeline: Timeline
     totals: SummedTotals
     journal: Callable[[], JournalWriter | None]
@@ -55,12 +63,24 @@ class DeploymentHost:
 
 
 @dataclass(frozen=True, slots=True)
+class GatheredWorkers:
+    """The workers that a replica may use, and the order for which they suffice."""
+
+    workers: tuple[WorkerInfo, ...]
+    order: LoadOrder
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a replica is about to run. ``order`` is narrowed to the slices that were adopted."""
+    """Where a replica is about to run. ``order`` is narrowed to the slices that were adopted.
+
+    ``others`` is what others had claimed of the workers meanwhile.
+    """
 
     assignment: Assignment
     order: LoadOrder
     draft: DraftAssignment | None
+    others: AllClaims
 
 
 class Replica:
@@ -86,47 +106,76 @@ class Replica:
 
     # Loading
 
-    async def place(
-        self,
-        model_info: ModelInfo,
-        order: LoadOrder,
-        report: LoadReporter,
-        draft_info: ModelInfo | None,
-        *,
-        again: bool,
-    ) -> Placement:
-        """Wait for workers, and plan over them. Change nothing.
+    async def gather(
+        self, model_info: ModelInfo, order: LoadOrder, report: LoadReporter, *, again: bool
+    ) -> GatheredWorkers:
+        """Wait for the workers of an order.
 
         ``again``: the model was served before, and goes on with the workers that are left. Raises ``MacpipeError``.
         """
-        deps, shape = self.deps, model_info.placed_shape
         if self.service:
             await self.service.send_step_times()  # the plan uses the step times measured here
+        roster, shape = self.deps.roster, model_info.placed_shape
         if again:
-            gathered, order = await gather_remaining(deps.roster, order, shape, report)
-        else:
-            gathered = await gather_workers(deps.roster, order, shape, report)
-        found, order = await adopt_held_slices(shape, order, gathered, deps.roster)
-        number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
-        plan = await self._host.planner.make_plan(number, shape, found, order)
+            return GatheredWorkers(*await gather_remaining(roster, order, shape, report))
+        return GatheredWorkers(await gather_workers(roster, order, shape, report), order)
+
+    async def place(
+        self,
+        model_info: ModelInfo,
+        gathered: GatheredWorkers,
+        report: LoadReporter,
+        draft_info: ModelInfo | None,
+        *,
+        needs_draft: bool,
+    ) -> Placement:
+        """Plan over the gathered workers, with the memory that others leave there now. Change nothing.
+
+        ``needs_draft``: a draft model without a place is an error. Raises ``MacpipeError``.
+        """
+        deps, shape = self.deps, model_info.placed_shape
+        found, order = await adopt_held_slices(shape, gathered.order, gathered.workers, deps.roster)
+        for _ in range(PLAN_TRIES):
+            others = deps.roster.others
+            found = deps.roster.measure_memory(found)
+            number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
+            plan = await self._host.planner.make_plan(number, shape, found, order)
+            if deps.roster.others == others:
+                break
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
         draft = None
         if draft_info:
+            usable = deps.roster.measure_memory(gathered.workers)
             try:
-                draft = assign_draft(deps.epochs.next(), model_info, draft_info, gathered, [w.name for w in workers])
+                draft = assign_draft(deps.epochs.next(), model_info, draft_info, usable, [w.name for w in workers])
             except NoPlan as e:
-                if not again:
+                if needs_draft:
                     raise
                 self._host.notify(f"{plan.model.name} is served without a draft model: {e.sentence}")
-        return Placement(Assignment(plan, workers), order, draft)
+        return Placement(Assignment(plan, workers), order, draft, others)
+
+    def is_outdated(self, placement: Placement) -> bool:
+        """Return whether others have claimed or left memory since, such as a recovery of another model."""
+        return self.deps.roster.others != placement.others
 
     async def open(self, model_info: ModelInfo, placement: Placement, report: LoadReporter) -> None:
-        """Load the slices and serve the model. Raises as ``open_service``."""
+        """Load the slices and serve the model. Raises as ``open_service``; then it holds nothing."""
+        try:
+            await self._open(model_info, placement, report)
+        except BaseException:
+            self._let_go()
+            raise
+
+    async def _open(self, model_info: ModelInfo, placement: Placement, report: LoadReporter) -> None:
         deps, draft = self.deps, placement.draft
-        deps.roster.pin(placement.assignment.workers)
+        plan, workers = placement.assignment.plan, placement.assignment.workers
+        deps.roster.pin(workers)
         deps.roster.pin_draft(draft.worker if draft else None)
+        deps.roster.claim_all(plan, workers)
+        if draft:
+            deps.roster.claim_all(draft.plan, [draft.worker])
         deps.heartbeat.start()
         service = await open_service(
             deps, model_info, placement.order, placement.assignment, draft, self._host.notify, report.progress
@@ -145,6 +194,9 @@ class Replica:
                 await service.close(error)
             finally:
                 self._host.totals.close_loop(service.loop.answers.totals)
+        self._let_go()
+
+    def _let_go(self) -> None:
         self.deps.roster.pin(())
         self.deps.roster.pin_draft(None)
 

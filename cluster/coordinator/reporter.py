@@ -58,7 +58,16 @@ class LoadWatch:
     """Keeps in a sentence what a load does or waits for. ``doing`` has a place for the model's name."""
 
     def __init__(self, model: str = "", doing: str = "{}") -> None:
-        self._what = doing.format(PurePath(model).name)
+        self.model = PurePath(model).name
+        self._what = doing.format(self.model)
+        self.sentence = self._what
+
+    def wait_for(self, model: str) -> None:
+        """Take note that another model is loaded first."""
+        self.sentence = f"{self._what}: waiting until {model} is loaded"
+
+    def go_on(self) -> None:
+        """Take note that nothing is waited for."""
         self.sentence = self._what
 
     def waiting(self, found: Sequence[WorkerInfo], wanted: int | None) -> None:
@@ -69,7 +78,7 @@ class LoadWatch:
 
     def planned(self, plan: Plan) -> None:
         """Take note that nothing is waited for."""
-        self.sentence = self._what
+        self.go_on()
 
     def progress(self, progress: LoadProgress) -> None:
         """Ignore it: the Macs report it themselves."""

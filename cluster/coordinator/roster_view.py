@@ -7,11 +7,13 @@ from dataclasses import replace
 
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster import Roster, RosterEntry
-from cluster.coordinator.slice_claims import SliceClaim, SliceClaims
+from cluster.coordinator.slice_claims import AllClaims, SliceClaim, SliceClaims
+from cluster.coordinator.stage_setup import WorkerShare
 from cluster.coordinator.worker_client import WorkerClient
-from cluster.core.plan import PlannedStage
+from cluster.core.plan import Plan, PlannedStage
 from cluster.core.text import format_address, parse_address
 from cluster.core.worker import HeldSlice, WorkerInfo
+from cluster.placement.memory_split import memory_for
 
 
 class RosterView:
@@ -74,11 +76,22 @@ class RosterView:
     def _release_unpinned(self) -> None:
         self._claims.release_all_but(self._holder, self._pinned | self._pinned_draft)
 
-    def claim(self, address: str, stage: PlannedStage) -> tuple[int, ...]:
-        """Claim a worker for a stage. Return the epochs of the slices that others have there."""
-        claim = SliceClaim(stage.spec.epoch, stage.weight_bytes + stage.cache_bytes)
-        self._claims.claim(self._holder, address, claim)
-        return self._kept(address)
+    def claim(self, address: str, stage: PlannedStage) -> WorkerShare:
+        """Claim a worker for a stage. Return what the holder may use of it beside others."""
+        nbytes = memory_for(stage.weight_bytes + stage.cache_bytes)
+        self._claims.claim(self._holder, address, SliceClaim(stage.spec.epoch, nbytes))
+        keep = self._kept(address)
+        return WorkerShare(keep, nbytes if keep or self._claims.shared else 0)
+
+    def claim_all(self, plan: Plan, workers: Sequence[WorkerInfo]) -> None:
+        """Claim the workers of a plan, in its order, before anything is awaited: then no other plan counts on them."""
+        for stage, worker in zip(plan.stages, workers, strict=True):
+            self.claim(worker.control_address, stage)
+
+    @property
+    def others(self) -> AllClaims:
+        """What all others have claimed. A plan is outdated once this changes."""
+        return self._claims.all_others(self._holder)
 
     def release(self, address: str, epoch: int) -> tuple[int, ...]:
         """Give up what the holder has claimed on a worker for this epoch or an older one.
@@ -88,8 +101,21 @@ class RosterView:
         self._claims.release(self._holder, address, epoch)
         return self._kept(address)
 
+    def measure_memory(self, workers: Sequence[WorkerInfo]) -> tuple[WorkerInfo, ...]:
+        """Return the workers with the memory that others leave of them now."""
+        limits = {entry.info.control_address: entry.info.memory_limit for entry in self._roster.members}
+        return tuple(
+            replace(worker, memory_limit=self._left_of(limits[worker.control_address], worker.control_address))
+            if worker.control_address in limits
+            else worker
+            for worker in workers
+        )
+
+    def _left_of(self, limit: int, address: str) -> int:
+        return max(limit - sum(other.nbytes for other in self._claims.others(self._holder, address)), 0)
+
     def _kept(self, address: str) -> tuple[int, ...]:
-        return tuple(other.epoch for other in self._claims.others(self._holder, address))
+        return tuple(epoch for other in self._claims.others(self._holder, address) for epoch in other.epochs)
 
     def focus(self, entry: RosterEntry) -> RosterEntry:
         """Return the entry with the holder's own slice in place of the worker's first, and without others' memory."""
@@ -104,7 +130,7 @@ class RosterView:
         others = self._claims.others(self._holder, info.control_address)
         if not others:
             return info
-        foreign = {other.epoch for other in others}
+        foreign = {epoch for other in others for epoch in other.epochs}
         own = [held for held in info.slices if held.epoch not in foreign]
         held = max(own, key=lambda one: one.epoch, default=HeldSlice())
         data_address = info.data_address
@@ -122,5 +148,5 @@ class RosterView:
             busy_ms=held.busy_ms,
             computing=held.computing,
             data_address=data_address,
-            memory_limit=max(info.memory_limit - sum(other.nbytes for other in others), 0),
+            memory_limit=self._left_of(info.memory_limit, info.control_address),
         )

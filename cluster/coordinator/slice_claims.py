@@ -7,27 +7,49 @@ once nobody wants the slice any more, whether the worker has heard of that or no
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
 class SliceClaim:
-    """A slice of one holder on one worker: its epoch, and the bytes that it may use with its caches."""
+    """A slice of one holder on one worker: its epoch, and the bytes that it may use there, with its caches and margin.
+
+    ``former`` is the epoch of the slice in whose place it comes, which serves until then; 0 for none.
+    """
 
     epoch: int
     nbytes: int
+    former: int = 0
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs of the slices that the worker keeps for it."""
+        return (self.epoch, self.former) if self.former else (self.epoch,)
+
+
+AllClaims: TypeAlias = frozenset[tuple[str, str, SliceClaim]]
+"""Claims with the control addresses of their workers, and the names of their holders."""
 
 
 class SliceClaims:
-    """The claims of all holders, by the workers' control addresses. A holder has at most one slice on a worker."""
+    """The claims of all holders, by the workers' control addresses. A holder has at most one slice on a worker.
+
+    ``shared``: further holders may come, so that each must keep to its share of a worker's memory.
+    """
 
     def __init__(self) -> None:
         self._claims: dict[str, dict[str, SliceClaim]] = {}
+        self.shared = False
 
     def claim(self, holder: str, address: str, claim: SliceClaim) -> None:
         """Note what a holder loads on a worker, in place of its previous slice there."""
         self._claims = {known: found for known, found in self._claims.items() if found}
-        self._claims.setdefault(address, {})[holder] = claim
+        found = self._claims.setdefault(address, {})
+        if before := found.get(holder):
+            again = before.epoch == claim.epoch
+            claim = replace(claim, former=before.former if again else before.epoch)
+        found[holder] = claim
 
     def release(self, holder: str, address: str, epoch: int) -> None:
         """Note that a holder no longer wants its slice on a worker, if it is of this epoch or an older one."""
@@ -44,3 +66,12 @@ class SliceClaims:
     def others(self, holder: str, address: str) -> tuple[SliceClaim, ...]:
         """Return the claims of all other holders on a worker."""
         return tuple(claim for name, claim in self._claims.get(address, {}).items() if name != holder)
+
+    def all_others(self, holder: str) -> AllClaims:
+        """Return all claims of other holders."""
+        return frozenset(
+            (address, name, claim)
+            for address, found in self._claims.items()
+            for name, claim in found.items()
+            if name != holder
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cluster.coordinator.concurrent_calls import call_for_each
 from cluster.coordinator.ring import RingStage
@@ -18,13 +18,26 @@ from cluster.security.trust import worker_of
 log = logging.getLogger(__name__)
 
 Progress = Callable[[LoadProgress], None]
-Claim = Callable[[str, PlannedStage], tuple[int, ...]]
-"""Claims a worker, by its control address, for a stage. Returns the epochs of the slices that it keeps beside."""
 
 
-def claim_worker(address: str, stage: PlannedStage) -> tuple[int, ...]:
-    """Claim a worker for a stage alone: it keeps nothing beside."""
-    return ()
+@dataclass(frozen=True, slots=True)
+class WorkerShare:
+    """What a slice may use of its worker: beside the slices of the epochs ``keep``, and ``memory_limit`` bytes.
+
+    A limit of 0 is the worker's own.
+    """
+
+    keep: tuple[int, ...] = ()
+    memory_limit: int = 0
+
+
+Claim = Callable[[str, PlannedStage], WorkerShare]
+"""Claims a worker, by its control address, for a stage."""
+
+
+def claim_worker(address: str, stage: PlannedStage) -> WorkerShare:
+    """Claim a worker for a stage alone."""
+    return WorkerShare()
 
 
 async def load_slices(
@@ -34,7 +47,7 @@ async def load_slices(
     progress: Progress,
     claim: Claim = claim_worker,
 ) -> tuple[LoadedStage, ...]:
-    """Load every slice, once ``claim`` has said what its worker keeps. Return what is loaded, in order.
+    """Load every slice, once ``claim`` has said what it may use of its worker. Return what is loaded, in order.
 
     Raises the first error and cancels the other loads.
     """
@@ -49,7 +62,8 @@ async def _load(
     stage: PlannedStage, control: WorkerClient, order: FetchOrder, progress: Progress, claim: Claim
 ) -> LoadedStage:
     loaded = LoadedStage(stage.worker, ())
-    async for p in control.load(stage.spec, order, claim(control.address, stage)):
+    share = claim(control.address, stage)
+    async for p in control.load(stage.spec, order, share.keep, share.memory_limit):
         if isinstance(p, LoadedStage):
             loaded = p
             continue

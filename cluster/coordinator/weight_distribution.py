@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -99,6 +100,9 @@ class WeightDistribution:
     def __init__(self, store: Store, roster: Roster) -> None:
         self._store, self._roster, self._trust = store, roster, roster.trust
         self._store_server = StoreServer(store)
+        self._delivered: Counter[str] = Counter()
+        """How many deliveries of a model run, by its fingerprint. While one does, its files stay open."""
+        self._store_server.in_use = self._delivered.keys
 
     @asynccontextmanager
     async def delivery(
@@ -113,7 +117,8 @@ class WeightDistribution:
         own = asyncio.create_task(asyncio.to_thread(self._own_digests, found, names, stop))
         own.add_done_callback(ignore_error)  # nobody awaits it if the load fails
         async with AsyncExitStack() as stack:
-            stack.callback(self._store_server.release)
+            stack.callback(self._end_delivery, item.checkpoint.fingerprint)
+            self._delivered[item.checkpoint.fingerprint] += 1
             stack.callback(own.cancel)
             stack.callback(stop.set)
             peers = await self._open_ports(stack, workers)
@@ -121,6 +126,11 @@ class WeightDistribution:
                 replace(order, peers=own_peers) for order, own_peers in zip(orders, peers, strict=True)
             ]
             yield WeightDelivery(tuple(orders_with_peers), item.manifest, own)
+
+    def _end_delivery(self, fingerprint: str) -> None:
+        self._delivered[fingerprint] -= 1
+        self._delivered += Counter()  # drops those of which none runs
+        self._store_server.release()
 
     @asynccontextmanager
     async def adapter_delivery(

@@ -149,14 +149,16 @@ class WorkerClient:
         return answer
 
     async def load(
-        self, spec: StageSpec, order: FetchOrder, keep: Sequence[int] = ()
+        self, spec: StageSpec, order: FetchOrder, keep: Sequence[int] = (), memory_limit: int = 0
     ) -> AsyncIterator[LoadProgress | LoadedStage]:
         """Load a slice in place of all others but those of the epochs ``keep``. Yield progress, then what is loaded.
 
+        ``memory_limit`` is in bytes, for weights, caches and work; 0 is the worker's own.
         Raises the worker's error, or ``WorkerLost`` if the load stalls.
         """
         request = _load_request(spec, order, self._coordinator, self._instance)
         request.keep.extend(keep)
+        request.memory_limit = memory_limit
         call = self._stub.LoadStage(request)
         digests: list[tuple[str, str]] = []
         port = 0

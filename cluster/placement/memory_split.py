@@ -37,6 +37,11 @@ class WorkerMemory:
         return max(int(self.nbytes * (1 - MEMORY_MARGIN)) - self.taken, 0)
 
 
+def memory_for(used: int) -> int:
+    """Return the bytes that a worker must offer, so that ``used`` of them are usable."""
+    return int(used / (1 - MEMORY_MARGIN))
+
+
 def needed_bytes(shape: ModelShape, layers: LayerRange, sequences: int) -> int:
     """Return the bytes that a stage needs: its weights, and the caches of ``sequences`` full-length sequences."""
     return shape.stage_bytes(layers) + sequences * shape.stage_cache_bytes(layers)

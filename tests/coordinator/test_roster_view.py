@@ -7,7 +7,8 @@ from dataclasses import replace
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.slice_claims import SliceClaims
-from cluster.core.plan import LayerRange, ModelRef, PlannedStage, StageSpec
+from cluster.coordinator.stage_setup import WorkerShare
+from cluster.core.plan import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec
 from cluster.core.worker import HeldSlice, WorkerInfo
 from cluster.discovery.static import static_source
 from cluster.security.credentials import LocalTrust
@@ -42,9 +43,9 @@ def test_a_holder_sees_its_own_slice_and_the_memory_that_others_leave() -> None:
     address = ADA.control_address
     one.pin([ADA])
     other.pin([ADA])
-    assert one.claim(address, a_stage(5, 100)) == ()
-    assert other.claim(address, a_stage(6, 30)) == (5,)
-    assert one.claim(address, a_stage(7, 100)) == (6,), "its slice of an older epoch goes"
+    assert one.claim(address, a_stage(5, 95)) == WorkerShare()
+    assert other.claim(address, a_stage(6, 19)) == WorkerShare((5,), 40)
+    assert one.claim(address, a_stage(7, 95)) == WorkerShare((6,), 200), "its slice of an older epoch goes"
     slices = (
         HeldSlice(6, LayerRange(0, 2), "b", "fb", data_port=71, busy_ms=9),
         HeldSlice(7, LayerRange(0, 4), "a", "fa", data_port=70, problem="its engine hangs"),
@@ -54,7 +55,7 @@ def test_a_holder_sees_its_own_slice_and_the_memory_that_others_leave() -> None:
     assert (mine.info.epoch, mine.info.layers, mine.info.memory_limit, mine.problem) == (
         7,
         LayerRange(0, 4),
-        940,
+        960,
         "its engine hangs",
     )
     assert (theirs.info.fingerprint, theirs.info.busy_ms, theirs.info.memory_limit, theirs.problem) == (
@@ -66,10 +67,30 @@ def test_a_holder_sees_its_own_slice_and_the_memory_that_others_leave() -> None:
     assert theirs.info.data_address == "127.0.0.1:71"
     lost = other.focus(RosterEntry(replace(info, slices=slices[1:])))
     assert (lost.info.epoch, lost.info.layers, lost.info.model) == (0, None, "")
-    assert other.release(address, 5) == (7,)
-    assert one.claim(address, a_stage(8, 100)) == (6,), "a slice is given up by its own epoch, or a newer one"
-    assert other.release(address, 9) == (8,)
+    assert other.release(address, 5) == (7, 5), "the slice that another one is about to replace may still serve"
+    kept = one.claim(address, a_stage(8, 95)).keep
+    assert kept == (6,), "a slice is given up by its own epoch, or a newer one"
+    assert other.release(address, 9) == (8, 7)
     alone = RosterEntry(info)
     assert one.focus(alone) is alone
     one.pin([BOB])
-    assert other.claim(address, a_stage(9, 1)) == (), "who moved away leaves nothing to keep"
+    assert other.claim(address, a_stage(9, 1)) == WorkerShare(), "who moved away leaves nothing to keep"
+    claims.shared = True
+    assert other.claim(address, a_stage(9, 19)) == WorkerShare((), 40), "others may come"
+
+
+def test_a_plan_is_measured_again_once_others_have_claimed_memory() -> None:
+    roster, claims = Roster(static_source([]), "c", "me", LocalTrust()), SliceClaims()
+    one, other = RosterView(roster, "one", claims), RosterView(roster, "other", claims)
+    info = replace(ADA, memory_limit=1000)
+    roster.members = (RosterEntry(info),)
+    before = one.others
+    one.claim(info.control_address, a_stage(5, 95))
+    assert one.others == before
+    other.claim_all(Plan(6, ModelRef("m", "", "f"), (a_stage(6, 190),), Route.DIRECT, 16, 1, 1, 1), [info])
+    assert one.others != before
+    (left,) = one.measure_memory([replace(info, memory_limit=7, epoch=3)])
+    assert (left.memory_limit, left.epoch) == (600, 3), "only the memory is measured"
+    assert one.measure_memory([BOB]) == (BOB,), "who is not there any more"
+    other.release(info.control_address, 6)
+    assert one.others == before

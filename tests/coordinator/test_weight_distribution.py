@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from cluster.coordinator.weight_distribution import compare
+from checkpoints import make
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.weight_distribution import WeightDistribution, compare
 from cluster.core.errors import ModelDiffers
 from cluster.core.plan import LoadedStage
+from cluster.discovery.static import static_source
+from cluster.security.credentials import LocalTrust
 from cluster.store.digest_manifest import DigestManifest
+from cluster.store.store import FoundModel, Store
 
 A, B = "a" * 64, "b" * 64
+
+
+@pytest.mark.anyio
+async def test_a_delivery_that_ends_closes_no_model_of_another_one(tmp_path: Path) -> None:
+    """The recovery of one model ends while another one is loaded."""
+    roster = Roster(static_source([]), "c", "me", LocalTrust())
+    weights = WeightDistribution(Store(tmp_path / "home"), roster)
+    plan: Any = SimpleNamespace(stages=())
+    one, other = (make(kind, tmp_path / kind) for kind in ("llama", "qwen3"))
+
+    def delivery(folder: Path) -> AbstractAsyncContextManager[object]:
+        model_info: Any = SimpleNamespace(found=FoundModel(folder))
+        return weights.delivery(plan, model_info, ())
+
+    def share_in_part() -> set[str]:
+        for item in weights._store_server._items.values():
+            item.partial = item.partial or cast(Any, object())
+        return set(weights._store_server._items)
+
+    async with delivery(one):
+        (first,) = share_in_part()
+        async with delivery(other), delivery(one):
+            assert len(share_in_part()) == 2
+        assert set(weights._store_server._items) == {first}
+    assert not weights._store_server._items
 
 
 def test_equal_digests_pass(tmp_path: Path) -> None:

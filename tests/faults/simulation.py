@@ -269,7 +269,7 @@ class Mac(Port):
         )
 
     async def load(
-        self, spec: StageSpec, order: FetchOrder, keep: Sequence[int]
+        self, spec: StageSpec, order: FetchOrder, keep: Sequence[int], memory_limit: int
     ) -> AsyncIterator[LoadProgress | LoadedStage]:
         await self._reached()
         if self._problem:
