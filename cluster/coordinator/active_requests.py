@@ -15,6 +15,7 @@ from cluster.coordinator.request_timings import RequestTimings
 from cluster.core.limits import RESUMED_TOKENS
 from cluster.core.request import FinishEvent, FinishReason, Request, SkippedText, TokenEvent, Usage
 from cluster.scheduler.guessing import GuessSource
+from cluster.scheduler.live_requests import MovedSample
 from cluster.scheduler.outcome import Produced
 
 
@@ -117,6 +118,21 @@ class ActiveSample:
 def skipped_text(request: Request, sample: int, text: str) -> SkippedText | None:
     """Return the event of a token that the reader already has; None unless it needs the text to parse the answer."""
     return SkippedText(sample, text) if request.parsing is not None and text else None
+
+
+@dataclass(frozen=True, slots=True)
+class MovedRequest:
+    """A live request on its way to another engine loop.
+
+    ``samples`` are its live ones, each with what the scheduler of that loop needs. ``tokens`` and ``skip`` are as in
+    ``EngineLoop.submit``, for a request that has no live sample yet.
+    """
+
+    request: Request
+    answer: AnswerQueue
+    samples: tuple[tuple[ActiveSample, MovedSample], ...] = ()
+    tokens: AnswerTokens = ()
+    skip: tuple[int, ...] = ()
 
 
 class ResumedRequest:

@@ -42,17 +42,31 @@ class EventBatch:
 class AnswerQueue:
     """The queue of one answer; iterate over it for the events up to the last ``FinishEvent``.
 
-    Create and read it on one event loop; write it on the thread that owns ``post``. ``abandon`` ends the request early.
+    Create and read it on one event loop; write it on the thread that owns ``post``. ``end`` ends the request early.
     The answer is complete once each of its ``samples`` has a ``FinishEvent``.
     """
 
-    def __init__(self, post: EventBatch, abandon: Callable[[], object] = lambda: None, samples: int = 1) -> None:
-        self.abandon = abandon
+    def __init__(self, post: EventBatch, end: Callable[[], object] = lambda: None, samples: int = 1) -> None:
+        self._end = end
+        self.abandoned = False
+        """Whether nobody reads it any more."""
         self._samples = self._unfinished = samples
         self._post, self._loop = post, asyncio.get_running_loop()
         self._events = deque[Event | MacpipeError]()
         self._arrived = asyncio.Event()
         self._written = self._read = self._uncounted = 0
+
+    def abandon(self) -> None:
+        """End the request: nobody reads its answer any more."""
+        self.abandoned = True
+        self._end()
+
+    def move(self, post: EventBatch, end: Callable[[], object]) -> None:
+        """Let another thread write the queue, whose request has moved there.
+
+        Call it on the reader's event loop, once the old thread has delivered its last event.
+        """
+        self._post, self._end = post, end
 
     def put(self, event: Event | MacpipeError) -> bool:
         """Send an event to the reader. Return False, and drop a token, if the reader is too far behind."""

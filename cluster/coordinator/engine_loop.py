@@ -11,9 +11,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 
+from cluster.coordinator.active_requests import MovedRequest
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.answer_text import Decoder
 from cluster.coordinator.frame_history import FrameHistory, FramesCopy
@@ -42,6 +43,7 @@ from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.disk_prefixes import DiskContents, DiskRead, ReadOutcome
 from cluster.scheduler.kv_cost import Cost
 from cluster.scheduler.outcome import Outcome
+from cluster.scheduler.routing import Offer
 from cluster.scheduler.scheduler import Scheduler
 from cluster.wire.frame_codec import decode, encode
 
@@ -124,6 +126,37 @@ class EngineLoop:
         """
         if not self._inbox.put(lambda: self._submit(request, answer, tokens, skip)):
             raise NotServing("the model is no longer served; send the request again once a model is loaded")
+
+    def make_offer(self, request: Request) -> Future[Offer]:
+        """Return a future of what this loop can do for a request now."""
+        return self._inbox.ask(lambda: self._scheduler.offers.make(request))
+
+    def hand_over(self, ids: Collection[str] | None = None) -> Future[list[MovedRequest]]:
+        """Give up the requests with these ids, all of them if None, so that another loop can ``take_over`` them.
+
+        All their events so far have been delivered once the future is done. Its result must not be dropped.
+        """
+        return self._inbox.ask(lambda: self._hand_over(ids))
+
+    def _hand_over(self, ids: Collection[str] | None) -> list[MovedRequest]:
+        moved = self.answers.hand_over(ids)
+        self.post.deliver()
+        return moved
+
+    def take_over(self, moved: Sequence[MovedRequest]) -> Future[list[MovedRequest]]:
+        """Go on with requests of another loop, whose answers write to ``post`` now.
+
+        The future has those that cannot be answered here.
+        """
+        return self._inbox.ask(lambda: self._take_over(moved))
+
+    def _take_over(self, moved: Sequence[MovedRequest]) -> list[MovedRequest]:
+        if self._refusal:
+            return list(moved)
+        for one in moved:
+            if not one.samples:
+                self.answers.open(one.request, one.answer, one.tokens, one.skip, lambda: self._plan.stages)
+        return self.answers.take_over([one for one in moved if one.samples], self._plan.stages)
 
     def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
         """End a request with an error. The future resolves to whether the request was live."""

@@ -38,12 +38,17 @@ class JobQueue:
     def ask(self, question: Callable[[], T]) -> Future[T]:
         """Queue a call and return a future of its result. The caller may cancel the future.
 
-        After ``close``, the future fails with ``NotServing``.
+        After ``close``, the future fails with ``NotServing``. An error of the call goes to the future, too.
         """
         future: Future[T] = Future()
 
         def answer_question() -> None:
-            answer = question()
+            try:
+                answer = question()
+            except Exception as e:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(e)
+                raise
             if future.set_running_or_notify_cancel():
                 future.set_result(answer)
 

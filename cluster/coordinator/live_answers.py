@@ -6,11 +6,17 @@ It runs on the loop's thread. It knows requests, text and the journal; it refuse
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from cluster.coordinator.active_requests import ActiveRequest, ActiveSample, ResumedRequest, split_samples
+from cluster.coordinator.active_requests import (
+    ActiveRequest,
+    ActiveSample,
+    MovedRequest,
+    ResumedRequest,
+    split_samples,
+)
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_text import Decoder
 from cluster.coordinator.frame_history import FrameHistory
@@ -152,14 +158,70 @@ class LiveAnswers:
         live = (*(r.request for r in self._requests.values()), *(r.request for r in self._resumed.values()))
         return sum(self.end(request.id, error) for request in live if request.adapter == adapter)
 
+    def hand_over(self, ids: Collection[str] | None) -> list[MovedRequest]:
+        """Give up the requests with these ids, all of them if None, so that another loop can go on with them."""
+        given = [live for i, live in self._requests.items() if ids is None or i in ids]
+        leaving = {s: self._samples.pop(s) for active in given for s in sorted(active.live)}
+        states = {moved.request.id: moved for moved in self._scheduler.hand_over(list(leaving))}
+        found = []
+        for active in given:
+            del self._requests[active.request.id]
+            samples = [(leaving[s], states[s]) for s in sorted(active.live) if s in states]
+            found.append(MovedRequest(active.request, active.answer, tuple(samples)))
+        for resumed in [r for i, r in self._resumed.items() if ids is None or i in ids]:
+            del self._resumed[resumed.request.id]
+            found.append(MovedRequest(resumed.request, resumed.answer, (), resumed.tokens, resumed.skip))
+        for sample in leaving:
+            self._history.end(sample, self._clock())
+        self._flush()
+        return found
+
+    def take_over(self, moved: Sequence[MovedRequest], stages: Sequence[PlannedStage]) -> list[MovedRequest]:
+        """Go on with requests of another loop that have live samples.
+
+        Return those that cannot be answered here: they never fit, or another request has their id.
+        """
+        here = {*self._requests, *self._resumed}
+        left = [one for one in moved if one.request.id in here]
+        offered = [one for one in moved if one.request.id not in here]
+        states = [state for one in offered for _, state in one.samples]
+        refused = {state.request.id for state in self._scheduler.take_over(states)}
+        for one in offered:
+            ids = [state.request.id for _, state in one.samples]
+            if refused.isdisjoint(ids):
+                self._adopt(one, stages)
+            else:
+                self._scheduler.hand_over(ids)
+                left.append(one)
+        self._flush()
+        return left
+
+    def _adopt(self, moved: MovedRequest, stages: Sequence[PlannedStage]) -> None:
+        request, now = moved.request, self._clock()
+        active = self._requests[request.id] = ActiveRequest(request, moved.answer)
+        answers: list[tuple[int, ...]] = [()] * request.samples
+        for live, state in moved.samples:
+            active.live.add(live.request.id)
+            live.parent = active
+            self._samples[live.request.id] = live
+            self._history.accept(live.request.id, request.client, len(request.prompt), now)
+            answers[live.sample] = state.answer
+        if self.journal:
+            self.journal.record_opened(request, tuple(answers))
+        for live, _ in moved.samples:
+            self._begin_epoch(live, stages)
+
     def begin_epoch(self, stages: Sequence[PlannedStage]) -> None:
         """Continue on the stages of a new epoch. End requests that have lost ``MAX_REPLAYS`` rings in a row."""
         for live in tuple(self._samples.values()):
-            live.timings.begin_epoch(stages)
-            live.replays += 1
-            if live.replays > MAX_REPLAYS:
-                loss = WorkerLost(f"a stage was lost {MAX_REPLAYS} times in a row during this request")
-                self.end(live.request.id, loss)
+            self._begin_epoch(live, stages)
+
+    def _begin_epoch(self, live: ActiveSample, stages: Sequence[PlannedStage]) -> None:
+        live.timings.begin_epoch(stages)
+        live.replays += 1
+        if live.replays > MAX_REPLAYS:
+            loss = WorkerLost(f"a stage was lost {MAX_REPLAYS} times in a row during this request")
+            self.end(live.request.id, loss)
 
     def progress(self) -> dict[str, AnswerProgress]:
         """Return how far each live sample is, by its id."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import inf
 
+from cluster.core.errors import BadFrame
+from cluster.core.frames import Frame
 from cluster.core.limits import GRAMMAR_POLL_S, GRAMMAR_POLL_SHARE, GRAMMAR_WAIT_S
 from cluster.core.request import Grammar
 from cluster.scheduler.sequence import ScheduledSequence
@@ -30,6 +32,19 @@ class DeferredSamples:
         """Wait for the sample of a sequence. It goes behind the rows that decode meanwhile."""
         self._since[sequence.id] = sent_at, sequence
         sequence.turn = 0
+
+    def add_unanswered(self, live: list[ScheduledSequence], frame: Frame, sent_at: float) -> None:
+        """Wait for the samples of a decode frame's sequences that have no answer: their grammars are being compiled.
+
+        Raise ``BadFrame`` for one that has no grammar.
+        """
+        answered = {*(s.sequence for s in frame.samples), *(f.sequence for f in frame.failures)}
+        for sequence in [s for s in live if s.id not in answered]:
+            if sequence.request.sampling.grammar is None:
+                raise BadFrame(
+                    f"invalid frame {frame.number} of epoch {frame.epoch}: no answer for sequence {sequence.id}"
+                )
+            self.add(sequence, sent_at)
 
     def discard(self, sequence: ScheduledSequence) -> None:
         """Stop waiting: the sample has come, or the sequence has ended."""

@@ -93,6 +93,20 @@ class FairQueue:
         """Put admitted requests that lost their stages back at the front. They keep their order and are not charged."""
         self._returning = deque((*sequences, *self._returning))
 
+    def is_returning(self, sequence: ScheduledSequence) -> bool:
+        """Return whether a request was put back."""
+        return sequence in self._returning
+
+    def tokens_ahead(self, client: str, tokens: int) -> int:
+        """Return how many prompt tokens are read before those of a new request of ``tokens`` tokens, about.
+
+        All of the client's own requests go first, and of each other client no more than the client has then.
+        """
+        waiting = {name: sum(len(s.base) for s in queue) for name, queue in self._queues.items()}
+        own = waiting.pop(client, 0)
+        share = sum(min(theirs, own + tokens) for theirs in waiting.values())
+        return sum(len(s.base) for s in self._returning) + own + share
+
     def first(self) -> ScheduledSequence | None:
         """Return the request that is next, or None if the queue is empty."""
         if self._returning:

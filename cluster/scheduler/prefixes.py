@@ -91,20 +91,28 @@ class Prefixes:
         marks = {at: mark for at, mark in kept.marks.items() if at <= match.length}
         return Start(match.entry, match.length, marks, kept.source)
 
+    def longest(self, owner: Owner, prompt: Sequence[int]) -> int:
+        """Return the length of the longest start for a prompt, 0 without one. Counts as no use."""
+        match = self._longest(owner, prompt)
+        return match.length if match else 0
+
     def touch(self, owner: Owner, prompt: Sequence[int]) -> None:
         """Count the prefix that a prompt would start from as used, so that it is dropped last."""
         self._use_longest(owner, prompt)
 
     def _use_longest(self, owner: Owner, prompt: Sequence[int]) -> Match | None:
+        match = self._longest(owner, prompt)
+        if match:
+            self._kept.move_to_end(match.entry)
+        return match
+
+    def _longest(self, owner: Owner, prompt: Sequence[int]) -> Match | None:
         tree = self._trees.get(owner)
         if tree is None:
             return None
         asked = tuple(prompt[:-1])
         match = tree.longest(asked) if self._trimmable else tree.longest_marked(asked)
-        if match is None or match.length < MIN_HIT:
-            return None
-        self._kept.move_to_end(match.entry)
-        return match
+        return None if match is None or match.length < MIN_HIT else match
 
     def shared(self, owner: Owner, prompt: Sequence[int]) -> int:
         """Return how many of the prompt's first tokens some prefix has too, marked there or not."""

@@ -19,11 +19,11 @@ other sequences (``cluster.scheduler.reordering``). Every frame that is written 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
-from cluster.core.errors import BadFrame, InvalidRequest, PromptTooLong, RequestNotFound
+from cluster.core.errors import BadFrame, RequestNotFound
 from cluster.core.frames import Compute, Drop, Frame, Leave, Restore, Sample, Save, SequenceFailure, Step, Trim
 from cluster.core.request import FinishReason, Grammar, Request
 from cluster.scheduler.adapter_memory import AdapterMemory
@@ -31,7 +31,6 @@ from cluster.scheduler.cache_accounting import CacheMemory
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.deferred import DeferredSamples
 from cluster.scheduler.disk_prefixes import DiskContents, DiskPrefixes, DiskUse
-from cluster.scheduler.fair_queue import FairQueue
 from cluster.scheduler.frame_writer import FrameWriter
 from cluster.scheduler.guess_chains import GuessChains
 from cluster.scheduler.guessing import Guesser
@@ -39,7 +38,9 @@ from cluster.scheduler.in_flight import InFlightFrame
 from cluster.scheduler.kept_marks import KeptMark
 from cluster.scheduler.kv_cost import Cost, fits
 from cluster.scheduler.lanes import LaneAssignment
+from cluster.scheduler.live_requests import LiveRequests, MovedSample
 from cluster.scheduler.marking import Marking
+from cluster.scheduler.offers import Offers
 from cluster.scheduler.outcome import Outcome, Produced, Refused, SampleFailed
 from cluster.scheduler.prefill_budget import PrefillBudget
 from cluster.scheduler.prefill_order import PrefillOrder
@@ -59,10 +60,10 @@ class Scheduler:
     def __init__(self, epoch: int, capacity: Capacity, eos: frozenset[int], guesser: Guesser | None = None) -> None:
         self._eos = eos
         self.speculation = GuessChains(guesser, eos)
-        self._waiting = FairQueue(capacity.queue)
-        self._by_request: dict[str, ScheduledSequence] = {}
-        self._sequences_seen = 0
+        self._requests = LiveRequests(capacity.queue)
+        self._waiting, self._by_request = self._requests.waiting, self._requests.by_id
         self.disk_use = DiskUse()
+        self.offers = Offers(self._requests)
         self._open(epoch, capacity, None)
 
     def _open(self, epoch: int, capacity: Capacity, disk: DiskContents | None) -> None:
@@ -86,6 +87,7 @@ class Scheduler:
             epoch, disk, self.disk_use, capacity, self._prefixes, self._prefill_budget, self._edits,
             self._memory.beside_sequences, self._join, self._admit,
         )  # fmt: skip
+        self.offers.open(capacity, self._lanes, self._memory, self._prefill_budget, self._sources)
         self.adapters = AdapterMemory(self._memory, self._edits, self._by_request, self._admit)
 
     # Queries
@@ -117,7 +119,7 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """Return the earliest deadline of a live request, or None if no request has one."""
-        return min((d for s in self._by_request.values() if (d := s.request.deadline) is not None), default=None)
+        return self._requests.next_deadline()
 
     def ask_due(self) -> float | None:
         """Return when ``next_frames`` asks for deferred samples, or when one is late; None if neither is to come."""
@@ -131,7 +133,7 @@ class Scheduler:
 
     def overdue(self, now: float) -> list[str]:
         """Return the ids of all live requests, waiting or not, whose deadline has passed."""
-        return [i for i, s in self._by_request.items() if s.request.deadline is not None and s.request.deadline <= now]
+        return self._requests.overdue(now)
 
     # Events
 
@@ -144,25 +146,28 @@ class Scheduler:
         Raise ``Busy`` if the queue is full, ``PromptTooLong`` for a request that can never fit, and
         ``InvalidRequest`` for an id that is already live.
         """
-        for request in requests:
-            if request.id in self._by_request:
-                raise InvalidRequest(
-                    f"a request with the id {request.id} is already live; choose another id", field="request_id"
-                )
-            if why := self._memory.why_never_fits(len(request.prompt) + request.max_tokens):
-                raise PromptTooLong(why, field="max_tokens")
-        displaced = self._waiting.make_room(requests[0].client, len(requests))
-        for sequence in displaced:
-            del self._by_request[sequence.request.id]
-        batch = tuple(request.id for request in requests)
-        for request, answer in zip(requests, answers or ((),) * len(requests), strict=True):
-            self._sequences_seen += 1
-            sequence = ScheduledSequence(request, self._sequences_seen, answer=list(answer), batch=batch)
-            self._by_request[request.id] = sequence
-            self._waiting.add(sequence)
+        displaced = self._requests.add(requests, answers, self._memory.why_never_fits)
         self._admit()
-        why = "the queue is full and you hold most of it, so this request made room for another client; try again later"
-        return tuple(Refused(sequence.request.id, why) for sequence in displaced)
+        return displaced
+
+    def hand_over(self, request_ids: Sequence[str]) -> tuple[MovedSample, ...]:
+        """Remove requests so that another scheduler can go on with them. Return them in the order of ``request_ids``.
+
+        Nothing of them is kept here. Ids that are not live are left out.
+        """
+        leaving = [s for i in request_ids if (s := self._by_request.get(i))]
+        moved = tuple(map(self._requests.describe, leaving))
+        for sequence in sorted(leaving, key=lambda s: s.phase is not Phase.QUEUED):  # so that none of them is admitted
+            self._remove(sequence, keep=False)
+        return moved
+
+    def take_over(self, moved: Iterable[MovedSample]) -> tuple[MovedSample, ...]:
+        """Go on with requests that another scheduler handed over. Return those that can never fit here."""
+        offered = tuple(moved)
+        fitting = [s for s in offered if not self._memory.why_never_fits(len(s.request.prompt) + s.request.max_tokens)]
+        self._requests.take_over(fitting)
+        self._admit()
+        return tuple(s for s in offered if s not in fitting)
 
     def begin_epoch(self, epoch: int, capacity: Capacity, disk: DiskContents | None = None) -> tuple[Refused, ...]:
         """Continue on the stages of a new epoch, which have nothing but the prefixes on their disks.
@@ -217,11 +222,12 @@ class Scheduler:
         self._spoil(flight, frame)
         events = (*account_scores(flight, live, frame), *self._events(live, frame))
         if decodes:
-            self._defer_unanswered(live, frame, flight.sent_at)
+            self._deferred.add_unanswered(live, frame, flight.sent_at)
         if flight.compute is Compute.DECODE:
             self._lanes.end(flight.lane, flight.number, () if frame.error else live)
         self._free_finished()
         rows = len(flight.sequences) if decodes and live and flight.sampled == 1 else 0
+        self.offers.learn_decode(rows, sum(t.compute_us for t in frame.timings))
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
         return Outcome(
             tuple(s.request.id for s in live),
@@ -349,8 +355,7 @@ class Scheduler:
         self._lanes.leave(sequence)
         followers = [s for s in self._lanes if s.leader is sequence]
         sequence.reset_for_replay()
-        self._sequences_seen += 1
-        sequence.id = self._sequences_seen
+        sequence.id = self._requests.next_id()
         self._waiting.put_back([sequence])
         self._vacate(spoiled)
         for follower in followers:
@@ -359,6 +364,8 @@ class Scheduler:
     def _remove(self, sequence: ScheduledSequence, *, keep: bool) -> None:
         del self._by_request[sequence.request.id]
         self.speculation.leave(sequence, learn=keep)
+        if keep and sequence.answer:
+            self.offers.learn_answer(sequence.produced)
         self._deferred.discard(sequence)
         if sequence.phase is Phase.QUEUED:
             self._waiting.remove(sequence)
@@ -426,19 +433,6 @@ class Scheduler:
             *(self._account_sample(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence))),
             *(self._fail_sample(s, f) for f in frame.failures if (s := by_id.get(f.sequence))),
         )
-
-    def _defer_unanswered(self, live: list[ScheduledSequence], frame: Frame, sent_at: float) -> None:
-        """Let the sequences of a decode frame that have no answer wait for it: their grammars are being compiled.
-
-        Raise ``BadFrame`` for one that has no grammar.
-        """
-        answered = {*(s.sequence for s in frame.samples), *(f.sequence for f in frame.failures)}
-        for sequence in [s for s in live if s.id not in answered]:
-            if sequence.request.sampling.grammar is None:
-                raise BadFrame(
-                    f"invalid frame {frame.number} of epoch {frame.epoch}: no answer for sequence {sequence.id}"
-                )
-            self._deferred.add(sequence, sent_at)
 
     def _fail_sample(self, sequence: ScheduledSequence, failure: SequenceFailure) -> SampleFailed:
         """Remove a sequence whose row failed on the last stage. The other rows of its lane have their samples."""

@@ -1,0 +1,103 @@
+"""Which replica answers: the one that keeps the prompt, until another one is predicted to be sooner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.scheduler.offers import DecodeCost
+from cluster.scheduler.routing import Offer, choose_replica, predict_s
+from effort import effort
+from scheduler.test_moved_samples import Copy
+from scheduler.test_scheduler import request
+
+IDLE = Offer(0, 100, 1.0, 2.0, 0)
+SECONDS = st.one_of(st.none(), st.floats(0, 1e4))
+OFFERS = st.lists(
+    st.builds(
+        Offer,
+        st.integers(0, 5000),
+        st.integers(1, 9000),
+        SECONDS,
+        SECONDS,
+        st.integers(0, 64),
+        st.floats(0, 1),
+        st.booleans(),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(OFFERS)
+@settings(max_examples=effort(150, 3000))
+def test_no_other_fitting_replica_is_much_sooner(offers: list[Offer]) -> None:
+    chosen = choose_replica(offers)
+    fitting = [o for o in offers if o.fits] or offers
+    candidates = [o for o in fitting if o.has_room] or fitting
+    assert offers[chosen] in candidates
+    predicted = dict(zip(map(id, candidates), predict_s(candidates), strict=True))
+    assert predicted[id(offers[chosen])] <= min(predicted.values()) * 1.1 + 2e-3
+
+
+def test_the_longest_beginning_wins_until_its_replica_is_much_busier() -> None:
+    keeps = replace(IDLE, kept=4000, unread=10, read_s=0.1)
+    reads = replace(IDLE, unread=4010, read_s=4.0)
+    assert choose_replica([reads, keeps]) == 1
+    assert choose_replica([reads, replace(keeps, live=3, answer_s=5.0)]) == 1, "reading takes as long"
+    assert choose_replica([reads, replace(keeps, live=7, answer_s=9.0)]) == 0
+    assert choose_replica([reads, replace(keeps, unread=9000, read_s=9.0)]) == 0, "others are read first"
+
+
+def test_equal_replicas_share_the_requests() -> None:
+    assert choose_replica([replace(IDLE, live=2), replace(IDLE, live=1), replace(IDLE, live=1)]) == 1
+    assert choose_replica([replace(IDLE, filled=0.9), replace(IDLE, filled=0.2, read_s=1.01)]) == 1, "room for prefixes"
+    assert choose_replica([replace(IDLE, kept=3), IDLE]) == 0
+
+
+def test_unmeasured_replicas_count_as_fast_as_the_others() -> None:
+    new = Offer(0, 100, None, None, 0)
+    assert choose_replica([replace(new, live=1), new]) == 1
+    assert choose_replica([replace(IDLE, unread=900, read_s=9.0), new]) == 1
+    assert choose_replica([replace(new, unread=900), IDLE]) == 1
+
+
+def test_full_and_small_replicas_are_left_out_and_a_repeated_id_goes_where_it_is_live() -> None:
+    assert choose_replica([replace(IDLE, fits=False), replace(IDLE, read_s=99.0)]) == 1
+    assert choose_replica([replace(IDLE, has_room=False), replace(IDLE, read_s=99.0)]) == 1
+    assert choose_replica([replace(IDLE, fits=False), replace(IDLE, fits=False, live=1)]) == 0
+    assert choose_replica([IDLE, replace(IDLE, is_live=True, read_s=99.0)]) == 1
+
+
+def test_a_decode_costs_a_line_through_what_was_measured() -> None:
+    cost = DecodeCost()
+    assert cost.seconds(1) is None
+    cost.learn(2, 3000.0)
+    assert cost.seconds(8) == 3e-3, "a row may be free"
+    for i in range(200):
+        cost.learn(1 + i % 4, 1000.0 + 500.0 * (1 + i % 4))
+    assert abs((cost.seconds(8) or 0) - 5e-3) < 1e-4
+
+
+def test_an_offer_knows_what_is_kept_and_what_comes_first() -> None:
+    copy = Copy(rows=1, prefixes=1000)
+    fresh = copy.scheduler.offers.make(request("new", prompt=40))
+    assert (fresh.kept, fresh.unread, fresh.read_s, fresh.answer_s, fresh.live) == (0, 40, None, None, 0)
+    copy.scheduler.submit(request("old", prompt=30))
+    assert copy.scheduler.offers.make(request("new", prompt=40)).kept == 29, "once the live one has read it"
+    assert copy.scheduler.offers.make(request("new", prompt=40)).unread == 29 + 11
+    assert copy.scheduler.offers.make(request("new", prompt=40, client="b")).kept == 0, "another client's"
+    copy.finish()
+    known = copy.scheduler.offers.make(request("new", prompt=40))
+    assert (known.kept, known.unread, known.live) == (30, 10, 0)
+    assert known.read_s
+    assert known.answer_s
+    assert known.filled
+    for i in range(3):
+        copy.scheduler.submit(request(f"r{i}", prompt=20, client="a"))
+    theirs, own = (copy.scheduler.offers.make(request("new", prompt=5, client=c)).unread for c in ("b", "a"))
+    assert (theirs, own) == (19 + 5 + 5, 19 + 40 + 1), "a client waits for its own requests, not for all of another's"
+    assert copy.scheduler.offers.make(request("r1")).is_live
