@@ -1,0 +1,114 @@
+"""Choose which models leave memory for another one. Pure: it knows names and times, and asks whether the model fits.
+
+Whether it fits is asked of the planner with the memory of the victims given back, since a model that is cut into layers
+may not fit where a sum of bytes says that it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.core.errors import DoesNotFit
+from cluster.core.text import gib_in_words, names_in_words
+
+MIN_RESIDENT_S: Final = 30.0
+"""A model stays loaded for at least this long, so that two models do not evict each other with every request."""
+BUSY_RETRY_S: Final = 10.0
+"""A client may ask again this long after a model did not fit beside busy ones: about the time of a short answer."""
+
+Refusal = Callable[[AbstractSet[str]], DoesNotFit | None]
+"""Tell why the model does not fit once these models have left; None if it fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A loaded model. ``used_at`` is when it was used last and ``loaded_at`` when it was loaded, by one clock.
+
+    Those of lower ``priority`` leave first. ``busy``: it has live or queued requests, or its load is not complete.
+    """
+
+    name: str
+    used_at: float
+    loaded_at: float
+    busy: bool = False
+    pinned: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How a model gets its memory: once ``victims`` have left, in this order.
+
+    If ``wait_s`` is more than 0, there are no victims yet: ask again after so many seconds, when what was loaded a
+    moment ago may leave.
+    """
+
+    victims: tuple[str, ...] = ()
+    wait_s: float = 0.0
+
+
+def find_room(model: str, residents: Sequence[Resident], refusal: Refusal, now: float) -> Room:
+    """Return how ``model`` gets its memory, at the cost of few models, and of those that were used least recently.
+
+    None of the victims could stay. Raises ``DoesNotFit`` if it would not fit even alone, with the planner's sentence,
+    or if it does not fit beside what is pinned or busy, with the names of these.
+    """
+    why = refusal(frozenset())
+    if why is None:
+        return Room()
+    ordered = sorted(residents, key=lambda one: (one.priority, one.used_at, one.name))
+    evictable = [one for one in ordered if not one.busy and not one.pinned]
+    settled = [one.name for one in evictable if now - one.loaded_at >= MIN_RESIDENT_S]
+    if victims := _choose_victims(settled, refusal):
+        return Room(victims)
+    why = refusal({one.name for one in evictable})
+    if why is None:
+        return Room(wait_s=_wait_for_young(evictable, refusal, now))
+    if alone := refusal({one.name for one in ordered}):
+        raise alone
+    raise _no_room(model, [one for one in ordered if one.busy or one.pinned], why)
+
+
+def _choose_victims(names: Sequence[str], refusal: Refusal) -> tuple[str, ...]:
+    """Return the first of ``names`` that suffice, without those that may stay; () if all do not suffice."""
+    count = next((count for count in range(1, len(names) + 1) if refusal(set(names[:count])) is None), 0)
+    victims = list(names[:count])
+    for name in reversed(names[: max(count - 1, 0)]):
+        fewer = [one for one in victims if one != name]
+        if fewer and refusal(set(fewer)) is None:
+            victims = fewer
+    return tuple(victims)
+
+
+def _wait_for_young(evictable: Sequence[Resident], refusal: Refusal, now: float) -> float:
+    """Return after how many seconds enough models have been loaded for ``MIN_RESIDENT_S``."""
+    waits = sorted({max(one.loaded_at + MIN_RESIDENT_S - now, 0.0) for one in evictable})
+    for wait_s in waits:
+        old = {one.name for one in evictable if now + wait_s - one.loaded_at >= MIN_RESIDENT_S}
+        if wait_s and refusal(old) is None:
+            return wait_s
+    return waits[-1]
+
+
+def _no_room(model: str, staying: Sequence[Resident], why: DoesNotFit) -> DoesNotFit:
+    """Return the refusal of a model that does not fit beside these."""
+    busy = [one.name for one in staying if one.busy]
+    pinned = [one.name for one in staying if one.pinned and not one.busy]
+    parts = [f"{names_in_words(busy)}, which {_are(busy)} busy"] if busy else []
+    parts += [f"{names_in_words(pinned)}, which {_are(pinned)} pinned"] if pinned else []
+    missing = int(why.details.get("missing_bytes", "0"))
+    amount = f"it needs {gib_in_words(missing)} more" if missing else "there is not enough memory"
+    remedy = "try again in a moment" if busy else f"unload {pinned[0]} first"
+    return DoesNotFit(
+        f"{model} does not fit beside {', and '.join(parts)}: {amount}; {remedy}",
+        retry_after_s=BUSY_RETRY_S if busy else None,
+        missing_bytes=str(missing),
+        model=model,
+    )
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
