@@ -175,6 +175,11 @@ class Coordinator:
     # Models by name
 
     @property
+    def deployments(self) -> DeploymentTable:
+        """The deployments, and the catalog that names them."""
+        return self._deployments
+
+    @property
     def catalog(self) -> ModelCatalog:
         """The models that may be served, and those that are although they are not configured."""
         return self._deployments.catalog

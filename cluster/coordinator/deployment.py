@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import anyio
 
@@ -17,6 +17,7 @@ from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replica import DeploymentHost, Placement, Replica
 from cluster.coordinator.reporter import BothReporters, LoadReporter, LoadWatch
+from cluster.coordinator.room_question import RoomQuestion
 from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.adapter import Adapter
@@ -45,6 +46,8 @@ class Deployment:
         """What is served; None if nothing is."""
         self._order: LoadOrder | None = None
         """What is served, or was served before a training."""
+        self.loaded_at = 0.0
+        """When the model was loaded last, by the monotonic clock."""
 
     @property
     def first(self) -> Replica:
@@ -83,6 +86,11 @@ class Deployment:
     def has_requests(self) -> bool:
         """Whether requests are live or queued."""
         return any(len(service.loop.answers) for service in self.services)
+
+    @property
+    def used_at(self) -> float:
+        """When the last request ended, or the model was loaded, by the monotonic clock."""
+        return max((self.loaded_at, *(service.loop.answers.ended_at for service in self.services)))
 
     @property
     def order(self) -> LoadOrder | None:
@@ -126,6 +134,7 @@ class Deployment:
                 await model_info.close()
             raise
         self.model_info, self._order = model_info, placement.order
+        self.loaded_at = time.monotonic()
         self._host.timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
 
     async def _open_first(
@@ -150,16 +159,42 @@ class Deployment:
             await first.open(model_info, placement, report)
         return placement
 
-    async def unload(self) -> None:
-        """End live requests and free the workers' memory. Do nothing if no model is loaded."""
+    async def unload(self, may_unload: Callable[[], bool] = lambda: True) -> bool:
+        """End live requests and free the workers' memory. Return whether a model was loaded.
+
+        Wait for a load that runs. Then do nothing if ``may_unload`` returns False.
+        """
         async with self._loading:
-            self.watch = LoadWatch(self._order.model if self._order else "", "unloading {}")
             model_info = self.model_info
+            if not may_unload():
+                return False
+            self.watch = LoadWatch(self._order.model if self._order else "", "unloading {}")
             await self.close(NotServing("the model was unloaded"))
             self._order = None
         if model_info:
             self._host.timeline.add(EventKind.UNLOAD, f"unloaded {model_info.shape.model.name}")
         self._host.changed()
+        return model_info is not None
+
+    async def wait_loaded(self) -> None:
+        """Wait until no load of this model runs."""
+        async with self._loading:
+            return
+
+    async def ask_room(self, order: LoadOrder) -> RoomQuestion:
+        """Return the question whether a model would fit on the workers of now. Wait for these as a load does.
+
+        Raises as ``ModelReader.read_shape`` and ``RosterView.usable``.
+        """
+        self.watch = LoadWatch(order.model, "waiting to load {}")
+        shape = await self._host.reader.read_shape(order)
+        roster = self.first.deps.roster
+        workers = await roster.usable(order.stage_count, order.wait_s, self.watch)
+        return RoomQuestion(shape, order, workers, roster.without(()), self._host.planner.links)
+
+    async def read(self, order: LoadOrder) -> ModelInfo:
+        """Read a model with its tokenizer, which the caller closes. Load nothing. Raises as ``ModelReader.read``."""
+        return await self._host.reader.read(order)
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory. What was served can be loaded again."""

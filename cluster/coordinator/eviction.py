@@ -9,15 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Final
 
 from cluster.core.errors import DoesNotFit
+from cluster.core.load_limits import BUSY_RETRY_S, MIN_RESIDENT_S
 from cluster.core.text import gib_in_words, names_in_words
-
-MIN_RESIDENT_S: Final = 30.0
-"""A model stays loaded for at least this long, so that two models do not evict each other with every request."""
-BUSY_RETRY_S: Final = 10.0
-"""A client may ask again this long after a model did not fit beside busy ones: about the time of a short answer."""
 
 Refusal = Callable[[AbstractSet[str]], DoesNotFit | None]
 """Tell why the model does not fit once these models have left; None if it fits."""

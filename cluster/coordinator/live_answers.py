@@ -56,6 +56,8 @@ class LiveAnswers:
         self._resumed: dict[str, ResumedRequest] = {}
         """Requests that are not scheduled yet."""
         self._samples: dict[str, ActiveSample] = {}
+        self.ended_at = clock()
+        """When a request ended last. Any thread may ask."""
         self.totals = LoopTotals()  # replaced after the canary, so the canary's tokens are not counted
         self.journal: AnswerRecorder | None = None
 
@@ -135,6 +137,7 @@ class LiveAnswers:
         if active is None:
             return False
         del self._requests[active.request.id]
+        self.ended_at = self._clock()
         for sample in sorted(active.live):
             del self._samples[sample]
             self._history.end(sample, self._clock())
@@ -301,6 +304,7 @@ class LiveAnswers:
         live.parent.live.remove(live.request.id)
         if not live.parent.live:
             del self._requests[live.parent.request.id]
+            self.ended_at = self._clock()
         self.totals.finished += 1
         live.parent.answer.put(last)
         if self.journal and not live.parent.live:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from cluster.coordinator.reporter import LoadReporter
@@ -10,6 +10,7 @@ from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.coordinator.slice_claims import AllClaims, SliceClaim, SliceClaims
 from cluster.coordinator.stage_setup import WorkerShare
 from cluster.coordinator.worker_client import WorkerClient
+from cluster.core.errors import NoWorkers
 from cluster.core.plan import Plan, PlannedStage
 from cluster.core.text import format_address, parse_address
 from cluster.core.worker import HeldSlice, WorkerInfo
@@ -53,6 +54,24 @@ class RosterView:
     async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:
         """Return the usable workers present now, see ``Roster.present``."""
         return tuple(map(self._focus_info, await self._roster.present(wanted)))
+
+    async def usable(self, wanted: int | None, wait_s: float, report: LoadReporter) -> tuple[WorkerInfo, ...]:
+        """Return the usable workers of now, each with all its memory. Wait for them if too few are there.
+
+        Raises as ``Roster.gather``.
+        """
+        try:
+            return await self._roster.present(wanted)
+        except NoWorkers:
+            return await self._roster.gather(wanted, wait_s, report)
+
+    def focus_all(self, workers: Sequence[WorkerInfo]) -> tuple[WorkerInfo, ...]:
+        """Return workers with the holder's own slices, and without the memory of others."""
+        return tuple(map(self._focus_info, workers))
+
+    def without(self, holders: Collection[str]) -> RosterView:
+        """Return how the holder sees the workers now if these holders give up what they hold. It does not change."""
+        return RosterView(self._roster, self._holder, self._claims.without(holders))
 
     def control(self, address: str) -> WorkerClient:
         """Return the client of the worker at an address."""

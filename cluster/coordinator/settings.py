@@ -14,6 +14,7 @@ from cluster.core.limits import (
     MAX_SCHEMA_BYTES,
     MAX_STEP_MS,
 )
+from cluster.core.load_limits import LOAD_WAIT_S
 from cluster.core.plan import LayerRange, Objective, Route, Speculation
 
 
@@ -123,7 +124,8 @@ class ServeSettings:
     folder for parts of models, the coordinator's id and the journal. ``journal`` says when the journal is flushed to
     disk; None keeps no journal. ``join_port`` is the port on which a cluster admits Macs; None means the default one,
     which may be in use: then it is tried again later.
-    ``max_schema_bytes`` is the maximum size of one answer's grammar. ``strict``: fields of a request that have no
+    ``max_schema_bytes`` is the maximum size of one answer's grammar. ``load_wait_s`` is how long a request that is not
+    streamed waits for its model to be loaded. ``strict``: fields of a request that have no
     effect are errors.
     """
 
@@ -138,4 +140,5 @@ class ServeSettings:
     peers_only: bool = False
     journal: Fsync | None = None
     max_schema_bytes: int = MAX_SCHEMA_BYTES
+    load_wait_s: float = LOAD_WAIT_S
     strict: bool = False

@@ -75,3 +75,10 @@ class SliceClaims:
             for name, claim in found.items()
             if name != holder
         )
+
+    def without(self, holders: Collection[str]) -> SliceClaims:
+        """Return a copy without the claims of these holders."""
+        left = SliceClaims()
+        for address, found in self._claims.items():
+            left._claims[address] = {name: claim for name, claim in found.items() if name not in holders}
+        return left

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.coordinator.eviction import MIN_RESIDENT_S, Resident, Room, find_room
+from cluster.coordinator.eviction import Resident, Room, find_room
 from cluster.core.errors import DoesNotFit
+from cluster.core.load_limits import MIN_RESIDENT_S
 
 NOW = 1000.0
 GIB = 2**30

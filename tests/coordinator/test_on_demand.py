@@ -1,0 +1,330 @@
+"""Models that are loaded when a request needs them, over deployments in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
+from cluster.coordinator.on_demand import OnDemand
+from cluster.coordinator.reporter import LoadWatch
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.cluster_state import ServingState
+from cluster.core.errors import BadCheckpoint, DoesNotFit, MacpipeError, ModelNotFound, NotServing
+from cluster.core.load_limits import FAILED_RETRY_S, MIN_RESIDENT_S, REFUSED_RETRY_S
+
+pytestmark = pytest.mark.anyio
+SIZES = {"chat": 6, "title": 3, "code": 5, "vast": 99}
+MEMORY = 10
+OLD_S = 2 * MIN_RESIDENT_S
+
+
+@dataclass
+class MemoryDeployment:
+    """A deployment that holds bytes on one Mac."""
+
+    cluster: MemoryCluster
+    name: str
+    model_info: Any = None
+    loaded_at: float = 0.0
+    used_at: float = 0.0
+    has_requests: bool = False
+    is_loading: bool = False
+    state: ServingState = ServingState.SERVING
+    watch: LoadWatch = field(default_factory=LoadWatch)
+
+    @property
+    def replicas(self) -> tuple[Any, ...]:
+        return (type("Replica", (), {"holder": self.name}),)
+
+    async def wait_loaded(self) -> None: ...
+
+    async def ask_room(self, order: LoadOrder) -> MemoryDeployment:
+        self.cluster.asked += 1
+        return self
+
+    def refusal(self, leaving: Collection[str]) -> DoesNotFit | None:
+        held = sum(SIZES[one.name] for one in self.cluster.loaded() if one.name not in {*leaving, self.name})
+        missing = held + SIZES[self.name] - MEMORY
+        return DoesNotFit(f"{self.name} lacks {missing}", missing_bytes=str(missing)) if missing > 0 else None
+
+    async def unload(self, may_unload: Callable[[], bool]) -> bool:
+        await asyncio.sleep(0)
+        if not may_unload():
+            return False
+        self.model_info = None
+        self.cluster.unloaded.append(self.name)
+        return True
+
+    async def read(self, order: LoadOrder) -> ClosedLater:
+        return ClosedLater(self.name)
+
+
+@dataclass
+class ClosedLater:
+    name: str
+    closed: bool = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class MemoryTable(dict[str, MemoryDeployment]):
+    def __init__(self, cluster: MemoryCluster, catalog: ModelCatalog) -> None:
+        self.cluster, self.catalog = cluster, catalog
+
+    def __missing__(self, name: str) -> MemoryDeployment:
+        return self.setdefault(name, MemoryDeployment(self.cluster, name))
+
+
+class MemoryCluster:
+    """A coordinator whose models are sizes. ``gate`` holds loads back while it is clear."""
+
+    def __init__(self, *entries: ModelEntry) -> None:
+        self.deployments = MemoryTable(self, ModelCatalog(entries))
+        self.state = ServingState.SERVING
+        self.now = 1000.0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.begun: list[str] = []
+        self.unloaded: list[str] = []
+        self.failing: dict[str, MacpipeError] = {}
+        self.asked = 0
+        self.demand = OnDemand(self, 120.0, lambda: self.now, self.sleep)  # type: ignore[arg-type]
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        await asyncio.sleep(0)
+
+    def loaded(self) -> list[MemoryDeployment]:
+        return [one for one in self.deployments.values() if one.model_info]
+
+    def served_model(self, model: str, adapter: str = "") -> Any:
+        found = self.deployments[self.deployments.catalog.resolve(model)[0].name].model_info
+        if found is None:
+            raise NotServing("no model is loaded")
+        return found
+
+    async def load(self, order: LoadOrder, *, name: str) -> None:
+        self.begun.append(name)
+        await self.gate.wait()
+        if error := self.failing.get(name):
+            raise error
+        self.put(name)
+
+    def put(self, name: str, used_ago: float = 0.0, loaded_ago: float = 0.0) -> MemoryDeployment:
+        deployment = self.deployments[name]
+        deployment.model_info = f"info of {name}"
+        deployment.loaded_at, deployment.used_at = self.now - loaded_ago, self.now - used_ago
+        return deployment
+
+    async def ask(self, name: str, wait_s: float | None = None) -> str:
+        async with self.demand.hold(name, wait_s=wait_s) as held:
+            return str(held.model_info) if not held.fallback else f"{held.fallback} answers"
+
+
+def entry(name: str, **more: Any) -> ModelEntry:
+    return ModelEntry(name, LoadOrder(str(Path("/models") / name)), **more)
+
+
+def three(**more: Any) -> MemoryCluster:
+    return MemoryCluster(entry("chat"), entry("title"), entry("code", **more))
+
+
+async def test_requests_for_one_model_share_its_load_and_the_least_recently_used_model_leaves_for_it() -> None:
+    cluster = three()
+    cluster.put("chat", used_ago=50, loaded_ago=OLD_S)
+    cluster.put("title", used_ago=40, loaded_ago=OLD_S)
+    assert await asyncio.gather(*(cluster.ask("code") for _ in range(5))) == ["info of code"] * 5
+    assert (cluster.begun, cluster.unloaded) == (["code"], ["chat"])
+    assert await cluster.ask("title") == "info of title"
+    assert cluster.begun == ["code"]
+
+
+async def test_a_load_goes_on_when_its_only_waiter_gave_up() -> None:
+    cluster = three()
+    cluster.gate.clear()
+    waiting = asyncio.create_task(cluster.ask("chat"))
+    while not cluster.begun:
+        await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(NotServing, match=r"^chat is not loaded yet .*try again") as late:
+        await cluster.ask("chat", wait_s=0.0)
+    assert late.value.retry_after_s == FAILED_RETRY_S
+    cluster.gate.set()
+    assert await cluster.ask("chat") == "info of chat"
+    assert cluster.begun == ["chat"]
+    assert not cluster.demand._holds
+
+
+async def test_every_waiter_gets_the_error_of_a_load_and_the_next_try_waits_longer_each_time() -> None:
+    cluster = three()
+    cluster.failing["chat"] = BadCheckpoint("the files are damaged")
+    found = await asyncio.gather(*(cluster.ask("chat") for _ in range(3)), return_exceptions=True)
+    assert [str(one) for one in found] == ["the files are damaged"] * 3
+    for retry_s in (FAILED_RETRY_S, 2 * FAILED_RETRY_S):
+        tries = len(cluster.begun)
+        cluster.now += retry_s - 0.1
+        with pytest.raises(BadCheckpoint):
+            await cluster.ask("chat")
+        assert len(cluster.begun) == tries
+        cluster.now += 0.2
+        with pytest.raises(BadCheckpoint):
+            await cluster.ask("chat")
+        assert len(cluster.begun) == tries + 1
+    cluster.failing.clear()
+    mended = ModelEntry("chat", LoadOrder("/models/mended"))
+    cluster.deployments.catalog = ModelCatalog([mended, *cluster.deployments.catalog.entries[1:]])
+    assert await cluster.ask("chat") == "info of chat", "another order is tried at once"
+
+
+async def test_a_model_that_can_never_fit_evicts_nothing_and_is_not_planned_for_each_request() -> None:
+    cluster = MemoryCluster(entry("chat"), entry("vast"))
+    cluster.put("chat", loaded_ago=OLD_S, used_ago=OLD_S)
+    for _ in range(3):
+        with pytest.raises(DoesNotFit, match=r"^vast lacks 89$"):
+            await cluster.ask("vast")
+    assert (cluster.asked, cluster.unloaded, cluster.begun) == (1, [], [])
+    cluster.now += REFUSED_RETRY_S
+    with pytest.raises(DoesNotFit):
+        await cluster.ask("vast")
+    assert cluster.asked == 2
+
+
+async def test_what_is_busy_held_or_pinned_stays() -> None:
+    cluster = MemoryCluster(entry("chat", pin=True), entry("title"), entry("code"))
+    cluster.put("chat", loaded_ago=OLD_S, used_ago=OLD_S)
+    title = cluster.put("title", loaded_ago=OLD_S, used_ago=OLD_S)
+    title.has_requests = True
+    with pytest.raises(DoesNotFit, match="beside title, which is busy, and chat, which is pinned"):
+        await cluster.ask("code")
+    title.has_requests = False
+    cluster.now += REFUSED_RETRY_S
+    async with cluster.demand.hold("title"):
+        with pytest.raises(DoesNotFit, match="title, which is busy"):
+            await cluster.ask("code")
+    assert cluster.unloaded == []
+
+
+async def test_a_victim_that_gets_a_request_while_it_is_chosen_stays() -> None:
+    cluster = three()
+    chat = cluster.put("chat", loaded_ago=OLD_S, used_ago=OLD_S)
+    unload = chat.unload
+
+    async def used_just_now(may_unload: Callable[[], bool]) -> bool:
+        chat.has_requests = True
+        return await unload(may_unload)
+
+    chat.unload = used_just_now  # type: ignore[method-assign]
+    with pytest.raises(DoesNotFit, match="beside chat, which is busy"):
+        await cluster.ask("code")
+    assert chat.model_info
+
+
+async def test_two_models_do_not_evict_each_other_in_turn() -> None:
+    cluster = three()
+    cluster.put("chat", loaded_ago=1.0)
+    began = cluster.now
+    assert await cluster.ask("code") == "info of code"
+    assert cluster.now - began == MIN_RESIDENT_S - 1.0
+    assert cluster.unloaded == ["chat"]
+
+
+async def test_idle_models_leave_after_their_time_unless_they_are_pinned_or_used() -> None:
+    cluster = MemoryCluster(
+        entry("chat", idle_unload_s=60.0, pin=True), entry("title", idle_unload_s=60.0), entry("code")
+    )
+    cluster.put("chat", used_ago=100)
+    title = cluster.put("title", used_ago=59)
+    await cluster.demand.unload_idle()
+    async with cluster.demand.hold("title"):
+        cluster.now += 2
+        await cluster.demand.unload_idle()
+    cluster.now += 59
+    await cluster.demand.unload_idle()
+    title.has_requests = True
+    cluster.now += 2
+    await cluster.demand.unload_idle()
+    assert cluster.unloaded == []
+    title.has_requests = False
+    await cluster.demand.unload_idle()
+    assert cluster.unloaded == ["title"]
+    assert await cluster.ask("title") == "info of title"
+
+
+async def test_the_fallback_answers_while_a_model_cannot_be_served_and_its_own_fallback_after_it() -> None:
+    cluster = MemoryCluster(entry("vast", fallback="code"), entry("title"), entry("code", fallback="title"))
+    assert await cluster.ask("vast") == "code answers"
+    cluster.deployments["code"].model_info = None
+    cluster.failing["code"] = BadCheckpoint("the files are damaged")
+    assert await cluster.ask("vast") == "title answers"
+    assert await cluster.ask("code") == "title answers"
+    cluster.deployments["title"].model_info = None
+    cluster.failing["title"] = NotServing("no")
+    with pytest.raises(DoesNotFit, match="vast lacks"):
+        await cluster.ask("vast")
+    assert not cluster.demand._holds
+
+
+async def test_the_fallback_answers_for_a_model_that_cannot_recover() -> None:
+    cluster = MemoryCluster(entry("chat", fallback="title"), entry("title"))
+    chat = cluster.put("chat")
+    assert await cluster.ask("chat") == "info of chat"
+    chat.state = ServingState.RECOVERING
+    assert await cluster.ask("chat") == "info of chat"
+    chat.state = ServingState.FAILED
+    assert await cluster.ask("chat") == "title answers"
+
+
+async def test_a_stream_learns_within_a_moment_whether_it_must_wait() -> None:
+    cluster = MemoryCluster(entry("chat"), entry("vast"), entry("code", fallback="chat"))
+    with_room = cluster.demand
+    assert await with_room.await_ready("vast", 1.0), "it is refused at once"
+    assert await with_room.await_ready("chat", 1.0)
+    cluster.deployments["chat"].model_info = None
+    cluster.gate.clear()
+    assert not await with_room.await_ready("chat", 0.0)
+    cluster.failing["code"] = BadCheckpoint("the files are damaged")
+    cluster.demand._note_failure(cluster.deployments.catalog.find("code"), cluster.failing["code"])
+    assert not await with_room.await_ready("code", 0.0), "its fallback is being loaded"
+    cluster.gate.set()
+    assert await with_room.await_ready("code", 10.0)
+
+
+async def test_a_single_model_is_loaded_by_people_alone() -> None:
+    cluster = MemoryCluster(entry("chat"))
+    with pytest.raises(NotServing, match="no model is loaded"):
+        cluster.demand.is_ready("chat")
+    with pytest.raises(NotServing, match="no model is loaded"):
+        await cluster.ask("chat")
+    assert cluster.begun == []
+    with pytest.raises(ModelNotFound):
+        await three().ask("nobody")
+
+
+async def test_a_tokenizer_is_read_without_a_load() -> None:
+    cluster = three()
+    async with cluster.demand.hold_tokenizer("code") as info:
+        assert isinstance(info, ClosedLater)
+        assert not info.closed
+    assert info.closed
+    assert cluster.begun == []
+    cluster.put("code")
+    async with cluster.demand.hold_tokenizer("code") as info:
+        assert info == "info of code"  # type: ignore[comparison-overlap]
+
+
+async def test_closing_ends_loads_and_their_waiters() -> None:
+    cluster = three()
+    cluster.gate.clear()
+    waiting = asyncio.create_task(cluster.ask("chat"))
+    while not cluster.begun:
+        await asyncio.sleep(0)
+    await cluster.demand.close()
+    with pytest.raises(NotServing, match="stopping"):
+        await waiting
