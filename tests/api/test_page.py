@@ -179,9 +179,9 @@ async def test_signing_in_keeps_a_session_that_scripts_and_other_sites_cannot_us
         assert text not in cookie
         facts = {"required": True, "name": "amy", "scope": "inference", "problem": None}
         assert reply.json() == (await client.get("/api/session", headers=PAGE)).json() == facts
-        assert (await client.post("/api/chat", json=HELLO, headers=PAGE)).status_code == 503, "no model, but let in"
+        assert (await client.post("/api/answer", json=HELLO, headers=PAGE)).status_code == 503, "no model, but let in"
         assert (await client.delete("/api/session", headers=PAGE)).json()["name"] is None
-        assert (await client.post("/api/chat", json=HELLO, headers=PAGE)).status_code == 401
+        assert (await client.post("/api/answer", json=HELLO, headers=PAGE)).status_code == 401
 
 
 async def test_over_tls_the_cookie_is_secure_and_of_this_host_alone(keys: KeyStore, usage: KeyUsage) -> None:
@@ -230,7 +230,7 @@ async def test_a_cookie_changes_nothing_for_another_origin(
     _, text = keys.create("amy", KeyScope.ADMIN)
     async with client_to(app_of(usage, coordinator)) as client:
         await sign_in(client, text)
-        for path in ("/api/load", "/api/unload", "/api/plan", "/api/chat", "/api/session"):
+        for path in ("/api/load", "/api/unload", "/api/plan", "/api/answer", "/api/session"):
             reply = await client.post(path, json={"model": "faq"}, headers=headers)
             assert reply.status_code == 403, path
         assert (await client.delete("/api/session", headers=headers)).status_code == 403
@@ -374,7 +374,7 @@ async def test_the_feed_tells_the_state_and_ends_with_the_key(keys: KeyStore, us
             name, state = await next_event(sent)
             assert (name, state["cluster"], state["state"], state["models"]) == ("cluster", "lab", "idle", [])
             assert (state["requests_live"], len(state["requests"])) == (FEED_REQUESTS + 9, FEED_REQUESTS)
-            chat = await client.post("/api/chat", json=HELLO, headers=PAGE)
+            chat = await client.post("/api/answer", json=HELLO, headers=PAGE)
             assert chat.status_code == 503, "a page that watches takes none of the key's requests"
             keys.revoke("amy")
             while name == "cluster":

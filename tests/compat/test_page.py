@@ -102,7 +102,7 @@ def show(visit: Callable[..., Any]) -> Callable[..., Any]:
             "/api/session": json.dumps({"required": False, "name": None, "scope": "admin", "problem": None}),
             "/api/events": event(facts, "cluster").decode(),
             "/api/plan": json.dumps(plan),
-            "/api/chat": 'data: {"choices": [{"delta": {"content": "A link."}}]}\n\ndata: [DONE]\n\n',
+            "/api/answer": 'data: {"choices": [{"delta": {"content": "A link."}}]}\n\ndata: [DONE]\n\n',
         }
         kinds = {"/": "text/html", "/api/events": "text/event-stream"}
         told: list[Any] = []
@@ -112,7 +112,7 @@ def show(visit: Callable[..., Any]) -> Callable[..., Any]:
             if path.startswith("/page/"):
                 route.fulfill(path=FOLDER / path.removeprefix("/page/"))
                 return
-            told.extend([route.request.post_data_json] if path == "/api/chat" else [])
+            told.extend([route.request.post_data_json] if path == "/api/answer" else [])
             status = 400 if path == "/api/plan" and "error" in plan else 200
             route.fulfill(status=status, body=answers[path], content_type=kinds.get(path, "application/json"))
 

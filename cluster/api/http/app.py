@@ -115,7 +115,7 @@ def page_table(
         *_get("/page/{name}", files.get, Access.ANYONE),
         _page_route("/api/session", {"GET": login.show, "POST": login.sign_in, "DELETE": login.sign_out}),
         _page_route("/api/events", {"GET": live}, Access.INFERENCE),
-        _page_route("/api/chat", {"POST": Chat(service, names)}, Access.INFERENCE, counted=True),
+        _page_route("/api/answer", {"POST": Chat(service, names)}, Access.INFERENCE, counted=True),
         _page_route("/api/plan", {"POST": operations.plan}, Access.ADMIN),
         _page_route("/api/load", {"POST": operations.load}, Access.ADMIN),
         _page_route("/api/unload", {"POST": operations.unload}, Access.ADMIN),

@@ -160,7 +160,7 @@ SEEDS: dict[str, tuple[dict[str, Any], ...]] = {
     "/tokenize": ({"prompt": "hello"}, {"messages": CHAT["messages"], "tools": CHAT["tools"]}),
 }
 PAGE_SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("/api/chat", CHAT),
+    ("/api/answer", CHAT),
     ("/api/session", {"key": "mpk_0123456789ab_x"}),
     ("/api/plan", {"model": "faq", "layers": "0-1,2-3", "max_context": 64, "quantize": 4, "acceptance": 0.5}),
     ("/api/load", {"model": "faq", "workers": 2, "objective": "throughput", "route": "relay", "kv_bits": 8}),

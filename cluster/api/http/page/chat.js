@@ -119,7 +119,7 @@ async function answer() {
   try {
     const body = { messages, temperature: TEMPERATURE, stream: true, stream_options: { include_usage: true } };
     if (parts.model.value) body.model = parts.model.value;
-    const response = await send("POST", "api/chat", body, running.signal);
+    const response = await send("POST", "api/answer", body, running.signal);
     for await (const chunk of events(response)) read(turn, chunk);
   } catch (error) {
     if (error.name === "AbortError") turn.end = "stopped";
