@@ -88,8 +88,8 @@ def launch(
     In a cluster it passes on the API key in MACPIPE_API_KEY. On the coordinator's Mac it makes a key of its own
     instead, once, and uses that again.
 
-    Clients: claude, codex, aider, goose, opencode, qwen. Use openai or anthropic for programs built with those
-    SDKs. `eval "$(macpipe launch claude)"` sets the variables in a shell.
+    Clients: claude, codex, aider, goose, opencode, qwen. Use openai, anthropic or ollama for programs built
+    with those SDKs. `eval "$(macpipe launch claude)"` sets the variables in a shell.
     """
     if client not in CLIENTS:
         raise InvalidOption(f"unknown client {client}; choose one of {', '.join(CLIENTS)}", field="client")
@@ -334,5 +334,6 @@ CLIENTS: Final[Mapping[str, Callable[[Served], Launch]]] = MappingProxyType(
         "qwen": _qwen,
         "openai": lambda s: Launch(_openai(s)),
         "anthropic": lambda s: Launch({"ANTHROPIC_BASE_URL": s.base, "ANTHROPIC_API_KEY": s.key}),
+        "ollama": lambda s: Launch({"OLLAMA_HOST": s.base, "OLLAMA_API_KEY": s.key}),
     }
 )

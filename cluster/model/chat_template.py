@@ -135,6 +135,11 @@ class ChatTemplate:
     def _takes(self, name: str) -> bool:
         return self._names is None or name in self._names
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the model is shown tools, and its calls can be parsed."""
+        return self._wrapper.has_chat_template and self._takes("tools") and self._markers.parse is not None
+
     def require_tools(self, options: ChatOptions) -> None:
         """Raise InvalidRequest if tools are offered, and the model does not take them or its calls cannot be parsed."""
         if options.offered and not self._takes("tools"):

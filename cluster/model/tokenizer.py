@@ -172,6 +172,11 @@ class Tokenizer:
         return Parsing(options.offered, self._markers.opens_reasoning(prompt))
 
     @property
+    def takes_tools(self) -> bool:
+        """Whether conversations with this model may have tools."""
+        return self._template.takes_tools
+
+    @property
     def reasoning_end(self) -> tuple[int, ...]:
         """Return the token ids that end the model's reasoning; empty if it has no reasoning markers."""
         return self._markers.reasoning_end

@@ -26,7 +26,7 @@ from cluster.core.limits import MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPT_IDS
 from effort import effort
 
 TURN = {"role": "user", "content": "hi"}
-BOUNDED = (bodies._refuse, bodies._drop, bodies._drop_hint, bodies._bound_values)
+BOUNDED = (bodies._refuse, bodies._refuse_set, bodies._drop, bodies._drop_hint, bodies._bound_values)
 """What may stand around a value of any kind."""
 
 

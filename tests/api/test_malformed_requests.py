@@ -29,6 +29,8 @@ def test_no_body_breaks_a_form(path: str) -> None:
             parsed: Any = parse(json.dumps(body).encode("utf-8", "surrogatepass"), form)
             if path == "/tokenize":
                 parsed.params()
+            elif path == "/api/show":
+                parsed.asked()
             elif path == "/v1/messages/count_tokens":
                 parsed.conversation()
             else:

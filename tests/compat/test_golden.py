@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.xdist_group("compat"), pytest.mark.timeout(120)]
 GOLDEN = Path(__file__).parent / "golden"
 TURN = [{"role": "user", "content": "What is a hop?"}]
 SHORT = {"temperature": 0, "max_tokens": 4, "stream": True}
+OPTIONS = {"temperature": 0, "num_predict": 4}
 TOOL = {"name": "lamp", "description": "", "parameters": {"type": "object", "properties": {"on": {"enum": [True]}},
         "required": ["on"], "additionalProperties": False}}  # fmt: skip
 THOUGHT = {"type": "lark", "lark": 'start: <[263]> "hm" <[264]> "ok"'}
@@ -34,6 +35,9 @@ FAQ: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "messages": ("/v1/messages", {"model": "faq", "messages": TURN, **SHORT}),
     "messages_error": ("/v1/messages", {"model": "faq", "messages": TURN, "stream": True}),
+    "ollama_chat": ("/api/chat", {"model": "faq", "messages": TURN, "options": OPTIONS}),
+    "ollama_generate": ("/api/generate", {"model": "faq", "prompt": "A hop is", "raw": True, "options": OPTIONS}),
+    "ollama_error": ("/api/chat", {"model": "faq", "messages": TURN, "options": {"top_k": -2}}),
 }
 TOOLED: dict[str, tuple[str, dict[str, Any]]] = {
     "chat_tool": (
@@ -72,6 +76,8 @@ def anonymous(said: str) -> str:
     said = re.sub(r'"(created|created_at)":\d+', r'"\1":0', said)
     said = re.sub(r'"output_tokens":\d+', '"output_tokens":0', said)
     said = re.sub(r'"cached_tokens":\d+', '"cached_tokens":0', said)
+    said = re.sub(r'"created_at":"[0-9T:.-]+Z"', '"created_at":"TIME"', said)
+    said = re.sub(r'"(total|load|eval|prompt_eval)_duration":\d+', r'"\1_duration":0', said)
     kept = r'"input_tokens":\d+,"cache_creation_input_tokens":0,"cache_read_input_tokens":\d+'
     said = re.sub(kept, '"input_tokens":0,"cache_creation_input_tokens":0,"cache_read_input_tokens":0', said)
     return re.sub(r'"model":"tooled0?"', '"model":"tooled"', said)

@@ -1,1 +1,1 @@
-"""The HTTP API in OpenAI's and Anthropic's formats. It only translates; validation is shared with gRPC."""
+"""The HTTP API in OpenAI's, Anthropic's and Ollama's formats. It only translates; validation is shared with gRPC."""

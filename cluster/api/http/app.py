@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import chain
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -25,6 +26,8 @@ from cluster.api.http.messages import Messages
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.models import Models
+from cluster.api.http.ollama import Ollama
+from cluster.api.http.ollama_models import INSTEAD, OllamaModels
 from cluster.api.http.openapi import description
 from cluster.api.http.operations import Operations
 from cluster.api.http.origin_policy import OriginPolicy
@@ -93,6 +96,25 @@ def table(service: RequestService) -> list[DeclaredRoute]:
         *_post("/v1/messages", Messages(service, names)),
         *_post("/v1/messages/count_tokens", tokenize.count),
         *_post("/tokenize", tokenize.tokens),
+        *ollama_table(service, names),
+    ]
+
+
+def ollama_table(service: RequestService, names: ModelNames) -> list[DeclaredRoute]:
+    """Return the routes of Ollama's API."""
+    ollama, models = Ollama(service, names), OllamaModels(names)
+    refused = [
+        _routes(path, models.refuse, ("DELETE",) if path == "/api/delete" else ("POST",), Access.INFERENCE)
+        for path in INSTEAD
+    ]
+    return [
+        *_post("/api/chat", ollama.chat),
+        *_post("/api/generate", ollama.generate),
+        *_post("/api/show", models.show),
+        *_get("/api/tags", models.tags),
+        *_get("/api/ps", models.running),
+        *_get("/api/version", models.version),
+        *chain.from_iterable(refused),
     ]
 
 

@@ -69,6 +69,11 @@ def _refuse(value: object) -> None:
         raise PydanticCustomError("unsupported", "is not supported here; leave it out")
 
 
+def _refuse_set(value: object) -> None:
+    if value:
+        _refuse(value)
+
+
 def _drop(value: object) -> None:
     """Replace an ignored value with None."""
 
@@ -114,6 +119,8 @@ def _bound_values(value: object) -> object:
 
 Unsupported = Annotated[Any, AfterValidator(_refuse), WithJsonSchema({"type": "null"})]
 """A field that the original API has and macpipe does not support: null, else a 400 that says so."""
+Unset = Annotated[Any, AfterValidator(_refuse_set), WithJsonSchema({"type": "null"})]
+"""An unsupported field that clients also send without a value: empty, false or zero."""
 Ignored = Annotated[Any, AfterValidator(_drop), WithJsonSchema({})]
 """A field that asks for nothing, such as a part of an earlier answer that the client sends back."""
 Hint = Annotated[Any, AfterValidator(_drop_hint), WithJsonSchema({})]

@@ -12,8 +12,8 @@ from cluster.api.http.adjustments import adjustments_of
 from cluster.api.http.body import build, form_size
 from cluster.api.http.caller_identity import caller_of
 from cluster.api.request_service import RequestService, RunningRequest
-from cluster.api.request_validation import chat_request
-from cluster.api.requests import ChatParams, rename_fields
+from cluster.api.request_validation import chat_request, generate_request
+from cluster.api.requests import ChatParams, GenerateParams, rename_fields
 from cluster.coordinator.model_reader import ModelInfo
 
 
@@ -36,13 +36,26 @@ async def submit_chat(
     form's field.
     """
     params = await build(request, lambda: form.params(request_id))
-    names = form.field_names()
+    return await submit_params(service, request, params, form.field_names(), model_info)
+
+
+async def submit_params(
+    service: RequestService,
+    request: Request,
+    params: ChatParams | GenerateParams,
+    names: Mapping[str, str],
+    model_info: ModelInfo,
+) -> RunningRequest:
+    """Submit parameters, which ``names`` maps to the form's fields. See ``submit_chat``."""
     adjustments = adjustments_of(request.scope)
     caller = replace(caller_of(request, None), shorten=not adjustments.strict, strict=adjustments.strict)
     with rename_fields(names):
-        chat = await chat_request(params, form_size(request), model_info, caller)
-        running = await service.submit(chat.request, model_info)
-    adjustments.ignore(names.get(name, name) for name in chat.ignored)
-    if params.max_tokens is not None and chat.request.max_tokens < params.max_tokens:
-        adjustments.max_tokens = chat.request.max_tokens
+        if isinstance(params, ChatParams):
+            prepared = await chat_request(params, form_size(request), model_info, caller)
+        else:
+            prepared = await generate_request(params, form_size(request), model_info, caller)
+        running = await service.submit(prepared.request, model_info)
+    adjustments.ignore(names.get(name, name) for name in prepared.ignored)
+    if params.max_tokens is not None and prepared.request.max_tokens < params.max_tokens:
+        adjustments.max_tokens = prepared.request.max_tokens
     return running

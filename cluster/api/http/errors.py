@@ -1,4 +1,7 @@
-"""Encodes errors in OpenAI's format, or in Anthropic's on its routes. Errors never contain text of a prompt."""
+"""Encodes errors in OpenAI's format, or in Anthropic's and Ollama's on their routes.
+
+Errors never contain text of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,25 @@ from cluster.core.text import with_subject
 log = logging.getLogger(__name__)
 
 ANTHROPIC_ROUTES: Final = "/v1/messages"
+OLLAMA_ROUTES: Final = frozenset(
+    f"/api/{name}"
+    for name in (
+        "chat",
+        "copy",
+        "create",
+        "delete",
+        "embed",
+        "embeddings",
+        "generate",
+        "ps",
+        "pull",
+        "push",
+        "show",
+        "tags",
+        "version",
+    )
+)
+"""Paths under /api that are Ollama's; the others are the page's."""
 _RETRYABLE: Final = frozenset({429, 503})
 """Statuses that always have a retry-after header."""
 _OPENAI_TYPES: Final[Mapping[int, str]] = MappingProxyType(
@@ -58,6 +80,11 @@ def anthropic_error(error: MacpipeError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
+def ollama_error(error: MacpipeError) -> dict[str, Any]:
+    """Return ``{"error": message}``; the message starts with the field."""
+    return {"error": with_subject(error.field, error.sentence)}
+
+
 def _length_message(error: PromptTooLong) -> str:
     numbers = error.details
     if "maximum" in numbers:
@@ -79,7 +106,10 @@ def _code(error: MacpipeError) -> str:
 
 def error_response(path: str, error: MacpipeError) -> Json:
     """Return the response that ends a request with ``error``; ``path`` selects the format."""
-    body = anthropic_error(error) if path.startswith(ANTHROPIC_ROUTES) else openai_error(error)
+    if path in OLLAMA_ROUTES:
+        body = ollama_error(error)
+    else:
+        body = anthropic_error(error) if path.startswith(ANTHROPIC_ROUTES) else openai_error(error)
     headers = {}
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"

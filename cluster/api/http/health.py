@@ -69,7 +69,7 @@ class Health:
         state = f" {__version__}: {self.service.coordinator.state.value}" if trusted else ""
         return Response(
             f"macpipe{state}.\n"
-            "The base URL is /v1 for OpenAI clients, this address for Anthropic clients. "
+            "The base URL is /v1 for OpenAI clients, this address for Anthropic and Ollama clients. "
             "See /health, /v1/models, /openapi.json. A browser shows the page of this cluster here.\n",
             media_type="text/plain",
         )

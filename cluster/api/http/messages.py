@@ -7,20 +7,19 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pydantic_core import from_json
 from starlette.requests import Request
 
 from cluster.api.http.answer_assembly import AnswerPart, collect_answers
 from cluster.api.http.body import charge_of, read
+from cluster.api.http.call_arguments import encode_arguments
 from cluster.api.http.chat_submission import submit_chat
 from cluster.api.http.errors import anthropic_error
-from cluster.api.http.json_response import Encoded, LongJson, compact, encode_text, new_id
+from cluster.api.http.json_response import LongJson, encode_text, new_id
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import EventStream, event, while_connected
-from cluster.api.json_elements import count_elements
 from cluster.api.request_service import RequestService, RunningRequest
-from cluster.core.errors import InvalidRequest, MacpipeError, TooLarge
+from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, FinishReason, TokenEvent, Usage
 from cluster.transport.byte_budget import Charge
 from cluster.transport.parsing_thread import PARSING
@@ -89,33 +88,14 @@ async def _whole_response(model: str, running: RunningRequest, charge: Charge) -
 
 
 async def encode_block(part: AnswerPart) -> dict[str, Any]:
-    """Return a block of a message's content. Raises ``InvalidRequest`` as ``_object``."""
+    """Return a block of a message's content. Raises ``InvalidRequest`` as ``encode_arguments``."""
     if part.call:
         arguments = part.call.arguments
-        known = await PARSING.run(len(arguments), _object, arguments)
+        known = await PARSING.run(len(arguments), encode_arguments, arguments)
         return {"type": "tool_use", "id": part.call.id, "name": part.call.name, "input": known}
     if part.reasoning:
         return {"type": "thinking", "thinking": await encode_text(part.text), "signature": ""}
     return {"type": "text", "text": await encode_text(part.text)}
-
-
-def _object(text: str) -> Encoded:
-    """Return a call's arguments as JSON; the complete fields of a truncated answer, ``{}`` if there are none.
-
-    It holds the interpreter for at most 50 ms, as parsing a request's body does. Raises ``InvalidRequest`` if the
-    arguments have more elements than a body may have.
-    """
-    try:
-        count_elements(text)
-        value = from_json(text, allow_partial=True, allow_inf_nan=False)
-    except TooLarge as e:
-        raise InvalidRequest(
-            f"cannot send the arguments of a tool call as one object, because {e.sentence}; stream the answer instead",
-            field="stream",
-        ) from None
-    except ValueError:
-        value = {}
-    return Encoded(compact(value if isinstance(value, dict) else {}))
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
-"""Streams an answer as server-sent events. During silence it sends comments, or events that say nothing new.
+"""Streams an answer as server-sent events or JSON lines.
 
-A stream ends with its answer or when the client disconnects. However it ends, the answer is closed, which ends the
-request behind it.
+During silence it sends comments, or events that say nothing new. A stream ends with its answer or when the client
+disconnects. However it ends, the answer is closed, which ends the request behind it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ E = TypeVar("E")
 E_contra = TypeVar("E_contra", contravariant=True)
 DONE: Final = b"data: [DONE]\n\n"
 COMMENT: Final = b": still working\n\n"
-_HEADERS: Final = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-)
+EVENTS: Final = b"text/event-stream; charset=utf-8"
+JSON_LINES: Final = b"application/x-ndjson"
+_HEADERS: Final = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+
+
+def json_line(data: object) -> bytes:
+    """Return one line of a stream of JSON lines."""
+    return f"{compact(data)}\n".encode()
 
 
 def event(data: object, name: str = "") -> bytes:
@@ -59,7 +62,7 @@ class EventStream(Generic[E]):
     """The streamed response of an answer, whose events ``encoder`` encodes.
 
     What ``encoder.idle`` returns is sent after ``STREAM_COMMENT_S`` without an event. ``request_id`` is logged with
-    internal errors.
+    internal errors. ``media_type`` is that of what the encoder returns.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class EventStream(Generic[E]):
         events: AbstractAsyncContextManager[AsyncIterator[E]],
         encoder: StreamEncoder[E],
         request_id: str,
+        media_type: bytes = EVENTS,
     ) -> None:
+        self._headers = [(b"content-type", media_type), *_HEADERS]
         self._events = events
         self._encoder = encoder
         self._request_id = request_id
@@ -79,7 +84,7 @@ class EventStream(Generic[E]):
             await _run_while_connected(receive, lambda: self._write(events, send))
 
     async def _write(self, events: AsyncIterator[E], send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
         comments = asyncio.ensure_future(self._comment(send))
         try:
             begun, more = False, True

@@ -58,6 +58,9 @@ NAMED: dict[str, str] = {
     "/v1/messages": "messages",
     "/v1/messages/count_tokens": "count",
     "/tokenize": "tokenize",
+    "/api/chat": "ollama-chat",
+    "/api/generate": "ollama-generate",
+    "/api/show": "ollama-show",
 }
 TURN = '{"role":"user","content":"hello"}'
 
@@ -304,6 +307,15 @@ def _whole(path: str) -> dict[str, Recipe]:
             "whole tokens": ["cat", '{"prompt":"', ["rep", 262_000, "\u00e9"], '"}'],
             "whole turns": ["cat", '{"messages":[', turns, TURN, "]}"],
         }
+    if path == "/api/chat":
+        return _whole_ollama(turns)
+    if path == "/api/generate":
+        return {
+            "whole text": ["cat", '{"model":"default","prompt":"', ["rep", 4 * MIB - 64, "a"], '"}'],
+            "whole raw": ["cat", '{"model":"default","raw":true,"prompt":"', ["rep", 60_000, "hello "], '"}'],
+        }
+    if path == "/api/show":
+        return {}
     model = (
         '{"model":"default","max_tokens":1,"messages":['
         if path == "/v1/messages"
@@ -329,6 +341,37 @@ def _whole(path: str) -> dict[str, Recipe]:
             '{"type":"text","text":"b"}]},{"role":"user","content":[',
             ["rep", 2000, result],
             '{"type":"text","text":"b"}]}]}',
+        ],
+    }
+
+
+def _whole_ollama(turns: Recipe) -> dict[str, Recipe]:
+    """Return acceptable conversations in Ollama's form. A result is matched with an earlier call by its tool's name."""
+    chat = ["cat", '{"model":"default","messages":[']
+    call = '{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":{}}}]},'
+    return {
+        "whole turns": [*chat, turns, TURN, "]}"],
+        "whole text": [*chat, '{"role":"user","content":"', ["rep", 4 * MIB - 64, "a"], '"}]}'],
+        "whole results": [
+            *chat,
+            ["rep", 2000, call],
+            ["rep", 2000, '{"role":"tool","content":"x","tool_name":"f"},'],
+            TURN,
+            "]}",
+        ],
+        "whole results of other tools": [
+            *chat,
+            ["rep", 2000, call],
+            ["rep", 2000, '{"role":"tool","content":"x","tool_name":"g"},'],
+            TURN,
+            "]}",
+        ],
+        "whole properties": [
+            *chat,
+            TURN,
+            '],"tools":[{"type":"function","function":{"name":"f","parameters":{"properties":{',
+            ["each", 5000, '"', '":{"type":"null, string"},'],
+            '"z":{}}}}}]}',
         ],
     }
 

@@ -18,6 +18,7 @@ from cluster.api.grpc.cluster_service import _load_order
 from cluster.api.grpc.proto_decoding import chat_params, generate_params, tokenize_prompt
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
+from cluster.api.http.ollama_models import ShowForm
 from cluster.api.http.openapi import BODIES
 from cluster.api.http.tokenize import TokenizeForm
 from cluster.api.metrics import Metrics
@@ -28,6 +29,7 @@ from cluster.core.errors import Busy
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.model_shape import read_shape
 from cluster.model.tokenizer import load_tokenizer
+from cluster.store.store import FoundModel
 from cluster.transport.byte_budget import ByteBudget
 from cluster.v1 import cluster_pb2, inference_pb2
 from fuzz.mutation import spoil_bytes, spoil_json
@@ -43,7 +45,8 @@ def served() -> ModelInfo:
     """Return the bundled small model as a coordinator knows it."""
     folder = BUNDLED / "faq"
     tokenizer = load_tokenizer(folder)
-    return ModelInfo(read_shape(folder, "faq", None), tokenizer, None, None, InProcess(tokenizer), speculates=True)  # type: ignore[arg-type]
+    found, text = FoundModel(folder), InProcess(tokenizer)
+    return ModelInfo(read_shape(folder, "faq", None), tokenizer, None, found, text, speculates=True)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -87,6 +90,8 @@ def _form(form: Any, seeds: tuple[dict[str, Any], ...]) -> Callable[[], Prepared
         parsed = parse(data, form)
         if isinstance(parsed, TokenizeForm):
             made = parsed.params()
+        elif isinstance(parsed, ShowForm):
+            made = parsed.asked()
         else:
             made = parsed.params("id") if hasattr(parsed, "params") else parsed.conversation()
         json.dumps(made, default=asdict, ensure_ascii=False).encode()  # no text that UTF-8 cannot hold
@@ -158,6 +163,53 @@ SEEDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "/v1/messages/count_tokens": ({"model": "faq", "messages": [{"role": "user", "content": "hello"}]},),
     "/tokenize": ({"prompt": "hello"}, {"messages": CHAT["messages"], "tools": CHAT["tools"]}),
+    "/api/chat": (
+        {
+            "model": "faq",
+            "messages": [
+                {"role": "system", "content": "be kind"},
+                {"role": "user", "content": "hello", "images": []},
+                {
+                    "role": "assistant",
+                    "thinking": "so",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}],
+                },
+                {"role": "tool", "content": "2", "tool_name": "f"},
+            ],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": "f", "parameters": {"properties": {"x": {"type": "null, string"}}}},
+                }
+            ],
+            "options": {
+                "temperature": 0,
+                "num_predict": 5,
+                "num_ctx": 64,
+                "stop": ["a"],
+                "seed": -1,
+                "repeat_last_n": 0,
+            },
+            "format": {"type": "object"},
+            "think": "low",
+            "keep_alive": "5m",
+            "stream": False,
+            "logprobs": True,
+            "top_logprobs": 2,
+        },
+    ),
+    "/api/generate": (
+        {
+            "model": "faq:latest",
+            "prompt": "hello",
+            "system": "be kind",
+            "format": "json",
+            "suffix": "",
+            "keep_alive": -1,
+        },
+        {"model": "faq", "prompt": "hello", "raw": True, "options": {"num_predict": -2, "mirostat": 1}, "think": True},
+    ),
+    "/api/show": ({"model": "faq", "verbose": True}, {"name": "faq"}),
 }
 PAGE_SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/api/answer", CHAT),
@@ -216,7 +268,17 @@ def http_requests() -> Prepared:
     posts = [f"POST {p} HTTP/1.1\r\n{head}content-length: {len(b)}\r\n\r\n{b}" for p, b in bodies]
     gets = [
         f"GET {p} HTTP/1.1\r\n{head}x-request-id: a\r\n\r\n"
-        for p in ("/v1/models", "/v1/models/faq", "/live", "/metrics", "/page/app.js", "/api/session", "/api/events")
+        for p in (
+            "/v1/models",
+            "/v1/models/faq",
+            "/live",
+            "/metrics",
+            "/page/app.js",
+            "/api/session",
+            "/api/events",
+            "/api/tags",
+            "/api/ps",
+        )
     ]
     return Prepared(run, tuple(one.encode() for one in (*posts, *gets)), _spoil_http, (h11.RemoteProtocolError,))
 
