@@ -58,7 +58,7 @@ Backward = Callable[[Sequence[mx.array]], list[mx.array]]
 class _KeptGraph:
     """A backward pass that is built but not evaluated, over ``buffers`` that get the gradients of what left later.
 
-    As long as it is there, MLX keeps the activations that it needs.
+    As long as it is there, MLX keeps the activations that it needs: of layers that compute theirs again, the inputs.
     """
 
     buffers: Sequence[mx.array]
@@ -113,8 +113,7 @@ class TrainingStage:
         """
         tokens = batch[:, :-1]
         run = self._forward_function(tokens, train=train)
-        comes_back = train and (bool(self.names) or gradient)
-        if comes_back and not self._options.grad_checkpoint:
+        if train and (self.names or gradient):
             buffers = [mx.zeros(*shape) for shape in _shapes(self.part.outlet, tokens)]
             mx.eval(buffers)
             outputs, gradients = self._differentiate(run, incoming, buffers, gradient=gradient)
@@ -123,8 +122,6 @@ class TrainingStage:
             outputs = run(incoming)
         outgoing = [mx.contiguous(array) for array in outputs]
         mx.eval(outgoing)
-        if comes_back and self._options.grad_checkpoint:
-            self._backward[number] = lambda given: self._differentiate(run, incoming, given, gradient=gradient)[1]
         return outgoing
 
     def backward(self, number: int, gradients: Sequence[mx.array], *, update: bool) -> list[mx.array]:

@@ -22,8 +22,8 @@ def training_bytes(
     """Return about how many bytes a stage with these layers keeps of ``batches`` batches of ``rows`` sequences.
 
     Each value that a layer computes is kept for the way back, and attention scores in full, since no kernel has a way
-    back that keeps them to itself. With ``recompute``, only what enters each layer is kept, and one layer at a time is
-    computed again. The result is 0 if the model's sizes are unknown.
+    back that keeps them to itself. With ``recompute``, only what enters each layer, what leaves the stage and room for
+    its gradient are kept, and one layer at a time is computed again. The result is 0 if the model's sizes are unknown.
     """
     width = max(shape.boundary_bytes, default=0)
     flops = shape.flops[layers.start : layers.end]
@@ -31,9 +31,7 @@ def training_bytes(
         return 0
     scores = shape.heads * SCORE_BYTES * length
     each = [_VALUES * own / width + scores for own in flops]
-    token = max(each) + len(layers) * width if recompute else sum(each) * batches
-    if recompute:
-        token += width * (batches - 1)
+    token = max(each) + (len(layers) + 2) * width * batches if recompute else sum(each) * batches
     if layers.end == shape.layers:
         token += _LOGITS * shape.vocabulary
     return int(token * rows * length)

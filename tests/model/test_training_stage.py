@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.llama import TransformerBlock
 
 from checkpoints import make
 from cluster.codec.adapter_file import read_adapters, write_adapters
@@ -25,6 +26,7 @@ from cluster.model.tensor_codec import to_array
 from cluster.model.tokenizer import load_tokenizer
 from cluster.model.training_batches import read_training_data
 from cluster.model.training_commands import TrainingCommands
+from cluster.model.training_stage import load_training_stage
 from cluster.model.weight_conversion import Conversion
 from cluster.scheduler.training_schedule import BatchResult, TrainingSchedule
 from lora_reference import fine_tune, write_texts
@@ -215,6 +217,33 @@ def test_micro_batches_have_the_gradients_and_losses_of_their_batch(
     for name in compared:
         expected = to_array(whole[name])
         assert mx.abs(to_array(cut[name]) - expected).max() <= 64 * 2**-23 * mx.abs(expected).max(), name
+
+
+def test_a_checkpointed_stage_keeps_the_inputs_of_its_layers_and_runs_each_layer_twice(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    call: Any = TransformerBlock.__call__
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return call(*arguments, **more)
+
+    monkeypatch.setattr(TransformerBlock, "__call__", counted)
+    kept = dict[bool, int]()
+    ref = ModelRef("model", str(llama), open_checkpoint(llama).fingerprint)
+    for checkpoint in (True, False):
+        options = TrainingOptions.of({"train": True, "num_layers": -1, "grad_checkpoint": checkpoint})
+        stage = load_training_stage(StageSpec(1, 0, 2, ref, LayerRange(0, 3), 512), llama, options)
+        calls, before = 0, mx.get_active_memory()
+        (leaving,) = stage.forward(1, mx.zeros((4, 65), mx.int32), [], train=True, gradient=False)
+        kept[checkpoint] = mx.get_active_memory() - before
+        stage.backward(1, [mx.ones_like(leaving)], update=False)
+        assert calls == (6 if checkpoint else 3)
+        stage.close()
+    assert kept[True] <= 1.1 * (3 + 2) * leaving.nbytes, "the inputs, what leaves, and room for its gradient"
+    assert kept[False] > 8 * kept[True]
 
 
 def test_training_continues_from_a_state_on_other_cuts(llama: Path, data: Path) -> None:
