@@ -1,1 +1,1 @@
-"""Decides which workers are up, suspect or gone, from what was heard and when. Pure: no I/O, no clock."""
+"""Decides which workers are up, suspect or gone, and who leads them. Pure: no I/O, no clock of its own."""

@@ -1,0 +1,12 @@
+"""Limits of terms: how long a worker belongs to a coordinator that has fallen silent. Durations are in seconds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+LEASE_S: Final = 2.0
+"""After each heartbeat, a worker grants no other coordinator a term for this long. It paces, and is not for safety."""
+LEASE_MARGIN_S: Final = 0.2
+"""A leader's count of a lease ends so much earlier than its worker's: enough for clocks whose speeds differ by 5 %."""
+MAX_BACK_OFF: Final = 8.0
+"""The longest random wait between two tries to become the leader, in leases."""
