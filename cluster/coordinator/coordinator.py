@@ -153,6 +153,7 @@ class Coordinator:
             self._planner,
             lambda holder: self._create_deps(RosterView(self._roster, holder, self._claims)),
             self._turns,
+            lambda name: self._deployments.count_coming(name),
             self._timeline,
             self._totals,
             lambda: self.journal,
@@ -187,6 +188,7 @@ class Coordinator:
     def adopt_catalog(self, catalog: ModelCatalog) -> None:
         """Serve the models of this catalog from now on. What is loaded and not in it stays until it is unloaded."""
         self._deployments.adopt(catalog)
+        self._claims.shared = not self._deployments.is_single
         self.changed.set()
 
     def names_of(self, model_info: ModelInfo) -> tuple[str, ...]:
@@ -215,6 +217,7 @@ class Coordinator:
         self._training.problem = ""
         report = BothReporters(self._report, follower) if follower else self._report
         deployment = self._deployments.begin(name, order)
+        self._claims.shared = not self._deployments.is_single
         try:
             await deployment.load(order, report, again=again)
             self._deployments.note_loaded(deployment.name, order)

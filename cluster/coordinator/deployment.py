@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import anyio
 
@@ -133,7 +134,7 @@ class Deployment:
             with anyio.CancelScope(shield=True):
                 await model_info.close()
             raise
-        self.model_info, self._order = model_info, placement.order
+        self.model_info, self._order = model_info, replace(placement.order, cached_contexts=order.cached_contexts)
         self.loaded_at = time.monotonic()
         self._host.timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
 

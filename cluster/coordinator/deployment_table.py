@@ -52,6 +52,11 @@ class DeploymentTable:
         """Whether there is at most one model, so that no name tells it from others."""
         return len(tuple(self.catalog)) <= 1
 
+    def count_coming(self, name: str) -> int:
+        """Return how many models, besides the one with this own name, have no memory yet: those that load count too."""
+        loaded = {deployment.name for deployment in self.values() if deployment.model_info}
+        return sum(entry.name not in (name, *loaded) for entry in self.catalog)
+
     # The catalog
 
     def adopt(self, catalog: ModelCatalog) -> None:

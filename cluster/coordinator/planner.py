@@ -99,6 +99,18 @@ def limit_caches(plan: Plan, shape: ModelShape, contexts: int) -> Plan:
     return replace(plan, stages=stages, max_sequences=min(full_contexts(stages, shape), plan.lanes * plan.rows))
 
 
+def leave_room(plan: Plan, shape: ModelShape, order: LoadOrder, coming: int) -> tuple[Plan, LoadOrder]:
+    """Return the plan, and its order, with caches that leave room for as many further models as are ``coming``.
+
+    What is left on each Mac is for the caches of all, in equal parts, but a stage has room for one full context at
+    least. An order that says how many it has room for stays as it is.
+    """
+    if not coming or order.cached_contexts is not None:
+        return plan, order
+    contexts = max(full_contexts(plan.stages, shape) // (1 + coming), 1)
+    return limit_caches(plan, shape, contexts), replace(order, cached_contexts=contexts)
+
+
 def _why_unbatchable(shape: ModelShape, order: LoadOrder) -> tuple[str, ...]:
     """Return the reason why requests cannot decode in one batch; () if they can."""
     if shape.batchable:

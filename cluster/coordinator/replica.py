@@ -23,6 +23,7 @@ from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.load_turns import LoadTurns
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
+from cluster.coordinator.planner import leave_room
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import LoadReporter
@@ -46,15 +47,17 @@ PLAN_TRIES: Final = 3
 class DeploymentHost:
     """What a deployment and its replicas need of their coordinator.
 
-    ``create_deps`` returns what a service needs, for a holder of slices with that name. ``turns`` orders all loads.
-    ``journal`` returns where live requests are recorded, if anywhere. ``changed`` is called whenever the state may have
-    changed, ``notify`` with a sentence about each event for people.
+    ``create_deps`` returns what a service needs, for a holder of slices with that name. ``turns`` orders all loads, and
+    ``count_coming`` returns how many models, besides the deployment with that name, are yet to be loaded. ``journal``
+    returns where live requests are recorded, if anywhere. ``changed`` is called whenever the state may have changed,
+    ``notify`` with a sentence about each event for people.
     """
 
     reader: ModelReader
     planner: ClusterPlanner
     create_deps: Callable[[str], ServiceDeps]
     turns: LoadTurns
+    count_coming: Callable[[str], int]
     timeline: Timeline
     totals: SummedTotals
     journal: Callable[[], JournalWriter | None]
@@ -72,7 +75,7 @@ class GatheredWorkers:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a replica is about to run. ``order`` is narrowed to the slices that were adopted.
+    """Where a replica is about to run. ``order`` is narrowed to the slices that were adopted, and to its caches.
 
     ``others`` is what others had claimed of the workers meanwhile.
     """
@@ -142,6 +145,7 @@ class Replica:
             plan = await self._host.planner.make_plan(number, shape, found, order)
             if deps.roster.others == others:
                 break
+        plan, order = leave_room(plan, shape, order, self._host.count_coming(self._deployment))
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)

@@ -65,6 +65,19 @@ def test_names_find_the_deployments_of_a_catalog() -> None:
     assert table.names_of(loaded) == ("small",)
 
 
+def test_models_that_are_yet_to_come_are_those_without_memory() -> None:
+    table = Table(BIG, SMALL)
+    assert (table.count_coming("big"), table.count_coming("other")) == (1, 2)
+    table.load("small", "org/Small")
+    assert (table.count_coming("big"), table.count_coming("small")) == (0, 1)
+    guest: Any = table.begin("guest", LoadOrder("org/Guest"))
+    guest.is_loading = True
+    assert table.count_coming("big") == 1, "a model that waits for its turn to load"
+    guest.is_loading = False
+    table.forget_unloaded()
+    assert table.count_coming("big") == 0
+
+
 def test_a_single_model_takes_the_name_of_what_is_loaded() -> None:
     table = Table(ModelEntry(DEFAULT, LoadOrder("org/Big"), ("mine",)))
     assert table.resolve("whatever")[0].name == DEFAULT

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.coordinator.planner import capacity, make_plan
+from cluster.coordinator.planner import capacity, full_contexts, leave_room, make_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit, InvalidOption, NoPlan
 from cluster.core.lap_times import LapTimes
@@ -55,6 +55,20 @@ def test_caches_limited_to_some_contexts_leave_memory_to_other_models() -> None:
     assert [s.cache_bytes for s in full.stages] == [s.cache_bytes for s in make_plan(7, SHAPE, two, ORDER).stages]
     small = make_plan(7, SHAPE, two, replace(ORDER, worker_count=1, cached_contexts=1))
     assert [(s.weight_bytes, s.cache_bytes) for s in small.stages] == [(400, 200)]
+
+
+def test_caches_leave_equal_parts_to_models_that_are_yet_to_come() -> None:
+    two = [worker("a", 1000), worker("b", 1000)]
+    order = replace(ORDER, worker_count=2)
+    plan = make_plan(7, SHAPE, two, order)
+    room = full_contexts(plan.stages, SHAPE)
+    assert leave_room(plan, SHAPE, order, 0) == (plan, order), "alone it has all"
+    shared, narrowed = leave_room(plan, SHAPE, order, 1)
+    assert narrowed == replace(order, cached_contexts=room // 2)
+    assert shared == make_plan(7, SHAPE, two, narrowed), "a recovery keeps to the same share"
+    assert [s.cache_bytes for s in leave_room(plan, SHAPE, order, 50)[0].stages] == [100, 100], "one full context"
+    chosen = replace(order, cached_contexts=3)
+    assert leave_room(plan, SHAPE, chosen, 1) == (plan, chosen)
 
 
 def test_caches_that_cannot_batch_get_lanes_of_one() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from checkpoints import make
 from cluster.coordinator.coordinator import DEFAULT, Coordinator
+from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.request import Request, SamplingParams, TokenEvent
@@ -21,7 +22,7 @@ from cluster.discovery.static import static_source
 from cluster.security.credentials import LocalTrust
 from cluster.store.store import Store
 from cluster.transport.grpc_streams import GrpcDialer
-from integration.daemons import Cluster, alive, children, free_port
+from integration.daemons import Cluster, Daemon, alive, children, free_port
 from integration.reference import greedy
 
 PROMPT = [(i * 37 + 11) % 250 for i in range(40)]
@@ -75,6 +76,127 @@ class Asking:
 
     async def answer(self, name: str, count: int) -> tuple[int, ...]:
         return tuple([token async for token in self.tokens(name, count)])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_two_models_share_two_workers_and_each_outlives_the_loss_of_an_engine_and_of_a_worker(tmp_path: Path) -> None:
+    folders = {"first": make("llama", tmp_path / "llama"), "second": make("qwen3", tmp_path / "qwen3")}
+    cluster, ports = Cluster(tmp_path, mtls=False), [free_port(), free_port()]
+    try:
+        daemons = [cluster.worker(n, "--port", str(p)) for n, p in zip(("ada", "bob"), ports, strict=True)]
+        for daemon, name in zip(daemons, ("ada", "bob"), strict=True):
+            daemon.wait_for(f"worker {name} of cluster")
+        anyio.run(_share_two_workers, cluster, tmp_path / "coordinator", ports, folders, daemons)
+    finally:
+        cluster.close()
+
+
+async def _share_two_workers(
+    cluster: Cluster, home: Path, ports: Sequence[int], folders: dict[str, Path], daemons: Sequence[Daemon]
+) -> None:
+    expected = {name: greedy(folder, PROMPT, 400) for name, folder in folders.items()}
+    entries = [ModelEntry(name, LoadOrder(str(folder), worker_count=2)) for name, folder in folders.items()]
+    async with coordinating(cluster, home, ports) as coordinator:
+        coordinator.adopt_catalog(ModelCatalog(entries))
+        await coordinator.load(entries[0].order, name="first")
+        asking = Asking(coordinator)
+        stream = asking.tokens("first", 400)
+        seen = [await anext(stream)]
+        await coordinator.load(entries[1].order, name="second")
+        assert [len(member.info.slices) for member in await coordinator.members()] == [2, 2]
+        seen += [token async for token in stream]
+        assert tuple(seen) == expected["first"], "a load ended or changed an answer of another model"
+
+        found: dict[str, list[tuple[int, ...]]] = {name: [] for name in folders}
+
+        async def ask(name: str, count: int) -> None:
+            found[name].append(await asking.answer(name, count))
+
+        async def ask_twenty() -> None:
+            async with anyio.create_task_group() as tasks:
+                for i in range(20):
+                    tasks.start_soon(ask, ("first", "second")[i % 2], 20 + i)
+
+        await ask_twenty()
+        loops = [service.loop for service in coordinator._services()]
+        assert coordinator.totals.tokens == 400 + sum(len(a) for answers in found.values() for a in answers)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, "first", 400)
+            tasks.start_soon(ask, "second", 400)
+            await _until(lambda: all(len(loop.answers) for loop in loops))
+            os.kill(children(daemons[0].process.pid)[1], signal.SIGKILL)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, "first", 400)
+            tasks.start_soon(ask, "second", 400)
+            await _until(lambda: all(len(loop.answers) for loop in loops))
+            daemons[1].process.kill()
+        await ask_twenty()
+        for name, answers in found.items():
+            assert all(answer == expected[name][: len(answer)] for answer in answers), name
+            assert sorted(map(len, answers))[-2:] == [400, 400]
+        tokens = coordinator.totals.tokens
+        await coordinator.unload("second")
+        assert coordinator.totals.tokens == tokens
+        assert await asking.answer("first", 8) == expected["first"][:8]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_a_model_recovers_while_another_one_loads_and_two_loads_take_turns(tmp_path: Path) -> None:
+    folders = {name: make("llama", tmp_path / name) for name in ("a", "b", "c")}
+    cluster, ports = Cluster(tmp_path, mtls=False), [free_port(), free_port()]
+    try:
+        daemons = [cluster.worker(n, "--port", str(p)) for n, p in zip(("ada", "bob"), ports, strict=True)]
+        for daemon, name in zip(daemons, ("ada", "bob"), strict=True):
+            daemon.wait_for(f"worker {name} of cluster")
+        anyio.run(_recover_while_loading, cluster, tmp_path / "coordinator", ports, folders, daemons)
+    finally:
+        cluster.close()
+
+
+async def _recover_while_loading(
+    cluster: Cluster, home: Path, ports: Sequence[int], folders: dict[str, Path], daemons: Sequence[Daemon]
+) -> None:
+    expected = greedy(folders["a"], PROMPT, 400)
+    entries = {name: ModelEntry(name, LoadOrder(str(folder), worker_count=2)) for name, folder in folders.items()}
+    async with coordinating(cluster, home, ports) as coordinator:
+        coordinator.adopt_catalog(ModelCatalog(list(entries.values())))
+        await coordinator.load(entries["a"].order, name="a")
+        asking = Asking(coordinator)
+        stream = asking.tokens("a", 400)
+        seen = [await anext(stream)]
+        activities = set[str]()
+
+        async def load(name: str) -> None:
+            await coordinator.load(entries[name].order, name=name)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(load, "b")
+            tasks.start_soon(load, "c")
+            killed = False
+            while not killed or any(name not in _loaded(coordinator) for name in "bc"):
+                activities.add(coordinator.activity)
+                if not killed and any("waiting until" in activity for activity in activities):
+                    os.kill(children(daemons[0].process.pid)[0], signal.SIGKILL)
+                    killed = True
+                await anyio.sleep(0.02)
+        seen += [token async for token in stream]
+        assert tuple(seen) == expected
+        assert any("waiting until b is loaded" in a or "waiting until c is loaded" in a for a in activities)
+        for name in "abc":
+            assert await asking.answer(name, 30) == greedy(folders[name], PROMPT, 30)
+
+
+def _loaded(coordinator: Coordinator) -> set[str]:
+    return {deployment.name for deployment in coordinator._deployments.values() if deployment.service}
+
+
+async def _until(seen: Callable[[], bool]) -> None:
+    with anyio.fail_after(30):
+        while not seen():
+            await anyio.sleep(0.01)
 
 
 @pytest.mark.long
