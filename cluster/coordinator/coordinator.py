@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 import anyio
@@ -23,7 +22,6 @@ from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
-from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.load_turns import LoadTurns
 from cluster.coordinator.loop_view import LoopView
@@ -48,6 +46,7 @@ from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, NotServing, RequestNotFound, WorkerLost
 from cluster.core.limits import MAX_SCHEMA_BYTES, OVERLOADED_S
+from cluster.core.load_limits import LOADED_RETRY_S
 from cluster.core.plan import Plan
 from cluster.core.request import Grammar, Request
 from cluster.core.training_events import TrainingEvent
@@ -59,8 +58,6 @@ from cluster.transport.streams import Dialer
 
 _BY_URGENCY: Final = (ServingState.LOADING, ServingState.FAILED, ServingState.RECOVERING, ServingState.SERVING)
 """The states of deployments, the one first that the cluster's state shows if deployments differ."""
-RETRY_LOAD_S: Final = 5.0
-"""When to ask again for a model that is being loaded."""
 
 
 class Coordinator:
@@ -98,7 +95,9 @@ class Coordinator:
         self._max_schema_bytes = max_schema_bytes
         self._exclusive = asyncio.Lock()
         """Held by a training, in whose place nothing is served or loaded."""
-        self._training = TrainingMode(partial(self.load, again=True), self._report_problem)
+        self._training = TrainingMode(
+            lambda model, follower: self.load(model.order, follower, name=model.name, again=True), self._report_problem
+        )
         self._preparation = LoadWatch()
         """What is done before a training begins."""
         self._lag = lag
@@ -249,7 +248,7 @@ class Coordinator:
         deps = self._create_deps(RosterView(self._roster, "training", SliceClaims()))  # it leaves nothing to others
         host = TrainingHost(self._reader, deps, self._planner.make_plan, self._close, report, self.changed)
         async with self._training.report_restored(tell), self._exclusive:
-            await self._training.run(host, request, tell, follower, self._deployments[DEFAULT].order)
+            await self._training.run(host, request, tell, follower, self._deployments.served())
 
     async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
         """Return the plan that ``load`` would use with the workers present now. Change nothing.
@@ -324,7 +323,7 @@ class Coordinator:
         if self._training.job:
             raise self._training.job.refusal()
         if self._is_loading:
-            raise NotServing(f"the cluster is {self.activity}; try again in a moment", retry_after_s=RETRY_LOAD_S)
+            raise NotServing(f"the cluster is {self.activity}; try again in a moment", retry_after_s=LOADED_RETRY_S)
         if not self._deployments.is_single and (name := self._deployments.public_name(deployment)):
             raise NotServing(f"the model {name} is not loaded; load it with `macpipe load {name}`")
         why = f" ({self._training.problem})" if self._training.problem else ""
@@ -364,26 +363,11 @@ class Coordinator:
         Raises as ``take_request`` and ``Deployment.resume``, and ``NotServing`` while that model is not loaded.
         """
         kept = take_request(self.journal, request_id, client)
-        deployment = self._answerer(kept)
-        request, answer = deployment.resume(kept, offsets)
-        return request, deployment.require_service().model_info, answer
-
-    def _answerer(self, kept: JournaledRequest) -> Deployment:
-        """Return the deployment that serves the model which began an answer. Raises ``NotServing``."""
-        by = kept.answerer
-        if not by.fingerprint:  # the record of an older version, which served one model
-            return self._default()
-        serving = [d for d in self._deployments.values() if d.fingerprint == by.fingerprint]
-        if serving:
-            return min(serving, key=lambda deployment: deployment.name != by.deployment)
         if self._training.job:
             raise self._training.job.refusal()
-        named = self._deployments.get(by.deployment)
-        if (named and named.service) or self.catalog.get(self._deployments.own_name(by.deployment)) is None:
-            gone = f"the model that began the answer of request {kept.request.id} is no longer served"
-            raise RequestNotFound(f"{gone}; send the request again")
-        why = f"the model {by.deployment}, which began the answer of request {kept.request.id}, is not loaded now"
-        raise NotServing(f"{why}; try again in a moment", retry_after_s=RETRY_LOAD_S)
+        deployment = self._deployments.find_answerer(kept)
+        request, answer = deployment.resume(kept, offsets)
+        return request, deployment.require_service().model_info, answer
 
     async def add_adapter(self, name: str, folder: str) -> Adapter:
         """Serve the adapter in ``folder``. Raises as ``Deployment.add_adapter``."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from cluster.coordinator.deployment import Deployment
+from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry, public_id
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import ModelNotFound
+from cluster.coordinator.training_run import ServedModel
+from cluster.core.errors import ModelNotFound, NotServing, RequestNotFound
+from cluster.core.load_limits import LOADED_RETRY_S
 
 __all__ = ["DeploymentTable"]
 
@@ -56,6 +59,29 @@ class DeploymentTable:
         """Return how many models, besides the one with this own name, have no memory yet: those that load count too."""
         loaded = {deployment.name for deployment in self.values() if deployment.model_info}
         return sum(entry.name not in (name, *loaded) for entry in self.catalog)
+
+    def served(self) -> list[ServedModel]:
+        """Return what is served, in the order in which it is loaded again after a training: the default model first."""
+        first = self.own_name(DEFAULT)
+        found = [ServedModel(one.name, one.order) for one in self.values() if one.order]
+        return sorted(found, key=lambda model: model.name != first)
+
+    def find_answerer(self, kept: JournaledRequest) -> Deployment:
+        """Return the deployment that serves the model which began an answer.
+
+        Raises ``NotServing`` while that model is not loaded, and ``RequestNotFound`` if it is not served any more.
+        """
+        by, request_id = kept.answerer, kept.request.id
+        name = self.own_name(by.deployment or DEFAULT)
+        serving = [d for d in self.values() if d.service and by.fingerprint in ("", d.fingerprint)]
+        if serving:  # the record of an older version names no model
+            return min(serving, key=lambda deployment: deployment.name != name)
+        named = self.get(name)
+        if (named and named.service) or self.catalog.get(name) is None:
+            gone = f"the model that began the answer of request {request_id} is no longer served"
+            raise RequestNotFound(f"{gone}; send the request again")
+        why = f"the model that began the answer of request {request_id} is not loaded now; try again in a moment"
+        raise NotServing(why, retry_after_s=LOADED_RETRY_S)
 
     # The catalog
 

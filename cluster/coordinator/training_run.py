@@ -23,6 +23,7 @@ from cluster.core.errors import DoesNotFit, MacpipeError, NotServing
 from cluster.core.frames import Tensor
 from cluster.core.limits import UNLOAD_TIMEOUT_S
 from cluster.core.plan import ModelShape, Objective, Plan
+from cluster.core.text import names_in_words
 from cluster.core.training import TrainingOptions
 from cluster.core.training_events import TrainingEvent, TrainingNotice
 from cluster.core.training_limits import MAX_ENGINE_LOSSES
@@ -31,7 +32,7 @@ from cluster.placement.training_cut import cut_for_training, head_cost
 from cluster.placement.training_memory import require_room
 from cluster.sandbox.training_data import TrainingData
 
-__all__ = ["Restored", "TrainingHost", "TrainingMode", "TrainingRequest"]
+__all__ = ["Restored", "ServedModel", "TrainingHost", "TrainingMode", "TrainingRequest"]
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,19 @@ class TrainingHost:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that was served before a training: its name, and the order that loads it again."""
+
+    name: str
+    order: LoadOrder
+
+
+@dataclass(frozen=True, slots=True)
 class Restored:
-    """What became of the model that was served before a training. ``sentence`` says it to people."""
+    """What became of the models that were served before a training. ``sentence`` says it to people.
+
+    ``served`` is whether all of them are served again.
+    """
 
     served: bool
     sentence: str
@@ -73,12 +85,12 @@ class Restored:
 class TrainingMode:
     """At most one training at a time, in place of serving. ``job`` is the run that takes place; None if none does.
 
-    ``load`` loads what was served before. If that fails, ``problem`` says why until the next load or training, and
-    ``notify`` is called with it.
+    ``load`` loads a model that was served before. If that fails, ``problem`` says why until the next load or training,
+    and ``notify`` is called with it.
     """
 
     def __init__(
-        self, load: Callable[[LoadOrder, LoadReporter], Awaitable[None]], notify: Callable[[str], None]
+        self, load: Callable[[ServedModel, LoadReporter], Awaitable[None]], notify: Callable[[str], None]
     ) -> None:
         self._load, self._notify = load, notify
         self.problem = ""
@@ -93,11 +105,11 @@ class TrainingMode:
         request: TrainingRequest,
         tell: Callable[[TrainingEvent], None],
         follower: LoadReporter,
-        served: LoadOrder | None,
+        served: Sequence[ServedModel],
     ) -> None:
         """Train to the end. What is ``served`` goes on until model, data and workers are found.
 
-        If it is the same model with quantized weights, those are what is trained.
+        If the same model is among it with quantized weights, those are what is trained.
 
         Raises the errors of ``ModelReader.read``, of the data (``TrainingData.open``), of planning, and of the job.
         """
@@ -134,7 +146,10 @@ class TrainingMode:
 
     @asynccontextmanager
     async def report_restored(self, tell: Callable[[TrainingEvent], None]) -> AsyncIterator[None]:
-        """Tell after a training what became of the model that was served. Raises ``NotServing`` if it is not served."""
+        """Tell after a training what became of the models that were served.
+
+        Raises ``NotServing`` if one of them is not served again.
+        """
         self._restoring, self.problem = None, ""
         try:
             yield
@@ -154,11 +169,27 @@ class TrainingMode:
             task.cancel()
             await asyncio.wait((task,), timeout=2 * UNLOAD_TIMEOUT_S)
 
-    async def _serve_again(self, order: LoadOrder, follower: LoadReporter) -> Restored:
-        log.info("training: ended, loading what was served before model=%s", order.model)
+    async def _serve_again(self, served: Sequence[ServedModel], follower: LoadReporter) -> Restored:
+        """Load one model after the other, those after one that fails too."""
+        again, problems = list[str](), list[str]()
+        for model in served:
+            if problem := await self._load_again(model, follower):
+                problems.append(problem)
+            else:
+                again.append(model.order.model)
+        self.problem = "; ".join(problems)
+        if problems:
+            self._notify(self.problem)
+        restored = [f"{names_in_words(again)} {'is' if len(again) == 1 else 'are'} served again"] if again else []
+        return Restored(served=not problems, sentence="; ".join((*restored, *problems)))
+
+    async def _load_again(self, model: ServedModel, follower: LoadReporter) -> str:
+        """Return why a model is not served again; "" if it is."""
+        name = model.order.model
+        log.info("training: ended, loading what was served before model=%s", name)
         for attempt in range(1, MAX_ENGINE_LOSSES + 1):
             try:
-                await self._load(order, follower)
+                await self._load(model, follower)
             except LOSSES as e:
                 log.warning("training: load of the served model failed reason=%s attempt=%d", e.sentence, attempt)
                 why = e.sentence
@@ -166,11 +197,8 @@ class TrainingMode:
                 why = e.sentence
                 break
             else:
-                return Restored(served=True, sentence=f"{order.model} is served again")
-        sentence = f"{order.model} is not served again after the training: {why}"
-        self.problem = sentence
-        self._notify(sentence)
-        return Restored(served=False, sentence=sentence)
+                return ""
+        return f"{name} is not served again after the training: {why}"
 
     async def _train(
         self,
@@ -201,13 +229,17 @@ class TrainingMode:
                 deps.roster.pin(())
 
 
-async def _served_bits(reader: ModelReader, order: LoadOrder, served: LoadOrder | None) -> int:
+async def _served_bits(reader: ModelReader, order: LoadOrder, served: Sequence[ServedModel]) -> int:
     """Return the bits to which the weights of this model are quantized while it is served; 0 if they are not."""
-    if served is None or not served.quantize:
+    quantized = [model.order for model in served if model.order.quantize]
+    if not quantized:
         return 0
     own = await reader.read_shape(order)
-    other = await reader.read_shape(LoadOrder(served.model))
-    return served.quantize if own.model.fingerprint == other.model.fingerprint else 0
+    for other in quantized:
+        shape = await reader.read_shape(LoadOrder(other.model))
+        if own.model.fingerprint == shape.model.fingerprint:
+            return other.quantize
+    return 0
 
 
 async def _plan(

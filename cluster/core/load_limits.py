@@ -16,6 +16,8 @@ BUSY_RETRY_S: Final = 10.0
 """A client may ask again this long after a model did not fit beside busy ones: about the time of a short answer."""
 REFUSED_RETRY_S: Final = 1.0
 """A refusal for lack of memory is given again for this long: it ends as soon as another model is idle."""
+LOADED_RETRY_S: Final = 5.0
+"""A client may ask again this long after it asked for a model that is being loaded."""
 FAILED_RETRY_S: Final = 10.0
 """A load that failed is not tried again for this long, twice as long after each further failure, ..."""
 MAX_FAILED_RETRY_S: Final = 300.0

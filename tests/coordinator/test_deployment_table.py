@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from cluster.coordinator.deployment_table import DeploymentTable
+from cluster.coordinator.journal import Answerer, JournaledRequest
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import ModelNotFound
+from cluster.core.errors import ModelNotFound, NotServing, RequestNotFound
+from cluster.core.request import Request, SamplingParams
 
 BIG, SMALL = ModelEntry("big", LoadOrder("org/Big"), ("large",)), ModelEntry("small", LoadOrder("org/Small"))
 
@@ -23,6 +25,8 @@ class Idle:
         self.is_loading = False
         self.order: LoadOrder | None = None
         self.model_info: Any = None
+        self.service: Any = None
+        self.fingerprint = ""
 
     def load(self, model: str) -> Any:
         reference = SimpleNamespace(name=model, path=f"/hub/{model.replace('/', '--')}/1")
@@ -76,6 +80,28 @@ def test_models_that_are_yet_to_come_are_those_without_memory() -> None:
     guest.is_loading = False
     table.forget_unloaded()
     assert table.count_coming("big") == 0
+
+
+def test_an_answer_is_resumed_on_the_model_that_began_it() -> None:
+    table = Table(BIG, SMALL)
+
+    def kept(*answerer: str) -> JournaledRequest:
+        return JournaledRequest(Request("r", (1,), SamplingParams(), 5), 0.0, [[]], Answerer(*answerer))
+
+    with pytest.raises(NotServing, match="request r is not loaded now") as refused:
+        table.find_answerer(kept("small", "f2"))
+    assert refused.value.retry_after_s
+    for name, fingerprint in (("big", "f1"), ("small", "f2")):
+        deployment: Any = table.begin(name, LoadOrder(name))
+        deployment.service, deployment.fingerprint = object(), fingerprint
+    assert table.find_answerer(kept("small", "f2")).name == "small"
+    assert table.find_answerer(kept("renamed", "f2")).name == "small"
+    assert table.find_answerer(kept()).name == "big", "a record of an older version"
+    deployment.fingerprint = "f1"
+    assert table.find_answerer(kept("small", "f1")).name == "small"
+    for gone in (("small", "f2"), ("renamed", "f3")):
+        with pytest.raises(RequestNotFound, match="no longer served; send the request again"):
+            table.find_answerer(kept(*gone))
 
 
 def test_a_single_model_takes_the_name_of_what_is_loaded() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.coordinator import training_run
 from cluster.coordinator.settings import LoadOrder
-from cluster.coordinator.training_run import TrainingMode, TrainingRequest
+from cluster.coordinator.training_run import ServedModel, TrainingMode, TrainingRequest
 from cluster.core.errors import DoesNotFit, InvalidOption, MacpipeError, NoPlan, NotServing, WorkerLost
 from cluster.core.plan import LayerRange, ModelRef, ModelShape
 from cluster.core.training import TrainingOptions
@@ -35,13 +35,15 @@ class Mode(TrainingMode):
         super().__init__(self.load, lambda sentence: self.problems.append(sentence))
         self.ends, self.failures, self.begun = ends, list(failures), begun
         self.read: object = None
-        self.served = SERVED
+        self.served = [ServedModel("default", SERVED)]
         self.order, self.options = SERVED, TrainingOptions.of({"train": True, "num_layers": 2})
+        self.loaded = list[str]()
         self.loads, self.problems, self.told = 0, list[str](), list[str]()
 
-    async def load(self, order: LoadOrder, follower: object) -> None:
+    async def load(self, model: ServedModel, follower: object) -> None:
         assert follower is FOLLOWER, "the coordinator's own reporter hears of each load once"
         self.loads += 1
+        self.loaded.append(model.name)
         if self.failures:
             raise self.failures.pop(0)
 
@@ -100,6 +102,21 @@ async def test_a_model_that_is_not_served_again_is_an_error_of_the_training() ->
 
 
 @pytest.mark.anyio
+async def test_all_models_are_served_again_but_those_that_cannot_be() -> None:
+    served = [ServedModel("first", SERVED), *(ServedModel(name, LoadOrder(name)) for name in ("smol", "mid"))]
+    mode = Mode()
+    mode.served = served
+    await mode.train()
+    assert (mode.told, mode.loaded) == (["faq, smol and mid are served again"], ["first", "smol", "mid"])
+    mode = Mode(None, DoesNotFit("it needs 1 GiB more"))
+    mode.served = served
+    with pytest.raises(NotServing, match=r"^smol and mid are served again; faq is not served again after the training"):
+        await mode.train()
+    assert mode.loaded == ["first", "smol", "mid"]
+    assert mode.problem == mode.problems[0] == "faq is not served again after the training: it needs 1 GiB more"
+
+
+@pytest.mark.anyio
 async def test_the_error_of_a_training_comes_before_that_of_the_served_model() -> None:
     mode = Mode(InvalidOption("the rank is wrong"), DoesNotFit("it needs 1 GiB more"))
     with pytest.raises(InvalidOption, match="the rank is wrong"):
@@ -150,6 +167,6 @@ async def test_what_no_workers_can_train_is_refused_before_the_data_is_read(monk
 async def test_a_model_that_is_served_quantized_is_trained_so() -> None:
     for served, bits in ((LoadOrder("/models/faq", quantize=4), 4), (LoadOrder("smol", quantize=4), 0), (SERVED, 0)):
         mode = Mode()
-        mode.served = served
+        mode.served = [ServedModel("other", LoadOrder("smol", quantize=8)), ServedModel("default", served)]
         await mode.train()
         assert mode.read == replace(SERVED, quantize=bits)
