@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.coordinator.model_catalog import public_id
+from cluster.coordinator.model_catalog import ModelCatalog, public_id
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.request_timings import ClusterTotals
 
@@ -11,8 +11,12 @@ class WorkerlessCoordinator:
     """The part of a coordinator that health, metrics and status read."""
 
     activity = ""
+    catalog = ModelCatalog(())
     journal = None
     totals = ClusterTotals()
+
+    def given_name(self, model_info: ModelInfo) -> str:
+        return model_info.shape.model.name
 
     def loaded_models(self) -> list[ModelInfo]:
         return []

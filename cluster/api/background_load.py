@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import anyio
 
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.cluster_state import ServingState
@@ -69,14 +70,17 @@ class BackgroundLoad:
         self._task: asyncio.Task[None] | None = None
         self._problem = ""
 
-    def start(self, order: LoadOrder) -> None:
-        """Begin to load a model. Raises ``NotServing`` while one is being loaded or trained."""
+    def start(self, order: LoadOrder, name: str = DEFAULT) -> None:
+        """Begin to load a model under a name of the catalog.
+
+        Raises ``NotServing`` while a model is being loaded or trained.
+        """
         if self._task or self._coordinator.state in (ServingState.LOADING, ServingState.TRAINING):
             activity = self._coordinator.activity or "loading another model"
             raise NotServing(f"the cluster is {activity}; wait until that ends")
         order.check()
         self._problem = ""
-        self._task = asyncio.create_task(self._run(order))
+        self._task = asyncio.create_task(self._run(order, name))
 
     def state(self) -> LoadState | None:
         """Return the present load, or the failure of the last one; None if there is neither."""
@@ -91,9 +95,9 @@ class BackgroundLoad:
             with anyio.CancelScope(shield=True):
                 await asyncio.wait((self._task,), timeout=CONTROL_TIMEOUT_S)
 
-    async def _run(self, order: LoadOrder) -> None:
+    async def _run(self, order: LoadOrder, name: str) -> None:
         try:
-            await self._coordinator.load(order)
+            await self._coordinator.load(order, name=name)
         except MacpipeError as e:
             self._problem = e.sentence
         finally:

@@ -24,6 +24,7 @@ from cluster.api.http.port_settings import HttpPort, http_port
 from cluster.api.http.server import listen, serve
 from cluster.api.key_usage import KeyUsage
 from cluster.api.metrics import Metrics
+from cluster.api.models_watch import ModelsWatch
 from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
@@ -35,6 +36,7 @@ from cluster.coordinator.identity import hold_identity, state_folder
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry
+from cluster.coordinator.models_file import ModelsFile
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
@@ -72,16 +74,19 @@ DESCRIPTORS = (
 SERVICES = tuple(service.full_name for service in DESCRIPTORS)
 
 
-def run(settings: ServeSettings, report: Reporter) -> int:
-    """Serve until SIGINT or SIGTERM, then return the exit code. Raises ``MacpipeError`` if serving cannot start."""
+def run(settings: ServeSettings, report: Reporter, file: ModelsFile | None = None) -> int:
+    """Serve until SIGINT or SIGTERM, then return the exit code. Raises ``MacpipeError`` if serving cannot start.
+
+    ``file`` is where the models of ``settings`` come from; its changes are taken up.
+    """
     try:
-        anyio.run(_run, settings, report)
+        anyio.run(_run, settings, report, file)
     except* MacpipeError as group:
         raise first_error(group) from None
     return 0
 
 
-async def _run(settings: ServeSettings, report: Reporter) -> None:
+async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | None) -> None:
     if settings.home:
         protect_home(settings.home)
     async with AsyncExitStack() as stack:
@@ -121,6 +126,9 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
         tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
         coordinator.adopt_catalog(_catalog(settings))
         await coordinator.load(settings.order)
+        models = ModelsWatch(coordinator, file, report)
+        await models.load_pinned()
+        tasks.start_soon(models.run)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread
         plan, _ = await coordinator.plan_and_view()
         if trust.me:  # not before, so that one that cannot serve does not take the place of one that does
@@ -132,7 +140,7 @@ async def _run(settings: ServeSettings, report: Reporter) -> None:
 
 def _catalog(settings: ServeSettings) -> ModelCatalog:
     """Return the models that the settings name. Raises ``InvalidOption``."""
-    return ModelCatalog((ModelEntry(DEFAULT, settings.order, settings.http.names),))
+    return ModelCatalog(settings.models or (ModelEntry(DEFAULT, settings.order),))
 
 
 def _epochs(settings: ServeSettings) -> EpochNumbers:

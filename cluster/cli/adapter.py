@@ -17,6 +17,9 @@ from cluster.core.text import count_in_words
 
 adapter = typer.Typer(name="adapter", help="Add, list and remove adapters of the served model.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
+BaseModel = Annotated[
+    str, typer.Option("--model", metavar="NAME", help="The model that it is for.", show_default="the default one")
+]
 
 
 @adapter.command(cls=Command)
@@ -25,6 +28,7 @@ def add(
         str,
         typer.Argument(metavar="NAME=FOLDER", help="A name, and a folder with adapter_config.json on the coordinator."),
     ],
+    model: BaseModel = "",
     coordinator: Coordinator = None,
     cluster: Cluster = None,
     json: Json = False,
@@ -37,7 +41,7 @@ def add(
 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
         ((name, folder),) = parse_adapters([written]).items()
-        added = client.add_adapter(name, folder)
+        added = client.add_adapter(name, folder, model=model)
         if json:
             from cluster.cli.json_output import print_json
 
@@ -66,7 +70,9 @@ def list_adapters(coordinator: Coordinator = None, cluster: Cluster = None, json
 
 
 @adapter.command(cls=Command)
-def remove(name: Name, coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
+def remove(
+    name: Name, model: BaseModel = "", coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False
+) -> None:
     """Remove an adapter.
 
     Ends its running answers and frees its memory.
@@ -74,7 +80,7 @@ def remove(name: Name, coordinator: Coordinator = None, cluster: Cluster = None,
     from cluster.client import Client
 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
-        ended = client.remove_adapter(name)
+        ended = client.remove_adapter(name, model=model)
         if json:
             from cluster.cli.json_output import print_json
 

@@ -69,6 +69,8 @@ def parse_daemon_options(ctx: typer.Context, daemon: str, arguments: list[str]) 
 def _value_and_source(parsed: typer.Context, name: str) -> tuple[Any, str]:
     source = parsed.get_parameter_source(name)
     value = parsed.params.get(name)
+    if name == "model" and isinstance(value, list) and len(value) == 1:
+        (value,) = value
     if isinstance(value, Enum):
         value = value.value
     return (str(value) if isinstance(value, Path) else value), SOURCES[source.name if source else "DEFAULT"]

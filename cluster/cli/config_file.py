@@ -54,14 +54,19 @@ def read_options(path: Path, ctx: typer.Context) -> dict[str, Any]:
         option = known.get(key.replace("_", "-"))
         if option is None:
             raise InvalidOption(f"{path}: unknown option {command}.{key}{_suggestion(key, known)}", field=key)
-        _check_value(f"{path}: {command}.{key}", option, value, ctx)
-        values[str(option.name)] = value
+        given = [value] if _is_list_argument(option) and isinstance(value, str) else value
+        check_value(f"{path}: {command}.{key}", option, given, ctx)
+        values[str(option.name)] = given
     return values
 
 
 def is_settable(option: Any) -> bool:
     """Return whether a file may set this parameter."""
     return option.name not in _NOT_IN_FILE and not getattr(option, "hidden", False)
+
+
+def _is_list_argument(option: Any) -> bool:
+    return getattr(option, "nargs", 1) == -1
 
 
 def key_of(option: Any) -> str:
@@ -91,7 +96,7 @@ def _suggestion(key: str, known: Mapping[str, Any]) -> str:
     return f"; did you mean {close[0]}?" if close else "; `macpipe worker --help` and `serve --help` list options"
 
 
-def _check_value(place: str, option: Any, value: object, ctx: typer.Context) -> None:
+def check_value(place: str, option: Any, value: object, ctx: typer.Context) -> None:
     """Raise InvalidOption if ``value`` has another type than the option, or is out of range."""
     wanted = _wanted_type(option, value)
     if not wanted:
@@ -107,7 +112,7 @@ def _check_value(place: str, option: Any, value: object, ctx: typer.Context) -> 
 
 def _wanted_type(option: Any, value: object) -> str:
     """Return what is wrong with the type of ``value``; empty if the option can parse it."""
-    if getattr(option, "multiple", False):
+    if getattr(option, "multiple", False) or _is_list_argument(option):
         right = isinstance(value, list) and all(isinstance(one, str) for one in value)
         return "" if right else "give a list of texts, like ['a', 'b']"
     if getattr(option, "is_flag", False):

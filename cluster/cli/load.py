@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.model_options import STEP_HELP, Draft, Exact, Model, Speculate, TakeBack
 from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, Switch, takes_options
 from cluster.cli.plan_options import plan_options
-from cluster.cli.serve import STEP_HELP, Draft, Exact, Model, Speculate, TakeBack
 from cluster.core.plan import Speculation
 from cluster.core.text import count_in_words
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 def load(
     model: Model,
     options: Any = None,
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="Serve it under this name, beside other models.", show_default="its own")
+    ] = "",
     max_context: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help=CONTEXT_HELP, show_default="that of serve, or less"),
@@ -39,7 +43,8 @@ def load(
 ) -> None:
     """Load MODEL on a running coordinator.
 
-    It replaces the served model. --max-context and --max-step-ms of serve stay in force.
+    MODEL may be a name of a configured model: it is loaded with its options, unless others are given. A single model
+    without a name is replaced. --max-context and --max-step-ms of serve stay in force.
     """
     from cluster.client import Client
 
@@ -52,6 +57,7 @@ def load(
             draft=draft,
             exact=exact is Switch.ON,
             take_back=take_back,
+            name=name,
             **options,
         )
         state = follow(loading)
@@ -60,14 +66,22 @@ def load(
 
             print_json(state)
         else:
-            held = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
-            sys.stdout.write(f"serving {state.model} on {count_in_words(len(state.stages), 'worker')}: {held}\n")
-            if state.draft_worker:
-                sys.stdout.write(f"draft model on {state.draft_worker}\n")
-            for spare in state.spares:
-                if spare.worker == state.draft_worker:
-                    continue
-                sys.stdout.write(f"spare: {spare.worker} ({spare.why})\n")
+            for line in describe_loaded(state, name or model):
+                sys.stdout.write(f"{line}\n")
+
+
+def describe_loaded(state: ClusterState, name: str) -> Iterator[str]:
+    """Yield lines about the model that was loaded under ``name``, and then about spare workers."""
+    loaded = next((one for one in state.deployments if name in (one.name, one.model, *one.aliases)), None)
+    shown, stages = (loaded.name, loaded.stages) if loaded else (state.model, state.stages)
+    held = ", ".join(f"{stage.worker} {stage.layers}" for stage in stages)
+    yield f"serving {shown} on {count_in_words(len(stages), 'worker')}: {held}"
+    if state.draft_worker:
+        yield f"draft model on {state.draft_worker}"
+    busy = {state.draft_worker, *(stage.worker for stage in state.all_stages)}
+    for spare in state.spares:
+        if spare.worker not in busy:
+            yield f"spare: {spare.worker} ({spare.why})"
 
 
 def follow(loading: Loading) -> ClusterState:

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -19,6 +19,8 @@ from cluster.platform.logs import LEVEL_VARIABLE, LogLevel
 if TYPE_CHECKING:
     from cluster.client import Options
     from cluster.security.cluster_folder import ClusterFolder
+
+T = TypeVar("T")
 
 
 class Switch(StrEnum):
@@ -131,17 +133,17 @@ def answer_options(
     }
 
 
-def takes_options(shared: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_options(shared: Callable[..., Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Return a decorator for commands: it replaces their parameter ``options`` by the parameters of ``shared``.
 
-    The command gets what ``shared`` returns.
+    The command gets what ``shared`` returns. What a command returns is of use to other functions that take its options.
     """
     parameters = inspect.signature(shared).parameters
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def run(**given: Any) -> None:
+    def decorate(command: Callable[..., T]) -> Callable[..., T]:
+        def run(**given: Any) -> T:
             options = shared(**{name: given.pop(name) for name in parameters})
-            command(**given, options=options)
+            return command(**given, options=options)
 
         merged: dict[str, inspect.Parameter] = {}
         for name, one in inspect.signature(command, eval_str=True).parameters.items():

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.model_options import Model
 from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, takes_options
 from cluster.cli.plan_options import PlanOptions, order_options, plan_options
-from cluster.cli.serve import Model, Peers
+from cluster.cli.serve import Peers
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
 from cluster.core.text import count_in_words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,19 +12,19 @@ import typer
 from cluster.cli.config_file import ConfigFile
 from cluster.cli.join_watch import JoinPort
 from cluster.cli.log_stream import LogFile, open_log
-from cluster.cli.options import CONTEXT_HELP, Cluster, Home, Level, Switch, takes_options
-from cluster.cli.plan_options import order_options, plan_options
+from cluster.cli.model_options import model_options
+from cluster.cli.models_toml import name_models, parse_models, require_models
+from cluster.cli.options import Cluster, Home, Level, takes_options
 from cluster.coordinator.journal import Fsync
-from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
+from cluster.coordinator.models_file import ModelsFile
+from cluster.coordinator.settings import HttpSettings, ServeSettings
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import (
     DEFAULT_COORDINATOR_PORT,
     DISCOVERY_TIMEOUT_S,
     MAX_SCHEMA_BYTES,
-    MAX_STEP_MS,
     MOST_SCHEMA_BYTES,
 )
-from cluster.core.plan import Speculation
 from cluster.core.text import parse_address
 from cluster.platform.logs import LogLevel
 from cluster.platform.paths import state_home
@@ -31,24 +32,24 @@ from cluster.platform.process import accept_signals, allow_open_files, end_with_
 from cluster.security.cluster_choice import resolve_cluster
 
 DEFAULT_HTTP = "127.0.0.1:8080"
-Model = Annotated[
-    str,
+Models = Annotated[
+    list[str] | None,
     typer.Argument(
-        metavar="MODEL", help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model."
+        metavar="MODEL...",
+        callback=require_models,
+        help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model. The first of several is "
+        "loaded at once; others with `macpipe load`.",
     ),
 ]
-MaxContext = Annotated[
-    int | None,
+ModelsFileOption = Annotated[
+    Path | None,
     typer.Option(
-        min=1,
-        metavar="N",
-        help=CONTEXT_HELP,
-        show_default="4096, or less",
+        "--models",
+        metavar="FILE",
+        is_eager=True,
+        help="Serve the models of this TOML file (see `macpipe models`). What changes in it is taken up.",
     ),
 ]
-
-STEP_HELP = "Limit a prefill chunk's time on a stage while others decode."
-MaxStepMs = Annotated[float, typer.Option(min=1, metavar="MS", help=STEP_HELP)]
 
 
 Http = Annotated[
@@ -71,28 +72,6 @@ HttpCert = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Certificate for HTTPS (PEM), instead of the cluster's own.")
 ]
 HttpKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --http-cert (PEM).")]
-Speculate = Annotated[
-    Speculation,
-    typer.Option(
-        help="Guess tokens from texts that the client has, from a draft model, or both, and compute them ahead: faster "
-        "for one user, same tokens."
-    ),
-]
-Draft = Annotated[
-    str,
-    typer.Option(
-        metavar="MODEL",
-        help="Draft model for --speculate auto or draft, on a spare Mac. faq-draft is the bundled one, for faq.",
-        show_default="none",
-    ),
-]
-Exact = Annotated[
-    Switch,
-    typer.Option(
-        help="off: a step may compute several guesses where that is measured to be cheap. Tokens then may differ where "
-        "two nearly tie."
-    ),
-]
 MaxSchemaBytes = Annotated[
     int,
     typer.Option(
@@ -111,12 +90,6 @@ KeepJournal = Annotated[
     Fsync | None,
     typer.Option(help="Keep live requests on disk, synced this often, so that answers survive a coordinator restart."),
 ]
-TakeBack = Annotated[
-    bool,
-    typer.Option(
-        "--take-back", help="Give lost workers their layers back when they return. By default they become spares."
-    ),
-]
 Peers = Annotated[
     list[str] | None,
     typer.Option(metavar="HOST:PORT", help="Address of a worker that cannot be discovered. Repeatable."),
@@ -131,10 +104,11 @@ Host = Annotated[
 ]
 
 
-@takes_options(plan_options)
+@takes_options(model_options)
 def serve(
-    model: Model,
+    model: Models = None,
     options: Any = None,
+    models: ModelsFileOption = None,
     peer: Peers = None,
     peers_only: Annotated[bool, typer.Option("--peers-only", help="Use --peer workers only.")] = False,
     host: Host = "",
@@ -148,14 +122,8 @@ def serve(
     http_cert: HttpCert = None,
     http_key: HttpKey = None,
     join_port: JoinPort = None,
-    max_context: MaxContext = None,
-    max_step_ms: MaxStepMs = MAX_STEP_MS,
-    speculate: Speculate = Speculation.OFF,
-    draft: Draft = "",
-    exact: Exact = Switch.ON,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     strict: Strict = False,
-    take_back: TakeBack = False,
     cluster: Cluster = None,
     wait: Wait = DISCOVERY_TIMEOUT_S,
     home: Home = None,
@@ -165,25 +133,23 @@ def serve(
     config: ConfigFile = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Find workers, load MODEL onto them, and serve requests. Runs in the foreground; Ctrl-C ends it."""
+    """Find workers, load MODEL onto them, and serve requests. Runs in the foreground; Ctrl-C ends it.
+
+    Of several models, requests name the one that they want; the first one is the default.
+    """
     folder = state_home(home)
+    options = {"wait_s": wait, **options}
+    aliases = collect_values(served_model_name)
+    file = ModelsFile(models, partial(parse_models, models, options, aliases)) if models else None
+    entries = file.read() if file else name_models(model or (), options, aliases)
     settings = ServeSettings(
-        LoadOrder(
-            model=model,
-            max_context=max_context,
-            max_step_ms=max_step_ms,
-            take_back=take_back,
-            speculation=speculate,
-            draft=draft,
-            exact=exact is Switch.ON,
-            wait_s=wait,
-            **order_options(options),
-        ),
+        entries[0].order,
         home=folder,
         cluster=resolve_cluster(cluster, folder),
         host=host,
         port=port,
-        http=_http_settings(http, served_model_name, http_allow_host, http_allow_origin, http_cert, http_key),
+        models=entries,
+        http=_http_settings(http, http_allow_host, http_allow_origin, http_cert, http_key),
         join_port=join_port,
         peers=collect_values(peer),
         peers_only=peers_only,
@@ -191,10 +157,12 @@ def serve(
         max_schema_bytes=max_schema_bytes,
         strict=strict,
     )
-    raise typer.Exit(_run(settings, log_level, log_file, exit_with_stdin))
+    raise typer.Exit(_run(settings, file, log_level, log_file, exit_with_stdin))
 
 
-def _run(settings: ServeSettings, log_level: LogLevel, log_file: Path | None, exit_with_stdin: bool) -> int:
+def _run(
+    settings: ServeSettings, file: ModelsFile | None, log_level: LogLevel, log_file: Path | None, exit_with_stdin: bool
+) -> int:
     from cluster.api.daemon import run
     from cluster.cli.load_progress import TerminalReport
 
@@ -204,12 +172,11 @@ def _run(settings: ServeSettings, log_level: LogLevel, log_file: Path | None, ex
         end_with_stdin()
     allow_open_files()
     with TerminalReport(sys.stderr) as report:
-        return run(settings, report)
+        return run(settings, report, file)
 
 
 def _http_settings(
     http: str,
-    served: list[str] | None,
     hosts: list[str] | None,
     origins: list[str] | None,
     certificate: Path | None,
@@ -218,7 +185,6 @@ def _http_settings(
     return HttpSettings(
         parse_http_address(http),
         bool(http),
-        collect_values(served),
         collect_values(hosts),
         collect_values(origins),
         certificate_files(certificate, key),

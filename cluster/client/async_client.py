@@ -107,7 +107,10 @@ class AsyncClient:
         return decode_tokens(await self._ask(lambda to: to.inference.Tokenize, request))
 
     async def models(self) -> tuple[Model, ...]:
-        """Return the served model, and then it with each of its adapters; nothing if no model is served."""
+        """Return the loaded models, each followed by it with each of its adapters, and then those that are not loaded.
+
+        A coordinator with a single model lists it only while it is loaded.
+        """
         return decode_models(await self._ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest()))
 
     async def abort(self, request_id: str) -> None:
@@ -128,7 +131,8 @@ class AsyncClient:
     def load(self, model: str, **options: Unpack[LoadOptions]) -> AsyncLoading:
         """Plan, load, link and warm up a model. ``await client.load(...).wait()`` waits until it serves.
 
-        Raise TypeError for an unknown option.
+        ``model`` is an id, a folder, or a name of a configured model, which is loaded with its configured options if no
+        others are given. Raise TypeError for an unknown option.
         """
         request = encoding.encode_load(model, options)
         return AsyncLoading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
@@ -159,22 +163,29 @@ class AsyncClient:
         request = encoding.encode_plan(model, options)
         return decode_plan(await self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
 
-    async def unload(self) -> None:
-        """Unload the model: end live requests and free the workers' memory."""
-        await self._ask(lambda to: to.cluster.UnloadModel, cluster_pb2.UnloadModelRequest())
+    async def unload(self, name: str = "", *, every: bool = False) -> tuple[str, ...]:
+        """Unload a model: end its live requests and free the workers' memory. Return the names of what was unloaded.
 
-    async def add_adapter(self, name: str, folder: str) -> AdapterState:
-        """Load an adapter of mlx-lm for the served model, from a folder on the coordinator's Mac.
-
-        Requests name it with ``adapter=name``. Others go on meanwhile. There is no deadline.
+        ``name`` may be any name of it; "" is the only one that is loaded, and ``every`` means all. Raise ModelNotFound
+        if there is no such model, or if several are loaded and none is named.
         """
-        request = encoding.encode_add_adapter(name, folder)
+        request = encoding.encode_unload(name, every=every)
+        reply = await self._ask(lambda to: to.cluster.UnloadModel, request)
+        return tuple(reply.names)
+
+    async def add_adapter(self, name: str, folder: str, *, model: str = "") -> AdapterState:
+        """Load an adapter of mlx-lm for a served model, from a folder on the coordinator's Mac.
+
+        ``model`` is a name of the model; "" is the default one. Requests name the adapter with ``adapter=name``. Others
+        go on meanwhile. There is no deadline.
+        """
+        request = encoding.encode_add_adapter(name, folder, model)
         reply = await self._connection.ask(lambda to: to.cluster.AddAdapter, request, None)
         return decode_adapter(reply.adapter)
 
-    async def remove_adapter(self, name: str) -> int:
+    async def remove_adapter(self, name: str, *, model: str = "") -> int:
         """Remove an adapter, and end its live requests. Return how many. Raise ModelNotFound if there is none."""
-        request = encoding.encode_remove_adapter(name)
+        request = encoding.encode_remove_adapter(name, model)
         reply = await self._ask(lambda to: to.cluster.RemoveAdapter, request, PLAN_TIMEOUT_S)
         return reply.ended_requests
 

@@ -57,7 +57,7 @@ def decode_tokens(reply: inference_pb2.TokenizeResponse) -> Tokens:
 
 def decode_models(reply: inference_pb2.ListModelsResponse) -> tuple[Model, ...]:
     """Decode the served models."""
-    return tuple(Model(one.id, one.layers, one.max_context, one.fingerprint) for one in reply.models)
+    return tuple(Model(one.id, one.layers, one.max_context, one.fingerprint, not one.unloaded) for one in reply.models)
 
 
 def decode_load_event(reply: cluster_pb2.LoadModelResponse) -> LoadProgress | ClusterState:

@@ -112,6 +112,7 @@ def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReques
         draft=check_text("draft", options.get("draft") or ""),
         speculation=SPECULATIONS[_speculation(options.get("speculate") or Speculation.OFF)],
         inexact=options.get("exact") is not None and not check_bool("exact", options["exact"]),
+        name=check_text("name", options.get("name") or ""),
     )
 
 
@@ -134,15 +135,20 @@ def encode_plan(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
     )
 
 
-def encode_add_adapter(name: str, folder: str) -> cluster_pb2.AddAdapterRequest:
+def encode_unload(name: str, *, every: bool) -> cluster_pb2.UnloadModelRequest:
+    """Encode ``unload``. Raise InvalidRequest for a name that cannot be sent."""
+    return cluster_pb2.UnloadModelRequest(name=check_text("name", name), all=every)
+
+
+def encode_add_adapter(name: str, folder: str, model: str) -> cluster_pb2.AddAdapterRequest:
     """Encode ``add_adapter``. Raise InvalidRequest naming a field that cannot be sent."""
     (adapter,) = _adapters({name: folder})
-    return cluster_pb2.AddAdapterRequest(adapter=adapter)
+    return cluster_pb2.AddAdapterRequest(adapter=adapter, model=check_text("model", model))
 
 
-def encode_remove_adapter(name: str) -> cluster_pb2.RemoveAdapterRequest:
+def encode_remove_adapter(name: str, model: str) -> cluster_pb2.RemoveAdapterRequest:
     """Encode ``remove_adapter``. Raise InvalidRequest for a name that cannot be sent."""
-    return cluster_pb2.RemoveAdapterRequest(name=check_text("name", name))
+    return cluster_pb2.RemoveAdapterRequest(name=check_text("name", name), model=check_text("model", model))
 
 
 def _adapters(given: Mapping[str, str]) -> list[cluster_pb2.AdapterFolder]:

@@ -109,9 +109,13 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model, or it with an adapter (``BASE:NAME``). ``max_context`` is in tokens of prompt and answer."""
+    """A model, or it with an adapter (``BASE:NAME``). ``max_context`` is in tokens of prompt and answer.
+
+    If it is configured but not loaded, ``loaded`` is False, and figures and fingerprint are unknown.
+    """
 
     id: str
     layers: int
     max_context: int
     fingerprint: str
+    loaded: bool = True

@@ -22,10 +22,12 @@ from cluster.core.cluster_state import (
     AdapterState,
     ClusterEvent,
     ClusterState,
+    DeploymentState,
     EventKind,
     GuessCounts,
     LiveRequest,
     Repair,
+    ReplicaState,
     RequestState,
     ServingState,
     TrainingProgress,
@@ -100,6 +102,7 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         guesses_without_room=state.guesses_without_room,
         draft_worker=state.draft_worker,
         adapters=map(encode_adapter, state.adapters),
+        deployments=map(_encode_deployment, state.deployments),
     )
     encode_explanation(reply, state.objective, state.forecast, state.spares, state.reasons)
     return reply
@@ -149,6 +152,61 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         guesses=tuple(GuessCounts(g.source, g.guessed, g.accepted, g.voided, g.rows) for g in reply.guesses),
         guesses_without_room=reply.guesses_without_room,
         draft_worker=reply.draft_worker,
+        deployments=tuple(map(_decode_deployment, reply.deployments)),
+    )
+
+
+def _encode_deployment(deployment: DeploymentState) -> pb.Deployment:
+    return pb.Deployment(
+        name=deployment.name,
+        aliases=deployment.aliases,
+        model=deployment.model,
+        state=_SERVING_STATES[deployment.state],
+        problem=deployment.problem,
+        activity=deployment.activity,
+        max_context=deployment.max_context,
+        pinned=deployment.pinned,
+        replicas=map(_encode_replica, deployment.replicas),
+    )
+
+
+def _decode_deployment(message: pb.Deployment) -> DeploymentState:
+    return DeploymentState(
+        name=message.name,
+        model=message.model,
+        state=_SERVING_STATE_OF.get(message.state, ServingState.UNKNOWN),
+        aliases=tuple(message.aliases),
+        problem=message.problem,
+        activity=message.activity,
+        max_context=message.max_context,
+        pinned=message.pinned,
+        replicas=tuple(map(_decode_replica, message.replicas)),
+    )
+
+
+def _encode_replica(replica: ReplicaState) -> pb.Replica:
+    return pb.Replica(
+        state=_SERVING_STATES[replica.state],
+        problem=replica.problem,
+        epoch=replica.epoch,
+        stages=map(encode_stage, replica.stages),
+        requests=map(_encode_request, replica.requests),
+        lane_sizes=replica.lane_sizes,
+        queued=replica.queued,
+        prefixes=replica.prefixes,
+    )
+
+
+def _decode_replica(message: pb.Replica) -> ReplicaState:
+    return ReplicaState(
+        state=_SERVING_STATE_OF.get(message.state, ServingState.UNKNOWN),
+        problem=message.problem,
+        epoch=message.epoch,
+        stages=tuple(map(decode_stage, message.stages)),
+        requests=tuple(map(_decode_request, message.requests)),
+        lane_sizes=tuple(message.lane_sizes),
+        queued=message.queued,
+        prefixes=message.prefixes,
     )
 
 

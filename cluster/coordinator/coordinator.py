@@ -18,6 +18,7 @@ from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_resumption import take_request
 from cluster.coordinator.cluster_planner import ClusterPlanner
 from cluster.coordinator.deployment import Deployment, DeploymentHost
+from cluster.coordinator.deployment_states import describe_deployments
 from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
@@ -194,6 +195,10 @@ class Coordinator:
         """Return the names under which a loaded model is listed, its public one first."""
         return self._deployments.names_of(model_info)
 
+    def given_name(self, model_info: ModelInfo) -> str:
+        """Return the name that people gave to a loaded model; its source if they gave it none."""
+        return self._deployments.given_name(model_info)
+
     def loaded_models(self) -> list[ModelInfo]:
         """Return what is loaded, in the catalog's order."""
         return self._deployments.loaded_models()
@@ -369,13 +374,17 @@ class Coordinator:
         request, answer = deployment.resume(kept, offsets)
         return request, deployment.require_service().model_info, answer
 
-    async def add_adapter(self, name: str, folder: str) -> Adapter:
-        """Serve the adapter in ``folder``. Raises as ``Deployment.add_adapter``."""
-        return await self._default().add_adapter(name, folder)
+    async def add_adapter(self, name: str, folder: str, model: str = "") -> Adapter:
+        """Serve the adapter in ``folder`` with a loaded model. Raises as ``Deployment.add_adapter``."""
+        return await self._find_loaded(model).add_adapter(name, folder)
 
-    async def remove_adapter(self, name: str) -> int:
-        """Remove an adapter. Raises as ``Deployment.remove_adapter``."""
-        return await self._default().remove_adapter(name)
+    async def remove_adapter(self, name: str, model: str = "") -> int:
+        """Remove an adapter of a loaded model. Raises as ``Deployment.remove_adapter``."""
+        return await self._find_loaded(model).remove_adapter(name)
+
+    def _find_loaded(self, model: str) -> Deployment:
+        """Return the deployment of a loaded model; "" is the default one. Raises ``NotServing``, ``ModelNotFound``."""
+        return self._require_loaded(self._deployments.resolve(model)[0])
 
     def forget_client(self, client: str) -> None:
         """Drop what is kept of a client's earlier answers. Its live requests go on; end them first."""
@@ -422,7 +431,7 @@ class Coordinator:
         """Return the state of the whole cluster; without ``ask``, with the workers' answers to the last heartbeats."""
         members = await self.members() if ask or not self._services() else self._heartbeat.members()
         deployment = self._deployments[DEFAULT]
-        loop = await deployment.view()
+        loop, deployments = await asyncio.gather(deployment.view(), describe_deployments(self._deployments))
         service = deployment.service
         totals = self._totals.sum()
         repair = service.recovery.describe() if service and service.recovery else None
@@ -445,6 +454,7 @@ class Coordinator:
             warnings=self._warnings(),
             draft_worker=service.draft_worker if service else "",
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
+            deployments=deployments,
         )
         if job := self._training.job:
             return with_training(state, job)

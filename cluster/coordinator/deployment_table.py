@@ -149,6 +149,11 @@ class DeploymentTable:
         first, *aliases = self.catalog.public_names(entry)
         return tuple(dict.fromkeys((own if entry.name == DEFAULT else first, *aliases)))
 
+    def given_name(self, model_info: ModelInfo) -> str:
+        """Return the name that people gave to a loaded model; its source if they gave it none."""
+        name = next((d.name for d in self._deployments.values() if d.serves(model_info)), DEFAULT)
+        return model_info.shape.model.name if name == DEFAULT else name
+
     def loaded_models(self) -> list[ModelInfo]:
         """Return what is loaded, in the catalog's order."""
         found = (self._deployments.get(entry.name) for entry in self.catalog)

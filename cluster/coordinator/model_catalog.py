@@ -19,6 +19,7 @@ DEFAULT: Final = "default"
 """The name that always means the first model. An entry with this name is shown under its model's id."""
 MAX_MODELS: Final = 64
 MAX_ALIASES: Final = 32
+MAX_REPLICAS: Final = 64
 WILDCARD: Final = "*"
 _LISTED: Final = 20
 """Names in a refusal; more would not help a reader."""
@@ -96,6 +97,28 @@ class ModelCatalog:
         aliases = (alias for alias in entry.aliases if WILDCARD not in alias and self._names.get(alias) is entry)
         return tuple(dict.fromkeys((self.public_name(entry), *aliases)))
 
+    def choose_load(self, name: str, order: LoadOrder, plain: LoadOrder) -> tuple[str, LoadOrder]:
+        """Return the model's own name, and the order, of a load that was asked for with these.
+
+        ``order.model`` is a source, or a name of a configured model; "" with only ``name``. An order without options,
+        which equals ``plain``, means the options of a model with a name. A model without a name takes the place of a
+        single one that has none either, and is beside others called by its public id. Raises ModelNotFound, and
+        InvalidOption for a name that cannot be.
+        """
+        entry = self._find_exact(name or order.model)
+        if entry is None and (name or order.model) == DEFAULT:
+            entry = self.default
+        if entry is None and name and not order.model:
+            raise self._not_found(name)
+        if entry and (not order.model or not name):
+            configured = order == plain and entry.name != DEFAULT
+            order = entry.order if configured else replace(order, model=entry.order.model)
+        if entry:
+            return entry.name, order
+        if not name and all(entry.name == DEFAULT for entry in self):
+            return DEFAULT, order
+        return require_model_name(name or public_id(order.model)), order
+
     def with_guest(self, entry: ModelEntry) -> ModelCatalog:
         """Return a catalog that serves this model besides."""
         others = (guest for guest in self.guests if guest.name != entry.name)
@@ -167,16 +190,16 @@ def public_id(model: str, path: str = "") -> str:
     return Path(model).expanduser().absolute().name if is_folder else model
 
 
-def require_model_name(name: str, what: str = "a model's name") -> str:
+def require_model_name(name: str, what: str = "a model's name", field: str = "name") -> str:
     """Return ``name``. Raises InvalidOption unless it can be the name of a model."""
     if not name or len(name) > MAX_FACT_CHARS or not name.isprintable() or name != name.strip():
         raise InvalidOption(
             f"{name[:64]!r} cannot be {what}: give 1 to {MAX_FACT_CHARS} printable characters without a space at the "
             "start or end",
-            field="name",
+            field=field,
         )
     if WILDCARD in name:
-        raise InvalidOption(f"{name[:64]!r} cannot be {what}: only an alias may have a {WILDCARD}", field="name")
+        raise InvalidOption(f"{name[:64]!r} cannot be {what}: only an alias may have a {WILDCARD}", field=field)
     return name
 
 
@@ -184,11 +207,23 @@ def _compile_wildcard(alias: str) -> re.Pattern[str]:
     return re.compile(".*".join(map(re.escape, re.split(r"\*+", alias))), re.DOTALL)
 
 
+def check_entry(entry: ModelEntry) -> ModelEntry:
+    """Return ``entry``. Raises InvalidOption if its name or its aliases cannot be those of a model."""
+    require_model_name(entry.name)
+    if len(entry.aliases) > MAX_ALIASES:
+        raise InvalidOption(
+            f"the model {entry.name} has {len(entry.aliases)} aliases; at most {MAX_ALIASES} can be", field="aliases"
+        )
+    for alias in entry.aliases:
+        require_model_name(alias.replace(WILDCARD, "x"), "an alias", "aliases")
+    return entry
+
+
 def _check_names(entries: Sequence[ModelEntry]) -> None:
     """Raise InvalidOption if a name is wrong, or if it means two models."""
     owners: dict[str, ModelEntry] = {}
     for entry in entries:
-        require_model_name(entry.name)
+        check_entry(entry)
         if entry.name in owners:
             raise InvalidOption(f"two models are named {entry.name}; give one of them another name", field=entry.name)
         owners[entry.name] = entry
@@ -206,12 +241,7 @@ def _check_names(entries: Sequence[ModelEntry]) -> None:
 
 
 def _check_aliases(entry: ModelEntry, owners: dict[str, ModelEntry]) -> None:
-    if len(entry.aliases) > MAX_ALIASES:
-        raise InvalidOption(
-            f"the model {entry.name} has {len(entry.aliases)} aliases; at most {MAX_ALIASES} can be", field=entry.name
-        )
     for alias in entry.aliases:
-        require_model_name(alias.replace(WILDCARD, "x"), "an alias")
         owner = owners.setdefault(alias, entry)
         if owner is entry:
             continue

@@ -100,14 +100,13 @@ class HttpSettings:
     """Settings of the HTTP server.
 
     ``address`` is the listening address; None disables HTTP. ``wanted`` is False if the address is only the default: a
-    port in use is then not an error. ``names`` are further names of the model. ``hosts`` are the host names, besides
-    this machine's own, under which clients may call it; ``origins`` are the web origins that may call it.
+    port in use is then not an error. ``hosts`` are the host names, besides this machine's own, under which clients may
+    call it; ``origins`` are the web origins that may call it.
     ``certificate`` holds the paths of the PEM files of a certificate chain and its key; None uses the cluster's own.
     """
 
     address: tuple[str, int] | None = None
     wanted: bool = True
-    names: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     certificate: tuple[Path, Path] | None = None
@@ -117,6 +116,7 @@ class HttpSettings:
 class ServeSettings:
     """All settings of ``macpipe serve``.
 
+    ``order`` is that of the model to load first, and ``models`` are all that may be served, that one included.
     ``peers`` are ``host:port`` control addresses of workers that Zeroconf cannot see; ``peers_only`` disables the
     search for others.
 
@@ -131,6 +131,7 @@ class ServeSettings:
 
     order: LoadOrder
     home: Path
+    models: tuple[ModelEntry, ...] = ()
     cluster: str = "default"
     host: str = ""
     port: int = DEFAULT_COORDINATOR_PORT

@@ -41,10 +41,6 @@ def describe_plan(plan: Plan, links: Links | None = None) -> ModelPlan:
 
 def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: LoopView | None) -> ClusterState:
     """Return the state of a cluster that serves a plan. ``ring`` has the stages' actual routes and links."""
-    stages = [
-        _describe_stage(stage, ring_stage.input_route, ring_stage.link)
-        for stage, ring_stage in zip(plan.stages, ring, strict=True)
-    ]
     return replace(
         state,
         model=plan.model.name,
@@ -53,12 +49,21 @@ def with_plan(state: ClusterState, plan: Plan, ring: Sequence[RingStage], loop: 
         max_context=plan.max_context,
         max_sequences=plan.max_sequences,
         route=plan.route,
-        stages=tuple(_with_load(stages, loop) if loop else stages),
+        stages=describe_stages(plan, ring, loop),
         objective=plan.objective,
         forecast=plan.forecast,
         spares=plan.spares,
         reasons=plan.reasons,
     )
+
+
+def describe_stages(plan: Plan, ring: Sequence[RingStage], loop: LoopView | None) -> tuple[StageState, ...]:
+    """Describe the stages of a plan that is served. ``ring`` has their actual routes and links."""
+    stages = [
+        _describe_stage(stage, ring_stage.input_route, ring_stage.link)
+        for stage, ring_stage in zip(plan.stages, ring, strict=True)
+    ]
+    return tuple(_with_load(stages, loop) if loop else stages)
 
 
 def with_training(state: ClusterState, job: TrainingJob) -> ClusterState:

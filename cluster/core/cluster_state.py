@@ -176,6 +176,48 @@ class TrainingProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """A copy of a model that answers requests, on stages of its own. The fields are as in ``ClusterState``."""
+
+    state: ServingState
+    problem: str = ""
+    epoch: int = 0
+    stages: tuple[StageState, ...] = ()
+    requests: tuple[LiveRequest, ...] = ()
+    lane_sizes: tuple[int, ...] = ()
+    queued: int = 0
+    prefixes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentState:
+    """A model under a name, loaded or not. ``state`` is IDLE if it is not.
+
+    ``model`` is what is loaded, or would be: an id or a folder. ``pinned``: it is never unloaded to make room.
+    """
+
+    name: str
+    model: str
+    state: ServingState
+    aliases: tuple[str, ...] = ()
+    problem: str = ""
+    activity: str = ""
+    max_context: int = 0
+    pinned: bool = False
+    replicas: tuple[ReplicaState, ...] = ()
+
+    @property
+    def requests(self) -> tuple[LiveRequest, ...]:
+        """The live requests of all replicas."""
+        return tuple(request for replica in self.replicas for request in replica.requests)
+
+    @property
+    def stages(self) -> tuple[StageState, ...]:
+        """The stages of all replicas."""
+        return tuple(stage for replica in self.replicas for stage in replica.stages)
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
     """A snapshot of workers, stages and live requests. ``model`` is empty if no model is loaded.
 
@@ -234,6 +276,23 @@ class ClusterState:
     """The worker that holds the draft model; "" if there is none, or if it is lost."""
     lag_seconds: float = 0.0
     """Scheduling delay on the coordinator's machine; 0.0 unless the machine is overloaded."""
+    deployments: tuple[DeploymentState, ...] = ()
+    """All models if there are several models or replicas, the default one first; the fields above are those of its
+    first replica, but workers, events and totals are those of all."""
+
+    @property
+    def all_requests(self) -> tuple[LiveRequest, ...]:
+        """The live requests of all models."""
+        if not self.deployments:
+            return self.requests
+        return tuple(request for deployment in self.deployments for request in deployment.requests)
+
+    @property
+    def all_stages(self) -> tuple[StageState, ...]:
+        """The stages of all models; in a training, those that train."""
+        if not self.deployments or self.training:
+            return self.stages
+        return tuple(stage for deployment in self.deployments for stage in deployment.stages)
 
 
 @dataclass(frozen=True, slots=True)

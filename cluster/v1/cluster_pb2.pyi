@@ -707,6 +707,7 @@ class GetClusterResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     ACTIVITY_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
+    DEPLOYMENTS_FIELD_NUMBER: _builtins.int
     LAG_SECONDS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
@@ -793,6 +794,12 @@ class GetClusterResponse(_message.Message):
     def training(self) -> Global___TrainingProgress:
         """Set while `state` is TRAINING."""
 
+    @_builtins.property
+    def deployments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Deployment]:
+        """All models, if there are several models or replicas; the default one first. The other fields are those of its first
+        replica.
+        """
+
     def __init__(
         self,
         *,
@@ -836,15 +843,114 @@ class GetClusterResponse(_message.Message):
         events: _abc.Iterable[Global___ClusterEvent] | None = ...,
         activity: _builtins.str = ...,
         training: Global___TrainingProgress | None = ...,
+        deployments: _abc.Iterable[Global___Deployment] | None = ...,
         lag_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "adapters", b"adapters", "cached_tokens", b"cached_tokens", "cluster", b"cluster", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "events", b"events", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "training", b"training", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "adapters", b"adapters", "cached_tokens", b"cached_tokens", "cluster", b"cluster", "deployments", b"deployments", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "events", b"events", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "training", b"training", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterResponse: _TypeAlias = GetClusterResponse  # noqa: Y015
+
+@_typing.final
+class Deployment(_message.Message):
+    """A model under a name, loaded or not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its public name, and further ones; a * stands for any characters."""
+    model: _builtins.str
+    """What is loaded under the name, or would be: an id or a folder."""
+    state: Global___ServingState.ValueType
+    """IDLE if it is not loaded."""
+    problem: _builtins.str
+    """A sentence if `state` is FAILED or RECOVERING."""
+    activity: _builtins.str
+    """What its load does or waits for, in words."""
+    max_context: _builtins.int
+    pinned: _builtins.bool
+    """It is never unloaded to make room."""
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        model: _builtins.str = ...,
+        state: Global___ServingState.ValueType = ...,
+        problem: _builtins.str = ...,
+        activity: _builtins.str = ...,
+        max_context: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+        replicas: _abc.Iterable[Global___Replica] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "aliases", b"aliases", "max_context", b"max_context", "model", b"model", "name", b"name", "pinned", b"pinned", "problem", b"problem", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Deployment: _TypeAlias = Deployment  # noqa: Y015
+
+@_typing.final
+class Replica(_message.Message):
+    """A copy of a model that answers requests, on stages of its own. The fields are those of GetClusterResponse."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    LANE_SIZES_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    PREFIXES_FIELD_NUMBER: _builtins.int
+    state: Global___ServingState.ValueType
+    problem: _builtins.str
+    epoch: _builtins.int
+    queued: _builtins.int
+    prefixes: _builtins.int
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]: ...
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___LiveRequest]: ...
+    @_builtins.property
+    def lane_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        state: Global___ServingState.ValueType = ...,
+        problem: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
+        requests: _abc.Iterable[Global___LiveRequest] | None = ...,
+        lane_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        queued: _builtins.int = ...,
+        prefixes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lane_sizes", b"lane_sizes", "prefixes", b"prefixes", "problem", b"problem", "queued", b"queued", "requests", b"requests", "stages", b"stages", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class TrainingProgress(_message.Message):
@@ -933,16 +1039,20 @@ class AddAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that it is for; empty: the default one."""
     @_builtins.property
     def adapter(self) -> Global___AdapterFolder: ...
     def __init__(
         self,
         *,
         adapter: Global___AdapterFolder | None = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -973,15 +1083,19 @@ class RemoveAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    model: _builtins.str
+    """The model that it is for; empty: the default one."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1028,6 +1142,7 @@ class LoadModelRequest(_message.Message):
     PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A folder, a bundled model's name, or a Hugging Face id, with @REVISION for another revision than main."""
     workers: _builtins.int
@@ -1059,6 +1174,11 @@ class LoadModelRequest(_message.Message):
     """Tokens of a prompt chunk while nobody decodes; 0: by measured cost and memory."""
     quantize: _builtins.int
     """Each worker quantizes its weights to so many bits while it loads them; 0: as they are published."""
+    name: _builtins.str
+    """The name under which requests find it. Empty: if `model` is a name of a configured model, that one is loaded, with
+    its configured options unless others are given; else a single model is replaced, and beside several models the new
+    one is called by its public id.
+    """
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFolder]:
         """Adapters to load with the model."""
@@ -1083,10 +1203,11 @@ class LoadModelRequest(_message.Message):
         prefill_chunk: _builtins.int = ...,
         quantize: _builtins.int = ...,
         adapters: _abc.Iterable[Global___AdapterFolder] | None = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "adapters", b"adapters", "draft", b"draft", "inexact", b"inexact", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "adapters", b"adapters", "draft", b"draft", "inexact", b"inexact", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "name", b"name", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1324,12 +1445,21 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 class UnloadModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Any name of the model; empty: the only one that is loaded."""
+    all: _builtins.bool
+    """Unload every model."""
     def __init__(
         self,
+        *,
+        name: _builtins.str = ...,
+        all: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1339,12 +1469,19 @@ Global___UnloadModelRequest: _TypeAlias = UnloadModelRequest  # noqa: Y015
 class UnloadModelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Public names of the models that were loaded."""
+
     def __init__(
         self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1105,11 +1105,14 @@ class Model(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    UNLOADED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     layers: _builtins.int
     max_context: _builtins.int
     """Tokens of prompt and answer together."""
     fingerprint: _builtins.str
+    unloaded: _builtins.bool
+    """It is configured but not loaded; then the other figures are unknown."""
     def __init__(
         self,
         *,
@@ -1117,10 +1120,11 @@ class Model(_message.Message):
         layers: _builtins.int = ...,
         max_context: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        unloaded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "id", b"id", "layers", b"layers", "max_context", b"max_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "id", b"id", "layers", b"layers", "max_context", b"max_context", "unloaded", b"unloaded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -87,7 +87,7 @@ class Watched(WorkerlessCoordinator):
         self.snapshots += 1
         return ClusterState("lab", "1", self.state, requests=self.requests)
 
-    async def load(self, order: LoadOrder) -> None:
+    async def load(self, order: LoadOrder, *, name: str) -> None:
         self.loads.append(order)
         await self.loaded.wait()
         raise NoPlan("the model does not fit")
@@ -96,7 +96,7 @@ class Watched(WorkerlessCoordinator):
         self.plans.append(order)
         raise NotServing("no worker was measured")
 
-    async def unload(self) -> None:
+    async def unload(self, name: str) -> None:
         raise NotServing("a model is being loaded")
 
 

@@ -62,8 +62,8 @@ def test_every_page_names_values_without_their_types() -> None:
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        ("serve", "serve [OPTIONS] MODEL "),
-        ("serve", " MODEL A Hugging Face id"),
+        ("serve", "serve [OPTIONS] [MODEL...] "),
+        ("serve", " MODEL... A Hugging Face id"),
         ("serve", "[default: 65536; 1 to 1048576]"),
         ("serve", "0 picks a free one. [default: 7701]"),
         ("worker", "[env: MACPIPE_CLUSTER; default: the last one entered, else default]"),

@@ -102,7 +102,7 @@ def test_a_service_is_removed_although_systemd_cannot_be_told(
     ("arguments", "code", "said"),
     [
         (("install", "worker", "--", "--prot", "5"), 2, "No such option: --prot"),
-        (("install", "serve"), 2, "Missing argument 'MODEL'"),
+        (("install", "serve"), 2, "name at least one model, or a file of models with --models"),
         (("install", "chat"), 2, "unknown daemon chat; give worker or serve"),
         (("start", "worker"), 1, "the service worker is not installed; run `macpipe service install worker`"),
     ],

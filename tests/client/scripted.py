@@ -195,7 +195,7 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
 
     async def UnloadModel(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)
-        return cluster_pb2.UnloadModelResponse()
+        return cluster_pb2.UnloadModelResponse(names=["faq"])
 
     async def RenewCertificate(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)

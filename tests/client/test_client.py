@@ -427,7 +427,7 @@ def test_control_calls(ask: Ask, coordinator: Coordinator) -> None:
     assert len(ask("tokenize", [("user", "ab")])) == 2
     assert [model.id for model in ask("models")] == ["faq"]
     assert ask("abort", "r1") is None
-    assert ask("unload") is None
+    assert ask("unload") == ("faq",)
     state = ask("cluster")
     assert (state.state, state.model, state.layers) == ("serving", "faq", 8)
     assert [worker.name for worker in state.workers] == ["mac-a", "mac-b"]

@@ -165,3 +165,50 @@ def test_a_model_that_was_found_has_a_public_id_too() -> None:
     hub = "mlx-community/Qwen3-4bit"
     assert public_id(hub, "/cache/models--mlx-community--Qwen3-4bit/snapshots/1") == hub
     assert public_id("models/qwenlike", "/disk/models/qwenlike") == "qwenlike"
+
+
+def plain(model: str) -> LoadOrder:
+    return LoadOrder(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "loaded", "source"),
+    [
+        ("", "small", "small", SMALL.order.model),
+        ("", "titles", "small", SMALL.order.model),
+        ("", "default", "big", BIG.order.model),
+        ("", "/models/Small-1B", "small", SMALL.order.model),
+        ("", "org/Third", "org/Third", "org/Third"),
+        ("", "/models/Third", "Third", "/models/Third"),
+        ("small", "", "small", SMALL.order.model),
+        ("default", "", "big", BIG.order.model),
+        ("small", "org/Third", "small", "org/Third"),
+        ("third", "org/Third", "third", "org/Third"),
+        ("third", "small", "third", "small"),
+    ],
+)
+def test_a_load_means_a_configured_model_or_another_one(name: str, model: str, loaded: str, source: str) -> None:
+    chosen, order = CATALOG.choose_load(name, plain(model), plain(model))
+    assert (chosen, order.model) == (loaded, source)
+
+
+def test_options_of_a_load_replace_those_that_are_configured() -> None:
+    entry = ModelEntry("small", LoadOrder("org/small", max_context=100, kv_bits=8))
+    catalog = ModelCatalog([entry, BIG])
+    assert catalog.choose_load("", plain("small"), plain("small")) == ("small", entry.order)
+    asked = LoadOrder("small", lanes=3)
+    assert catalog.choose_load("", asked, plain("small")) == ("small", LoadOrder("org/small", lanes=3))
+    with pytest.raises(ModelNotFound, match="the model medium is not served here"):
+        catalog.choose_load("medium", plain(""), plain(""))
+    with pytest.raises(InvalidOption, match="only an alias may have a"):
+        catalog.choose_load("x*", plain("org/x"), plain("org/x"))
+
+
+def test_a_load_replaces_a_single_model_without_a_name() -> None:
+    single = ModelCatalog([ModelEntry(DEFAULT, LoadOrder("faq", max_context=100))])
+    assert single.choose_load("", plain("org/other"), plain("org/other")) == (DEFAULT, plain("org/other"))
+    assert single.choose_load("", plain("faq"), plain("faq")) == (DEFAULT, plain("faq"))
+    assert single.choose_load("second", plain("faq"), plain("faq")) == ("second", plain("faq"))
+    assert ModelCatalog([]).choose_load("", plain("faq"), plain("faq")) == (DEFAULT, plain("faq"))
+    named = ModelCatalog([SMALL])
+    assert named.choose_load("", plain("org/other"), plain("org/other"))[0] == "org/other"

@@ -60,18 +60,26 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> AsyncIterator[pb.LoadModelResponse]:
         try:
-            order = _load_order(request, self._first)
-            async for p in self._progress(order):
+            name, order = self._choose(request)
+            async for p in self._progress(name, order):
                 yield pb.LoadModelResponse(progress=encode_progress(p))
             state = encode_cluster_state(await self._coordinator.snapshot())
             yield pb.LoadModelResponse(ready=state)
         except MacpipeError as e:
             await abort(context, e)
 
-    async def _progress(self, order: LoadOrder) -> AsyncIterator[LoadProgress]:
+    def _choose(self, request: pb.LoadModelRequest) -> tuple[str, LoadOrder]:
+        """Return the name in the catalog, and the order, of what is to be loaded. Raises ``MacpipeError``."""
+        if not request.model and not request.name:
+            raise _no_model()
+        order = _load_order(request, self._first)
+        plain = _load_order(pb.LoadModelRequest(model=request.model), self._first)
+        return self._coordinator.catalog.choose_load(request.name, order, plain)
+
+    async def _progress(self, name: str, order: LoadOrder) -> AsyncIterator[LoadProgress]:
         """Run a load and yield its progress. Closing the iterator cancels the load."""
         reporter = _ProgressQueue()
-        load = asyncio.create_task(self._coordinator.load(order, reporter))
+        load = asyncio.create_task(self._coordinator.load(order, reporter, name=name))
         load.add_done_callback(lambda _: reporter.queue.put_nowait(None))
         try:
             while (p := await reporter.queue.get()) is not None:
@@ -82,6 +90,8 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanResponse:
         try:
+            if not request.model:
+                raise _no_model()
             plan = await self._coordinator.plan(_load_order(request, self._first))
             return encode_plan(describe_plan(plan, self._coordinator.links))
         except MacpipeError as e:
@@ -90,10 +100,10 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.UnloadModelResponse:
         try:
-            await self._coordinator.unload()
+            names = await self._coordinator.unload(request.name, every=request.all)
         except MacpipeError as e:
             await abort(context, e)
-        return pb.UnloadModelResponse()
+        return pb.UnloadModelResponse(names=names)
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         try:
@@ -114,7 +124,7 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def AddAdapter(self, request: pb.AddAdapterRequest, context: Context) -> pb.AddAdapterResponse:
         try:
-            adapter = await self._coordinator.add_adapter(request.adapter.name, request.adapter.folder)
+            adapter = await self._coordinator.add_adapter(request.adapter.name, request.adapter.folder, request.model)
         except MacpipeError as e:
             await abort(context, e)
         (state,) = describe_adapters([adapter])
@@ -122,7 +132,7 @@ class ClusterServicer(ClusterServiceServicer):
 
     async def RemoveAdapter(self, request: pb.RemoveAdapterRequest, context: Context) -> pb.RemoveAdapterResponse:
         try:
-            ended = await self._coordinator.remove_adapter(request.name)
+            ended = await self._coordinator.remove_adapter(request.name, request.model)
         except MacpipeError as e:
             await abort(context, e)
         return pb.RemoveAdapterResponse(ended_requests=ended)
@@ -183,10 +193,12 @@ class _ProgressQueue:
         self.queue.put_nowait(progress)
 
 
+def _no_model() -> InvalidRequest:
+    return InvalidRequest("the model is missing; name a Hugging Face id or a folder", field="model")
+
+
 def _load_order(r: pb.LoadModelRequest | pb.PlanRequest, first: LoadOrder) -> LoadOrder:
     """Decode an order. What depends on the use of the cluster and not on the model is by default as in ``first``."""
-    if not r.model:
-        raise InvalidRequest("the model is missing; name a Hugging Face id or a folder", field="model")
     return LoadOrder(
         model=r.model,
         worker_count=r.workers or None,

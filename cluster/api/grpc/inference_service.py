@@ -117,23 +117,22 @@ class InferenceServicer(InferenceServiceServicer):
         return pb.TokenizeResponse(ids=tokenized.ids, texts=tokenized.texts)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        try:
-            model_info = self._coordinator.served_model("")
-        except MacpipeError:
-            return pb.ListModelsResponse()
-        shape = model_info.shape
-        adapters = ("", *(a.ref.name for a in model_info.adapters.served))
-        names = [join_model_name(shape.model.name, adapter) for adapter in adapters]
-        models = [
+        models = [model for info in self._coordinator.loaded_models() for model in self._list_model(info)]
+        waiting = [pb.Model(id=name, unloaded=True) for name in self._coordinator.unloaded_names()]
+        return pb.ListModelsResponse(models=(*models, *waiting))
+
+    def _list_model(self, model_info: ModelInfo) -> list[pb.Model]:
+        """Return a loaded model, and it with each of its adapters."""
+        shape, name = model_info.shape, self._coordinator.given_name(model_info)
+        return [
             pb.Model(
-                id=name,
+                id=join_model_name(name, adapter),
                 layers=shape.layers,
                 max_context=shape.max_context,
                 fingerprint=shape.model.fingerprint,
             )
-            for name in names
+            for adapter in ("", *(a.ref.name for a in model_info.adapters.served))
         ]
-        return pb.ListModelsResponse(models=models)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         async with _errors_sent(context):

@@ -71,6 +71,11 @@ class Live:
         facts = to_json_types(state)
         facts["requests_live"] = len(state.requests)
         facts["requests"] = facts["requests"][:FEED_REQUESTS]
+        for deployment in facts["deployments"]:
+            del deployment["model"]  # a folder's path is private
+            for replica in deployment["replicas"]:
+                replica["requests_live"] = len(replica["requests"])
+                replica["requests"] = replica["requests"][:FEED_REQUESTS]
         loading = to_json_types(self._loads.state())
         if loading:
             loading["model"] = PurePath(loading["model"]).name

@@ -56,8 +56,10 @@ class PlanForm(Form):
         )
 
 
-class EmptyForm(Form):
-    """The body of an operation without parameters."""
+class UnloadForm(Form):
+    """A model's name; the only one that is loaded without it."""
+
+    name: ShortText = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,14 @@ class Operations:
     async def load(self, request: Request) -> Json:
         """Begin to load a model. The load goes on without the page, which shows its progress."""
         form = await read(request, PlanForm)
-        self.loads.start(form.order(self.first))
+        order = form.order(self.first)
+        plain = PlanForm(model=form.model).order(self.first)
+        name, order = self.coordinator.catalog.choose_load("", order, plain)
+        self.loads.start(order, name)
         return Json({"state": "loading"}, 202)
 
     async def unload(self, request: Request) -> Json:
         """End live requests and free the workers' memory."""
-        await read(request, EmptyForm)
-        await self.coordinator.unload()
+        form = await read(request, UnloadForm)
+        await self.coordinator.unload(form.name)
         return Json({"state": "idle"})

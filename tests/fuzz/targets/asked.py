@@ -217,6 +217,7 @@ PAGE_SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/api/plan", {"model": "faq", "layers": "0-1,2-3", "max_context": 64, "quantize": 4, "acceptance": 0.5}),
     ("/api/load", {"model": "faq", "workers": 2, "objective": "throughput", "route": "relay", "kv_bits": 8}),
     ("/api/unload", {}),
+    ("/api/unload", {"name": "small"}),
 )
 
 

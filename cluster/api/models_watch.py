@@ -1,0 +1,81 @@
+"""Keep a coordinator's catalog as its file of models says, and load the models that are pinned."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import anyio
+
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.model_catalog import ModelCatalog
+from cluster.coordinator.models_file import ModelsFile
+from cluster.coordinator.reporter import Reporter
+from cluster.core.errors import InvalidOption, MacpipeError, NotServing
+
+log = logging.getLogger(__name__)
+POLL_S: Final = 2.0
+"""How often the file is read: a person who saves it sees the effect before looking."""
+
+
+class ModelsWatch:
+    """Reads ``file`` again and again; None if the models come from the command line.
+
+    A file that is wrong changes nothing: what was served goes on, and status says what is wrong.
+    """
+
+    def __init__(self, coordinator: Coordinator, file: ModelsFile | None, report: Reporter) -> None:
+        self._coordinator, self._file, self._report = coordinator, file, report
+        self._pinned: list[str] = []
+        """Models that are still to be loaded."""
+
+    async def load_pinned(self) -> None:
+        """Load the pinned models that are not loaded, one after the other. Report those that cannot be."""
+        self._note_pinned()
+        await self._load_noted()
+
+    async def run(self) -> None:
+        """Take up changes of the file until cancelled."""
+        while self._file or self._pinned:
+            await anyio.sleep(POLL_S)
+            if self._file:
+                await self._take_up(self._file)
+            await self._load_noted()
+
+    async def _take_up(self, file: ModelsFile) -> None:
+        try:
+            entries = await anyio.to_thread.run_sync(file.read_changed)
+            if entries is None:
+                return
+            catalog = ModelCatalog(entries)
+        except InvalidOption as e:
+            self._say(f"the models stay as they were: {e.sentence}")
+            return
+        self._coordinator.adopt_catalog(catalog)
+        self._say("")
+        log.info("models: changed file=%s models=%d", file.path, len(entries))
+        self._note_pinned()
+
+    def _say(self, problem: str) -> None:
+        self._coordinator.catalog_problem = problem
+        self._coordinator.changed.set()
+        if problem:
+            self._report.problem(problem)
+
+    def _note_pinned(self) -> None:
+        loaded = {name for info in self._coordinator.loaded_models() for name in self._coordinator.names_of(info)}
+        catalog = self._coordinator.catalog
+        self._pinned = [e.name for e in catalog if e.pin and catalog.public_name(e) not in loaded]
+
+    async def _load_noted(self) -> None:
+        """Load what was noted. What must wait for another load stays noted."""
+        for name in tuple(self._pinned):
+            entry = self._coordinator.catalog.get(name)
+            try:
+                if entry:
+                    await self._coordinator.load(entry.order, name=name)
+            except NotServing:
+                return
+            except MacpipeError as e:
+                self._report.problem(f"the model {name} is not loaded: {e.sentence}")
+            self._pinned.remove(name)
