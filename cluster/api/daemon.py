@@ -37,6 +37,7 @@ from cluster.coordinator.journal import Journal
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry
 from cluster.coordinator.models_file import ModelsFile
+from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
@@ -109,7 +110,8 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         http_port_settings = http_port(settings)
         coordinator.prefix_owners = partial(prefix_owners, http_port_settings.keys, trust)
         key_usage = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
-        service = RequestService(coordinator, Metrics(), key_usage, strict=settings.strict)
+        on_demand = OnDemand(coordinator, settings.load_wait_s)
+        service = RequestService(coordinator, Metrics(), key_usage, on_demand=on_demand, strict=settings.strict)
         checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)
         loads, feed = BackgroundLoad(coordinator, tracker), ClusterFeed()
@@ -120,8 +122,10 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         cluster = ClusterServicer(coordinator, trust, settings.order, examinations, stores)
         addresses = await stack.enter_async_context(_public_port(settings, trust, service, cluster, checks))
         stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
+        stack.push_async_callback(on_demand.close)
         await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_update_health, coordinator, checks)
+        tasks.start_soon(on_demand.run)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
         tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
         coordinator.adopt_catalog(_catalog(settings))

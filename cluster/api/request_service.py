@@ -25,6 +25,7 @@ from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.frame_history import trace_request
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.on_demand import OnDemand
 from cluster.core.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
 from cluster.core.limits import KEY_CHECK_S, PROMPT_PIECE_TOKENS
 from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, Request, SkippedText, TokenEvent
@@ -57,14 +58,22 @@ class RunningRequest:
 class RequestService:
     """The requests of one coordinator.
 
-    ``key_usage`` is the usage of its API keys; None without a cluster. ``strict``: fields of a request that have no
-    effect are errors, and no answer is shortened to what fits.
+    ``key_usage`` is the usage of its API keys; None without a cluster. ``on_demand`` loads the models that requests ask
+    for; None if only people load models. ``strict``: fields of a request that have no effect are errors, and no answer
+    is shortened to what fits.
     """
 
     def __init__(
-        self, coordinator: Coordinator, metrics: Metrics, key_usage: KeyUsage | None = None, *, strict: bool = False
+        self,
+        coordinator: Coordinator,
+        metrics: Metrics,
+        key_usage: KeyUsage | None = None,
+        *,
+        on_demand: OnDemand | None = None,
+        strict: bool = False,
     ) -> None:
         self.strict = strict
+        self.on_demand = on_demand
         self.coordinator = coordinator
         self.metrics = metrics
         self.key_usage = key_usage

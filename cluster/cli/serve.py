@@ -25,6 +25,7 @@ from cluster.core.limits import (
     MAX_SCHEMA_BYTES,
     MOST_SCHEMA_BYTES,
 )
+from cluster.core.load_limits import LOAD_WAIT_S, MAX_LOAD_WAIT_S
 from cluster.core.text import parse_address
 from cluster.platform.logs import LogLevel
 from cluster.platform.paths import state_home
@@ -86,6 +87,15 @@ Strict = Annotated[
     ),
 ]
 Wait = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Wait this long for workers.")]
+LoadWait = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=MAX_LOAD_WAIT_S,
+        metavar="SECONDS",
+        help="A request whose model is being loaded waits this long, unless it is streamed.",
+    ),
+]
 KeepJournal = Annotated[
     Fsync | None,
     typer.Option(help="Keep live requests on disk, synced this often, so that answers survive a coordinator restart."),
@@ -126,6 +136,7 @@ def serve(
     strict: Strict = False,
     cluster: Cluster = None,
     wait: Wait = DISCOVERY_TIMEOUT_S,
+    load_wait: LoadWait = LOAD_WAIT_S,
     home: Home = None,
     journal: KeepJournal = None,
     log_level: Level = LogLevel.INFO,
@@ -155,6 +166,7 @@ def serve(
         peers_only=peers_only,
         journal=journal,
         max_schema_bytes=max_schema_bytes,
+        load_wait_s=load_wait,
         strict=strict,
     )
     raise typer.Exit(_run(settings, file, log_level, log_file, exit_with_stdin))

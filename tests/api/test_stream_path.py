@@ -8,7 +8,8 @@ import json
 import re
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -25,7 +26,11 @@ from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.api.requests import Conversation
 from cluster.coordinator.answer_queue import AnswerQueue, Event, EventBatch
+from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.on_demand import HeldModel
+from cluster.coordinator.settings import LoadOrder, ModelEntry
+from cluster.core.errors import DoesNotFit, MacpipeError
 from cluster.core.limits import MAX_MESSAGES
 from cluster.core.request import Accepted, ChatMessage, FinishEvent, FinishReason, Request, TokenEvent, Usage
 from cluster.security.credentials import LocalTrust
@@ -58,6 +63,8 @@ class WatchedQueue(AnswerQueue):
 
 class OneToken(WorkerlessCoordinator):
     """A coordinator whose answers have one token."""
+
+    catalog = ModelCatalog([ModelEntry("faq", LoadOrder("faq")), ModelEntry("fallen", LoadOrder("fallen"))])
 
     def __init__(self) -> None:
         self.answers: list[WatchedQueue] = []
@@ -152,30 +159,182 @@ async def test_silence_is_broken_in_each_apis_way(path: str, sign: bytes, monkey
     """Timeouts of Codex count events, not comments; the numbers of its events have no gap all the same."""
     monkeypatch.setattr(sse, "STREAM_COMMENT_S", 0.02)
     coordinator = Silent()
-    sent: list[bytes] = []
+    service = RequestService(coordinator, Metrics())  # type: ignore[arg-type]
+    sent = await stream(path, service, sign, 3, coordinator.go_on)
+    numbers = [int(n) for piece in sent for n in re.findall(rb'"sequence_number":(\d+)', piece)]
+    assert numbers == list(range(len(numbers)))
+    assert b"".join(sent).count(b'"a"') >= 1
 
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message.get("body", b""))
-        if sum(piece.startswith(sign) for piece in sent) == 3:
-            coordinator.go_on()
 
-    received = [{"type": "http.request", "body": json.dumps({**ROUTES[path], "stream": True}).encode()}]
+def body_of(path: str) -> dict[str, Any]:
+    return ROUTES.get(path) or {"model": "faq", "messages": [{"role": "user", "content": "hi"}]}
 
-    async def receive() -> dict[str, Any]:
-        return received.pop() if received else await asyncio.get_running_loop().create_future()
 
-    scope = {
+def a_post(path: str) -> dict[str, Any]:
+    return {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path,
         "raw_path": path.encode(), "query_string": b"", "scheme": "http", "root_path": "", "client": ("127.0.0.1", 5),
         "server": ("127.0.0.1", 8080), "headers": [(b"host", b"localhost:8080")],
     }  # fmt: skip
-    app = application(RequestService(coordinator, Metrics()))  # type: ignore[arg-type]
+
+
+async def stream(
+    path: str, service: RequestService, sign: bytes, count: int, then: Callable[[], None], **more: Any
+) -> list[bytes]:
+    """Return the pieces of a stream. ``then`` is called after so many that have ``sign``; -1: never."""
+    sent: list[bytes] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            sent.append(str(message["status"]).encode())
+        sent.append(message.get("body", b""))
+        if sign in sent[-1] and sum(sign in piece for piece in sent) == count:
+            then()
+
+    received = [{"type": "http.request", "body": json.dumps({**body_of(path), "stream": True, **more}).encode()}]
+
+    async def receive() -> dict[str, Any]:
+        return received.pop() if received else await asyncio.get_running_loop().create_future()
+
     async with asyncio.timeout(10):
-        await app(scope, receive, send)  # type: ignore[arg-type]
-    assert sum(piece.startswith(sign) for piece in sent) >= 3
-    numbers = [int(n) for piece in sent for n in re.findall(rb'"sequence_number":(\d+)', piece)]
-    assert numbers == list(range(len(numbers)))
-    assert b"".join(sent).count(b'"a"') >= 1
+        await application(service)(a_post(path), receive, send)  # type: ignore[arg-type]
+    return sent
+
+
+class OneLoad:
+    """Loads the only model for requests, until ``end``; then it is there, or ``error`` is why not."""
+
+    load_wait_s = 5.0
+
+    def __init__(self, error: MacpipeError | None = None) -> None:
+        self._ended, self._error = asyncio.Event(), error
+        self.waiting = 0
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def is_ready(self, requested: str | None) -> bool:
+        return self._ended.is_set()
+
+    async def await_ready(self, requested: str | None, seconds: float) -> bool:
+        return self._ended.is_set()
+
+    @asynccontextmanager
+    async def hold(
+        self, requested: str | None, adapter: str = "", wait_s: float | None = None
+    ) -> AsyncIterator[HeldModel]:
+        self.waiting += 1
+        try:
+            await self._ended.wait()
+        finally:
+            self.waiting -= 1
+        if self._error:
+            raise self._error
+        yield HeldModel(served(), "other" if requested == "fallen" else "")
+
+
+LOADING = {
+    "/v1/chat/completions": b'"delta":{}',
+    "/v1/completions": b'"text":""',
+    "/v1/responses": b"event: response.in_progress",
+    "/v1/messages": b"event: ping",
+    "/api/chat": b'"content":""',
+}
+"""What each API's stream repeats while a model is loaded: an event of its own, since clients count these."""
+
+
+def on_demand(error: MacpipeError | None = None) -> tuple[OneLoad, RequestService]:
+    coordinator, load = OneToken(), OneLoad(error)
+    return load, RequestService(coordinator, Metrics(), on_demand=load)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", LOADING)
+async def test_a_stream_begins_while_its_model_is_loaded(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "STREAM_COMMENT_S", 0.02)
+    load, service = on_demand()
+    more = {"echo": True} if path == "/v1/completions" else {}
+    sent = b"".join(await stream(path, service, LOADING[path], 3, load.end, **more))
+    load, service = on_demand()
+    load.end()
+    loaded = b"".join(await stream(path, service, LOADING[path], -1, load.end, **more))
+    assert sent.startswith(b"200")
+    for pattern in (
+        rb'"text":"a+"',
+        rb'"content":"a"',
+        rb'"delta":"a"',
+        rb'"delta":{"role":"assistant"',
+        rb"event: [a-z_.]+",
+    ):
+        some = [
+            found
+            for found in re.findall(pattern, sent)
+            if found not in (b"event: ping", b"event: response.in_progress")
+        ]
+        rest = [found for found in re.findall(pattern, loaded) if found not in (b"event: response.in_progress",)]
+        assert some == rest, "the answer is that of a model that was loaded before"
+    numbers = re.findall(rb'"sequence_number":(\d+)', sent)
+    assert numbers == [b"%d" % i for i in range(len(numbers))]
+
+
+@pytest.mark.parametrize("path", LOADING)
+async def test_an_error_of_a_load_ends_the_stream_that_waits_for_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "STREAM_COMMENT_S", 0.02)
+    load, service = on_demand(DoesNotFit("it needs 5 GiB more"))
+    sent = await stream(path, service, LOADING[path], 2, load.end)
+    assert sent[0] == b"200"
+    assert b"it needs 5 GiB more" in b"".join(sent)
+    refused = await stream(path, service, LOADING[path], -1, load.end)
+    assert refused[0] == b"503", "nothing was sent yet"
+    assert b"it needs 5 GiB more" in b"".join(refused)
+
+
+@pytest.mark.parametrize("path", LOADING)
+async def test_a_bad_form_is_refused_before_its_model_is_loaded(path: str) -> None:
+    load, service = on_demand()
+    bad = {"messages": [{"role": "nobody", "content": "x"}]} if "messages" in body_of(path) else {"stop": 7}
+    transport = httpx.ASGITransport(application(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client:
+        for streamed in (True, False):
+            answer = await client.post(path, json={**body_of(path), **bad, "stream": streamed})
+            assert answer.status_code == 400
+        deep = {"n": 5, "best_of": 4, "prompt": "a"} if path == "/v1/completions" else {}
+        if deep:
+            answer = await client.post(path, json={**deep, "stream": True})
+            assert (answer.status_code, load.waiting) == (400, 0), "it is not the form's shape that is wrong"
+
+
+async def test_a_client_that_hangs_up_leaves_no_waiting_request() -> None:
+    load, service = on_demand()
+    for streamed in (True, False):
+        hung_up = asyncio.Event()
+        body = json.dumps({**ROUTES["/v1/messages"], "stream": streamed}).encode()
+        received = [{"type": "http.request", "body": body}]
+
+        async def receive(received: list[dict[str, Any]] = received, gone: asyncio.Event = hung_up) -> dict[str, Any]:
+            if received:
+                return received.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None: ...
+
+        async with asyncio.timeout(10):
+            asking = asyncio.ensure_future(application(service)(a_post("/v1/messages"), receive, send))  # type: ignore[arg-type]
+            while not load.waiting:
+                await asyncio.sleep(0.005)
+            hung_up.set()
+            await asking
+        assert load.waiting == 0
+
+
+async def test_the_model_that_answers_in_place_of_another_is_named() -> None:
+    load, service = on_demand()
+    load.end()
+    transport = httpx.ASGITransport(application(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client:
+        answer = await client.post("/v1/messages", json={**ROUTES["/v1/messages"], "model": "fallen"})
+    assert answer.headers["x-macpipe-fallback"] == "other"
+    assert answer.json()["model"] == "faq", "the name of what is served"
 
 
 @pytest.mark.parametrize("method", ["Generate", "Chat"])

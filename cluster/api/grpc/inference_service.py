@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, TypeAlias, TypeVar
+from urllib.parse import quote
 
 import anyio
 import grpc
@@ -18,6 +19,7 @@ from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.requests import AnswerParams, Caller, PreparedRequest, rename_fields
 from cluster.codec.request_trace import encode_trace
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.on_demand import HeldModel
 from cluster.core.adapter import join_model_name, name_of_key
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MAX_SAMPLES
@@ -31,6 +33,8 @@ from cluster.v1.inference_pb2_grpc import InferenceServiceServicer
 
 IGNORED_METADATA: Final = "x-macpipe-ignored"
 """Initial metadata: the names of fields that were ignored, separated by commas."""
+FALLBACK_METADATA: Final = "x-macpipe-fallback"
+"""Initial metadata: the name of the model that answers, if the requested one cannot be served now."""
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Message = TypeVar("Message", pb.GenerateRequest, pb.ChatRequest)
 Params = TypeVar("Params", bound=AnswerParams)
@@ -68,16 +72,38 @@ class InferenceServicer(InferenceServiceServicer):
     ) -> AsyncIterator[RunningRequest]:
         """Submit the request of a message, and end it with the block. An error in the block ends the call."""
         async with _errors_sent(context):
-            model_info = self._coordinator.served_model(message.model, message.adapter)
             with rename_fields(field_names(message)):
                 size = message.ByteSize()
                 params = await PARSING.run(size, decode, message)
-                prepared = await validate(params, size, model_info, self._caller(context))
-                running = await self._service.submit(prepared.request, model_info)
-            if prepared.ignored:
-                await context.send_initial_metadata(((IGNORED_METADATA, ", ".join(prepared.ignored)),))
+                async with self._hold(message.model, message.adapter) as held:
+                    prepared = await validate(params, size, held.model_info, self._caller(context))
+                    running = await self._service.submit(prepared.request, held.model_info)
+            told = {IGNORED_METADATA: ", ".join(prepared.ignored), FALLBACK_METADATA: quote(held.fallback, safe="/:@ ")}
+            if any(told.values()):
+                await context.send_initial_metadata(tuple((name, value) for name, value in told.items() if value))
             async with aclosing(running.all_events):
                 yield running
+
+    @asynccontextmanager
+    async def _hold(self, model: str, adapter: str) -> AsyncIterator[HeldModel]:
+        """Keep a model loaded within the block. Wait for its load if it may be loaded on demand.
+
+        Raises the errors of ``Coordinator.served_model`` and ``OnDemand.hold``.
+        """
+        if self._service.on_demand is None:
+            yield HeldModel(self._coordinator.served_model(model, adapter))
+            return
+        async with self._service.on_demand.hold(model, adapter) as held:
+            yield held
+
+    @asynccontextmanager
+    async def _hold_tokenizer(self, model: str) -> AsyncIterator[ModelInfo]:
+        """Keep a model's tokenizer within the block. Raises the errors of ``OnDemand.hold_tokenizer``."""
+        if self._service.on_demand is None:
+            yield self._coordinator.served_model(model)
+            return
+        async with self._service.on_demand.hold_tokenizer(model) as model_info:
+            yield model_info
 
     def _owner(self, context: Context) -> str | None:
         """Return the client whose requests the caller may end or trace; None means every client's.
@@ -109,11 +135,11 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _errors_sent(context):
-            model_info = self._coordinator.served_model(request.model)
             with rename_fields({"prompt": "text"}):
                 size = request.ByteSize()
                 prompt = await PARSING.run(size, tokenize_prompt, request)
-                tokenized = await request_validation.list_tokens(prompt, size, model_info)
+                async with self._hold_tokenizer(request.model) as model_info:
+                    tokenized = await request_validation.list_tokens(prompt, size, model_info)
         return pb.TokenizeResponse(ids=tokenized.ids, texts=tokenized.texts)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Final
+from urllib.parse import quote
 
 from starlette.types import Scope
 
@@ -14,6 +15,8 @@ IGNORED_HEADER: Final = "x-macpipe-ignored"
 """Names of fields that were ignored, separated by commas."""
 MAX_TOKENS_HEADER: Final = "x-macpipe-max-tokens"
 """The maximum length of the answer in tokens, if the requested one does not fit the context."""
+FALLBACK_HEADER: Final = "x-macpipe-fallback"
+"""The name of the model that answers, if the requested one cannot be served now."""
 _KEY: Final = "macpipe.adjustments"
 
 
@@ -24,6 +27,8 @@ class Adjustments:
         self.strict = strict
         self.max_tokens: int | None = None
         """The maximum length in tokens to which the answer was shortened; None if it was not."""
+        self.fallback = ""
+        """The name of the model that answers in place of the requested one; "" if that one does."""
         self._ignored: dict[str, None] = {}
 
     def ignore(self, fields: Iterable[str]) -> None:
@@ -42,6 +47,8 @@ class Adjustments:
         headers = {IGNORED_HEADER: join_fields(self._ignored)} if self._ignored else {}
         if self.max_tokens is not None:
             headers[MAX_TOKENS_HEADER] = str(self.max_tokens)
+        if self.fallback:
+            headers[FALLBACK_HEADER] = quote(self.fallback, safe="/:@ ")
         return headers
 
 

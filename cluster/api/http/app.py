@@ -74,7 +74,7 @@ def application(
 
 def table(service: RequestService) -> list[DeclaredRoute]:
     """Return the routes of the API, each with the access level that it needs in a cluster."""
-    names = ModelNames(service.coordinator)
+    names = ModelNames(service.coordinator, service.on_demand)
     health, models, tokenize = Health(service, names), Models(names), Tokenize(names)
     document = description()
 
@@ -125,7 +125,7 @@ def page_table(
     sessions: BrowserSessions | None,
 ) -> list[DeclaredRoute]:
     """Return the routes of the page. Its files are for anyone; what it shows and does needs a session or a key."""
-    names = ModelNames(service.coordinator)
+    names = ModelNames(service.coordinator, service.on_demand)
     files, health, login = PageFiles(), Health(service, names), Login(service.key_usage, sessions)
     live = Live(service, names, operations.loads, feed, sessions)
 

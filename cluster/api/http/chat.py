@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -21,7 +20,7 @@ from cluster.api.http.answer_assembly import (
 )
 from cluster.api.http.body import charge_of, read
 from cluster.api.http.chat_form import ChatForm
-from cluster.api.http.chat_submission import submit_chat
+from cluster.api.http.chat_submission import chat_submission
 from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import LongJson, encode_text, encoded_list, new_id
 from cluster.api.http.logprobs import chat_logprobs, chat_row
@@ -43,13 +42,13 @@ class Chat:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ChatForm)
-        model_info = self.names.resolve(form.model)
-        head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.shown_name(form.model, model_info))
-        running = await submit_chat(self.service, request, form, head.id, model_info)
+        head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.requested_name(form.model))
+        submission = chat_submission(self.service, self.names, request, form, head.id)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)
-            encoder = ChatEncoder(head, running, bool(form.logprobs), usage)
-            return EventStream(aclosing(running.events), encoder, head.id)
+            return await submission.stream(ChatEncoder(head, form.samples, bool(form.logprobs), usage))
+        running, model = await submission.submit()
+        head = replace(head, model=model)
         charge, rows = charge_of(request), chat_row if form.logprobs else None
         return LongJson(await while_connected(request, lambda: _completion(head, running, charge, rows)))
 
@@ -99,17 +98,20 @@ class ChatEncoder:
     """A streamed answer: first the role, then a delta per token, the finish reason, usage if requested, and [DONE]."""
 
     head: ChunkHead
-    running: RunningRequest
+    samples: int
     logprobs: bool
     usage: bool
+    _running: RunningRequest | None = None
     _finishes: list[FinishEvent] = field(default_factory=list)
     _counters: list[ReasoningCounter] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._counters = reasoning_counters(self.running)
+    def attach(self, running: RunningRequest, model: str) -> None:
+        self._running = running
+        self.head = replace(self.head, model=model)
+        self._counters = reasoning_counters(running)
 
     def begin(self) -> Iterator[bytes]:
-        for i in range(self.running.request.samples):
+        for i in range(self.samples):
             yield self._chunk(i, {"role": "assistant", "content": ""})
 
     def encode(self, e: TokenEvent | FinishEvent) -> list[bytes]:
@@ -126,7 +128,8 @@ class ChatEncoder:
         yield DONE
 
     def idle(self) -> bytes:
-        return COMMENT
+        """Return a comment. While the model is loaded, return a chunk that adds nothing: some clients count these."""
+        return COMMENT if self._running else self._chunk(0, {})
 
     def fail(self, error: MacpipeError) -> bytes:
         return event(openai_error(error))
@@ -141,7 +144,8 @@ class ChatEncoder:
         shown = isinstance(e, TokenEvent) and self.logprobs and is_content(e)
         pieces = []
         if delta or shown:
-            logprobs = chat_logprobs([e], self.running) if shown else None  # type: ignore[list-item]  # shown: a token
+            assert self._running
+            logprobs = chat_logprobs([e], self._running) if shown else None  # type: ignore[list-item]  # shown: a token
             pieces.append(self._chunk(e.sample, delta, logprobs))
         pieces += [self._chunk(e.sample, {"tool_calls": [_call(c)]}) for c in e.calls]
         if isinstance(e, FinishEvent):

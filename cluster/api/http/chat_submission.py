@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
 from starlette.requests import Request
 
 from cluster.api.http.adjustments import adjustments_of
+from cluster.api.http.answer_submission import AnswerSubmission
 from cluster.api.http.body import build, form_size
 from cluster.api.http.caller_identity import caller_of
+from cluster.api.http.model_names import ModelNames
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.request_validation import chat_request, generate_request
 from cluster.api.requests import ChatParams, GenerateParams, rename_fields
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.request import FinishEvent, TokenEvent
 
 
 class ConversationForm(Protocol):
     """The body of a route that answers a conversation."""
+
+    @property
+    def model(self) -> str | None:
+        """The name of the model that is to answer; None for the default one."""
 
     def params(self, request_id: str) -> ChatParams:
         """Translate the body. Raises ``InvalidRequest``, naming the field."""
 
     def field_names(self) -> Mapping[str, str]:
         """Map parameters to the form's fields, for the errors of later checks."""
+
+
+def chat_submission(
+    service: RequestService, names: ModelNames, request: Request, form: ConversationForm, request_id: str
+) -> AnswerSubmission[RunningRequest, TokenEvent | FinishEvent]:
+    """Return the submission of a form's conversation."""
+    return AnswerSubmission(
+        names,
+        request,
+        form.model,
+        request_id,
+        check=lambda: form.params(request_id),
+        submit_to=lambda model_info: submit_chat(service, request, form, request_id, model_info),
+        events_of=lambda running: aclosing(running.events),
+    )
 
 
 async def submit_chat(

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ from cluster.api.http.answer_assembly import (
     openai_usage,
     sum_usage,
 )
+from cluster.api.http.answer_submission import AnswerSubmission
 from cluster.api.http.body import build, charge_of, form_size, read
 from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.chat import ChunkHead
@@ -52,12 +53,20 @@ class Completions:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[PromptEvent]:
         form = await read(request, CompletionsForm)
-        model_info = self.names.resolve(form.model)
-        head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.shown_name(form.model, model_info))
-        all_running = await self._submit(form, head.id, model_info, request)
-        encoder = CompletionsEncoder(head, form, all_running)
+        head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.requested_name(form.model))
+        encoder = CompletionsEncoder(head, form)
+        submission = AnswerSubmission(
+            self.names,
+            request,
+            form.model,
+            head.id,
+            check=lambda: form.params(head.id),
+            submit_to=lambda model_info: self._submit(form, head.id, model_info, request),
+            events_of=_merge_events,
+        )
         if form.stream:
-            return EventStream(_merge_events(all_running), encoder, head.id)
+            return await submission.stream(encoder)
+        encoder.attach(*await submission.submit())
         charge = charge_of(request)
         return LongJson(await while_connected(request, lambda: encoder.whole(charge)))
 
@@ -89,18 +98,22 @@ class CompletionsEncoder:
 
     head: ChunkHead
     form: CompletionsForm
-    all_running: Sequence[RunningRequest]
+    all_running: Sequence[RunningRequest] = ()
+    _began_early: bool = False
+    """Whether the stream began before the prompts were known, so that their texts have yet to come."""
     _usage: Usage = field(default_factory=lambda: Usage(0, 0))
     _offsets: dict[int, int] = field(default_factory=dict)
     """Characters so far, by choice."""
     _prompt_texts: dict[str, str] = field(default_factory=dict)
     """Text of each prompt that is echoed without log-probabilities, by its request."""
-    _echoed: list[EchoedPrompt] = field(init=False)
+    _echoed: list[EchoedPrompt] = field(default_factory=list)
     """The prompts whose log-probabilities are reported; empty if none are."""
 
-    def __post_init__(self) -> None:
-        scored = self.form.prompt_logprobs is not None
-        self._echoed = [EchoedPrompt(running) for running in self.all_running] if scored else []
+    def attach(self, running: Sequence[RunningRequest], model: str) -> None:
+        self.all_running = running
+        self.head = replace(self.head, model=model)
+        if self.form.prompt_logprobs is not None:
+            self._echoed = [EchoedPrompt(one) for one in running]
 
     async def whole(self, charge: Charge) -> dict[str, Any]:
         """Return the body of a response that is not streamed. Raises the first error that ended an answer early."""
@@ -149,6 +162,14 @@ class CompletionsEncoder:
         return self._prompt_texts.get(request_id, "")
 
     def begin(self) -> Iterator[bytes]:
+        if self.all_running:
+            yield from self._begin_prompts()
+        else:
+            self._began_early = True
+            yield self._chunk(0, "")
+
+    def _begin_prompts(self) -> Iterator[bytes]:
+        self._began_early = False
         for p in range(len(self.all_running) if self.form.echo else 0):
             text, logprobs = self._echoed[p].begin() if self._echoed else (self._echo(p), None)
             yield from self._prompt_chunks(p, text, logprobs)
@@ -160,6 +181,8 @@ class CompletionsEncoder:
             yield self._chunk(index, text, logprobs)
 
     def encode(self, e: PromptEvent) -> Iterator[bytes]:
+        if self._began_early:
+            yield from self._begin_prompts()
         prompt, of_prompt = e
         if isinstance(of_prompt, PromptLogprobs):
             yield from self._prompt_chunks(prompt, *self._echoed[prompt].add(of_prompt))
@@ -187,7 +210,8 @@ class CompletionsEncoder:
         yield DONE
 
     def idle(self) -> bytes:
-        return COMMENT
+        """Return a comment. While the model is loaded, return a chunk that adds nothing: some clients count these."""
+        return COMMENT if self.all_running else self._chunk(0, "")
 
     def fail(self, error: MacpipeError) -> bytes:
         return event(openai_error(error))

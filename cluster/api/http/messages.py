@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,7 +11,7 @@ from starlette.requests import Request
 from cluster.api.http.answer_assembly import AnswerPart, collect_answers
 from cluster.api.http.body import charge_of, read
 from cluster.api.http.call_arguments import encode_arguments
-from cluster.api.http.chat_submission import submit_chat
+from cluster.api.http.chat_submission import chat_submission
 from cluster.api.http.errors import anthropic_error
 from cluster.api.http.json_response import LongJson, encode_text, new_id
 from cluster.api.http.messages_form import MessagesForm
@@ -36,11 +35,10 @@ class Messages:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, MessagesForm)
-        model_info = self.names.resolve(form.model)
-        running = await submit_chat(self.service, request, form, new_id("msg_"), model_info)
-        model = self.names.shown_name(form.model, model_info)
+        submission = chat_submission(self.service, self.names, request, form, new_id("msg_"))
         if form.stream:
-            return EventStream(aclosing(running.events), MessageEncoder(model, running), running.request.id)
+            return await submission.stream(MessageEncoder())
+        running, model = await submission.submit()
         charge = charge_of(request)
         return LongJson(await while_connected(request, lambda: _whole_response(model, running, charge)))
 
@@ -102,15 +100,20 @@ async def encode_block(part: AnswerPart) -> dict[str, Any]:
 class MessageEncoder:
     """A streamed message. Its blocks are opened, extended and closed one after the other."""
 
-    model: str
-    running: RunningRequest
+    _model: str = ""
+    _running: RunningRequest | None = None
     _open: str = ""
     """The kind of the open block: ``text``, ``thinking``, or ``call`` with its number; empty if none is open."""
     _index: int = field(default=-1)
     _started: bool = False
 
+    def attach(self, running: RunningRequest, model: str) -> None:
+        self._running, self._model = running, model
+
     def begin(self) -> Iterator[bytes]:
-        yield from ()  # the first event tells what the start says
+        """Yield nothing, since the first event tells what the start says; while the model is loaded, a ping."""
+        if self._running is None:
+            yield PING
 
     def encode(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
         if not self._started:
@@ -135,8 +138,9 @@ class MessageEncoder:
     def _start(self, first: TokenEvent | FinishEvent) -> bytes:
         """Return ``message_start``. It waits for the first event, which knows the number of cached tokens."""
         cached = first.usage.cached_tokens if isinstance(first, FinishEvent) else first.cached_tokens
-        usage = Usage(len(self.running.request.prompt), 0, cached)
-        return _named_event({"type": "message_start", "message": encode_message(self.model, self.running, usage)})
+        assert self._running
+        usage = Usage(len(self._running.request.prompt), 0, cached)
+        return _named_event({"type": "message_start", "message": encode_message(self._model, self._running, usage)})
 
     def _extend(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
         """Yield the events that add one token's output to the blocks."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.on_demand import HeldModel, OnDemand
 from cluster.core.adapter import join_model_name
 
 
 class ModelNames:
-    """What clients may ask for over HTTP, and what they are told in answers."""
+    """What clients may ask for over HTTP, and what they are told in answers.
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+    ``on_demand`` loads models when they are asked for; None if only people load models.
+    """
+
+    def __init__(self, coordinator: Coordinator, on_demand: OnDemand | None = None) -> None:
+        self._coordinator, self._on_demand = coordinator, on_demand
 
     def resolve(self, requested: str | None) -> ModelInfo:
         """Return the loaded model that ``requested`` names, with an adapter if it names one; None: the default model.
@@ -27,6 +34,53 @@ class ModelNames:
     def unloaded(self) -> list[str]:
         """Return the public names of the models that are not loaded, if there is more than one model."""
         return self._coordinator.unloaded_names()
+
+    @property
+    def load_wait_s(self) -> float:
+        """How long a request waits for its model if nothing can be sent meanwhile."""
+        return self._on_demand.load_wait_s if self._on_demand else 0.0
+
+    def is_ready(self, requested: str | None) -> bool:
+        """Return whether a request need not wait for its model.
+
+        Raises ``ModelNotFound``, and ``NotServing`` if a model that is not loaded is not waited for.
+        """
+        if self._on_demand:
+            return self._on_demand.is_ready(requested)
+        self.resolve(requested)
+        return True
+
+    async def await_ready(self, requested: str | None, seconds: float) -> bool:
+        """Return whether a request need not wait for its model, or not any more after so many seconds."""
+        return self._on_demand is None or await self._on_demand.await_ready(requested, seconds)
+
+    @asynccontextmanager
+    async def hold(self, requested: str | None, wait_s: float | None = None) -> AsyncIterator[HeldModel]:
+        """Keep a model loaded within the block. Load it first if it may be loaded on demand, see ``OnDemand.hold``.
+
+        Raises as ``resolve``, and the error of the load.
+        """
+        if self._on_demand is None:
+            yield HeldModel(self.resolve(requested))
+            return
+        async with self._on_demand.hold(requested, wait_s=wait_s) as held:
+            yield held
+
+    @asynccontextmanager
+    async def hold_tokenizer(self, requested: str | None) -> AsyncIterator[ModelInfo]:
+        """Keep a model's tokenizer within the block, without loading the model. Raises as ``hold``."""
+        if self._on_demand is None:
+            yield self.resolve(requested)
+            return
+        async with self._on_demand.hold_tokenizer(requested) as model_info:
+            yield model_info
+
+    def requested_name(self, requested: str | None) -> str:
+        """Return the name for a response that begins before its model is known. Raises as ``is_ready``."""
+        if self.is_ready(requested):
+            return self.shown_name(requested, self.resolve(requested))
+        entry, adapter = self._coordinator.catalog.resolve(requested)
+        return join_model_name(self._coordinator.catalog.public_name(entry), adapter)
 
     def public_names(self, model_info: ModelInfo) -> tuple[str, ...]:
         """Return the model's public names, its id first, and then those with each of its adapters."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from cluster.api.http.answer_assembly import (
     held_size,
     is_content,
 )
+from cluster.api.http.answer_submission import AnswerSubmission
 from cluster.api.http.body import build, charge_of, read
 from cluster.api.http.call_arguments import encode_arguments
 from cluster.api.http.chat_submission import submit_params
@@ -28,9 +29,10 @@ from cluster.api.http.json_response import LongJson, encode_text, encoded_list, 
 from cluster.api.http.logprobs import chat_row, entry
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.ollama_form import OllamaChatForm, OllamaGenerateForm
-from cluster.api.http.ollama_models import find_model
+from cluster.api.http.ollama_models import known_name
 from cluster.api.http.sse import JSON_LINES, EventStream, json_line, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
+from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.request import FinishEvent, FinishReason, TokenEvent, ToolCallDelta
 from cluster.transport.byte_budget import Charge
@@ -65,34 +67,56 @@ class Ollama:
                 "clients cannot unload a model, since others may use it; run `macpipe unload` on a Mac of the cluster",
                 field="keep_alive",
             )
-        model_info = find_model(self.names, form.model)
-        head = AnswerHead(self.names.shown_name(form.model, model_info), chats, began, time.monotonic_ns() - began)
+        requested, request_id = known_name(self.names, form.model), new_id("ollama-")
+        head = AnswerHead(self.names.requested_name(requested), chats, began)
         if not form.asks:
+            await while_connected(request, lambda: self._load(requested))
             return LongJson({**head.fields(), **head.text(""), "done": True, "done_reason": "load"})
-        if form.options and form.options.num_ctx and form.options.num_ctx > model_info.shape.max_context:
-            adjustments_of(request.scope).ignore(("options.num_ctx",))
-        request_id = new_id("ollama-")
-        params = await build(request, lambda: form.params(request_id))
-        running = await submit_params(self.service, request, params, form.field_names(), model_info)
+        submission = AnswerSubmission(
+            self.names,
+            request,
+            requested,
+            request_id,
+            check=lambda: form.params(request_id),
+            submit_to=lambda model_info: self._submit(request, form, request_id, model_info),
+            events_of=lambda running: aclosing(running.events),
+        )
         charge = charge_of(request)
         if form.is_streamed:
-            encoder = OllamaEncoder(head, running, charge, bool(form.logprobs))
-            return EventStream(aclosing(running.events), encoder, request_id, JSON_LINES)
-        rows = chat_row if form.logprobs else None
+            return await submission.stream(OllamaEncoder(head, charge, bool(form.logprobs)), JSON_LINES)
+        running, model = await submission.submit()
+        head, rows = head.attach(model), chat_row if form.logprobs else None
         return LongJson(await while_connected(request, lambda: _whole_answer(head, running, charge, rows)))
+
+    async def _load(self, requested: str) -> None:
+        async with self.names.hold(requested, self.names.load_wait_s):
+            return
+
+    async def _submit(
+        self, request: Request, form: OllamaChatForm | OllamaGenerateForm, request_id: str, model_info: ModelInfo
+    ) -> RunningRequest:
+        if form.options and form.options.num_ctx and form.options.num_ctx > model_info.shape.max_context:
+            adjustments_of(request.scope).ignore(("options.num_ctx",))
+        params = await build(request, lambda: form.params(request_id))
+        return await submit_params(self.service, request, params, form.field_names(), model_info)
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
     """What all objects of one answer share. ``chats``: the text is in a message. Times are in nanoseconds.
 
-    ``began`` is when the request was read, by the monotonic clock, and ``load_ns`` how long its model was waited for.
+    ``began`` is when the request was read, by the monotonic clock, and ``load_ns`` how long it then waited for its
+    model and its tokens.
     """
 
     model: str
     chats: bool
     began: int
-    load_ns: int
+    load_ns: int = 0
+
+    def attach(self, model: str) -> AnswerHead:
+        """Return the head of an answer that has begun, of the model with this name."""
+        return replace(self, model=model, load_ns=time.monotonic_ns() - self.began)
 
     def fields(self) -> dict[str, Any]:
         """Return the first fields of an object."""
@@ -151,18 +175,22 @@ class OllamaEncoder:
     """A streamed answer: a line per token, one per complete call, and one with the counts."""
 
     head: AnswerHead
-    running: RunningRequest
     charge: Charge
     """What the request holds until it ends: the arguments of a call are held until the call is complete."""
     logprobs: bool
+    _running: RunningRequest = field(init=False)
     _call: GeneratedCall | None = None
     _calls: int = field(default=0)
+
+    def attach(self, running: RunningRequest, model: str) -> None:
+        self._running = running
+        self.head = self.head.attach(model)
 
     def begin(self) -> Iterator[bytes]:
         yield from ()  # Ollama's first line has text
 
     def encode(self, e: TokenEvent | FinishEvent) -> Iterator[bytes]:
-        shown = [entry(e, self.running)] if isinstance(e, TokenEvent) and self.logprobs and is_content(e) else []
+        shown = [entry(e, self._running)] if isinstance(e, TokenEvent) and self.logprobs and is_content(e) else []
         if e.text or e.reasoning or shown:
             yield self._line(self.head.text(e.text, e.reasoning), {"logprobs": shown} if shown else {})
         for delta in e.calls:

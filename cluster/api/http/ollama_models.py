@@ -51,17 +51,24 @@ INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
 UNKNOWN: Final = ModelDetails("unknown", 0, "", 0)
 
 
-def find_model(names: ModelNames, requested: str) -> ModelInfo:
-    """Return the model with a name, with or without the tag ``latest``. Raises as ``ModelNames.resolve``.
+def known_name(names: ModelNames, requested: str) -> str:
+    """Return a model's name, without the tag ``latest`` if that is no part of it. Raises as ``ModelNames.is_ready``.
 
     A name with another tag means a model with an adapter, as everywhere.
     """
     try:
-        return names.resolve(requested)
+        names.is_ready(requested)
     except ModelNotFound:
         if not requested.endswith(LATEST):
             raise
-        return names.resolve(requested.removesuffix(LATEST))
+        names.is_ready(requested.removesuffix(LATEST))
+        return requested.removesuffix(LATEST)
+    return requested
+
+
+def find_model(names: ModelNames, requested: str) -> ModelInfo:
+    """Return the loaded model with a name, as ``known_name``. Raises as that, and as ``ModelNames.resolve``."""
+    return names.resolve(known_name(names, requested))
 
 
 class ShowForm(Form):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
 
 from cluster.api.http.answer_assembly import AnswerPart, CollectedAnswer, collect_answers
 from cluster.api.http.body import charge_of, read
-from cluster.api.http.chat_submission import submit_chat
+from cluster.api.http.chat_submission import chat_submission
 from cluster.api.http.json_response import LongJson, encode_text, encoded_list, new_id
 from cluster.api.http.logprobs import chat_row
 from cluster.api.http.model_names import ModelNames
@@ -20,7 +19,7 @@ from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.http.responses_object import NO_LOGPROBS, ResponseEncoder
 from cluster.api.http.responses_stream import ResponseStreamEncoder
 from cluster.api.http.sse import EventStream, while_connected
-from cluster.api.request_service import RequestService
+from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.request import FinishEvent, TokenEvent
 from cluster.transport.byte_budget import Charge
 
@@ -34,17 +33,18 @@ class Responses:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ResponsesForm)
-        model_info = self.names.resolve(form.model)
-        running = await submit_chat(self.service, request, form, new_id("resp_"), model_info)
-        encoder = ResponseEncoder(form, running, self.names.shown_name(form.model, model_info), int(time.time()))
+        encoder = ResponseEncoder(form, new_id("resp_"), self.names.requested_name(form.model), int(time.time()))
+        submission = chat_submission(self.service, self.names, request, form, encoder.id)
         charge = charge_of(request)
         if form.stream:
-            return EventStream(aclosing(running.events), ResponseStreamEncoder(encoder, charge), running.request.id)
-        return LongJson(await while_connected(request, lambda: _whole_response(encoder, charge)))
+            return await submission.stream(ResponseStreamEncoder(encoder, charge))
+        running, model = await submission.submit()
+        encoder = replace(encoder, model=model)
+        return LongJson(await while_connected(request, lambda: _whole_response(encoder, running, charge)))
 
 
-async def _whole_response(encoder: ResponseEncoder, charge: Charge) -> dict[str, Any]:
-    (answer,) = await collect_answers(encoder.running, charge, chat_row if encoder.form.logprobs else None)
+async def _whole_response(encoder: ResponseEncoder, running: RunningRequest, charge: Charge) -> dict[str, Any]:
+    (answer,) = await collect_answers(running, charge, chat_row if encoder.form.logprobs else None)
     assert answer.finish
     items = await encode_items(encoder, answer)
     return encoder.finish_object(items, answer.finish, answer.reasoning_counter.tokens)

@@ -9,7 +9,6 @@ from typing import Any, Final
 from cluster.api.http.errors import openai_error
 from cluster.api.http.json_response import Encoded
 from cluster.api.http.responses_form import ResponsesForm, ResponsesNamedTool
-from cluster.api.request_service import RunningRequest
 from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, FinishReason, Usage
 
@@ -18,10 +17,10 @@ NO_LOGPROBS: Final = Encoded("[]")
 
 @dataclass(frozen=True, slots=True)
 class ResponseEncoder:
-    """Encodes one response from its request; ``created_at`` is in Unix seconds."""
+    """Encodes the response with this id to a form; ``created_at`` is in Unix seconds."""
 
     form: ResponsesForm
-    running: RunningRequest
+    id: str
     model: str
     created_at: int
 
@@ -51,10 +50,9 @@ class ResponseEncoder:
 
     def _object(self, status: str, items: Sequence[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         form = self.form
-        request = self.running.request
         effort = form.reasoning.effort if form.reasoning else None
         return {
-            "id": request.id,
+            "id": self.id,
             "object": "response",
             "created_at": self.created_at,
             "status": status,
@@ -70,8 +68,8 @@ class ResponseEncoder:
             "previous_response_id": None,
             "reasoning": {"effort": effort, "summary": None},
             "store": False,
-            "temperature": request.sampling.temperature,
-            "top_p": request.sampling.top_p,
+            "temperature": 1.0 if form.temperature is None else form.temperature,
+            "top_p": 1.0 if form.top_p is None else form.top_p,
             "text": {"format": self._format()},
             "tool_choice": self._choice(),
             "tools": [t.model_dump(exclude_none=True) for _, t in form.functions],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from cluster.api.http.answer_assembly import held_size, is_content, reasoning_counters
@@ -12,6 +12,7 @@ from cluster.api.http.logprobs import entry
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.responses_object import ResponseEncoder, output_text
 from cluster.api.http.sse import event
+from cluster.api.request_service import RunningRequest
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import MIB
 from cluster.core.request import FinishEvent, TokenEvent
@@ -50,12 +51,15 @@ class ResponseStreamEncoder:
     """What the request holds until it ends: the log-probabilities are kept for the last events, which repeat them."""
     _logprob_bytes: int = 0
     _number: int = 0
+    _running: RunningRequest = field(init=False)
     _reasoning_counter: ReasoningCounter = field(init=False)
     _open: OutputItem | None = None
     _done: list[dict[str, Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        (self._reasoning_counter,) = reasoning_counters(self.encoder.running)
+    def attach(self, running: RunningRequest, model: str) -> None:
+        self._running = running
+        self.encoder = replace(self.encoder, model=model)
+        (self._reasoning_counter,) = reasoning_counters(running)
 
     def begin(self) -> Iterator[bytes]:
         yield self._event({"type": "response.created", "response": self.encoder.begin_object()})
@@ -99,7 +103,7 @@ class ResponseStreamEncoder:
         if e.text:
             logprobs = []
             if self.encoder.form.logprobs and isinstance(e, TokenEvent) and is_content(e):
-                logprobs = [compact(entry(e, self.encoder.running))]
+                logprobs = [compact(entry(e, self._running))]
                 self._charge_logprobs(sum(map(held_size, logprobs)))
             yield from self._open_item("message")
             assert self._open

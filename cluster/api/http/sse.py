@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Final, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -62,7 +62,8 @@ class EventStream(Generic[E]):
     """The streamed response of an answer, whose events ``encoder`` encodes.
 
     What ``encoder.idle`` returns is sent after ``STREAM_COMMENT_S`` without an event. ``request_id`` is logged with
-    internal errors. ``media_type`` is that of what the encoder returns.
+    internal errors. ``media_type`` is that of what the encoder returns. ``early``: the response begins before
+    ``events`` is entered, which may take minutes; an error of that goes into the stream.
     """
 
     def __init__(
@@ -71,41 +72,59 @@ class EventStream(Generic[E]):
         encoder: StreamEncoder[E],
         request_id: str,
         media_type: bytes = EVENTS,
+        *,
+        early: bool = False,
     ) -> None:
         self._headers = [(b"content-type", media_type), *_HEADERS]
         self._events = events
         self._encoder = encoder
         self._request_id = request_id
+        self._early = early
+        self._reading: AsyncIterator[E]
         self._wrote = False
         self._sending = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._events as events:
-            await _run_while_connected(receive, lambda: self._write(events, send))
+        async with AsyncExitStack() as stack:
+            if not self._early:
+                await self._enter(stack)
+            await _run_while_connected(receive, lambda: self._write(stack, send))
 
-    async def _write(self, events: AsyncIterator[E], send: Send) -> None:
+    async def _write(self, stack: AsyncExitStack, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._headers})
         comments = asyncio.ensure_future(self._comment(send))
         try:
-            begun, more = False, True
+            more = await self._send_next(self._begin, send)
+            if more and self._early:
+                more = await self._send_next(lambda: self._enter(stack), send)
             while more:
-                pieces, more = await self._next_pieces(events if begun else None)
-                await self._send_pieces(pieces, send)
-                begun = True
+                more = await self._send_next(self._encode_next, send)
         finally:
             comments.cancel()
         await send({"type": "http.response.body", "body": b""})
 
-    async def _next_pieces(self, events: AsyncIterator[E] | None) -> tuple[Iterable[bytes], bool]:
-        """Return the next event, encoded, and whether more may follow; the beginning if ``events`` is None."""
+    async def _enter(self, stack: AsyncExitStack) -> Iterable[bytes]:
+        self._reading = await stack.enter_async_context(self._events)
+        return ()
+
+    async def _begin(self) -> Iterable[bytes]:
+        return tuple(self._encoder.begin())
+
+    async def _encode_next(self) -> Iterable[bytes]:
+        return tuple(self._encoder.encode(await anext(self._reading)))
+
+    async def _send_next(self, step: Callable[[], Awaitable[Iterable[bytes]]], send: Send) -> bool:
+        """Send what the next step of the stream returns. Return whether more may follow."""
+        more = False
         try:
-            if events is None:
-                return tuple(self._encoder.begin()), True
-            return tuple(self._encoder.encode(await anext(events))), True
+            pieces = await step()
+            more = True
         except StopAsyncIteration:
-            return self._encoder.end(), False
+            pieces = self._encoder.end()
         except Exception as error:  # any: the client must be told why its answer ends
-            return [self._encoder.fail(sentence_of(error, self._request_id))], False
+            pieces = [self._encoder.fail(sentence_of(error, self._request_id))]
+        await self._send_pieces(pieces, send)
+        return more
 
     async def _send_pieces(self, pieces: Iterable[bytes], send: Send) -> None:
         async with self._sending:

@@ -47,9 +47,9 @@ class Tokenize:
     async def tokens(self, request: Request) -> Json:
         """Return the token ids and the text of each."""
         form = await read(request, TokenizeForm)
-        model_info = self.names.resolve(form.model)
         prompt = await build(request, form.params)
-        tokenized = await list_tokens(prompt, form_size(request), model_info)
+        async with self.names.hold_tokenizer(form.model) as model_info:
+            tokenized = await list_tokens(prompt, form_size(request), model_info)
         return Json(
             {
                 "model": self.names.id_of(model_info),
@@ -63,8 +63,8 @@ class Tokenize:
     async def count(self, request: Request) -> Json:
         """Return the number of prompt tokens, in Anthropic's format."""
         form = await read(request, CountForm)
-        model_info = self.names.resolve(form.model)
         conversation = await build(request, form.conversation)
-        with rename_fields(form.field_names()):
-            count = await count_tokens(conversation, form_size(request), model_info)
+        async with self.names.hold_tokenizer(form.model) as model_info:
+            with rename_fields(form.field_names()):
+                count = await count_tokens(conversation, form_size(request), model_info)
         return Json({"input_tokens": count})

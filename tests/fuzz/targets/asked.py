@@ -239,6 +239,7 @@ class _Desk:
     metrics = Metrics()
     bodies = ByteBudget()
     strict = False
+    on_demand = None
 
     async def submit(self, request: object, model_info: object) -> object:
         raise Busy("nothing is taken here")
