@@ -25,10 +25,11 @@ from cluster.coordinator.eviction import Resident, Room, find_room
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import DoesNotFit, MacpipeError, NotServing
+from cluster.core.errors import DoesNotFit, MacpipeError, NotServing, WorkerLost
 from cluster.core.load_limits import (
     FAILED_RETRY_S,
     IDLE_CHECK_S,
+    LOAD_TRIES,
     LOAD_WAIT_S,
     MAX_FAILED_RETRY_S,
     REFUSED_RETRY_S,
@@ -310,6 +311,7 @@ class OnDemand:
         self._failures[entry.name] = _Failure(error, entry.order, retry_s, self._clock() + retry_s)
 
     async def _make_room_and_load(self, entry: ModelEntry) -> None:
+        losses = list[WorkerLost]()
         while not self._is_served(entry.name):
             async with self._turn:
                 for deployment in self._host.deployments.values():
@@ -319,10 +321,23 @@ class OnDemand:
                 room = await self._find_room(entry)
                 if not room.wait_s:
                     if await self._evict(room.victims, entry):
-                        await self._host.load(entry.order, name=entry.name)
+                        await self._load_once(entry, losses)
                     continue
             self._pauses[entry.name] = self._clock() + room.wait_s
             await self._sleep(room.wait_s)
+
+    async def _load_once(self, entry: ModelEntry, losses: list[WorkerLost]) -> None:
+        """Load a model. If a worker is lost meanwhile, only note it in ``losses``: the next try uses others.
+
+        Raises the error of the load, and the last loss of too many.
+        """
+        try:
+            await self._host.load(entry.order, name=entry.name)
+        except WorkerLost as e:
+            losses.append(e)
+            if len(losses) == LOAD_TRIES:
+                raise
+            log.warning("on demand: loading again reason=%s model=%s", e.sentence, entry.name)
 
     async def _find_room(self, entry: ModelEntry) -> Room:
         """Return which models leave for this one. Raises as ``find_room`` and ``Deployment.ask_room``."""

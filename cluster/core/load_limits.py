@@ -22,5 +22,7 @@ FAILED_RETRY_S: Final = 10.0
 """A load that failed is not tried again for this long, twice as long after each further failure, ..."""
 MAX_FAILED_RETRY_S: Final = 300.0
 """... and at most for this long: each try reads headers, and may evict other models and read weights."""
+LOAD_TRIES: Final = 3
+"""Loads in a row that lose a worker before the request that waits is told."""
 IDLE_CHECK_S: Final = 5.0
 """Interval at which models that nobody uses are looked for."""

@@ -15,8 +15,8 @@ from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import LoadWatch
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import BadCheckpoint, DoesNotFit, MacpipeError, ModelNotFound, NotServing
-from cluster.core.load_limits import FAILED_RETRY_S, MIN_RESIDENT_S, REFUSED_RETRY_S
+from cluster.core.errors import BadCheckpoint, DoesNotFit, MacpipeError, ModelNotFound, NotServing, WorkerLost
+from cluster.core.load_limits import FAILED_RETRY_S, LOAD_TRIES, MIN_RESIDENT_S, REFUSED_RETRY_S
 
 pytestmark = pytest.mark.anyio
 SIZES = {"chat": 6, "title": 3, "code": 5, "vast": 99}
@@ -279,6 +279,24 @@ async def test_the_fallback_answers_for_a_model_that_cannot_recover() -> None:
     assert await cluster.ask("chat") == "info of chat"
     chat.state = ServingState.FAILED
     assert await cluster.ask("chat") == "title answers"
+
+
+async def test_a_load_that_loses_a_worker_is_tried_again_for_the_same_request() -> None:
+    cluster = three()
+    losses = [WorkerLost("ada is gone"), WorkerLost("bob is gone")]
+    load = cluster.load
+
+    async def lose_workers(order: LoadOrder, *, name: str) -> None:
+        if losses:
+            raise losses.pop()
+        await load(order, name=name)
+
+    cluster.load = lose_workers  # type: ignore[method-assign]
+    assert await cluster.ask("chat") == "info of chat"
+    losses += [WorkerLost("ada is gone")] * LOAD_TRIES
+    with pytest.raises(WorkerLost):
+        await cluster.ask("title")
+    assert not losses
 
 
 async def test_a_stream_learns_within_a_moment_whether_it_must_wait() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import anyio
 import httpx
+import openai
 import pytest
 
 from checkpoints import make
+from cluster.api.http import answer_submission, sse
 from cluster.api.http.app import application
 from cluster.api.http.server import listen, serve
 from cluster.api.metrics import Metrics
@@ -22,11 +28,14 @@ from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.settings import LoadOrder, ModelEntry
+from cluster.core.plan import Plan
+from cluster.model.tokenizer import load_tokenizer
 from integration.daemons import Cluster, free_port
+from integration.reference import greedy
 from integration.test_several_models import coordinating
 
 PROMPT = [(i * 37 + 11) % 250 for i in range(40)]
-TOKENS = 12
+TOKENS, LONG = 12, 150
 ARCHITECTURES = {"chat": "llama", "title": "qwen3", "code": "gemma3_text"}
 CONTEXT = 256
 MEMORY = "1MiB"
@@ -61,13 +70,24 @@ class Served:
             )
         )
 
-    async def tokens(self, name: str) -> tuple[int, ...]:
-        """Return the greedy tokens of a completion, in the names that log-probabilities give them."""
-        async with httpx.AsyncClient(base_url=f"http://{self.address}", timeout=120) as client:
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    async def ask(self, name: str, **more: Any) -> httpx.Response:
+        """Return the response to a greedy completion."""
+        async with httpx.AsyncClient(base_url=self.url, timeout=120) as client:
             body = {"model": name, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-            answer = await client.post("/v1/completions", json=body)
-            assert answer.status_code == 200, answer.text
-            return answer.json()["choices"][0]["text"]
+            return await client.post("/v1/completions", json={**body, **more})
+
+    async def text(self, name: str) -> str:
+        answer = await self.ask(name)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    def expected(self, name: str, tokens: int = TOKENS) -> str:
+        """Return mlx-lm's answer in one process."""
+        return load_tokenizer(self.folders[name]).decode(greedy(self.folders[name], PROMPT, tokens))
 
 
 @asynccontextmanager
@@ -104,18 +124,154 @@ def run(folder: Path, test: Callable[[Served, list[Any]], Any], workers: int = 1
 
 
 @pytest.mark.long
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_models_come_when_they_are_asked_for_and_the_least_recently_used_one_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eviction, "MIN_RESIDENT_S", 0.0)
 
     async def test(served: Served, workers: list[Any]) -> None:
+        expected = {name: served.expected(name) for name in ARCHITECTURES}
+        served.adopt(title={"aliases": ("claude-haiku-*", "small")})
         assert served.loaded == set()
-        texts = {name: await served.tokens(name) for name in ("chat", "title")}
+        for name in ("chat", "claude-haiku-4-5", "small", "chat", "code"):
+            assert await served.text(name) == expected[{"claude-haiku-4-5": "title", "small": "title"}.get(name, name)]
+        assert served.loaded == {"chat", "code"}, "title was used before chat"
+        served.adopt(chat={"pin": True}, title={"idle_unload_s": 60.0})
+        assert await served.text("title") == expected["title"]
         assert served.loaded == {"chat", "title"}
-        texts["code"] = await served.tokens("code")
-        assert served.loaded == {"title", "code"}
-        print(texts)
+        served.adopt(chat={"pin": True}, title={"idle_unload_s": 0.0})
+        await served.on_demand.unload_idle()
+        assert served.loaded == {"chat"}
+        assert (await served.ask("nobody")).status_code == 404
+        counted = {"model": "code", "messages": [{"role": "user", "content": "hello"}]}
+        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+            for path, key in (("/v1/messages/count_tokens", "input_tokens"), ("/tokenize", "count")):
+                assert (await client.post(path, json=counted)).json()[key] > 5
+        assert served.loaded == {"chat"}, "a tokenizer needs no weights"
+        await refuse_beside_busy(served, expected)
 
     run(tmp_path, test)
+
+
+async def refuse_beside_busy(served: Served, expected: dict[str, str]) -> None:
+    """What does not fit beside a live answer and a pinned model is refused, or answered by its fallback."""
+    assert await served.text("title") == expected["title"]
+    served.adopt(chat={"pin": True}, code={"fallback": "title"})
+    long_text, pieces = served.expected("title", LONG), list[str]()
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        stream = await client.completions.create(
+            model="title", prompt=PROMPT, max_tokens=LONG, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        async for chunk in stream:
+            if not pieces:
+                await refuse_now(served)
+            pieces.append(chunk.choices[0].text)
+    assert "".join(pieces) == long_text
+    await asyncio.sleep(1.1)  # a refusal is repeated for a second
+    assert await served.text("code") == expected["code"]
+    assert served.loaded == {"chat", "code"}
+
+
+async def refuse_now(served: Served) -> None:
+    fallen = await served.ask("code")
+    assert (fallen.headers["x-macpipe-fallback"], fallen.json()["model"]) == ("title", "title")
+    served.adopt(chat={"pin": True})
+    refused = await served.ask("code")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+    sentence = refused.json()["error"]["message"]
+    assert "code does not fit beside title, which is busy, and chat, which is pinned: it needs" in sentence
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_real_clients_stream_from_a_model_that_is_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eviction, "MIN_RESIDENT_S", 0.0)
+    monkeypatch.setattr(sse, "STREAM_COMMENT_S", 0.1)
+    monkeypatch.setattr(answer_submission, "STREAM_BEGIN_S", 0.0)
+
+    async def test(served: Served, workers: list[Any]) -> None:
+        gpt = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        claude = anthropic.AsyncAnthropic(base_url=served.url, api_key="none", max_retries=0)
+        async with gpt, claude:
+            await stream_with(served, gpt, claude)
+        await hang_up(served)
+
+    run(tmp_path, test)
+
+
+async def stream_with(served: Served, gpt: openai.AsyncOpenAI, claude: anthropic.AsyncAnthropic) -> None:
+    turn: Any = [{"role": "user", "content": "hello"}]
+
+    async def chat(name: str) -> str:
+        async with gpt.chat.completions.stream(model=name, messages=turn, max_tokens=8, temperature=0) as stream:
+            kinds = [event.type async for event in stream]
+            assert kinds.count("chunk") > 2
+            return str((await stream.get_final_completion()).choices[0].message.content)
+
+    async def response(name: str) -> str:
+        async with gpt.responses.stream(model=name, input="hello", max_output_tokens=8, temperature=0) as stream:
+            kinds = [event.type async for event in stream]
+            assert kinds.count("response.in_progress") > 1
+            return str((await stream.get_final_response()).output_text)
+
+    async def message(name: str) -> str:
+        async with claude.messages.stream(model=name, messages=turn, max_tokens=8, temperature=0) as stream:
+            return await stream.get_final_text()
+
+    for ask in (chat, response, message):
+        first, others = await ask("chat"), [await ask("title"), await ask("code")]
+        assert "chat" not in served.loaded
+        assert await ask("chat") == first
+        assert first not in others
+        await served.coordinator.unload(every=True)
+
+
+async def hang_up(served: Served) -> None:
+    """Clients that go while their model is loaded leave nothing behind, and the load goes on."""
+    body = {"model": "chat", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    async with httpx.AsyncClient(base_url=served.url) as client:
+        for streamed in (True, False):
+            with pytest.raises(httpx.TimeoutException):
+                await client.post("/v1/messages", json={**body, "stream": streamed}, timeout=0.05)
+    deployment = served.coordinator.deployments["chat"]
+    async with asyncio.timeout(60):
+        while served.on_demand._holds or not deployment.model_info:
+            await asyncio.sleep(0.05)
+    assert not deployment.has_requests
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_workers_that_die_while_models_come_and_go_end_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One dies while a model is read onto it, one while it answers, and one while its model leaves for another."""
+    monkeypatch.setattr(eviction, "MIN_RESIDENT_S", 0.0)
+
+    async def test(served: Served, workers: list[Any]) -> None:
+        expected = {name: served.expected(name) for name in ARCHITECTURES}
+        plans: list[Plan] = []
+        served.coordinator._report.planned = plans.append  # type: ignore[method-assign]
+
+        def kill(plan: Plan) -> None:
+            number = int(plan.stages[0].worker[1:])
+            os.killpg(workers[number].process.pid, signal.SIGKILL)
+
+        loading = asyncio.create_task(served.text("chat"))
+        while not plans:
+            await asyncio.sleep(0.01)
+        kill(plans[0])
+        assert await loading == expected["chat"]
+        tokens = served.expected("chat", LONG)
+        answering = asyncio.create_task(served.ask("chat", max_tokens=LONG))
+        while not served.coordinator.deployments["chat"].has_requests:
+            await asyncio.sleep(0.01)
+        service = served.coordinator.deployments["chat"].require_service()
+        workers.append(None)
+        kill(service.plan)
+        assert (await answering).json()["choices"][0]["text"] == tokens
+        for name in ("title", "code", "chat"):
+            assert await served.text(name) == expected[name]
+
+    run(tmp_path, test, workers=3)
