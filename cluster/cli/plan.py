@@ -1,9 +1,8 @@
-"""``macpipe plan MODEL``: shows a plan, its predicted speed and its reasons, without loading anything."""
+"""``macpipe plan MODEL...``: shows plans, their predicted speed and their reasons, without loading anything."""
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,23 +11,30 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.model_options import Model
 from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, takes_options
 from cluster.cli.plan_options import PlanOptions, order_options, plan_options
+from cluster.cli.plan_tables import show_joint_plan, show_plan
 from cluster.cli.serve import Peers
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
-from cluster.core.text import count_in_words
 from cluster.platform.paths import state_home
 from cluster.security.cluster_choice import resolve_cluster
 
 if TYPE_CHECKING:
-    from cluster.client import ModelPlan
-    from cluster.coordinator.settings import LoadOrder
+    from cluster.client import JointPlan, ModelPlan
+    from cluster.coordinator.settings import LoadOrder, ModelEntry
 
 WAIT_S = 5.0
 
 
 @takes_options(plan_options)
 def plan(
-    model: Model,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model. Several are planned"
+            " to be loaded at once, the first one as the default.",
+        ),
+    ],
     assume: Annotated[
         str | None,
         typer.Option(metavar="MACS", help="Plan for these Macs, not the real ones: m2-ultra-192,m4-pro-48x2,10gbe."),
@@ -44,25 +50,43 @@ def plan(
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Search for workers this long.")] = WAIT_S,
     json: Json = False,
 ) -> None:
-    """Show the plan for MODEL and its predicted speed.
+    """Show the plan for MODEL and its predicted speed. Of several models, show which of them fit at once, and where.
 
-    Reads MODEL's headers and loads nothing. Asks the coordinator if one runs, else plans for the discovered workers.
+    Reads headers and loads nothing. Asks the coordinator if one runs, else plans for the discovered workers.
     With --json, layers are [start, end): [0, 27] means layers 0-26.
     """
     from cluster.coordinator.settings import LoadOrder
 
     with errors_in_json(json):
-        order = LoadOrder(model, max_context=context, wait_s=max(wait, SETTLE_S), **order_options(options))
         if assume is not None and (coordinator or peer):
             raise InvalidOption("--assume cannot be combined with --coordinator or --peer", field="assume")
+        orders = [
+            LoadOrder(model, max_context=context, wait_s=max(wait, SETTLE_S), **order_options(options))
+            for model in models
+        ]
+        named = "" if assume is not None else resolve_cluster(cluster, state_home())
+        if len(orders) > 1:
+            entries = name_models(orders)
+            if assume is not None:
+                together = plan_models_assumed(entries, assume)
+            else:
+                together = plan_models_found(entries, named, tuple(peer or ()))
+            show_joint_plan(together, json)
+            return
         if assume is not None:
-            made = plan_assumed(order, assume)
+            made = plan_assumed(orders[0], assume)
         else:
-            named = resolve_cluster(cluster, state_home())
-            made = coordinators_plan(model, context, options, coordinator, named) or plan_found(
-                order, named, tuple(peer or ())
+            made = coordinators_plan(models[0], context, options, coordinator, named) or plan_found(
+                orders[0], named, tuple(peer or ())
             )
-        show(made, json)
+        show_plan(made, json)
+
+
+def name_models(orders: list[LoadOrder]) -> list[ModelEntry]:
+    """Return the models under the names that ``serve`` gives them."""
+    from cluster.coordinator.model_catalog import ModelEntry, public_id
+
+    return [ModelEntry(public_id(order.model), order) for order in orders]
 
 
 def plan_assumed(order: LoadOrder, assume: str) -> ModelPlan:
@@ -88,6 +112,22 @@ def coordinators_plan(
             return None
 
 
+def plan_models_assumed(entries: list[ModelEntry], assume: str) -> JointPlan:
+    """Plan several models for assumed Macs."""
+    from cluster.coordinator.offline_planner import plan_models_for
+
+    return plan_models_for(entries, assume, state_home())
+
+
+def plan_models_found(entries: list[ModelEntry], cluster: str, peers: tuple[str, ...]) -> JointPlan:
+    """Plan several models for the workers that this process discovers."""
+    import anyio
+
+    from cluster.coordinator.offline_planner import plan_models_over_found
+
+    return anyio.run(plan_models_over_found, entries, cluster, peers, state_home())
+
+
 def plan_found(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelPlan:
     """Plan for the workers that this process discovers."""
     import anyio
@@ -96,25 +136,3 @@ def plan_found(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelP
     from cluster.coordinator.snapshot import describe_plan
 
     return describe_plan(anyio.run(plan_over_found, order, cluster, peers, state_home()))
-
-
-def show(made: ModelPlan, json: bool) -> None:
-    """Print one JSON object on stdout, or a table and the plan's reasons."""
-    if json:
-        from cluster.cli.json_output import print_json
-
-        print_json(made)
-        return
-    from cluster.cli.load_progress import describe_forecast, stage_table
-    from cluster.cli.screen import console, print_lines
-
-    screen = console(sys.stdout)
-    print_lines(
-        screen,
-        f"{made.model}: {count_in_words(made.layers, 'layer')} in {count_in_words(len(made.stages), 'stage')}, planned"
-        f" for {made.objective}; room for {made.max_sequences} x {made.max_context} tokens of context",
-    )
-    screen.print()
-    screen.print(stage_table((s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.predicted_ms) for s in made.stages))
-    screen.print()
-    print_lines(screen, *describe_forecast(made.forecast, made.spares, made.reasons))

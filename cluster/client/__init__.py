@@ -41,6 +41,7 @@ from cluster.core.cluster_state import (
     StageState,
     TrainingProgress,
 )
+from cluster.core.joint_plan import JointPlan, MacMemory, ModelMemory, PlannedModel, UnplacedModel
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare, Speculation
 from cluster.core.request import (
     ChatMessage,
@@ -76,14 +77,18 @@ __all__ = [
     "Forecast",
     "GenerateKeywords",
     "GuessCounts",
+    "JointPlan",
     "LayerRange",
     "LiveRequest",
     "LoadProgress",
     "Loading",
+    "MacMemory",
     "Model",
+    "ModelMemory",
     "ModelPlan",
     "Objective",
     "Options",
+    "PlannedModel",
     "PromptToken",
     "Repair",
     "RequestState",
@@ -105,6 +110,7 @@ __all__ = [
     "TrainingNotice",
     "TrainingProgress",
     "TrainingReport",
+    "UnplacedModel",
     "Usage",
     "WorkerState",
 ]

@@ -8,14 +8,16 @@ from typing import Final
 
 import anyio
 
+from cluster.coordinator.joint_planner import ModelToPlace, plan_models, require_models
 from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.model_reader import ModelReader
-from cluster.coordinator.planner import Links, make_plan
+from cluster.coordinator.planner import Links, make_plan, offer_workers
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster_view import RosterView
-from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.worker_gathering import gather_workers
 from cluster.core.errors import DoesNotFit, MacpipeError
+from cluster.core.joint_plan import JointPlan
 from cluster.core.plan import ModelShape, Plan
 from cluster.core.worker import WorkerInfo
 
@@ -55,15 +57,37 @@ class ClusterPlanner:
         except MacpipeError:  # it cannot be planned now, which says nothing about its size
             return
 
+    async def plan_models(self, entries: Sequence[ModelEntry], *, wait: bool = False) -> JointPlan:
+        """Return the plans of several models over the workers present now. Change nothing.
+
+        With ``wait``, wait for as many workers as one of the models asks for. Raises ``MacpipeError``.
+        """
+        require_models([entry.name for entry in entries])
+        models = [ModelToPlace.of(entry, await self._reader.read_shape(entry.order)) for entry in entries]
+        wanted = max(entry.order.stage_count or 0 for entry in entries) or None
+        if wait:
+            wait_s = max(entry.order.wait_s for entry in entries)
+            found = await self._roster.gather(wanted, wait_s, self._report, lambda _: True)
+        else:
+            found = await self._roster.present(wanted)
+        links = await self._measure_links(found)
+        return await anyio.to_thread.run_sync(
+            plan_models, models, lambda shape, order: offer_workers(shape, found, order, links), links
+        )
+
     async def make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:
         """Return a plan over some of these workers. Measure their links if all speeds are known, or to choose one.
 
         Raises the errors of ``make_plan``.
         """
+        links = await self._measure_links(found)
+        return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
+
+    async def _measure_links(self, found: Sequence[WorkerInfo]) -> Links:
         links: Links = {}
         choice = all(w.profile.known for w in found) or any(w.data_hosts for w in found)
         if len(found) > 1 and choice:
             links = await measure_links(found, [self._roster.control(w.control_address) for w in found])
             known = {member.info.name for member in self._roster.members}
             self.links = {pair: link for pair, link in {**self.links, **links}.items() if known.issuperset(pair)}
-        return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
+        return links

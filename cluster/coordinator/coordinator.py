@@ -92,6 +92,8 @@ class Coordinator:
         self._claims = SliceClaims()
         self._turns = LoadTurns()
         self._planner = ClusterPlanner(RosterView(roster, DEFAULT, self._claims), self._reader, report)
+        self.joint_planner = ClusterPlanner(RosterView(roster, "plans"), self._reader, report)
+        """Plans as if nothing was loaded."""
         self._weights = WeightDistribution(store, roster)
         self._max_schema_bytes = max_schema_bytes
         self._exclusive = asyncio.Lock()

@@ -48,24 +48,41 @@ def make_plan(
 
     Equal Macs count as equally fast, see ``trusted_profiles``. Raises the errors of ``plan_over``.
     """
+    return plan_over(epoch, shape, offer_workers(shape, workers, order, links), order)
+
+
+def offer_workers(
+    shape: ModelShape, workers: Sequence[WorkerInfo], order: LoadOrder, links: Links | None = None
+) -> Candidates:
+    """Return the workers as the planner sees them for this model. Equal Macs count as equally fast."""
     profiles = trusted_profiles(shape, workers)
     offered = [
         Candidate(WorkerMemory(w.name, w.memory_limit), p, hardware(w)) for w, p in zip(workers, profiles, strict=True)
     ]
-    return plan_over(epoch, shape, Candidates(offered, links or {}, relay=order.route is Route.RELAY), order)
+    return Candidates(offered, links or {}, relay=order.route is Route.RELAY)
 
 
 def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: LoadOrder) -> Plan:
     """Return the plan that the order asks for. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
+    return build_plan(epoch, shape, propose(shape, candidates, plan_request(order)), order)
+
+
+def plan_request(order: LoadOrder) -> PlanRequest:
+    """Return what the order asks of a plan. Raises ``InvalidOption``."""
     if order.lanes is not None and not 1 <= order.lanes <= MAX_STAGES:
         raise InvalidOption(f"--lanes is {order.lanes}; it must be from 1 to {MAX_STAGES}", field="lanes")
     if not 0 <= order.acceptance <= 1:
         raise InvalidOption(f"--acceptance is {order.acceptance:g}; it must be from 0 to 1", field="acceptance")
     if order.acceptance and order.objective is not Objective.LATENCY:
         raise InvalidOption("--acceptance is for one user; use it with --objective latency", field="acceptance")
-    request = PlanRequest(order.objective, order.worker_count, order.layers, order.lanes, order.acceptance)
-    proposal = propose(shape, candidates, request)
-    stages = _stages(epoch, shape, proposal, order)
+    return PlanRequest(order.objective, order.worker_count, order.layers, order.lanes, order.acceptance)
+
+
+def build_plan(
+    epoch: int, shape: ModelShape, proposal: Proposal, order: LoadOrder, shares: Mapping[str, int] | None = None
+) -> Plan:
+    """Return the plan of a proposal. ``shares`` are the bytes that it may use of each worker; None: all there is."""
+    stages = _stages(epoch, shape, proposal, order, shares)
     lanes = order.lanes or len(stages)
     rows = LANE_ROWS if shape.batchable else 1
     plan = Plan(
@@ -119,13 +136,15 @@ def _why_unbatchable(shape: ModelShape, order: LoadOrder) -> tuple[str, ...]:
     return (f"{subject} cannot share a batch in mlx-lm: every lane takes one request at a time; --lanes makes more",)
 
 
-def _stages(epoch: int, shape: ModelShape, proposal: Proposal, order: LoadOrder) -> tuple[PlannedStage, ...]:
+def _stages(
+    epoch: int, shape: ModelShape, proposal: Proposal, order: LoadOrder, shares: Mapping[str, int] | None
+) -> tuple[PlannedStage, ...]:
     count = len(proposal.ranges)
     stages: list[PlannedStage] = []
     for i, (worker, layers) in enumerate(zip(proposal.workers, proposal.ranges, strict=True)):
         spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, order.kv_bits, order.quantize)
         used = shape.stage_bytes(layers)
-        left = worker.memory.usable - used
+        left = (worker.memory.usable if shares is None else shares[worker.name]) - used
         stages.append(PlannedStage(spec, worker.name, used, left, proposal.decode_s[i] * 1e3))
     return tuple(stages)
 

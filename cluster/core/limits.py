@@ -399,6 +399,8 @@ MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * MIB
 """The format's own limit."""
 MAX_SLICES: Final = 8
 """Slices of different models that one worker may hold: each has a process of its own."""
+MAX_PLANNED_MODELS: Final = 16
+"""Models that are placed on the workers at once. More would take long, since sets of them are compared."""
 MAX_KEPT: Final = 64
 """Epochs that a load may keep on a worker: those of its slices, and of slices that are about to be loaded."""
 MEMORY_MARGIN: Final = 0.05

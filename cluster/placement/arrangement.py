@@ -6,12 +6,14 @@ arrangement leaves, with the search for a single model. Neither decides which mo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
 from cluster.core.errors import DoesNotFit, NoPlan
+from cluster.core.limits import MAX_SLICES
 from cluster.core.plan import LayerRange, ModelShape, Objective
 from cluster.placement.candidates import Candidates
 from cluster.placement.memory_shares import MemoryNeed
@@ -114,6 +116,12 @@ class Arrangement:
         return found
 
     @property
+    def full(self) -> set[str]:
+        """The Macs that hold as many slices as a worker may."""
+        slices = Counter(mac for one in self.all for mac in one.step_shares)
+        return {mac for mac, count in slices.items() if count >= MAX_SLICES}
+
+    @property
     def all(self) -> tuple[LoadedModel | ModelPlace, ...]:
         """All models, those that are loaded first."""
         return (*self.loaded, *self.places)
@@ -148,7 +156,8 @@ class Layouts:
         Mac that the models there need least.
         """
         seen = set[tuple[object, ...]]()
-        for macs in _sets([w.name for w in demand.candidates.workers], beside):
+        full = beside.full
+        for macs in _sets([w.name for w in demand.candidates.workers if w.name not in full], beside):
             place = self.place(demand, macs, beside)
             if place and (key := (place.macs, place.ranges)) not in seen:
                 seen.add(key)

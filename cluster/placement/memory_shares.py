@@ -102,3 +102,6 @@ def _share_rest(usable: Mapping[str, int], needs: MemoryNeeds, shares: MemorySha
         total = sum(weights.values())
         for name, weight in weights.items():
             shares[name][mac] += rest * weight // total if total else rest // len(weights)
+        if weights:
+            first = next(iter(weights))
+            shares[first][mac] += usable[mac] - sum(stages.get(mac, 0) for stages in shares.values())

@@ -9,7 +9,7 @@ the models that would have to be unloaded for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 
@@ -22,7 +22,7 @@ EVERY_ORDER = 4
 """Up to so many models, every order of them is compared."""
 MAX_TRIED = 1_000
 """Maximum number of layouts, those of the last model aside, that are tried for one order of the models."""
-MAX_UNLOADED = 6
+MAX_UNLOADED = 4
 """Of so many models, the least important ones, every subset is tried as those to be unloaded for another one."""
 
 
@@ -43,14 +43,14 @@ class LeftOut:
 class JointPlacement:
     """Where each model goes. ``shares`` are the bytes that each placed model may take of a Mac.
 
-    ``placed`` is in order of importance. ``moved`` are the models that are not where they would be fastest, because a
-    pinned one needs the memory.
+    ``placed`` is in order of importance. ``moved`` are the models that a pinned one makes slower: what their plans
+    minimise would be so many seconds without it.
     """
 
     loaded: tuple[LoadedModel, ...]
     placed: tuple[ModelPlace, ...]
     left_out: tuple[LeftOut, ...]
-    moved: tuple[str, ...]
+    moved: Mapping[str, float]
     shares: MemoryShares
 
     def find(self, name: str) -> ModelPlace | None:
@@ -74,7 +74,7 @@ def place_models(demands: Sequence[ModelDemand], loaded: Sequence[LoadedModel] =
         place = least_in_the_way(layouts, demand, arrangement)
         wider = arrangement.including(place) if place else _rearrange(layouts, arrangement, demand)
         arrangement = wider or arrangement
-    moved = tuple(place.name for place in arrangement.places if _is_moved(layouts, place, arrangement))
+    moved = _find_moved(layouts, arrangement)
     for demand in optional:
         if place := least_in_the_way(layouts, demand, arrangement):
             arrangement = arrangement.including(place)
@@ -161,11 +161,16 @@ def _rounded(seconds: float) -> float:
     return float(f"{seconds:.5e}")
 
 
-def _is_moved(layouts: Layouts, place: ModelPlace, arrangement: Arrangement) -> bool:
-    """Return whether the model would be faster if only the more important ones were there."""
-    more_important = arrangement.places[: arrangement.places.index(place)]
-    free = least_in_the_way(layouts, place.demand, Arrangement(arrangement.loaded, more_important))
-    return free is not None and _rounded(free.cost_s) < _rounded(place.cost_s)
+def _find_moved(layouts: Layouts, arrangement: Arrangement) -> dict[str, float]:
+    """Return the models that would be faster if only the more important ones were there, with their seconds then."""
+    moved: dict[str, float] = {}
+    before = Arrangement(arrangement.loaded)
+    for place in arrangement.places:
+        free = least_in_the_way(layouts, place.demand, before)
+        if free is not None and _rounded(free.cost_s) < _rounded(place.cost_s):
+            moved[place.name] = free.cost_s
+        before = before.including(place)
+    return moved
 
 
 def _leave_out(layouts: Layouts, demand: ModelDemand, arrangement: Arrangement) -> LeftOut:

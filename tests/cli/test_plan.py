@@ -36,6 +36,28 @@ def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
     assert [stage["layers"][1] for stage in facts["stages"]][-1] == 4
 
 
+def test_several_models_on_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
+    folders = [str(make("qwen3_moe", tmp_path / name)) for name in ("large", "small")]
+    done = macpipe("plan", *folders, "--assume", "m4-pro-24,m2-16")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.splitlines()
+    assert said[0] == "2 models fit at once"
+    assert "small is on m2-16, which large leaves free" in said
+    assert any(line.startswith("m2-16") and line.endswith("small") for line in (line.rstrip() for line in said))
+    assert any(line.startswith("large: planned for latency; room for ") for line in said)
+    facts = json.loads(macpipe("plan", *folders, "--assume", "m4-pro-24", "--workers", "1", "--json").stdout)
+    assert [(m["name"], m["plan"]["stages"][0]["worker"]) for m in facts["models"]] == [
+        ("large", "m4-pro-24"),
+        ("small", "m4-pro-24"),
+    ]
+    (mac,) = facts["memory"]
+    taken = [m["weight_bytes"] + m["cache_bytes"] for m in mac["models"]]
+    assert sum(taken) == mac["usable_bytes"]
+    assert taken[0] == taken[1], "both have room for equally many contexts"
+    assert facts["left_out"] == []
+    assert "small is on m4-pro-24 and shares it with large" in facts["reasons"][1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -49,6 +71,7 @@ def test_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Path) -> None:
             ["--assume", "--coordinator", "cannot be combined"],
         ),
         (["no-such-model", "--assume", "m4-pro-48"], 1, ["no-such-model"]),
+        (["faq", "faq", "--assume", "m4-pro-48"], 2, ["two models are named faq"]),
         (["faq", "--objective", "beauty"], 2, ["beauty", "latency", "throughput"]),
         (["faq", "--assume", "m4-pro-48x2", "--acceptance", "1.5"], 2, ["--acceptance is 1.5", "from 0 to 1"]),
         (

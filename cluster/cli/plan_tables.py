@@ -1,0 +1,87 @@
+"""Prints plans: of one model as a table of its stages, of several also what they use of each Mac's memory."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from cluster.cli.load_progress import describe_forecast, stage_table
+from cluster.cli.screen import console, format_bytes, print_lines, printable, table
+from cluster.core.text import count_in_words, names_in_words
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cluster.client import JointPlan, ModelPlan
+
+
+def show_plan(made: ModelPlan, json: bool) -> None:
+    """Print one JSON object on stdout, or a table and the plan's reasons."""
+    if json:
+        from cluster.cli.json_output import print_json
+
+        print_json(made)
+        return
+    screen = console(sys.stdout)
+    print_lines(
+        screen,
+        f"{made.model}: {count_in_words(made.layers, 'layer')} in {count_in_words(len(made.stages), 'stage')}, planned"
+        f" for {made.objective}; room for {made.max_sequences} x {made.max_context} tokens of context",
+    )
+    screen.print()
+    screen.print(stage_table((s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.predicted_ms) for s in made.stages))
+    screen.print()
+    print_lines(screen, *describe_forecast(made.forecast, made.spares, made.reasons))
+
+
+def show_joint_plan(made: JointPlan, json: bool) -> None:
+    """Print one JSON object on stdout, or the models' stages, the Macs' memory and the reasons."""
+    if json:
+        from cluster.cli.json_output import print_json
+
+        print_json(made)
+        return
+    screen = console(sys.stdout)
+    fitting = (
+        f"{len(made.models)} of {len(made.models) + len(made.left_out)}" if made.left_out else str(len(made.models))
+    )
+    print_lines(screen, f"{fitting} models fit at once")
+    screen.print()
+    screen.print(_stages_of_all(made))
+    screen.print()
+    screen.print(_memory_of_all(made))
+    screen.print()
+    print_lines(screen, *made.reasons)
+    for model in made.models:
+        screen.print()
+        plan = model.plan
+        print_lines(
+            screen,
+            f"{model.name}: planned for {plan.objective}; room for {plan.max_sequences} x {plan.max_context} tokens of"
+            " context",
+            *describe_forecast(plan.forecast, (), plan.reasons),
+        )
+
+
+def _stages_of_all(made: JointPlan) -> Table:
+    numbers = frozenset({"weights", "for caches", "ms a token"})
+    shown = table("model", "worker", "layers", "weights", "for caches", "ms a token", right=numbers)
+    for model in made.models:
+        for stage in model.plan.stages:
+            name = printable(model.name) if stage.index == 0 else ""
+            ms = f"{stage.predicted_ms:.1f}" if stage.predicted_ms else "-"
+            sizes = format_bytes(stage.weight_bytes), format_bytes(stage.cache_bytes)
+            shown.add_row(name, printable(stage.worker), str(stage.layers), *sizes, ms)
+    return shown
+
+
+def _memory_of_all(made: JointPlan) -> Table:
+    numbers = frozenset({"memory", "weights", "for caches", "free"})
+    shown = table("worker", "memory", "weights", "for caches", "free", "models", right=numbers)
+    for mac in made.memory:
+        weights = sum(model.weight_bytes for model in mac.models)
+        caches = sum(model.cache_bytes for model in mac.models)
+        sizes = map(format_bytes, (mac.usable_bytes, weights, caches, mac.free_bytes))
+        names = names_in_words([model.name for model in mac.models]) if mac.models else "none"
+        shown.add_row(printable(mac.worker), *sizes, printable(names))
+    return shown

@@ -1,0 +1,93 @@
+"""Plan several models on the same workers at once: who holds what, and how much memory each may use. Loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from cluster.coordinator.planner import Links, build_plan, plan_request
+from cluster.coordinator.settings import LoadOrder, ModelEntry
+from cluster.coordinator.snapshot import describe_plan
+from cluster.core.errors import InvalidOption
+from cluster.core.joint_plan import JointPlan, MacMemory, ModelMemory, PlannedModel, UnplacedModel
+from cluster.core.limits import MAX_PLANNED_MODELS
+from cluster.core.plan import ModelShape, Plan
+from cluster.placement.arrangement import ModelDemand
+from cluster.placement.candidates import Candidates
+from cluster.placement.explain_several import explain_left_out, explain_place, explain_placement
+from cluster.placement.several_models import place_models
+
+__all__ = ["CandidatesFor", "ModelToPlace", "create_demand", "plan_models", "require_models"]
+
+CandidatesFor = Callable[[ModelShape, LoadOrder], Candidates]
+"""Returns the workers, with the speed that each has with a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelToPlace:
+    """A model under its name, and what its user asks for. ``pinned`` and ``priority`` are those of ``ModelDemand``."""
+
+    name: str
+    order: LoadOrder
+    shape: ModelShape
+    pinned: bool = False
+    priority: int = 0
+
+    @classmethod
+    def of(cls, entry: ModelEntry, shape: ModelShape) -> Self:
+        """Return an entry of a catalog with the shape of its model."""
+        return cls(entry.name, entry.order, shape, entry.pin, entry.priority)
+
+
+def require_models(names: Sequence[str]) -> None:
+    """Raise ``InvalidOption`` if models with these names cannot be planned at once."""
+    if not 1 <= len(names) <= MAX_PLANNED_MODELS:
+        raise InvalidOption(
+            f"{len(names)} models were named; from 1 to {MAX_PLANNED_MODELS} are planned at once", field="model"
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InvalidOption(f"two models are named {twice[0]}; name each model once", field="model")
+
+
+def plan_models(models: Sequence[ModelToPlace], candidates_for: CandidatesFor, links: Links | None = None) -> JointPlan:
+    """Return plans for as many of the models as fit at once, as if none was loaded. ``links`` are the measured ones.
+
+    Raises ``InvalidOption`` for options that cannot be, and as ``require_models``.
+    """
+    require_models([model.name for model in models])
+    placement = place_models([create_demand(model, candidates_for) for model in models])
+    by_name = {model.name: model for model in models}
+    plans: dict[str, Plan] = {}
+    for place in placement.placed:
+        model, proposal = by_name[place.name], explain_place(placement, place)
+        plans[model.name] = build_plan(0, model.shape, proposal, model.order, placement.shares[model.name])
+    left_out = (UnplacedModel(one.demand.name, explain_left_out(one), one.unload) for one in placement.left_out)
+    return JointPlan(
+        tuple(PlannedModel(name, describe_plan(plan, links)) for name, plan in plans.items()),
+        tuple(left_out),
+        _measure_memory(candidates_for(models[0].shape, models[0].order), plans),
+        explain_placement(placement),
+    )
+
+
+def create_demand(model: ModelToPlace, candidates_for: CandidatesFor) -> ModelDemand:
+    """Return what the placement has to know of a model. Raises ``InvalidOption``."""
+    return ModelDemand(
+        model.name,
+        model.shape,
+        candidates_for(model.shape, model.order),
+        plan_request(model.order),
+        model.pinned,
+        model.priority,
+        model.order.cached_contexts,
+    )
+
+
+def _measure_memory(candidates: Candidates, plans: Mapping[str, Plan]) -> tuple[MacMemory, ...]:
+    """Return every worker's memory, and what each model uses of it."""
+    uses: dict[str, list[ModelMemory]] = {worker.name: [] for worker in candidates.workers}
+    for name, plan in plans.items():
+        for stage in plan.stages:
+            uses[stage.worker].append(ModelMemory(name, stage.weight_bytes, stage.cache_bytes))
+    return tuple(MacMemory(w.name, w.memory.usable, tuple(uses[w.name])) for w in candidates.workers)

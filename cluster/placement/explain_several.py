@@ -1,0 +1,109 @@
+"""Explains in sentences where several models were placed: who shares a Mac, who gave way, and who waits for whom.
+
+What limits the speed of each model alone is explained as for one model, over the Macs that are left to it. It decides
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cluster.core.errors import DoesNotFit, NoPlan
+from cluster.core.plan import Objective
+from cluster.core.text import figure_in_words, names_in_words
+from cluster.placement.arrangement import Arrangement, ModelDemand, ModelPlace, offer_macs
+from cluster.placement.propose import Proposal, choose_layout, explain_layout, search_layouts
+from cluster.placement.several_models import JointPlacement, LeftOut
+
+__all__ = ["explain_left_out", "explain_place", "explain_placement"]
+
+
+def explain_place(placement: JointPlacement, place: ModelPlace) -> Proposal:
+    """Return a placed model's proposal: its forecast, and its reasons if it had to leave other models their Macs."""
+    others = Arrangement(placement.loaded, placement.placed).without([place.name])
+    free = [w.name for w in place.demand.candidates.workers if w.name not in others.taken or w.name in place.macs]
+    candidates = offer_macs(place.demand.candidates, others.taken, free)
+    by_name = {w.name: w for w in candidates.workers}
+    chosen = tuple(by_name[name] for name in place.macs), place.ranges
+    shape, request = place.demand.shape, place.demand.request
+    return explain_layout(shape, candidates, request, chosen, search_layouts(shape, candidates, request))
+
+
+def explain_placement(placement: JointPlacement) -> tuple[str, ...]:
+    """Return a sentence about each model's place, the most important model first, and one if some share a Mac."""
+    sentences: list[str] = []
+    before = Arrangement(placement.loaded)
+    for place in placement.placed:
+        sentences += [_explain_rank(placement, place)] if place.name in placement.moved else []
+        sentences += [_explain_macs(place, before)] if before.all else []
+        before = before.including(place)
+    if any(len(set(_users(before, name))) > 1 for name in before.taken):
+        sentences.append("models on the same Mac slow each other down while both answer; predictions do not count that")
+    return (*sentences, *map(explain_left_out, placement.left_out))
+
+
+def _explain_rank(placement: JointPlacement, place: ModelPlace) -> str:
+    """Say what a model loses for the pinned ones."""
+    pinned = [one.name for one in placement.placed if one.demand.pinned and one is not place]
+    now, then = _merit(place, place.cost_s), _merit(place, placement.moved[place.name])
+    return (
+        f"{place.name} makes room for {names_in_words(pinned)}, so that all pinned models fit: {now} instead of {then}"
+    )
+
+
+def _merit(place: ModelPlace, cost_s: float) -> str:
+    if place.demand.request.objective is Objective.THROUGHPUT:
+        return f"a slowest stage of {figure_in_words(cost_s * 1e3)} ms"
+    return f"{figure_in_words(1 / cost_s)} tokens/s"
+
+
+def _explain_macs(place: ModelPlace, before: Arrangement) -> str:
+    """Say whether a model is in the way of those that are there."""
+    shared = [name for name in place.macs if name in before.taken]
+    where = f"{place.name} is on {names_in_words(place.macs)}"
+    others = [one.name for one in before.all]
+    if not shared:
+        return f"{where}, which {names_in_words(others)} {_verb(others, 'leaves', 'leave')} free"
+    with_whom = [
+        f"{one.name} (which spends {one.step_shares[name]:.0%} of a token's time there)"
+        for name in shared
+        for one in before.all
+        if name in one.step_shares
+    ]
+    free = [w.name for w in place.demand.candidates.workers if w.name not in before.taken]
+    why = f"{names_in_words(free)} alone {_verb(free, 'is', 'are')} too small for it" if free else "no Mac is free"
+    that = names_in_words(shared) if len(shared) < len(place.macs) else _verb(shared, "it", "them")
+    return f"{where} and shares {that} with {names_in_words(with_whom)}; {why}"
+
+
+def _users(arrangement: Arrangement, mac: str) -> Iterator[str]:
+    return (one.name for one in arrangement.all if mac in one.step_shares)
+
+
+def _verb(names: Sequence[str], one: str, several: str) -> str:
+    return one if len(names) == 1 else several
+
+
+def explain_left_out(left_out: LeftOut) -> str:
+    """Say what has to happen before a model fits; if nothing helps, how much memory is missing."""
+    name = left_out.demand.name
+    if left_out.place:
+        then = f"then it would be on {names_in_words(left_out.place.macs)}"
+        is_unloaded = f"{_verb(left_out.unload, 'is', 'are')} unloaded"
+        return f"{name} fits only when {names_in_words(left_out.unload)} {is_unloaded}; {then}"
+    if left_out.fits_alone:
+        return f"{name} does not fit beside the models that are pinned or come first; pin fewer, or add a Mac"
+    return explain_refusal(left_out.demand)
+
+
+def explain_refusal(demand: ModelDemand) -> str:
+    """Return why a model does not fit on the Macs even alone."""
+    count, asked = len(demand.candidates.workers), demand.request.stage_count or 0
+    if asked > count:
+        return f"{demand.name} was to be placed on {asked} workers, and there {_verb('x' * count, 'is', 'are')} {count}"
+    search = search_layouts(demand.shape, demand.candidates, demand.request)
+    try:
+        choose_layout(demand.shape, demand.candidates, demand.request, search)
+    except (DoesNotFit, NoPlan) as refusal:
+        return refusal.sentence
+    raise ValueError(f"{demand.name} fits")
