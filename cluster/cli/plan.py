@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.model_options import Model
 from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, takes_options
 from cluster.cli.plan_options import PlanOptions, order_options, plan_options
 from cluster.cli.plan_tables import show_joint_plan, show_plan

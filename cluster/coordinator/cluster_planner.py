@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -11,6 +12,7 @@ import anyio
 from cluster.coordinator.joint_planner import ModelToPlace, plan_models, require_models
 from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.model_reader import ModelReader
+from cluster.coordinator.neighbours import Neighbours, plan_beside
 from cluster.coordinator.planner import Links, make_plan, offer_workers
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster_view import RosterView
@@ -18,6 +20,7 @@ from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.worker_gathering import gather_workers
 from cluster.core.errors import DoesNotFit, MacpipeError
 from cluster.core.joint_plan import JointPlan
+from cluster.core.load_limits import COMING_READ_S, MAX_COMING
 from cluster.core.plan import ModelShape, Plan
 from cluster.core.worker import WorkerInfo
 
@@ -32,6 +35,8 @@ class ClusterPlanner:
         self._roster, self._reader, self._report = roster, reader, report
         self.links: Links = {}
         """The links between workers as they were measured last, by the names (from, to)."""
+        self._shapes: dict[LoadOrder, ModelShape] = {}
+        """The shapes of models that are yet to be loaded."""
 
     async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
         """Return the plan for an order with the workers present now. Change nothing.
@@ -82,6 +87,34 @@ class ClusterPlanner:
         """
         links = await self._measure_links(found)
         return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
+
+    async def make_plan_beside(
+        self,
+        number: int,
+        shape: ModelShape,
+        found: Sequence[WorkerInfo],
+        order: LoadOrder,
+        everyone: Sequence[WorkerInfo],
+        neighbours: Neighbours,
+    ) -> tuple[Plan, LoadOrder]:
+        """Return a plan as ``plan_beside`` does: beside loaded models, and with room for those that are yet to come."""
+        shapes = await self._read_coming(neighbours)
+        links = await self._measure_links(everyone if neighbours.coming else found)
+        return await anyio.to_thread.run_sync(
+            plan_beside, number, shape, found, order, links, everyone, neighbours, shapes
+        )
+
+    async def _read_coming(self, neighbours: Neighbours) -> dict[str, ModelShape]:
+        """Return the shapes of the first ``MAX_COMING`` models to come, as far as they can be read in time."""
+        coming = sorted(neighbours.coming, key=lambda entry: (not entry.pin, -entry.priority))[:MAX_COMING]
+        orders = {entry.order for entry in neighbours.waiting}
+        self._shapes = {order: shape for order, shape in self._shapes.items() if order in orders}
+        with anyio.move_on_after(COMING_READ_S):
+            for entry in coming:
+                if entry.order not in self._shapes:
+                    with suppress(MacpipeError):  # it will be told when it is loaded
+                        self._shapes[entry.order] = await self._reader.read_shape(entry.order)
+        return {entry.name: self._shapes[entry.order] for entry in coming if entry.order in self._shapes}
 
     async def _measure_links(self, found: Sequence[WorkerInfo]) -> Links:
         links: Links = {}

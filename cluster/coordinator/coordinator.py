@@ -155,7 +155,7 @@ class Coordinator:
             self._planner,
             lambda holder: self._create_deps(RosterView(self._roster, holder, self._claims)),
             self._turns,
-            lambda name: self._deployments.count_coming(name),
+            lambda name: self._deployments.find_neighbours(name),
             self._timeline,
             self._totals,
             lambda: self.journal,

@@ -8,10 +8,12 @@ from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry, public_id
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.neighbours import Neighbours, describe_loaded
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.training_run import ServedModel
 from cluster.core.errors import ModelNotFound, NotServing, RequestNotFound
 from cluster.core.load_limits import LOADED_RETRY_S
+from cluster.placement.arrangement import LoadedModel
 
 __all__ = ["DeploymentTable"]
 
@@ -55,10 +57,14 @@ class DeploymentTable:
         """Whether there is at most one model, so that no name tells it from others."""
         return len(tuple(self.catalog)) <= 1
 
-    def count_coming(self, name: str) -> int:
-        """Return how many models, besides the one with this own name, have no memory yet: those that load count too."""
-        loaded = {deployment.name for deployment in self.values() if deployment.model_info}
-        return sum(entry.name not in (name, *loaded) for entry in self.catalog)
+    def find_neighbours(self, name: str) -> Neighbours:
+        """Return what is loaded beside the model with this own name, and what has no memory yet: what loads, too."""
+        loaded = {d.name for d in self.values() if d.model_info and d.name != name}
+        services = [(d.name, d.services) for d in self.values() if d.name in loaded]
+        holding = [describe_loaded(holder, [service.plan for service in found]) for holder, found in services]
+        drafts = [(holder, service.draft_worker) for holder, found in services for service in found]
+        holding += [LoadedModel(f"draft of {holder}", {}, {worker: 1.0}) for holder, worker in drafts if worker]
+        return Neighbours(name, tuple(holding), tuple(entry for entry in self.catalog if entry.name not in loaded))
 
     def served(self) -> list[ServedModel]:
         """Return what is served, in the order in which it is loaded again after a training: the default model first."""

@@ -56,7 +56,7 @@ def plan_models(models: Sequence[ModelToPlace], candidates_for: CandidatesFor, l
     Raises ``InvalidOption`` for options that cannot be, and as ``require_models``.
     """
     require_models([model.name for model in models])
-    placement = place_models([create_demand(model, candidates_for) for model in models])
+    placement = place_models([create_demand(one, candidates_for(one.shape, one.order)) for one in models])
     by_name = {model.name: model for model in models}
     plans: dict[str, Plan] = {}
     for place in placement.placed:
@@ -71,17 +71,11 @@ def plan_models(models: Sequence[ModelToPlace], candidates_for: CandidatesFor, l
     )
 
 
-def create_demand(model: ModelToPlace, candidates_for: CandidatesFor) -> ModelDemand:
-    """Return what the placement has to know of a model. Raises ``InvalidOption``."""
-    return ModelDemand(
-        model.name,
-        model.shape,
-        candidates_for(model.shape, model.order),
-        plan_request(model.order),
-        model.pinned,
-        model.priority,
-        model.order.cached_contexts,
-    )
+def create_demand(model: ModelToPlace, candidates: Candidates) -> ModelDemand:
+    """Return what the placement has to know of a model on these workers. Raises ``InvalidOption``."""
+    request = plan_request(model.order)
+    contexts = model.order.cached_contexts
+    return ModelDemand(model.name, model.shape, candidates, request, model.pinned, model.priority, contexts)
 
 
 def _measure_memory(candidates: Candidates, plans: Mapping[str, Plan]) -> tuple[MacMemory, ...]:

@@ -23,7 +23,7 @@ from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.load_turns import LoadTurns
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
-from cluster.coordinator.planner import leave_room
+from cluster.coordinator.neighbours import Neighbours
 from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import LoadReporter
@@ -48,16 +48,16 @@ class DeploymentHost:
     """What a deployment and its replicas need of their coordinator.
 
     ``create_deps`` returns what a service needs, for a holder of slices with that name. ``turns`` orders all loads, and
-    ``count_coming`` returns how many models, besides the deployment with that name, are yet to be loaded. ``journal``
-    returns where live requests are recorded, if anywhere. ``changed`` is called whenever the state may have changed,
-    ``notify`` with a sentence about each event for people.
+    ``find_neighbours`` returns what the deployment with that name shares the workers with. ``journal`` returns where
+    live requests are recorded, if anywhere. ``changed`` is called whenever the state may have changed, ``notify`` with
+    a sentence about each event for people.
     """
 
     reader: ModelReader
     planner: ClusterPlanner
     create_deps: Callable[[str], ServiceDeps]
     turns: LoadTurns
-    count_coming: Callable[[str], int]
+    find_neighbours: Callable[[str], Neighbours]
     timeline: Timeline
     totals: SummedTotals
     journal: Callable[[], JournalWriter | None]
@@ -142,10 +142,11 @@ class Replica:
             others = deps.roster.others
             found = deps.roster.measure_memory(found)
             number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
-            plan = await self._host.planner.make_plan(number, shape, found, order)
+            neighbours = self._host.find_neighbours(self._deployment)
+            everyone = deps.roster.measure_memory(gathered.workers)
+            plan, kept = await self._host.planner.make_plan_beside(number, shape, found, order, everyone, neighbours)
             if deps.roster.others == others:
                 break
-        plan, order = leave_room(plan, shape, order, self._host.count_coming(self._deployment))
         report.planned(plan)
         by_name = {w.name: w for w in found}
         workers = tuple(by_name[stage.worker] for stage in plan.stages)
@@ -158,7 +159,7 @@ class Replica:
                 if needs_draft:
                     raise
                 self._host.notify(f"{plan.model.name} is served without a draft model: {e.sentence}")
-        return Placement(Assignment(plan, workers), order, draft, others)
+        return Placement(Assignment(plan, workers), kept, draft, others)
 
     def is_outdated(self, placement: Placement) -> bool:
         """Return whether others have claimed or left memory since, such as a recovery of another model."""

@@ -26,3 +26,7 @@ LOAD_TRIES: Final = 3
 """Loads in a row that lose a worker before the request that waits is told."""
 IDLE_CHECK_S: Final = 5.0
 """Interval at which models that nobody uses are looked for."""
+MAX_COMING: Final = 6
+"""Models that are yet to be loaded for which a load leaves room on certain Macs; of more, only their number counts."""
+COMING_READ_S: Final = 5.0
+"""The headers of such models are read for this long, while the load waits."""

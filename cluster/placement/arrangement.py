@@ -39,7 +39,8 @@ EVERY_SUBSET = 4
 class ModelDemand:
     """A model to place. ``name`` tells it from the others; ``request`` is what its user asked for.
 
-    ``candidates`` are the Macs, with the speed that each has with this model; they are the same Macs for all models.
+    ``candidates`` are the Macs that it may use, with the speed that each has with this model. A Mac has the same memory
+    for all models.
     Of two models, the one with the higher ``priority`` is more important, else the one that is named first. A pinned
     one may make more important ones slower, but only if it fits nowhere otherwise. ``most_contexts`` is how many full
     contexts it has room for at most; None means no limit.

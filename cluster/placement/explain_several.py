@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from cluster.core.errors import DoesNotFit, NoPlan
@@ -15,13 +16,14 @@ from cluster.placement.arrangement import Arrangement, ModelDemand, ModelPlace, 
 from cluster.placement.propose import Proposal, choose_layout, explain_layout, search_layouts
 from cluster.placement.several_models import JointPlacement, LeftOut
 
-__all__ = ["explain_left_out", "explain_place", "explain_placement"]
+__all__ = ["explain_left_out", "explain_model", "explain_place", "explain_placement"]
 
 
 def explain_place(placement: JointPlacement, place: ModelPlace) -> Proposal:
     """Return a placed model's proposal: its forecast, and its reasons if it had to leave other models their Macs."""
     others = Arrangement(placement.loaded, placement.placed).without([place.name])
-    free = [w.name for w in place.demand.candidates.workers if w.name not in others.taken or w.name in place.macs]
+    used = {mac for one in others.all for mac in one.step_shares}
+    free = [w.name for w in place.demand.candidates.workers if w.name not in used or w.name in place.macs]
     candidates = offer_macs(place.demand.candidates, others.taken, free)
     by_name = {w.name: w for w in candidates.workers}
     chosen = tuple(by_name[name] for name in place.macs), place.ranges
@@ -31,15 +33,20 @@ def explain_place(placement: JointPlacement, place: ModelPlace) -> Proposal:
 
 def explain_placement(placement: JointPlacement) -> tuple[str, ...]:
     """Return a sentence about each model's place, the most important model first, and one if some share a Mac."""
-    sentences: list[str] = []
-    before = Arrangement(placement.loaded)
-    for place in placement.placed:
-        sentences += [_explain_rank(placement, place)] if place.name in placement.moved else []
-        sentences += [_explain_macs(place, before)] if before.all else []
-        before = before.including(place)
-    if any(len(set(_users(before, name))) > 1 for name in before.taken):
+    sentences = [sentence for place in placement.placed for sentence in explain_model(placement, place)]
+    users = Counter(mac for one in Arrangement(placement.loaded, placement.placed).all for mac in one.step_shares)
+    if any(count > 1 for count in users.values()):
         sentences.append("models on the same Mac slow each other down while both answer; predictions do not count that")
     return (*sentences, *map(explain_left_out, placement.left_out))
+
+
+def explain_model(placement: JointPlacement, place: ModelPlace) -> Iterator[str]:
+    """Yield whether the model makes room for pinned ones, and whether it is in the way of more important ones."""
+    if place.name in placement.moved:
+        yield _explain_rank(placement, place)
+    before = Arrangement(placement.loaded, placement.placed[: placement.placed.index(place)])
+    if before.all:
+        yield _explain_macs(place, before)
 
 
 def _explain_rank(placement: JointPlacement, place: ModelPlace) -> str:
@@ -59,7 +66,8 @@ def _merit(place: ModelPlace, cost_s: float) -> str:
 
 def _explain_macs(place: ModelPlace, before: Arrangement) -> str:
     """Say whether a model is in the way of those that are there."""
-    shared = [name for name in place.macs if name in before.taken]
+    used = {mac for one in before.all for mac in one.step_shares}
+    shared = [name for name in place.macs if name in used]
     where = f"{place.name} is on {names_in_words(place.macs)}"
     others = [one.name for one in before.all]
     if not shared:
@@ -70,14 +78,10 @@ def _explain_macs(place: ModelPlace, before: Arrangement) -> str:
         for one in before.all
         if name in one.step_shares
     ]
-    free = [w.name for w in place.demand.candidates.workers if w.name not in before.taken]
+    free = [w.name for w in place.demand.candidates.workers if w.name not in used]
     why = f"{names_in_words(free)} alone {_verb(free, 'is', 'are')} too small for it" if free else "no Mac is free"
     that = names_in_words(shared) if len(shared) < len(place.macs) else _verb(shared, "it", "them")
     return f"{where} and shares {that} with {names_in_words(with_whom)}; {why}"
-
-
-def _users(arrangement: Arrangement, mac: str) -> Iterator[str]:
-    return (one.name for one in arrangement.all if mac in one.step_shares)
 
 
 def _verb(names: Sequence[str], one: str, several: str) -> str:

@@ -198,8 +198,6 @@ def _share(arrangement: Arrangement, left_out: Sequence[LeftOut]) -> MemoryShare
 def _share_among(arrangement: Arrangement) -> MemoryShares:
     needs = {place.name: place.needs for place in arrangement.places}
     limits = {p.name: p.demand.most_contexts for p in arrangement.places if p.demand.most_contexts is not None}
-    if not needs:
-        return {}
     loaded = Arrangement(arrangement.loaded).taken
-    macs = offer_macs(arrangement.places[0].demand.candidates, loaded).workers
-    return share_memory({w.name: w.memory.usable for w in macs}, needs, limits)
+    offers = [offer_macs(place.demand.candidates, loaded).workers for place in arrangement.places]
+    return share_memory({w.name: w.memory.usable for offered in offers for w in offered}, needs, limits)

@@ -27,6 +27,7 @@ class Idle:
         self.model_info: Any = None
         self.service: Any = None
         self.fingerprint = ""
+        self.services: list[Any] = []
 
     def load(self, model: str) -> Any:
         reference = SimpleNamespace(name=model, path=f"/hub/{model.replace('/', '--')}/1")
@@ -69,17 +70,35 @@ def test_names_find_the_deployments_of_a_catalog() -> None:
     assert table.names_of(loaded) == ("small",)
 
 
+def coming(table: DeploymentTable, name: str) -> list[str]:
+    return [entry.name for entry in table.find_neighbours(name).coming]
+
+
 def test_models_that_are_yet_to_come_are_those_without_memory() -> None:
     table = Table(BIG, SMALL)
-    assert (table.count_coming("big"), table.count_coming("other")) == (1, 2)
+    assert (coming(table, "big"), coming(table, "other")) == (["small"], ["big", "small"])
     table.load("small", "org/Small")
-    assert (table.count_coming("big"), table.count_coming("small")) == (0, 1)
+    assert (coming(table, "big"), coming(table, "small")) == ([], ["big"])
     guest: Any = table.begin("guest", LoadOrder("org/Guest"))
     guest.is_loading = True
-    assert table.count_coming("big") == 1, "a model that waits for its turn to load"
+    assert coming(table, "big") == ["guest"], "a model that waits for its turn to load"
     guest.is_loading = False
     table.forget_unloaded()
-    assert table.count_coming("big") == 0
+    assert coming(table, "big") == []
+
+
+def test_neighbours_are_described_by_their_plans_and_drafts() -> None:
+    table = Table(BIG, SMALL)
+    table.load("small", "org/Small")
+    stages = [SimpleNamespace(worker=name, decode_ms=ms, layers=range(2)) for name, ms in (("ada", 1.0), ("bob", 3.0))]
+    deployment: Any = table["small"]
+    deployment.services = [SimpleNamespace(plan=SimpleNamespace(stages=stages), draft_worker="cyd")]
+    described, draft = table.find_neighbours("big").loaded
+    assert (described.name, described.step_shares) == ("small", {"ada": 0.25, "bob": 0.75})
+    assert (draft.name, draft.step_shares) == ("draft of small", {"cyd": 1.0})
+    assert table.find_neighbours("small").loaded == (), "it is planned in place of itself"
+    stages[0].decode_ms = 0.0
+    assert table.find_neighbours("big").loaded[0].step_shares == {"ada": 0.5, "bob": 0.5}
 
 
 def test_an_answer_is_resumed_on_the_model_that_began_it() -> None:
