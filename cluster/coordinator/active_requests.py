@@ -103,6 +103,7 @@ class ActiveSample:
                 stages=stages,
                 cached_tokens=produced.cached,
                 guess=produced.guess or "",
+                state=sampled.state,
             )
         )
 

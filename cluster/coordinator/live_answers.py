@@ -122,7 +122,7 @@ class LiveAnswers:
             self._history.accept(sample.id, request.client, len(request.prompt), began)
             self._samples[sample.id] = ActiveSample(active, sample, i, resumed.texts[i], timings, now, resumed.skip[i])
         answer.put(Accepted())
-        if self.journal:
+        if self.journal and not request.embeds:  # there is nothing to resume: it ends with its first token
             self.journal.record_opened(request, resumed.tokens)
         if known := tuple(chain.from_iterable(resumed.events)):
             answer.put_uncounted(*known)

@@ -25,7 +25,8 @@ class Join:
 
     With ``look_ahead``, its samples report the tokens that its grammar forces after them. ``noise`` is the vocabulary
     for which tokens are drawn, if that is another than this model's: the target's, whose tokens a draft guesses.
-    ``adapter`` is the key of the adapter that computes it, "" for none.
+    ``adapter`` is the key of the adapter that computes it, "" for none. ``embeds``: each of its samples comes with the
+    hidden state that it was sampled from.
     """
 
     sequence: int
@@ -34,6 +35,7 @@ class Join:
     look_ahead: bool = False
     noise: int = 0
     adapter: str = ""
+    embeds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,8 @@ class Sample:
     """A token that the last stage sampled; ``position`` is its index in the sequence, prompt included.
 
     ``final``: the sequence's grammar is complete with it, and only an end could follow. ``forced`` are the next tokens,
-    if the grammar allows no others; at most ``MAX_FORCED_TOKENS``.
+    if the grammar allows no others; at most ``MAX_FORCED_TOKENS``. ``state`` is the hidden state behind it as
+    little-endian float32, if the sequence embeds. A reply has the states in its tensors (``hidden_states``).
     """
 
     sequence: int
@@ -197,6 +200,7 @@ class Sample:
     top: tuple[TopLogprob, ...] = ()
     final: bool = False
     forced: tuple[int, ...] = ()
+    state: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +227,12 @@ class Frame:
 
     ``number`` counts the frames of an epoch in the order in which the coordinator wrote them. A frame without a step
     has only edits. ``tensors`` is the boundary value that leaves a stage (none towards stage 0). The last stage returns
-    only ``samples``, ``failures`` and ``prompt_logprobs``; a failed sequence can only leave. Of a row of guesses, a
-    sequence has a sample for each position that follows right ones; then one may fail. A row whose grammar is
-    still being compiled has neither sample nor failure yet; it comes with a later frame. A frame with an ``error``
-    continues to the end of the ring, so that every stage applies its edits, but no stage computes it any further. The
-    same is true of a ``void`` frame: a guess that a stage found to be wrong, or of no use any more. It breaks nothing.
+    only ``samples``, ``failures``, ``prompt_logprobs`` and, as ``tensors``, hidden states that sequences asked for. A
+    failed sequence can only leave. Of a row of guesses, a sequence has a sample for each position that follows right
+    ones; then one may fail. A row whose grammar is still being compiled has neither sample nor failure yet; it comes
+    with a later frame. A frame with an ``error`` continues to the end of the ring, so that every stage applies its
+    edits, but no stage computes it any further. The same is true of a ``void`` frame: a guess that a stage found to be
+    wrong, or of no use any more. It breaks nothing.
     """
 
     epoch: int

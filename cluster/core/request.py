@@ -205,7 +205,8 @@ class Request:
     ``speculate`` no token of the answer is guessed before it is sampled.
     ``prompt_logprobs`` is the number of alternatives to report with each prompt token's log-probability; None reports
     no log-probability of the prompt. ``max_tokens`` may be 0 only with ``prompt_logprobs``. ``adapter`` is the key of
-    the adapter that answers, "" for the model alone.
+    the adapter that answers, "" for the model alone. ``embeds``: the answer is one token, which comes with the hidden
+    state of the prompt's end.
     """
 
     id: str
@@ -226,6 +227,7 @@ class Request:
     prediction: tuple[int, ...] = ()
     speculate: bool = True
     adapter: str = ""
+    embeds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +300,8 @@ class TokenEvent:
     cached_tokens: int = 0
     guess: str = ""
     """What guessed the token before it was sampled; "" if nothing did."""
+    state: bytes = b""
+    """The hidden state behind the token as little-endian float32, if its request embeds."""
 
 
 @dataclass(frozen=True, slots=True)

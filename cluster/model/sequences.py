@@ -36,7 +36,8 @@ class LiveSequence:
     refers to a prefix's caches with exactly this sequence's state, if there are any. ``deferred`` has the logits
     [1, positions, vocabulary] of a step that is sampled once the sequence's grammar is compiled.
 
-    ``adapter`` computes it; None if it has none. ``adapter_key`` names that.
+    ``adapter`` computes it; None if it has none. ``adapter_key`` names that. ``embeds``: its samples come with their
+    hidden states.
 
     ``guess_marks`` are those taken before tokens that are still guesses; a prefix does not get them. ``sampled`` is the
     position and the token of the last sample, on the last stage.
@@ -53,6 +54,7 @@ class LiveSequence:
     sampled: tuple[int, int] | None = None
     adapter: LoraLayers | None = None
     adapter_key: str = ""
+    embeds: bool = False
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Add ``tokens``, which a step has written to the caches."""
@@ -246,7 +248,7 @@ class SequenceTable:
             noise=edit.noise,
         )
         adapter = self._adapters.get(edit.adapter)
-        live = LiveSequence(edit.sequence, sampler, adapter=adapter, adapter_key=edit.adapter)
+        live = LiveSequence(edit.sequence, sampler, adapter=adapter, adapter_key=edit.adapter, embeds=edit.embeds)
         self._live[edit.sequence] = live
         self._lanes.put(edit.sequence, self._new_caches())
         if edit.adapter and not adapter:  # its request has ended: no error, since the frame's step may be another's

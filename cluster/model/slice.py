@@ -62,6 +62,8 @@ class ModelSlice:
         self._outside = {name for name, readers in traced.shared.items() if _any_in(readers, layers)}
         self._layout = CacheLayout.of(model, traced, layers, quantization)
         self._incoming: Any = None
+        self._keeps_state = False
+        self._state: mx.array | None = None
         self._drop_other_arrays()
         self._replace_calls(_start_points(layers) if early_start else frozenset())
 
@@ -106,6 +108,19 @@ class ModelSlice:
         caches.follow(*tokens.shape)
         return outgoing
 
+    def run_with_state(
+        self, tokens: mx.array, caches: HeldCaches, incoming: Sequence[mx.array] = ()
+    ) -> tuple[list[mx.array], mx.array | None]:
+        """Run the last slice as ``run``. Return also the hidden states [batch, length, width] that the head is given.
+
+        They are None if the model has no module of its own around its layers, from which they come.
+        """
+        self._keeps_state = True
+        try:
+            return self.run(tokens, caches, incoming), self._state
+        finally:
+            self._keeps_state, self._state = False, None
+
     def run_without_caches(self, tokens: mx.array, incoming: Sequence[mx.array] = ()) -> list[mx.array]:
         """Build the forward of whole sequences, as in training. Arguments and result are those of ``run``."""
         return self._run(incoming, lambda: self._model(tokens))
@@ -140,10 +155,23 @@ class ModelSlice:
                 replace_call(layer, _never)
             elif i in start_points:
                 replace_call(layer, _start_device_after(type(layer).__call__))
+        if self.outlet is None and (body := self._body()) is not None:
+            own_body = type(body).__call__
+            replace_call(body, lambda *args, **kwargs: self._keep_state(own_body(*args, **kwargs)))
         if self.outlet is not None:
             last = self._model.layers[self.layers.end - 1]
             own = type(last).__call__
             replace_call(last, lambda *args, **kwargs: _raise_out(own(*args, **kwargs)))
+
+    def _body(self) -> Module | None:
+        """Return the module that holds the layers and the norm after them; None if the model itself does."""
+        path = self._prefixes[-1].rpartition(".")[0].rpartition(".")[0]
+        return dict(named_modules(self._model)).get(path) if path else None
+
+    def _keep_state(self, value: Any) -> Any:
+        if self._keeps_state:
+            self._state = _logits(value)
+        return value
 
     def _ghost(self, *_args: Any, **_kwargs: Any) -> Any:
         return self._incoming

@@ -235,7 +235,7 @@ class Stage:
                 frame,
                 edits=(),
                 step=None,
-                tensors=(),
+                tensors=result.tensors,
                 samples=result.samples,
                 failures=result.failures,
                 prompt_logprobs=result.prompt_logprobs,
@@ -302,11 +302,17 @@ class Stage:
             self._table.mark_guesses(live, step)
         caches = self._table.gather(lane, step.sequences)
         part.use_adapter(rows[0].adapter)
-        outgoing = part.run(mx.array(step.tokens), caches, incoming)
+        state = None
+        if self.spec.last and step.compute is Compute.DECODE and any(live.embeds for live in rows):
+            outgoing, state = part.run_with_state(mx.array(step.tokens), caches, incoming)
+        else:
+            outgoing = part.run(mx.array(step.tokens), caches, incoming)
         for live, tokens in zip(rows, step.tokens, strict=True):
             live.feed(tokens)
         if self.spec.last:
-            return self._evaluate_and_sample(rows, step, outgoing[0], caches.arrays())
+            vectors = None if state is None else state[:, -1].astype(mx.float32)
+            states = caches.arrays() if vectors is None else [*caches.arrays(), vectors]
+            return _add_vectors(self._evaluate_and_sample(rows, step, outgoing[0], states), rows, vectors)
         sent = [mx.contiguous(array) for array in outgoing]
         mx.eval(sent, caches.arrays())
         return _Result(tensors=tuple(pack(array) for array in sent))
@@ -403,6 +409,17 @@ def _sample(
         found = sampling.results()
     samples = tuple(result for result in found if isinstance(result, Sample))
     return samples, tuple(result for result in found if isinstance(result, SequenceFailure))
+
+
+def _add_vectors(result: _Result, rows: Sequence[LiveSequence], vectors: mx.array | None) -> _Result:
+    """Add the evaluated hidden states [rows, width] of the sampled rows that embed, with their sequences' ids."""
+    sampled = {sample.sequence for sample in result.samples}
+    wanted = [i for i, live in enumerate(rows) if live.embeds and live.id in sampled]
+    if vectors is None or not wanted:
+        return result
+    ids, chosen = mx.array([rows[i].id for i in wanted], dtype=mx.int64), mx.contiguous(vectors[mx.array(wanted)])
+    mx.eval(ids, chosen)
+    return replace(result, tensors=(pack(ids), pack(chosen)))
 
 
 def _evaluate_prefill(live: LiveSequence, step: Step, logits: mx.array, states: list[mx.array]) -> _Result:

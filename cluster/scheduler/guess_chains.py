@@ -101,7 +101,14 @@ class GuessChains:
         """Return the edit that starts a sequence. If it is guessed, samples report what its grammar forces."""
         request = sequence.request
         guessed = self._guesser is not None and request.speculate and request.sampling.grammar is not None
-        return Join(sequence.id, len(request.prompt), request.sampling, look_ahead=guessed, adapter=request.adapter)
+        return Join(
+            sequence.id,
+            len(request.prompt),
+            request.sampling,
+            look_ahead=guessed,
+            adapter=request.adapter,
+            embeds=request.embeds,
+        )
 
     def verify(self, sequence: ScheduledSequence, sample: Sample) -> tuple[GuessSource | None, GuessSource | None]:
         """Compare a sample with the guess behind it. Return the sources of a right one and of a wrong one, if any."""

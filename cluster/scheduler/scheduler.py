@@ -34,6 +34,7 @@ from cluster.scheduler.disk_prefixes import DiskContents, DiskPrefixes, DiskUse
 from cluster.scheduler.frame_writer import FrameWriter
 from cluster.scheduler.guess_chains import GuessChains
 from cluster.scheduler.guessing import Guesser
+from cluster.scheduler.hidden_states import attach_states
 from cluster.scheduler.in_flight import InFlightFrame
 from cluster.scheduler.kept_marks import KeptMark
 from cluster.scheduler.kv_cost import Cost, fits
@@ -429,8 +430,9 @@ class Scheduler:
                 self._remove(sequence, keep=False)
             return tuple(SampleFailed(s.request.id, error.stage, error.reason, error.sentence) for s in live)
         by_id = {s.id: s for s in (*live, *self._deferred)}
+        samples = attach_states(frame)
         return (  # a row may fail behind its first samples
-            *(self._account_sample(s, sample) for sample in frame.samples if (s := by_id.get(sample.sequence))),
+            *(self._account_sample(s, sample) for sample in samples if (s := by_id.get(sample.sequence))),
             *(self._fail_sample(s, f) for f in frame.failures if (s := by_id.get(f.sequence))),
         )
 
@@ -453,7 +455,7 @@ class Scheduler:
             finish = FinishReason.STOP if sample.final else finish
         if finish:
             self.speculation.drop_all(sequence)
-            self._remove(sequence, keep=True)
+            self._remove(sequence, keep=not request.embeds)  # such texts rarely share what would be worth its memory
         return Produced(request.id, index, sample, finish, not ended, sequence.cached, guess, missed)
 
     # Frames

@@ -27,7 +27,8 @@ def pack_edit(edit: Edit) -> list[Any]:
     """Return ``edit`` as a list for msgpack."""
     if isinstance(edit, Join):
         sampling = _pack_sampling(edit.sampling)
-        return [_JOIN, edit.sequence, edit.prompt_length, sampling, edit.look_ahead, edit.noise, edit.adapter]
+        flags = (edit.look_ahead, edit.noise, edit.adapter, edit.embeds)
+        return [_JOIN, edit.sequence, edit.prompt_length, sampling, *flags]
     if isinstance(edit, Persist):
         return [_PERSIST, edit.prefix, edit.owner, edit.adapter]
     return [_CODES[type(edit)], *(getattr(edit, name) for name in edit.__slots__)]
@@ -38,8 +39,9 @@ def unpack_edit(value: Any) -> Edit:
     if type(value) is not list or not value or type(value[0]) is not int:
         raise BadFrame("a frame's edit is not a list that starts with an integer code")
     if value[0] == _JOIN:
-        f = Fields(value, "join", 7)
-        return Join(f.count(1), f.count(2), _unpack_sampling(value[3]), f.flag(4), f.count(5), _unpack_adapter(f, 6))
+        f = Fields(value, "join", 8)
+        sampling, adapter = _unpack_sampling(value[3]), _unpack_adapter(f, 6)
+        return Join(f.count(1), f.count(2), sampling, f.flag(4), f.count(5), adapter, f.flag(7))
     if value[0] == _PERSIST:
         f = Fields(value, "persist", 4)
         return Persist(f.count(1), f.text(2), _unpack_adapter(f, 3))

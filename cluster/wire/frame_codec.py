@@ -50,7 +50,7 @@ from cluster.wire.edit_codec import pack_edit, unpack_edit
 from cluster.wire.header_elements import require_few_elements
 from cluster.wire.header_fields import Fields, pack_ids, pack_numbers, unpack_ids, unpack_numbers
 
-VERSION = 10
+VERSION = 11
 _PREFIX = struct.Struct("<II")
 _FIELDS = 14
 

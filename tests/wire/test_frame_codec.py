@@ -72,7 +72,7 @@ samplings = st.builds(
     grammar=st.none() | grammars,
 )
 edits = st.one_of(
-    st.builds(Join, counts, counts, samplings, st.booleans(), counts, st.text(max_size=9)),
+    st.builds(Join, counts, counts, samplings, st.booleans(), counts, st.text(max_size=9), st.booleans()),
     st.builds(Leave, counts),
     st.builds(Trim, counts, counts),
     st.builds(Save, counts, counts),

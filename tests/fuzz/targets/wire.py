@@ -53,7 +53,7 @@ OTHER_TENSOR = Tensor("float32", (2,), bytes(8))
 DECODE = Step(Compute.DECODE, (1, 2), ((11,), (12,)))
 PREFILL = Step(Compute.PREFILL, (1,), ((5, 6, 7),))
 FRAMES = (
-    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND, True, 768, "legal@" + 64 * "a"), Restore(1, 9, 2)), PREFILL, (TENSOR,)),
+    Frame(EPOCH, 0, 1, (Join(1, 3, BOUND, True, 768, "legal@" + 64 * "a", True), Restore(1, 9, 2)), PREFILL, (TENSOR,)),
     Frame(
         EPOCH, 1, 2, (Leave(3), Trim(1, 2), Mark(1, 2), Unmark(1, 2), Save(1, 4), Persist(4, "key-0", "a"), Drop(4)),
         DECODE, (TENSOR, OTHER_TENSOR),
