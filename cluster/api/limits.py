@@ -22,6 +22,10 @@ MAX_JSON_VALUES: Final = 16 * KIB
 """Values in one JSON object whose fields the client defines: a schema, or arguments."""
 MAX_WORDS: Final = 16
 """Entries in a list of keywords, such as ``include`` or ``modalities``."""
+MAX_EMBEDDED: Final = 2048
+"""Texts of one request that asks for embeddings, as at OpenAI."""
+CONCURRENT_EMBEDDINGS: Final = 32
+"""Texts of one request that are computed at the same time. They share a batch; more would fill the queue for others."""
 MAX_METADATA: Final = 64
 """Entries of a response's metadata; OpenAI takes 16."""
 MAX_IGNORED_CHARS: Final = KIB

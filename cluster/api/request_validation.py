@@ -42,7 +42,7 @@ async def generate_request(params: GenerateParams, size: int, model_info: ModelI
     _check_prompt_logprobs(params.prompt_logprobs, len(prompt))
     least_tokens = 1 if params.prompt_logprobs is None else 0
     request = _request(params, prompt, params.grammar, model_info, caller, least_tokens)
-    request = replace(request, prompt_logprobs=params.prompt_logprobs)
+    request = replace(request, prompt_logprobs=params.prompt_logprobs, embeds=params.embeds)
     return await _predict(params, PreparedRequest(request), model_info, caller)
 
 

@@ -77,11 +77,13 @@ class AnswerParams:
 class GenerateParams(AnswerParams):
     """The continuation of a prompt, given as text or as token ids.
 
-    ``prompt_logprobs`` asks for the log-probability of each prompt token, and for that many alternatives.
+    ``prompt_logprobs`` asks for the log-probability of each prompt token, and for that many alternatives. ``embeds``
+    asks for the hidden state of the prompt's end instead of an answer.
     """
 
     prompt: str | Sequence[int]
     prompt_logprobs: int | None = None
+    embeds: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from cluster.core.request import Grammar
 from cluster.model.adapters import read_adapter
 from cluster.model.device import close_thread
 from cluster.model.model_shape import read_shape
+from cluster.model.sentence_embedding import NO_EMBEDDINGS, SentenceEmbedding, read_sentence_embedding
 from cluster.model.tensor_map import tensor_map
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
 from cluster.sandbox.process import SandboxProcess
@@ -52,6 +53,8 @@ class ModelInfo:
     adapter: Adapter | None = None
     speculates: bool = False
     """Whether tokens may be guessed before they are sampled."""
+    embedding: SentenceEmbedding = NO_EMBEDDINGS
+    """How hidden states become embeddings, or why they cannot."""
 
     @property
     def placed_shape(self) -> ModelShape:
@@ -158,8 +161,16 @@ def _find_placed_shape(store: Store, order: LoadOrder) -> ModelShape:
 def _load_info(found: FoundModel, shape: ModelShape, text: TextService, order: LoadOrder) -> ModelInfo:
     adapters = ServedAdapters(read_order_adapters(found.folder, order, shape))
     tensors = tensor_map(found.folder, shape.shared)
-    speculates = order.speculation is not Speculation.OFF
-    return ModelInfo(shape, load_tokenizer(found.folder), tensors, found, text, adapters, speculates=speculates)
+    return ModelInfo(
+        shape,
+        load_tokenizer(found.folder),
+        tensors,
+        found,
+        text,
+        adapters,
+        speculates=order.speculation is not Speculation.OFF,
+        embedding=read_sentence_embedding(found.folder),
+    )
 
 
 def _measure_shape(found: FoundModel, order: LoadOrder) -> ModelShape:

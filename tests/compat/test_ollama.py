@@ -117,7 +117,7 @@ def switch(on: bool, level: int | str = 1) -> str:
 
 def test_formats_and_tools(tooled: Served) -> None:
     with ollama.Client(host=tooled.http, headers=tooled.bearer) as client:
-        assert client.show("default").capabilities == ["completion", "tools", "thinking"]
+        assert client.show("default").capabilities == ["completion", "tools", "thinking", "embedding"]
         schema = {"type": "object", "properties": {"on": {"enum": [True]}}, "required": ["on"],
                   "additionalProperties": False}  # fmt: skip
         done = client.chat(model="default", messages=ASK, format=schema, options={"temperature": 0})

@@ -17,6 +17,7 @@ from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute, Pa
 from cluster.api.http.browser_sessions import BrowserSessions
 from cluster.api.http.chat import Chat
 from cluster.api.http.completions import Completions
+from cluster.api.http.embeddings import Embeddings
 from cluster.api.http.errors import HANDLERS
 from cluster.api.http.health import Health
 from cluster.api.http.json_response import Json
@@ -95,6 +96,7 @@ def table(service: RequestService) -> list[DeclaredRoute]:
         *_post("/v1/responses", Responses(service, names)),
         *_post("/v1/messages", Messages(service, names)),
         *_post("/v1/messages/count_tokens", tokenize.count),
+        *_post("/v1/embeddings", Embeddings(service, names).openai),
         *_post("/tokenize", tokenize.tokens),
         *ollama_table(service, names),
     ]
@@ -102,7 +104,7 @@ def table(service: RequestService) -> list[DeclaredRoute]:
 
 def ollama_table(service: RequestService, names: ModelNames) -> list[DeclaredRoute]:
     """Return the routes of Ollama's API."""
-    ollama, models = Ollama(service, names), OllamaModels(names)
+    ollama, models, embeddings = Ollama(service, names), OllamaModels(names), Embeddings(service, names)
     refused = [
         _routes(path, models.refuse, ("DELETE",) if path == "/api/delete" else ("POST",), Access.INFERENCE)
         for path in INSTEAD
@@ -110,6 +112,8 @@ def ollama_table(service: RequestService, names: ModelNames) -> list[DeclaredRou
     return [
         *_post("/api/chat", ollama.chat),
         *_post("/api/generate", ollama.generate),
+        *_post("/api/embed", embeddings.ollama),
+        *_post("/api/embeddings", embeddings.ollama_single),
         *_post("/api/show", models.show),
         *_get("/api/tags", models.tags),
         *_get("/api/ps", models.running),

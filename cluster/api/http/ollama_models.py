@@ -35,7 +35,6 @@ NEVER: Final = "9999-12-31T23:59:59Z"
 """When a model is unloaded that stays."""
 MOST_DETAILS: Final = 64
 """Models whose details are kept."""
-NO_EMBEDDINGS: Final = "macpipe makes no embeddings; use another server for them"
 INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
     {
         "/api/pull": "clients cannot fetch models; run `macpipe load MODEL` on a Mac of the cluster",
@@ -43,8 +42,6 @@ INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
         "/api/create": "clients cannot create models; run `macpipe convert` on a Mac, and load the result",
         "/api/copy": "clients cannot copy models; name one with `macpipe serve --served-model-name NAME`",
         "/api/delete": "clients cannot delete models; run `macpipe store rm MODEL` on the Mac that holds it",
-        "/api/embed": NO_EMBEDDINGS,
-        "/api/embeddings": NO_EMBEDDINGS,
     }
 )
 """What to do instead of requests that are not answered here."""
@@ -206,7 +203,12 @@ def _encode(name: str, identity: str, size: int, details: ModelDetails, parent: 
 
 def _abilities(model_info: ModelInfo) -> list[str]:
     tokenizer = model_info.tokenizer
-    found = {"completion": True, "tools": tokenizer.takes_tools, "thinking": bool(tokenizer.reasoning_end)}
+    found = {
+        "completion": True,
+        "tools": tokenizer.takes_tools,
+        "thinking": bool(tokenizer.reasoning_end),
+        "embedding": not model_info.embedding.problem,
+    }
     return [name for name, able in found.items() if able]
 
 

@@ -10,6 +10,7 @@ from cluster import __version__
 from cluster.api.http.body import Form
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.completions_form import CompletionsForm
+from cluster.api.http.embeddings_form import EmbeddingsForm, OllamaEmbeddingsForm, OllamaEmbedForm
 from cluster.api.http.errors import OLLAMA_ROUTES
 from cluster.api.http.messages_form import CountForm, MessagesForm
 from cluster.api.http.ollama_form import OllamaChatForm, OllamaGenerateForm
@@ -23,9 +24,12 @@ BODIES: Final[tuple[tuple[str, type[Form], str], ...]] = (
     ("/v1/responses", ResponsesForm, "Answers a conversation, in OpenAI's newer format; nothing is stored."),
     ("/v1/messages", MessagesForm, "Answers a conversation, in Anthropic's format."),
     ("/v1/messages/count_tokens", CountForm, "Counts the prompt tokens of a conversation."),
+    ("/v1/embeddings", EmbeddingsForm, "Returns an embedding for each text."),
     ("/tokenize", TokenizeForm, "Returns the tokens of a text or a conversation."),
     ("/api/chat", OllamaChatForm, "Answers a conversation, in Ollama's format."),
     ("/api/generate", OllamaGenerateForm, "Answers or continues a prompt, in Ollama's format."),
+    ("/api/embed", OllamaEmbedForm, "Returns an embedding for each text, in Ollama's format."),
+    ("/api/embeddings", OllamaEmbeddingsForm, "Returns the embedding of a text, in Ollama's older format."),
     ("/api/show", ShowForm, "Returns the details of a model, in Ollama's format."),
 )
 READINGS: Final[tuple[tuple[str, str], ...]] = (

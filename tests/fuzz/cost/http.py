@@ -58,6 +58,9 @@ NAMED: dict[str, str] = {
     "/v1/messages": "messages",
     "/v1/messages/count_tokens": "count",
     "/tokenize": "tokenize",
+    "/v1/embeddings": "embeddings",
+    "/api/embed": "ollama-embed",
+    "/api/embeddings": "ollama-embeddings",
     "/api/chat": "ollama-chat",
     "/api/generate": "ollama-generate",
     "/api/show": "ollama-show",
@@ -316,6 +319,13 @@ def _whole(path: str) -> dict[str, Recipe]:
         }
     if path == "/api/show":
         return {}
+    if path in ("/v1/embeddings", "/api/embed"):
+        return {
+            "whole text": ["cat", '{"model":"default","input":"', ["rep", 4 * MIB - 64, "a"], '"}'],
+            "whole texts": ["cat", '{"model":"default","input":[', ["rep", 2047, '"hello there",'], '"hello"]}'],
+        }
+    if path == "/api/embeddings":
+        return {"whole text": ["cat", '{"model":"default","prompt":"', ["rep", 4 * MIB - 64, "a"], '"}']}
     model = (
         '{"model":"default","max_tokens":1,"messages":['
         if path == "/v1/messages"

@@ -163,6 +163,12 @@ SEEDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "/v1/messages/count_tokens": ({"model": "faq", "messages": [{"role": "user", "content": "hello"}]},),
     "/tokenize": ({"prompt": "hello"}, {"messages": CHAT["messages"], "tools": CHAT["tools"]}),
+    "/v1/embeddings": (
+        {"input": ["hello", "there"], "encoding_format": "base64", "dimensions": 8},
+        {"input": [[1, 2], [3]], "model": "faq", "user": "amy"},
+    ),
+    "/api/embed": ({"model": "faq", "input": ["hello", "there"], "truncate": False, "dimensions": 8},),
+    "/api/embeddings": ({"model": "faq", "prompt": "hello", "keep_alive": "5m"},),
     "/api/chat": (
         {
             "model": "faq",
