@@ -107,6 +107,11 @@ def remove_model(home: Path, fingerprint: str) -> None:
             folder.rename(doomed)  # at once: a removal that is interrupted leaves no half of a model
     except FileNotFoundError:
         raise ModelNotFound(f"the store of this Mac has no model {fingerprint[:12]} any more") from None
+    except BlockingIOError:
+        label = _describe(folder, _noted_names(models / "refs").get(fingerprint, ())).label
+        raise ModelInUse(
+            f"a process of this Mac has the model {label} open; stop this Mac's worker and coordinator, and try again"
+        ) from None
     except OSError as e:
         raise not_written(e, folder, "the store") from e
     for file, noted in _refs(models / "refs"):
@@ -196,7 +201,7 @@ def _is_locked(folder: Path) -> bool:
     try:
         with _lock_exclusively(folder):
             return False
-    except ModelInUse:
+    except BlockingIOError:
         return True
     except OSError:
         return False
@@ -204,15 +209,10 @@ def _is_locked(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock_exclusively(folder: Path) -> Iterator[None]:
-    """Hold the model's lock against everybody who reads it. Raise ModelInUse, or OSError if there is no folder."""
+    """Hold the model's lock against everybody who reads it. Raise BlockingIOError if somebody does, or OSError."""
     file = open_lock(folder)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError:
-        raise ModelInUse(
-            f"a process of this Mac has the model {folder.name[:12]} open; stop this Mac's worker and coordinator,"
-            " and try again"
-        ) from None
     finally:
         os.close(file)

@@ -63,7 +63,7 @@ def test_looking_at_a_model_is_no_use_of_it(hub: FakeHub, tmp_path: Path) -> Non
 
 def test_a_model_that_is_open_stays(hub: FakeHub, tmp_path: Path) -> None:
     partial = opened(tmp_path)
-    with pytest.raises(ModelInUse, match="stop this Mac"):
+    with pytest.raises(ModelInUse, match="has the model owner/tiny open; stop this Mac"):
         remove_model(tmp_path, partial.fingerprint)
     fingerprint = partial.fingerprint
     assert partial.folder.is_dir()
