@@ -39,7 +39,7 @@ from cluster.core.frames import Tensor
 from cluster.core.futures import ignore_error
 from cluster.core.limits import RECOVERY_PAUSE_S, RETURN_S
 from cluster.core.plan import Plan, Route
-from cluster.core.text import duration_in_words
+from cluster.core.text import count_in_words, duration_in_words
 from cluster.core.training import TrainingOptions
 from cluster.core.training_events import AdapterFile, TrainingEvent, TrainingNotice
 from cluster.core.training_frames import ADAPTER, DataBatch, Purpose, Task, TrainingCommand
@@ -97,11 +97,11 @@ class TrainingJob:
     async def run(self, first: Assignment) -> None:
         """Train to the end. Raises the error of the data, of a stage, or of a loss that nothing can replace."""
         if self._data.cut:
-            limit = self._options.max_seq_length
+            cut, limit = count_in_words(self._data.cut, "sequence"), self._options.max_seq_length
             self._tell(
                 TrainingNotice(
-                    f"{self._data.cut} sequences are longer than {limit} tokens and are cut; the longest has "
-                    f"{self._data.longest}: split them, or raise --max-seq-length"
+                    f"{cut} will be cut to {limit} tokens; the longest has {self._data.longest}; split them, or raise "
+                    "--max-seq-length"
                 )
             )
         self.plan, assignment = first.plan, first

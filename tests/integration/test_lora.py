@@ -77,6 +77,7 @@ def test_the_command_trains_as_mlx_lm_and_the_model_is_served_again(
     folder = tmp_path / "adapters"
     done = lora(trainers, *flags(BASE), "--test", "--data", str(data), "--adapter-path", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "sequences will be cut to 48 tokens; the longest has" in done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     reports, adapters = expect(trainers, data, tmp_path / "expected")
     keys = ("iteration", "train_loss", "learning_rate", "val_loss")
