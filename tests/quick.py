@@ -41,6 +41,7 @@ NOT_QUICK = frozenset(
         "model/test_grammars.py",
         "model/test_guessed_answers.py",
         "model/test_guesses.py",
+        "model/test_hidden_states.py",
         "model/test_kv_quantization.py",
         "model/test_lane_caches.py",
         "model/test_loading.py",

@@ -10,7 +10,6 @@ import typer
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, takes_options
 from cluster.cli.plan_options import PlanOptions, order_options, plan_options
-from cluster.cli.plan_tables import show_joint_plan, show_plan
 from cluster.cli.serve import Peers
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
@@ -54,6 +53,7 @@ def plan(
     Reads headers and loads nothing. Asks the coordinator if one runs, else plans for the discovered workers.
     With --json, layers are [start, end): [0, 27] means layers 0-26.
     """
+    from cluster.cli.plan_tables import show_joint_plan, show_plan
     from cluster.coordinator.settings import LoadOrder
 
     with errors_in_json(json):
