@@ -132,6 +132,7 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         await coordinator.load(settings.order)
         models = ModelsWatch(coordinator, file, report)
         await models.load_pinned()
+        tasks.start_soon(coordinator.load_inherited)
         tasks.start_soon(models.run)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread
         plan, _ = await coordinator.plan_and_view()

@@ -23,6 +23,7 @@ from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
+from cluster.coordinator.held_slices import InheritedSlices
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.load_turns import LoadTurns
 from cluster.coordinator.loop_view import LoopView
@@ -91,6 +92,7 @@ class Coordinator:
         self._reader = ModelReader(store)
         self._claims = SliceClaims()
         self._turns = LoadTurns()
+        self._inherited = InheritedSlices(roster, self._claims)
         self._planner = ClusterPlanner(RosterView(roster, DEFAULT, self._claims), self._reader, report)
         self.joint_planner = ClusterPlanner(RosterView(roster, "plans"), self._reader, report)
         """Plans as if nothing was loaded."""
@@ -155,6 +157,7 @@ class Coordinator:
             self._planner,
             lambda holder: self._create_deps(RosterView(self._roster, holder, self._claims)),
             self._turns,
+            self._inherited,
             lambda name: self._deployments.find_neighbours(name),
             self._timeline,
             self._totals,
@@ -229,6 +232,19 @@ class Coordinator:
             self._deployments.note_loaded(deployment.name, order)
         finally:
             self._deployments.forget_unloaded()
+
+    async def load_inherited(self) -> None:
+        """Load the models whose slices workers hold from before a restart, which reads no weights.
+
+        What cannot be loaded is reported.
+        """
+        for entry in self.catalog.entries:
+            deployment = self._deployments[entry.name]
+            if entry.name in self._inherited.heirs and not (deployment.model_info or deployment.is_loading):
+                try:
+                    await self.load(entry.order, name=entry.name)
+                except MacpipeError as e:
+                    self._report_problem(f"{entry.name} is not served again after the restart: {e.sentence}")
 
     @property
     def _is_loading(self) -> bool:

@@ -133,6 +133,8 @@ class Deployment:
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await model_info.close()
+            if self.model_info is None:
+                self.first.let_go()
             raise
         self.model_info, self._order = model_info, replace(placement.order, cached_contexts=order.cached_contexts)
         self.loaded_at = time.monotonic()

@@ -6,7 +6,7 @@ come. If it does not fit beside all that, it is planned as if nothing was to com
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.coordinator.joint_planner import ModelToPlace, create_demand
@@ -44,6 +44,11 @@ class Neighbours:
     def coming(self) -> tuple[ModelEntry, ...]:
         """The models that are yet to be loaded, without this one."""
         return tuple(entry for entry in self.waiting if entry.name != self.name)
+
+    def without(self, names: Collection[str]) -> Neighbours:
+        """Return the neighbours without those coming models that have their memory already."""
+        kept = (entry for entry in self.waiting if entry.name == self.name or entry.name not in names)
+        return replace(self, waiting=tuple(kept))
 
 
 def describe_loaded(name: str, plans: Iterable[Plan]) -> LoadedModel:

@@ -6,7 +6,7 @@ A replica is a whole ring with its own loop, recovery and draft. It sees the wor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +17,7 @@ from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.cluster_planner import ClusterPlanner
 from cluster.coordinator.draft_assignment import DraftAssignment, assign_draft
 from cluster.coordinator.frame_history import FramesCopy
-from cluster.coordinator.held_slices import adopt_held_slices
+from cluster.coordinator.held_slices import InheritedSlices, adopt_held_slices
 from cluster.coordinator.journal import AnswerTokens
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.load_turns import LoadTurns
@@ -34,8 +34,9 @@ from cluster.coordinator.slice_claims import AllClaims
 from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, NoPlan, NotServing
+from cluster.core.errors import Aborted, DeadlineExceeded, DoesNotFit, MacpipeError, NoPlan, NotServing
 from cluster.core.limits import CONTROL_TIMEOUT_S, STATUS_VIEW_S
+from cluster.core.plan import ModelShape
 from cluster.core.request import Request
 from cluster.core.worker import WorkerInfo
 
@@ -57,6 +58,7 @@ class DeploymentHost:
     planner: ClusterPlanner
     create_deps: Callable[[str], ServiceDeps]
     turns: LoadTurns
+    inherited: InheritedSlices
     find_neighbours: Callable[[str], Neighbours]
     timeline: Timeline
     totals: SummedTotals
@@ -138,18 +140,16 @@ class Replica:
         """
         deps, shape = self.deps, model_info.placed_shape
         found, order = await adopt_held_slices(shape, gathered.order, gathered.workers, deps.roster)
-        for _ in range(PLAN_TRIES):
-            others = deps.roster.others
-            found = deps.roster.measure_memory(found)
-            number = deps.epochs.next(m.info.epoch for m in deps.roster.members)
-            neighbours = self._host.find_neighbours(self._deployment)
-            everyone = deps.roster.measure_memory(gathered.workers)
-            plan, kept = await self._host.planner.make_plan_beside(number, shape, found, order, everyone, neighbours)
-            if deps.roster.others == others:
-                break
+        self._host.inherited.keep_for(self._host.find_neighbours(self._deployment).coming)
+        try:
+            assignment, order, others = await self._plan_over(found, shape, order, gathered.workers)
+        except DoesNotFit:
+            if not self._host.inherited.give_up(self._host.find_neighbours(self._deployment).coming):
+                raise
+            assignment, order, others = await self._plan_over(found, shape, order, gathered.workers)
+        plan = assignment.plan
         report.planned(plan)
-        by_name = {w.name: w for w in found}
-        workers = tuple(by_name[stage.worker] for stage in plan.stages)
+        workers = assignment.workers
         draft = None
         if draft_info:
             usable = deps.roster.measure_memory(gathered.workers)
@@ -159,7 +159,23 @@ class Replica:
                 if needs_draft:
                     raise
                 self._host.notify(f"{plan.model.name} is served without a draft model: {e.sentence}")
-        return Placement(Assignment(plan, workers), kept, draft, others)
+        return Placement(Assignment(plan, workers), order, draft, others)
+
+    async def _plan_over(
+        self, found: tuple[WorkerInfo, ...], shape: ModelShape, order: LoadOrder, everyone: Sequence[WorkerInfo]
+    ) -> tuple[Assignment, LoadOrder, AllClaims]:
+        """Plan with the memory of now. Return the plan, the order that keeps to it, and what others had claimed."""
+        deps, host = self.deps, self._host
+        for _ in range(PLAN_TRIES):
+            others = deps.roster.others
+            found, everyone = deps.roster.measure_memory(found), deps.roster.measure_memory(everyone)
+            neighbours = host.find_neighbours(self._deployment).without(host.inherited.heirs)
+            number = deps.epochs.next(deps.roster.epochs)
+            plan, kept = await host.planner.make_plan_beside(number, shape, found, order, everyone, neighbours)
+            if deps.roster.others == others:
+                break
+        by_name = {w.name: w for w in found}
+        return Assignment(plan, tuple(by_name[stage.worker] for stage in plan.stages)), kept, others
 
     def is_outdated(self, placement: Placement) -> bool:
         """Return whether others have claimed or left memory since, such as a recovery of another model."""
@@ -170,7 +186,7 @@ class Replica:
         try:
             await self._open(model_info, placement, report)
         except BaseException:
-            self._let_go()
+            self.let_go()
             raise
 
     async def _open(self, model_info: ModelInfo, placement: Placement, report: LoadReporter) -> None:
@@ -190,6 +206,7 @@ class Replica:
         fingerprint = model_info.shape.model.fingerprint
         answers.journal = journal.open_loop(self._deployment, fingerprint) if journal else None
         self.service = service
+        self._host.inherited.settle(self._deployment)
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory. Do nothing if it is not served."""
@@ -199,9 +216,9 @@ class Replica:
                 await service.close(error)
             finally:
                 self._host.totals.close_loop(service.loop.answers.totals)
-        self._let_go()
+        self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         self.deps.roster.pin(())
         self.deps.roster.pin_draft(None)
 

@@ -33,6 +33,22 @@ class RosterView:
         """Ask all workers to describe themselves. Return the members, sorted by name."""
         return tuple(map(self.focus, await self._roster.refresh()))
 
+    @property
+    def held_slices(self) -> list[WorkerInfo]:
+        """The usable members, each once for every slice there that no other holder has claimed."""
+        found = list[WorkerInfo]()
+        for entry in self._roster.members:
+            if not entry.problem:
+                own = [self._show(entry.info, held) for held in self._own(entry.info) if not held.problem]
+                found += own or [self._focus_info(entry.info)]
+        return found
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epochs of all slices that the members hold."""
+        found = [entry.info for entry in self._roster.members]
+        return [*(info.epoch for info in found), *(held.epoch for info in found for held in info.slices)]
+
     def holds_from_before(self, info: WorkerInfo) -> bool:
         """Return whether the worker's slice is from a predecessor with the same id, see ``Roster``."""
         return self._roster.holds_from_before(info)
@@ -146,12 +162,17 @@ class RosterView:
         return replace(entry, info=info, problem=entry.problem or (own.problem if own else ""))
 
     def _focus_info(self, info: WorkerInfo) -> WorkerInfo:
-        others = self._claims.others(self._holder, info.control_address)
-        if not others:
+        if not self._claims.others(self._holder, info.control_address):
             return info
-        foreign = {epoch for other in others for epoch in other.epochs}
-        own = [held for held in info.slices if held.epoch not in foreign]
-        held = max(own, key=lambda one: one.epoch, default=HeldSlice())
+        return self._show(info, max(self._own(info), key=lambda one: one.epoch, default=HeldSlice()))
+
+    def _own(self, info: WorkerInfo) -> list[HeldSlice]:
+        """Return the worker's slices that no other holder has claimed."""
+        foreign = self._kept(info.control_address)
+        return [held for held in info.slices if held.epoch not in foreign]
+
+    def _show(self, info: WorkerInfo, held: HeldSlice) -> WorkerInfo:
+        """Return the worker with one of its slices in place of the first, and without others' memory."""
         data_address = info.data_address
         if held.data_port:
             data_address = format_address(parse_address(data_address)[0], held.data_port)

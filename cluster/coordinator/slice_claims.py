@@ -51,6 +51,14 @@ class SliceClaims:
             claim = replace(claim, former=before.former if again else before.epoch)
         found[holder] = claim
 
+    def inherit(self, holder: str, address: str, claim: SliceClaim) -> bool:
+        """Claim a slice from before a restart for a holder that is yet to load. Return whether it was free."""
+        found = self._claims.setdefault(address, {})
+        free = holder not in found and all(claim.epoch not in other.epochs for other in found.values())
+        if free:
+            found[holder] = claim
+        return free
+
     def release(self, holder: str, address: str, epoch: int) -> None:
         """Note that a holder no longer wants its slice on a worker, if it is of this epoch or an older one."""
         found = self._claims.get(address, {})

@@ -70,6 +70,8 @@ class HeldSlice:
     problem: str = ""
     """Why its engine does not answer; "" if it does."""
     memory_used: int = 0
+    memory_limit: int = 0
+    """Bytes that it may use; 0 if it may use all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -261,6 +261,7 @@ class HeldSlice(_message.Message):
     COMPUTING_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     MEMORY_USED_FIELD_NUMBER: _builtins.int
+    MEMORY_LIMIT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     start_layer: _builtins.int
     end_layer: _builtins.int
@@ -276,6 +277,8 @@ class HeldSlice(_message.Message):
     problem: _builtins.str
     """A sentence if its engine does not answer."""
     memory_used: _builtins.int
+    memory_limit: _builtins.int
+    """Its share of the worker's memory, see LoadStageRequest; 0: all."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -295,10 +298,11 @@ class HeldSlice(_message.Message):
         computing: _builtins.bool = ...,
         problem: _builtins.str = ...,
         memory_used: _builtins.int = ...,
+        memory_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "busy_ms", b"busy_ms", "computing", b"computing", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "kv_bits", b"kv_bits", "memory_used", b"memory_used", "model", b"model", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "busy_ms", b"busy_ms", "computing", b"computing", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "kv_bits", b"kv_bits", "memory_limit", b"memory_limit", "memory_used", b"memory_used", "model", b"model", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

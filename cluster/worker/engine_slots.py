@@ -157,6 +157,9 @@ class EngineSlots:
         It is the one that holds the slice already, else the first one that is not kept, else a new one.
         """
         kept = [slot for slot in self if any(r.epoch in request.keep for r in slot.requests)]
+        for held in (slot.held for slot in kept):
+            if held:  # it may be from before its coordinator restarted
+                held.instance = request.instance
         others = [slot for slot in self if slot not in kept]
         newest = max((slot.held.epoch for slot in others if slot.held), default=0)
         if request.epoch < newest:

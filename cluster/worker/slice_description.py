@@ -40,4 +40,5 @@ def _describe_slice(answer: SlotReport) -> HeldSlice:
         computing=supervisor.computing,
         problem=answer.problem,
         memory_used=report.memory_used,
+        memory_limit=held.memory_limit,
     )

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 
 from cluster.coordinator import held_slices
-from cluster.coordinator.held_slices import adopt_held_slices, adoptable_plan
+from cluster.coordinator.held_slices import InheritedSlices, adopt_held_slices, adoptable_plan
 from cluster.coordinator.roster import Roster, RosterEntry
-from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.roster_view import RosterView
+from cluster.coordinator.settings import LoadOrder, ModelEntry
+from cluster.coordinator.slice_claims import SliceClaims
+from cluster.coordinator.stage_setup import WorkerShare
 from cluster.core.limits import ADOPTION_LOOKS, MIB
-from cluster.core.plan import LayerRange, ModelRef, ModelShape
-from cluster.core.worker import WorkerInfo
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, PlannedStage, StageSpec
+from cluster.core.worker import HeldSlice, WorkerInfo
 from cluster.discovery.static import static_source
 from cluster.security.credentials import LocalTrust
 
@@ -53,6 +56,58 @@ def test_held_slices_are_adopted_if_they_are_the_whole_model() -> None:
     assert adopted(*STAGES, order=replace(ORDER, layers=asked)) is None
 
 
+def holding_two(name: str, *slices: HeldSlice, owner: str = "me") -> WorkerInfo:
+    first = slices[0]
+    info = holding(name, 0, 1, owner=owner, slices=slices, memory_limit=100)
+    return replace(info, epoch=first.epoch, layers=first.layers, fingerprint=first.fingerprint)
+
+
+FIRST = HeldSlice(5, LayerRange(0, 6), "a", "f-a", memory_limit=30)
+SECOND = HeldSlice(EPOCH, LayerRange(0, 6), "m", MODEL.fingerprint, memory_used=20)
+A, M = ModelEntry("first", LoadOrder("a")), ModelEntry("second", LoadOrder("m"))
+
+
+@pytest.mark.anyio
+async def test_a_model_adopts_its_own_slice_of_several_and_leaves_those_of_others() -> None:
+    roster, claims = Looks(holding_two("ada", FIRST, SECOND)), SliceClaims()
+    first, second = RosterView(roster, "first", claims), RosterView(roster, "second", claims)
+    order = LoadOrder("m")
+    found, narrowed = await adopt_held_slices(SHAPE, order, (), second)
+    assert (found[0].epoch, found[0].layers, narrowed.worker_count) == (EPOCH, LayerRange(0, 6), 1)
+    inherited = InheritedSlices(roster, claims)
+    inherited.keep_for([A])
+    assert inherited.heirs == {"first"}
+    stage = PlannedStage(StageSpec(9, 0, 1, MODEL, LayerRange(0, 6), 64), "ada", 19, 0)
+    assert second.claim("ada:1", stage) == WorkerShare((5,), 20)
+    (left,) = second.measure_memory([found[0]])
+    assert left.memory_limit == 70
+    assert first.held_slices[0].memory_limit == 80
+    assert first.claim("ada:1", stage).keep == (9,)
+
+
+def test_what_is_kept_for_models_that_are_not_loaded_is_given_up_for_one_that_does_not_fit() -> None:
+    roster, claims = Looks(holding_two("ada", FIRST, SECOND)), SliceClaims()
+    inherited = InheritedSlices(roster, claims)
+    assert not inherited.give_up([A, M])
+    inherited.keep_for([A, M])
+    assert inherited.heirs == {"first", "second"}
+    assert len(RosterView(roster, "third", claims).others) == 2
+    assert inherited.give_up([M]), "first is loaded by now"
+    assert inherited.heirs == {"first"}
+    assert [holder for _, holder, _ in RosterView(roster, "third", claims).others] == ["first"]
+    inherited.settle("first")
+    assert not inherited.heirs, "what a loaded model holds is its own"
+
+
+def test_only_slices_from_before_of_the_same_precision_are_kept() -> None:
+    claims = SliceClaims()
+    quantized = ModelEntry("first", LoadOrder("a", quantize=4))
+    for worker, entry in ((holding_two("ada", FIRST, owner="other"), A), (holding_two("ada", FIRST), quantized)):
+        inherited = InheritedSlices(Looks(worker), claims)
+        inherited.keep_for([entry])
+        assert not inherited.heirs
+
+
 class Looks(Roster):
     """A roster whose members are given, and which counts how often it is refreshed."""
 
@@ -71,9 +126,9 @@ async def test_only_slices_from_before_are_waited_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(held_slices, "SETTLE_S", 0.0)
     before = Looks(holding("ada", 0, 2, owner="me"))
     workers = tuple(member.info for member in before.members)
-    assert await adopt_held_slices(SHAPE, ORDER, workers, before) == (workers, ORDER)
+    assert await adopt_held_slices(SHAPE, ORDER, workers, RosterView(before, "m")) == (workers, ORDER)
     assert before.looks == ADOPTION_LOOKS
     now = Looks()
     now.members = (RosterEntry(holding("ada", 0, 2, owner="me", live_owner_process=now.instance)),)
-    assert await adopt_held_slices(SHAPE, ORDER, workers, now) == (workers, ORDER)
+    assert await adopt_held_slices(SHAPE, ORDER, workers, RosterView(now, "m")) == (workers, ORDER)
     assert now.looks == 0, "what this process had loaded was waited for"

@@ -110,3 +110,8 @@ def test_a_model_to_come_never_takes_the_place_of_the_one_that_is_loaded_now() -
     assert where(plan) == ["a"]
     plan, _ = beside(macs(700, 700), replace(important, pin=True))
     assert where(plan) == ["b"], "but a pinned one has its Mac reserved"
+
+
+def test_models_that_have_their_memory_already_are_not_to_come() -> None:
+    neighbours = Neighbours("own", (), (NEXT, ENTRY)).without({"own", "next"})
+    assert (neighbours.waiting, neighbours.coming) == ((ENTRY,), ())

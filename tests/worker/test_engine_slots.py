@@ -106,6 +106,19 @@ async def test_a_slice_takes_the_place_of_all_that_is_not_kept(monkeypatch: pyte
         assert held(slots) == {0: 6}
 
 
+async def test_what_is_kept_belongs_to_the_process_that_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that restarted loads one of its models: the others are its own from then on."""
+    async with running(monkeypatch) as slots:
+        for epoch, keep in ((1, ()), (2, (1,))):
+            before = request(epoch, f"m{epoch}", keep=keep)
+            before.instance = "before"
+            await load(slots, before)
+        now = request(3, "m2", keep=(1,))
+        now.instance = "now"
+        assert await load(slots, now) == 1
+        assert [slot.held.instance for slot in slots if slot.held] == ["now", "now"]
+
+
 async def test_an_older_load_and_one_without_room_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(monkeypatch) as slots:
         await load(slots, request(5, "a", memory=600))

@@ -199,7 +199,11 @@ def facts() -> Prepared:
         id="ab" * 8, name="mac-1", version="1", cluster="c", data_port=7000, memory_total=2**36, memory_limit=2**35,
         epoch=3, start_layer=0, end_layer=4, model="m", adapters=["legal@" + "ab" * 32],
         data_hosts=["10.0.0.5", "fd00::5"],
-        slices=[worker_pb2.HeldSlice(epoch=3, end_layer=4, model="m", adapters=["legal@" + "ab" * 32], data_port=7001)],
+        slices=[
+            worker_pb2.HeldSlice(
+                epoch=3, end_layer=4, model="m", adapters=["legal@" + "ab" * 32], data_port=7001, memory_limit=9
+            )
+        ],
         profile=worker_pb2.Profile(
             bandwidth=1e11,
             layer_s=1e-5,
