@@ -68,6 +68,10 @@ class AnswerQueue:
         """
         self._post, self._end = post, end
 
+    def fail(self, error: MacpipeError) -> None:
+        """End the answer with an error, on the reader's event loop. No other thread may write the queue any more."""
+        self.receive([error])
+
     def put(self, event: Event | MacpipeError) -> bool:
         """Send an event to the reader. Return False, and drop a token, if the reader is too far behind."""
         unread = self._written - max(self._read, self._uncounted)

@@ -17,9 +17,11 @@ from cluster import __version__
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_resumption import take_request
 from cluster.coordinator.cluster_planner import ClusterPlanner
+from cluster.coordinator.copy_keeper import CopyKeeper
 from cluster.coordinator.deployment import Deployment, DeploymentHost
 from cluster.coordinator.deployment_states import describe_deployments
 from cluster.coordinator.deployment_table import DeploymentTable
+from cluster.coordinator.draining import drain_worker, undo_drain
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
@@ -112,6 +114,8 @@ class Coordinator:
         self.changed = asyncio.Event()
         """Set whenever ``state`` may have changed. The waiter clears it."""
         self._deployments = DeploymentTable(self._create_deployment, self._exclusive.locked)
+        idle, goals = RosterView(roster, "copies", self._claims, lambda _: True), self._deployments.copy_goals
+        self._copies = CopyKeeper(goals, self._exclusive.locked, self._turns, idle, self._report_problem)
 
     @property
     def state(self) -> ServingState:
@@ -134,8 +138,12 @@ class Coordinator:
         """The links between workers as they were measured last, by the names (from, to)."""
         return self._planner.links
 
-    def _on_belief(self, belief: Belief) -> None:
+    def _on_change(self) -> None:
         self.changed.set()
+        self._copies.wake()
+
+    def _on_belief(self, belief: Belief) -> None:
+        self._on_change()
         returned = belief.standing is Standing.UP and belief.lost_at
         if returned and (sentence := self._timeline.add_return(belief.worker, belief.lost_at[-1])):
             self._report.problem(sentence)
@@ -155,14 +163,14 @@ class Coordinator:
         host = DeploymentHost(
             self._reader,
             self._planner,
-            lambda holder: self._create_deps(RosterView(self._roster, holder, self._claims)),
+            lambda holder, avoids: self._create_deps(RosterView(self._roster, holder, self._claims, avoids)),
             self._turns,
             self._inherited,
             lambda name: self._deployments.find_neighbours(name),
             self._timeline,
             self._totals,
             lambda: self.journal,
-            self.changed.set,
+            self._on_change,
             self._report_problem,
         )
         return Deployment(name, host)
@@ -194,7 +202,7 @@ class Coordinator:
         """Serve the models of this catalog from now on. What is loaded and not in it stays until it is unloaded."""
         self._deployments.adopt(catalog)
         self._claims.shared = not self._deployments.is_single
-        self.changed.set()
+        self._on_change()
 
     def names_of(self, model_info: ModelInfo) -> tuple[str, ...]:
         """Return the names under which a loaded model is listed, its public one first."""
@@ -295,6 +303,7 @@ class Coordinator:
         chosen = self._deployments.values() if every else self._deployments.choose(name)
         for deployment in chosen:
             self._require_no_load(deployment.name)
+        await self._copies.stop_loading()
         unloaded = []
         for deployment in chosen:
             if deployment.model_info:
@@ -302,16 +311,18 @@ class Coordinator:
             await deployment.unload()
         self._deployments.forget_unloaded()
         self._training.problem = ""
-        self.changed.set()
+        self._on_change()
         return tuple(unloaded)
 
     async def _close(self, error: MacpipeError) -> None:
+        await self._copies.stop_loading()
         for deployment in self._deployments.values():
             await deployment.close(error)
 
     async def close(self) -> None:
         """End live requests, release the workers and stop."""
         await self._training.close()
+        await self._copies.close()
         await self._close(NotServing("the coordinator is stopping"))
         if self.journal:
             await anyio.to_thread.run_sync(self.journal.close)
@@ -363,13 +374,13 @@ class Coordinator:
         return ", and ".join(loads)
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
-        """Check the request's grammar, then ``submit`` the request.
+        """Check the request's grammar, then queue the request, which was tokenized for ``model_info``.
 
-        Raises what ``check_grammar`` and ``submit`` raise.
+        Raises as ``check_grammar`` and ``Deployment.route``.
         """
         if request.sampling.grammar:
             await self.check_grammar(request.sampling.grammar, model_info)
-        return self.submit(request, model_info)
+        return await self._serving(model_info).route(request, model_info)
 
     async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:
         """Raise ``InvalidGrammar`` if the grammar cannot be enforced (see ``ModelInfo.check_grammar``)."""
@@ -377,8 +388,12 @@ class Coordinator:
 
     def submit(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         """Queue a request that was tokenized for ``model_info``. Raises as ``Deployment.submit``."""
+        return self._serving(model_info).submit(request, model_info)
+
+    def _serving(self, model_info: ModelInfo) -> Deployment:
+        """Return the deployment that serves this very load of a model, else the default one. Raises ``NotServing``."""
         serving = next((d for d in self._deployments.values() if d.serves(model_info)), None)
-        return (serving or self._default()).submit(request, model_info)
+        return serving or self._default()
 
     def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, ModelInfo, AnswerQueue]:
         """Resume an answer that a previous coordinator began, on the model that gave it.
@@ -431,17 +446,7 @@ class Coordinator:
         if member is None or not member.reachable:
             raise WorkerLost(f"no worker named {worker} answers; `macpipe status` lists the workers", worker=worker)
         control = self._roster.control(member.info.control_address)
-        await control.drain(undo=undo)
-        if undo:
-            for service in self._services():
-                service.cancel_move_away(worker)
-            return
-        try:
-            for service in self._services():
-                await service.move_away(worker)
-        except MacpipeError:
-            await control.drain(undo=True)
-            raise
+        await (undo_drain if undo else drain_worker)(worker, control, self._deployments.values())
 
     # Status
 

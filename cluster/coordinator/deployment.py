@@ -17,6 +17,7 @@ from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replica import DeploymentHost, Placement, Replica
+from cluster.coordinator.replica_set import ReplicaSet
 from cluster.coordinator.reporter import BothReporters, LoadReporter, LoadWatch
 from cluster.coordinator.room_question import RoomQuestion
 from cluster.coordinator.service import ModelService
@@ -32,8 +33,7 @@ __all__ = ["Deployment", "DeploymentHost"]
 class Deployment:
     """One model that is loaded, served or neither. All methods must be called on the event loop that created it.
 
-    All replicas share one ``ModelInfo``. The first one is always there, and holds its slices under the deployment's
-    name.
+    All replicas share one ``ModelInfo``.
     """
 
     def __init__(self, name: str, host: DeploymentHost) -> None:
@@ -42,18 +42,29 @@ class Deployment:
         self._loading = asyncio.Lock()
         self.watch = LoadWatch()
         """What the present load, or the last one, does."""
-        self.replicas = (Replica(name, name, host),)
+        self._replicas = ReplicaSet(name, host)
         self.model_info: ModelInfo | None = None
         """What is served; None if nothing is."""
         self._order: LoadOrder | None = None
         """What is served, or was served before a training."""
         self.loaded_at = 0.0
         """When the model was loaded last, by the monotonic clock."""
+        self._asked: tuple[LoadOrder, ModelInfo | None] | None = None
+        """What copies are loaded by: the order as it was given, and the draft model; None if nothing is served."""
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """All replicas, served or not. The first one is loaded first, and unloaded last."""
+        return self._replicas.all
 
     @property
     def first(self) -> Replica:
-        """The replica that is loaded first, and unloaded last."""
-        return self.replicas[0]
+        return self._replicas.first
+
+    @property
+    def copies(self) -> tuple[Replica, ...]:
+        """All replicas but the first, the newest last."""
+        return self._replicas.copies
 
     @property
     def services(self) -> tuple[ModelService, ...]:
@@ -81,7 +92,7 @@ class Deployment:
         """The deployment's own state: never that a training takes place."""
         if self.is_loading:
             return ServingState.LOADING
-        return self.first.state if self.model_info else ServingState.IDLE
+        return self._replicas.state if self.model_info else ServingState.IDLE
 
     @property
     def has_requests(self) -> bool:
@@ -138,6 +149,7 @@ class Deployment:
             raise
         self.model_info, self._order = model_info, replace(placement.order, cached_contexts=order.cached_contexts)
         self.loaded_at = time.monotonic()
+        self._asked = order, draft_info
         self._host.timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
 
     async def _open_first(
@@ -150,6 +162,10 @@ class Deployment:
         again: bool,
     ) -> Placement:
         """Open the first replica in its turn, in place of what is served. Return where it runs."""
+        if self.first.holder != self.name:  # a copy whose first replica is gone sees idle workers only
+            await self.close(NotServing("another model is being loaded"))
+        for copy in self.copies:  # they would be closed anyway, and the plan counts on their workers
+            await self.remove_copy(copy)
         first = self.first
         gathered = await first.gather(model_info, order, report, again=again)
         async with self._host.turns.take(self.watch) as waited:
@@ -204,8 +220,36 @@ class Deployment:
         model_info, self.model_info = self.model_info, None
         if model_info:
             await model_info.close()
-        for replica in self.replicas:
-            await replica.close(error)
+        await self._replicas.close(error)
+
+    async def add_copy(self, macs: Collection[str], report: LoadReporter) -> None:
+        """Load one more replica on these workers, none of which others use.
+
+        Raises ``NotServing`` if the model is not served, or another load begins, and as ``ReplicaSet.add``.
+        """
+        model_info, asked = self.model_info, self._asked
+        if model_info is None or asked is None:
+            raise NotServing("no model is loaded")
+        order, draft_info = asked
+        began = time.monotonic()
+        replica = await self._replicas.add(model_info, order, report, draft_info, macs)
+        if self.model_info is not model_info:
+            await replica.close(NotServing("the model was unloaded"))
+            raise NotServing("the model was unloaded")
+        what = f"loaded a copy of {model_info.shape.model.name} on {', '.join(replica.workers)}"
+        self._host.timeline.add(EventKind.LOAD, what, began=began)
+
+    def can_lose(self, replica: Replica) -> bool:
+        """Return whether another replica serves, so that requests go on without this one."""
+        return self._replicas.router.serves_without(replica)
+
+    async def remove_copy(self, replica: Replica) -> None:
+        """Let the other replicas go on with a copy's requests, then free its workers' memory."""
+        where = ", ".join(replica.workers)
+        name = self.model_info.shape.model.name if self.model_info else self.name
+        await self._replicas.remove(replica)
+        self._host.timeline.add(EventKind.UNLOAD, f"unloaded the copy of {name} on {where}")
+        self._host.changed()
 
     # Requests
 
@@ -225,16 +269,24 @@ class Deployment:
         The returned queue yields ``Accepted`` first, or an error. Raises ``NotServing`` if no model is served, or if
         another model was loaded in the meantime.
         """
+        self._require_same(model_info)
+        return self._replicas.router.least_loaded().submit(request)
+
+    async def route(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
+        """Queue a request, as ``submit`` does, at the replica that is predicted to be done with it first."""
+        self._require_same(model_info)
+        return await self._replicas.router.submit(request)
+
+    def _require_same(self, model_info: ModelInfo) -> None:
         self.require_service()
         if not self.serves(model_info):
             raise NotServing("another model was loaded while the prompt was tokenized; send the request again")
-        return self.first.submit(request)
 
     def resume(self, kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Request, AnswerQueue]:
         """Resume an answer that a previous coordinator began. Raises as ``resume_request``, and ``NotServing``."""
         self.require_service()
         request, tokens, skip = resume_request(kept, offsets)
-        return request, self.first.submit(request, tokens, skip)
+        return request, self._replicas.router.least_loaded().submit(request, tokens, skip)
 
     async def add_adapter(self, name: str, folder: str) -> Adapter:
         """Serve the adapter in ``folder``. Raises as ``ModelReader.read_adapter`` and ``AdapterChanges.add``."""
@@ -248,6 +300,8 @@ class Deployment:
     async def abort(self, request_id: str) -> bool:
         """End a request in any phase. Return whether it was live. Raises ``NotServing``, and as ``Replica.abort``."""
         self.require_service()
+        if len(self.replicas) > 1:
+            await self._replicas.router.wait_moved()
         for replica in self.replicas:
             if replica.service and await replica.abort(request_id):
                 return True

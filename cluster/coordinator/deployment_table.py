@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from cluster.coordinator.copy_keeper import CopyGoal
 from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry, public_id
@@ -124,6 +125,15 @@ class DeploymentTable:
             return False
         waits = self._is_training() and deployment.order is not None
         return deployment.is_loading or deployment.model_info is not None or waits
+
+    def copy_goals(self) -> list[CopyGoal]:
+        """Return how many replicas each loaded model should have, in the catalog's order."""
+        found = ((self._deployments.get(entry.name), entry) for entry in self.catalog)
+        return [
+            CopyGoal(deployment, entry.replicas, entry.priority)
+            for deployment, entry in found
+            if deployment and deployment.model_info
+        ]
 
     # Names
 

@@ -129,7 +129,7 @@ class EngineLoop:
 
     def make_offer(self, request: Request) -> Future[Offer]:
         """Return a future of what this loop can do for a request now."""
-        return self._inbox.ask(lambda: self._scheduler.offers.make(request))
+        return self._inbox.ask(lambda: self._scheduler.offers.make(request, self._clock()))
 
     def hand_over(self, ids: Collection[str] | None = None) -> Future[list[MovedRequest]]:
         """Give up the requests with these ids, all of them if None, so that another loop can ``take_over`` them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from cluster.coordinator.reporter import LoadWatch
@@ -16,12 +16,18 @@ class LoadTurns:
         self._lock = asyncio.Lock()
         self._model = ""
         self._waiting: list[LoadWatch] = []
+        self._give_way: Callable[[], object] | None = None
 
     @asynccontextmanager
-    async def take(self, watch: LoadWatch) -> AsyncIterator[bool]:
-        """Wait until no other load has its turn; ``watch`` says for which model. Yield whether it had to wait."""
+    async def take(self, watch: LoadWatch, give_way: Callable[[], object] | None = None) -> AsyncIterator[bool]:
+        """Wait until no other load has its turn; ``watch`` says for which model. Yield whether it had to wait.
+
+        ``give_way`` is called if another load has to wait for this one: it should end.
+        """
         waits = self._lock.locked()
         if waits:
+            if self._give_way:
+                self._give_way()
             watch.wait_for(self._model)
             self._waiting.append(watch)
         try:
@@ -29,11 +35,12 @@ class LoadTurns:
         finally:
             if waits:
                 self._waiting.remove(watch)
-        self._model = watch.model
+        self._model, self._give_way = watch.model, give_way
         watch.go_on()
         for other in self._waiting:
             other.wait_for(self._model)
         try:
             yield waits
         finally:
+            self._give_way = None
             self._lock.release()

@@ -69,11 +69,11 @@ class ServiceDeps:
 
     def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker as the last heartbeats found it, with the service's own slices."""
-        return tuple(map(self.roster.focus, self.heartbeat.members()))
+        return self.roster.focus_entries(self.heartbeat.members())
 
     async def ask(self, workers: Collection[str]) -> tuple[RosterEntry, ...]:
         """Ask all workers now. Return ``members`` once each of ``workers`` has answered or is gone."""
-        return tuple(map(self.roster.focus, await self.heartbeat.ask(workers, time.monotonic())))
+        return self.roster.focus_entries(await self.heartbeat.ask(workers, time.monotonic()))
 
 
 @dataclass(frozen=True, slots=True)

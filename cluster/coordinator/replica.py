@@ -6,9 +6,9 @@ A replica is a whole ring with its own loop, recovery and draft. It sees the wor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import anyio
@@ -28,16 +28,27 @@ from cluster.coordinator.recovery import ServiceDeps
 from cluster.coordinator.replan import Assignment
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.request_timings import SummedTotals
-from cluster.coordinator.service import ModelService, open_service
+from cluster.coordinator.service import ModelService
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.slice_claims import AllClaims
 from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import Aborted, DeadlineExceeded, DoesNotFit, MacpipeError, NoPlan, NotServing
-from cluster.core.limits import CONTROL_TIMEOUT_S, STATUS_VIEW_S
+from cluster.core.errors import (
+    Aborted,
+    DeadlineExceeded,
+    DoesNotFit,
+    MacpipeError,
+    NoPlan,
+    NotServing,
+    NoWorkers,
+    StaleEpoch,
+    WorkerLost,
+)
+from cluster.core.limits import CONTROL_TIMEOUT_S, EPOCH_TRIES, STATUS_VIEW_S
 from cluster.core.plan import ModelShape
 from cluster.core.request import Request
+from cluster.core.text import names_in_words
 from cluster.core.worker import WorkerInfo
 
 PLAN_TRIES: Final = 3
@@ -48,15 +59,15 @@ PLAN_TRIES: Final = 3
 class DeploymentHost:
     """What a deployment and its replicas need of their coordinator.
 
-    ``create_deps`` returns what a service needs, for a holder of slices with that name. ``turns`` orders all loads, and
-    ``find_neighbours`` returns what the deployment with that name shares the workers with. ``journal`` returns where
-    live requests are recorded, if anywhere. ``changed`` is called whenever the state may have changed, ``notify`` with
-    a sentence about each event for people.
+    ``create_deps`` returns what a service needs, for a holder of slices with that name, and the other holders that it
+    avoids. ``turns`` orders all loads, and ``find_neighbours`` returns what the deployment with that name shares the
+    workers with. ``journal`` returns where live requests are recorded, if anywhere. ``changed`` is called whenever the
+    state may have changed, ``notify`` with a sentence about each event for people.
     """
 
     reader: ModelReader
     planner: ClusterPlanner
-    create_deps: Callable[[str], ServiceDeps]
+    create_deps: Callable[[str, Callable[[str], bool]], ServiceDeps]
     turns: LoadTurns
     inherited: InheritedSlices
     find_neighbours: Callable[[str], Neighbours]
@@ -91,13 +102,21 @@ class Placement:
 class Replica:
     """One copy of a model that is served or not. All methods must be called on the event loop that created it.
 
-    ``holder`` is the name under which its slices are claimed, ``deployment`` that of the model.
+    ``holder`` is the name under which its slices are claimed, ``deployment`` that of the model. ``avoids`` is
+    as in ``RosterView``. ``changed`` is called whenever ``state`` changes while it is served.
     """
 
-    def __init__(self, holder: str, deployment: str, host: DeploymentHost) -> None:
+    def __init__(
+        self,
+        holder: str,
+        deployment: str,
+        host: DeploymentHost,
+        changed: Callable[[Replica], None],
+        avoids: Callable[[str], bool],
+    ) -> None:
         self.holder, self._deployment = holder, deployment
-        self._host = host
-        self.deps = host.create_deps(holder)
+        self._host, self._changed = host, changed
+        self.deps = host.create_deps(holder, avoids)
         self.service: ModelService | None = None
 
     @property
@@ -108,6 +127,16 @@ class Replica:
         if (recovery := self.service.recovery) is None:
             return ServingState.SERVING
         return ServingState.FAILED if recovery.refused else ServingState.RECOVERING
+
+    @property
+    def live(self) -> int:
+        """The number of live requests."""
+        return len(self.service.loop.answers) if self.service else 0
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The names of the workers that hold its stages, in order."""
+        return tuple(stage.worker for stage in self.service.plan.stages) if self.service else ()
 
     # Loading
 
@@ -124,6 +153,16 @@ class Replica:
         if again:
             return GatheredWorkers(*await gather_remaining(roster, order, shape, report))
         return GatheredWorkers(await gather_workers(roster, order, shape, report), order)
+
+    async def gather_copy(self, order: LoadOrder, macs: Collection[str]) -> GatheredWorkers:
+        """Return those workers named in ``macs`` that are present and hold nothing of others.
+
+        Raises ``NoWorkers`` if one is missing.
+        """
+        found = tuple(w for w in await self.deps.roster.present(None) if w.name in macs)
+        if missing := set(macs) - {worker.name for worker in found}:
+            raise NoWorkers(f"{names_in_words(sorted(missing))} cannot hold a copy now")
+        return GatheredWorkers(found, order)
 
     async def place(
         self,
@@ -182,7 +221,12 @@ class Replica:
         return self.deps.roster.others != placement.others
 
     async def open(self, model_info: ModelInfo, placement: Placement, report: LoadReporter) -> None:
-        """Load the slices and serve the model. Raises as ``open_service``; then it holds nothing."""
+        """Load the slices and serve the model.
+
+        If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch``
+        if that number is implausible, ``WorkerLost`` after ``EPOCH_TRIES`` tries, and the errors of a load; then it
+        holds nothing.
+        """
         try:
             await self._open(model_info, placement, report)
         except BaseException:
@@ -198,15 +242,31 @@ class Replica:
         if draft:
             deps.roster.claim_all(draft.plan, [draft.worker])
         deps.heartbeat.start()
-        service = await open_service(
-            deps, model_info, placement.order, placement.assignment, draft, self._host.notify, report.progress
-        )
+        service = await self._open_service(model_info, placement, report)
         answers, journal = service.loop.answers, self._host.journal()
         answers.totals = self._host.totals.open_loop()
         fingerprint = model_info.shape.model.fingerprint
         answers.journal = journal.open_loop(self._deployment, fingerprint) if journal else None
         self.service = service
         self._host.inherited.settle(self._deployment)
+
+    async def _open_service(self, model_info: ModelInfo, placement: Placement, report: LoadReporter) -> ModelService:
+        deps, assignment, draft = self.deps, placement.assignment, placement.draft
+        for _ in range(EPOCH_TRIES):
+            service = ModelService(
+                deps, model_info, placement.order, assignment, self._host.notify, draft, lambda: self._changed(self)
+            )
+            try:
+                await service.open(report.progress)
+            except StaleEpoch as e:
+                if not deps.epochs.learn_refusal(e):
+                    raise
+                assignment = replace(assignment, plan=assignment.plan.of_epoch(deps.epochs.next()))
+                if draft:
+                    draft = replace(draft, plan=draft.plan.of_epoch(deps.epochs.next()))
+            else:
+                return service
+        raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory. Do nothing if it is not served."""
@@ -226,14 +286,14 @@ class Replica:
 
     def submit(self, request: Request, tokens: AnswerTokens = (), skip: tuple[int, ...] = ()) -> AnswerQueue:
         """Queue a request, see ``EngineLoop.submit``. Raises ``NotServing``, and as ``ModelService.create_answer``."""
-        service = self._require_service()
+        service = self.require_service()
         answer = service.create_answer(request)
         service.loop.submit(request, answer, tokens, skip)
         return answer
 
     async def abort(self, request_id: str) -> bool:
         """End a request in any phase. Return whether it was live. Raises ``DeadlineExceeded`` if the loop is stuck."""
-        ended = self._require_service().loop.end(request_id, Aborted(f"the request {request_id} was aborted"))
+        ended = self.require_service().loop.end(request_id, Aborted(f"the request {request_id} was aborted"))
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT_S):
                 return await asyncio.wrap_future(ended)
@@ -244,7 +304,7 @@ class Replica:
     async def copy_frames(self) -> FramesCopy:
         """Return the last frames, to trace a request. Raises ``NotServing``, or ``DeadlineExceeded`` as ``abort``."""
         with anyio.move_on_after(CONTROL_TIMEOUT_S):
-            return await asyncio.wrap_future(self._require_service().loop.copy_frames())
+            return await asyncio.wrap_future(self.require_service().loop.copy_frames())
         raise DeadlineExceeded(f"the engine loop did not answer within {CONTROL_TIMEOUT_S:.0f} s; it is stuck")
 
     async def view(self) -> LoopView | None:
@@ -255,7 +315,8 @@ class Replica:
             return await asyncio.wrap_future(self.service.loop.view())
         return None
 
-    def _require_service(self) -> ModelService:
+    def require_service(self) -> ModelService:
+        """Return the service. Raises ``NotServing`` if there is none."""
         if self.service is None:
             raise NotServing("no model is loaded")
         return self.service

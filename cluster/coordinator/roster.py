@@ -72,6 +72,10 @@ class Roster:
         else:
             self._pinned.pop(holder, None)
 
+    def holders(self, address: str) -> set[str]:
+        """Return the names of those for whom the worker at an address is pinned."""
+        return {holder for holder, workers in self._pinned.items() if address in workers}
+
     async def refresh(self) -> tuple[RosterEntry, ...]:
         """Ask all announced workers at once to describe themselves. Return the members, sorted by name."""
         async with self._refreshing:  # a concurrent refresh could close channels that this one uses

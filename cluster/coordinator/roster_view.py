@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from typing import Final
 
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster import Roster, RosterEntry
@@ -16,22 +17,36 @@ from cluster.core.text import format_address, parse_address
 from cluster.core.worker import HeldSlice, WorkerInfo
 from cluster.placement.memory_split import memory_for
 
+_DRAFT: Final = "draft of "
+"""Begins the name under which the worker of a holder's draft model is pinned."""
+
 
 class RosterView:
-    """The workers of a cluster, for the holder with this name."""
+    """The workers of a cluster, for the holder with this name.
 
-    def __init__(self, roster: Roster, holder: str, claims: SliceClaims | None = None) -> None:
+    ``avoids`` tells by the names of other holders whether workers are hidden that hold something of theirs, and nothing
+    of this one.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        holder: str,
+        claims: SliceClaims | None = None,
+        avoids: Callable[[str], bool] = lambda holder: False,
+    ) -> None:
         self._roster, self._holder, self._claims = roster, holder, claims or SliceClaims()
+        self._avoids = avoids
         self._pinned = self._pinned_draft = frozenset[str]()
 
     @property
     def members(self) -> tuple[RosterEntry, ...]:
         """The members as they answered last."""
-        return tuple(map(self.focus, self._roster.members))
+        return self.focus_entries(self._roster.members)
 
     async def refresh(self) -> tuple[RosterEntry, ...]:
         """Ask all workers to describe themselves. Return the members, sorted by name."""
-        return tuple(map(self.focus, await self._roster.refresh()))
+        return self.focus_entries(await self._roster.refresh())
 
     @property
     def held_slices(self) -> list[WorkerInfo]:
@@ -68,8 +83,14 @@ class RosterView:
         return tuple(map(self._focus_info, found))
 
     async def present(self, wanted: int | None) -> tuple[WorkerInfo, ...]:
-        """Return the usable workers present now, see ``Roster.present``."""
-        return tuple(map(self._focus_info, await self._roster.present(wanted)))
+        """Return the usable workers present now, see ``Roster.present``. Of those, hidden ones are left out."""
+        return tuple(self._focus_info(w) for w in await self._roster.present(wanted) if self.sees(w.control_address))
+
+    def sees(self, address: str) -> bool:
+        """Return whether the worker at an address is not hidden."""
+        claimed = self._claims.holders(address)
+        pinned = {holder.removeprefix(_DRAFT) for holder in self._roster.holders(address)}
+        return self._holder in claimed | pinned or not any(map(self._avoids, claimed | pinned))
 
     async def usable(self, wanted: int | None, wait_s: float, report: LoadReporter) -> tuple[WorkerInfo, ...]:
         """Return the usable workers of now, each with all its memory. Wait for them if too few are there.
@@ -87,7 +108,7 @@ class RosterView:
 
     def without(self, holders: Collection[str]) -> RosterView:
         """Return how the holder sees the workers now if these holders give up what they hold. It does not change."""
-        return RosterView(self._roster, self._holder, self._claims.without(holders))
+        return RosterView(self._roster, self._holder, self._claims.without(holders), self._avoids)
 
     def control(self, address: str) -> WorkerClient:
         """Return the client of the worker at an address."""
@@ -104,7 +125,7 @@ class RosterView:
 
     def pin_draft(self, worker: WorkerInfo | None) -> None:
         """Keep asking the worker that holds the draft model, too; None if there is none."""
-        self._roster.pin(f"draft of {self._holder}", [worker] if worker else [])
+        self._roster.pin(_DRAFT + self._holder, [worker] if worker else [])
         self._pinned_draft = frozenset([worker.control_address] if worker else [])
         self._release_unpinned()
 
@@ -151,6 +172,10 @@ class RosterView:
 
     def _kept(self, address: str) -> tuple[int, ...]:
         return tuple(epoch for other in self._claims.others(self._holder, address) for epoch in other.epochs)
+
+    def focus_entries(self, entries: Iterable[RosterEntry]) -> tuple[RosterEntry, ...]:
+        """Return the entries that are not hidden, each as ``focus`` returns it."""
+        return tuple(self.focus(entry) for entry in entries if self.sees(entry.info.control_address))
 
     def focus(self, entry: RosterEntry) -> RosterEntry:
         """Return the entry with the holder's own slice in place of the worker's first, and without others' memory."""

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import anyio
 
@@ -40,14 +39,12 @@ from cluster.core.errors import (
     NoPlan,
     NotServing,
     NoWorkers,
-    StaleEpoch,
     WorkerLost,
 )
 from cluster.core.futures import ignore_error
 from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
     DRAIN_RETRY_S,
-    EPOCH_TRIES,
     HEARTBEAT_S,
     LEARN_S,
     MOVE_S,
@@ -71,6 +68,7 @@ Notify = Callable[[str], None]
 class ModelService:
     """A model that is loaded and served. ``notify`` is called with a sentence about each event for people.
 
+    ``changed`` is called when a recovery begins, and when it has ended.
     ``recovery`` is the recovery that is running after a loss; None while the model is served. ``move`` is a planned
     move, for a worker that drains or comes back; requests continue during a move.
     """
@@ -83,8 +81,10 @@ class ModelService:
         first: Assignment,
         notify: Notify,
         draft: DraftAssignment | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._deps, self._notify, self._first = deps, notify, first
+        self._changed = changed
         self.model_info = model_info
         self._events = asyncio.get_running_loop()
         self._failures: Failures = asyncio.Queue()  # bounded: at most one per ring and one per change of belief
@@ -147,8 +147,14 @@ class ModelService:
         Raises ``ModelNotFound`` if the request's adapter is not served.
         """
         self.model_info.adapters.require(request.adapter)
-        error = Aborted("the client disconnected")
-        return AnswerQueue(self.loop.post, lambda: self.loop.end(request.id, error), request.samples)
+        return AnswerQueue(self.loop.post, self._abandon(request), request.samples)
+
+    def adopt_answer(self, request: Request, answer: AnswerQueue) -> None:
+        """Let the answer of a request that moves here be written by this service's loop."""
+        answer.move(self.loop.post, self._abandon(request))
+
+    def _abandon(self, request: Request) -> Callable[[], object]:
+        return lambda: self.loop.end(request.id, Aborted("the client disconnected"))
 
     @property
     def epoch(self) -> Epoch | None:
@@ -298,8 +304,10 @@ class ModelService:
         if self._draft:
             self._draft.stop_loading()
         self.recovery = recovery = Recovery(self._context, self._epoch, cause, self._notify)
+        self._changed()
         self._epoch = await recovery.run()
         self.recovery = None
+        self._changed()
         self._end_leaves_after_loss()
         self._notify_done(EventKind.RECOVERY, recovery)
 
@@ -468,32 +476,3 @@ async def _send_step_time(control: WorkerClient, fingerprint: str, ratio: float)
         await control.send_step_time_ratio(fingerprint, ratio)
     except MacpipeError as e:
         log.info("service: step-time ratio not sent reason=%s worker=%s", e.sentence, control.name)
-
-
-async def open_service(
-    deps: ServiceDeps,
-    model_info: ModelInfo,
-    order: LoadOrder,
-    assignment: Assignment,
-    draft: DraftAssignment | None,
-    notify: Notify,
-    progress: Progress,
-) -> ModelService:
-    """Return a service that has produced a token.
-
-    If a worker refuses the epoch as stale, retry with a number above the one that it holds. Raises ``StaleEpoch`` if
-    that number is implausible, and ``WorkerLost`` after ``EPOCH_TRIES`` tries.
-    """
-    for _ in range(EPOCH_TRIES):
-        service = ModelService(deps, model_info, order, assignment, notify, draft)
-        try:
-            await service.open(progress)
-        except StaleEpoch as e:
-            if not deps.epochs.learn_refusal(e):
-                raise
-            assignment = replace(assignment, plan=assignment.plan.of_epoch(deps.epochs.next()))
-            if draft:
-                draft = replace(draft, plan=draft.plan.of_epoch(deps.epochs.next()))
-        else:
-            return service
-    raise WorkerLost("the workers hold newer epochs than this coordinator can issue; restart the workers")

@@ -71,6 +71,10 @@ class SliceClaims:
             if address not in addresses:
                 found.pop(holder, None)
 
+    def holders(self, address: str) -> set[str]:
+        """Return the names of all holders that have a claim on a worker."""
+        return set(self._claims.get(address, {}))
+
     def others(self, holder: str, address: str) -> tuple[SliceClaim, ...]:
         """Return the claims of all other holders on a worker."""
         return tuple(claim for name, claim in self._claims.get(address, {}).items() if name != holder)

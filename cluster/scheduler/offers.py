@@ -11,7 +11,7 @@ from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.lanes import LaneAssignment
 from cluster.scheduler.live_requests import LiveRequests
 from cluster.scheduler.prefill_budget import PrefillBudget
-from cluster.scheduler.routing import Offer
+from cluster.scheduler.routing import UNMEASURED, LinearCost, Offer
 from cluster.scheduler.sequence import ScheduledSequence
 from cluster.scheduler.sharing import live_starts
 
@@ -19,37 +19,43 @@ _SMOOTHING: Final = 0.05
 """Weight of a frame or an answer among those before it."""
 _TYPICAL_ANSWER: Final = 256.0
 """Tokens of an answer before one has ended."""
+_HALF_LIFE_S: Final = 60.0
+"""After so long without a frame, a cost counts half: the Mac may have been disturbed, and nothing would correct it."""
 
 
 class DecodeCost:
-    """Learns what a decode frame costs all stages together, by its rows: a line through the last frames."""
+    """Learns what a decode frame costs all stages together, by its rows: a line through the last frames.
+
+    The first frame does not count: the stages prepare their kernels for it.
+    """
 
     def __init__(self) -> None:
-        self._rows = self._us = self._rows_squared = self._rows_by_us = 0.0
-        self._known = False
+        self._is_cold = True
+        self._rows = self._us = self._rows_squared = self._rows_by_us = self._weight = 0.0
 
     def learn(self, rows: int, us: float) -> None:
         """Learn from a frame of ``rows`` sequences that took ``us`` microseconds."""
         if rows < 1 or us <= 0:
             return
-        weight = _SMOOTHING if self._known else 1.0
-        self._known = True
-        self._rows += weight * (rows - self._rows)
-        self._us += weight * (us - self._us)
-        self._rows_squared += weight * (rows * rows - self._rows_squared)
-        self._rows_by_us += weight * (rows * us - self._rows_by_us)
+        if self._is_cold:
+            self._is_cold = False
+            return
+        share = max(_SMOOTHING, 1.0 / (self._weight + 1.0))
+        self._weight += 1.0 - _SMOOTHING * self._weight
+        self._rows += share * (rows - self._rows)
+        self._us += share * (us - self._us)
+        self._rows_squared += share * (rows * rows - self._rows_squared)
+        self._rows_by_us += share * (rows * us - self._rows_by_us)
 
-    def seconds(self, rows: float) -> float | None:
-        """Return the seconds of a frame of ``rows`` sequences; None before the first one.
+    def measured(self) -> LinearCost:
+        """Return the cost of a frame by its rows.
 
         Frames of one length only do not tell what a row costs. Then rows are free, as for a GPU that reads weights.
         """
-        if not self._known:
-            return None
         spread = self._rows_squared - self._rows * self._rows
         slope = (self._rows_by_us - self._rows * self._us) / spread if spread > 1e-2 else 0.0
         slope = min(max(slope, 0.0), self._us / max(self._rows, 1.0))
-        return max(self._us + slope * (rows - self._rows), 0.0) / 1e6
+        return LinearCost(self._us - slope * self._rows, slope, self._weight)
 
 
 class Offers:
@@ -58,6 +64,7 @@ class Offers:
     def __init__(self, requests: LiveRequests) -> None:
         self._requests = requests
         self._answer_tokens = 0.0
+        self._learnt_at = 0.0
 
     def open(
         self,
@@ -72,28 +79,34 @@ class Offers:
         self._sources = sources
         self._decode = DecodeCost()
 
-    def learn_decode(self, rows: int, us: float) -> None:
-        """Learn from a decode frame of one token a row, which took all stages ``us`` microseconds."""
+    def learn(self, rows: int, us: float, now: float) -> None:
+        """Learn from a frame that came back. A decode frame has ``rows`` and took all stages ``us`` microseconds."""
+        self._learnt_at = now
         self._decode.learn(rows, us)
 
     def learn_answer(self, tokens: int) -> None:
         """Learn from an answer that has ended."""
         self._answer_tokens += (_SMOOTHING if self._answer_tokens else 1.0) * (tokens - self._answer_tokens)
 
-    def make(self, request: Request) -> Offer:
+    def make(self, request: Request, now: float) -> Offer:
         """Return the offer for a request. Change nothing, not even which prefix was used last."""
         prompt, requests, memory = len(request.prompt), self._requests, self._memory
         kept = self._kept(request)
         ahead = sum(map(_left_to_read, self._lanes)) + requests.waiting.tokens_ahead(request.client, prompt)
         unread = max(ahead + prompt - kept, 1)
-        live = len(requests.by_id)
+        live, most = len(requests.by_id), self._capacity.lanes * self._capacity.rows
+        then = live + request.samples
+        current = 0.5 ** (max(now - self._learnt_at, 0.0) / _HALF_LIFE_S)
+        step = self._decode.measured()
         used = [u / b for u, b in zip(memory.prefixes.used, self._capacity.prefix_budget, strict=True) if b]
         return Offer(
             kept=kept,
             unread=unread,
-            read_s=self._prefill.seconds(unread),
-            answer_s=self._answer_s(request, live + request.samples),
             live=live,
+            rows=max(min(then, most) / self._capacity.lanes, 1.0),
+            steps=min(self._answer_tokens or _TYPICAL_ANSWER, max(request.max_tokens, 1)) * max(then / most, 1.0),
+            read=self._read_cost(unread, current),
+            step=step._replace(weight=step.weight * current),
             filled=max(used, default=0.0),
             fits=not memory.why_never_fits(prompt + request.max_tokens),
             has_room=len(requests.waiting) + request.samples <= self._capacity.queue,
@@ -107,14 +120,12 @@ class Offers:
         live = live_starts(sequence, self._sources(sequence), trimmable=trimmable)
         return max((kept, *(max(start.now, start.later) for start in live)))
 
-    def _answer_s(self, request: Request, live: int) -> float | None:
-        """Return the seconds of an answer while ``live`` samples decode; those beyond the lanes wait for others."""
-        lanes, most = self._capacity.lanes, self._capacity.lanes * self._capacity.rows
-        step_s = self._decode.seconds(max(min(live, most) / lanes, 1.0))
-        if step_s is None:
-            return None
-        tokens = min(self._answer_tokens or _TYPICAL_ANSWER, max(request.max_tokens, 1))
-        return tokens * step_s * max(live / most, 1.0)
+    def _read_cost(self, tokens: int, current: float) -> LinearCost:
+        """Return the cost of a token, in a prompt of so many. ``current``: by how much measurements still count."""
+        seconds = self._prefill.seconds(tokens)
+        return (
+            UNMEASURED if seconds is None else LinearCost(0.0, seconds * 1e6 / tokens, self._prefill.weight * current)
+        )
 
 
 def _left_to_read(sequence: ScheduledSequence) -> int:

@@ -124,6 +124,11 @@ class PrefillBudget:
         fixed_us, us_a_token = self._cost()
         return (-(-tokens // self._chunk) * fixed_us + tokens * us_a_token) / 1e6
 
+    @property
+    def weight(self) -> float:
+        """How many tokens of late chunks ``seconds`` is based on."""
+        return self._tokens
+
     def _affordable(self, most: int, budget_us: float) -> int:
         if not self._frames:
             return min(_UNKNOWN_CHUNK, most)

@@ -9,13 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from cluster.scheduler.prefixes import MIN_HIT
 
 _NEAR: Final = 1.1
 """Predictions that differ by less than this factor are equal: measured costs vary as much."""
 _NEAR_S: Final = 1e-3
+_FEW_TOKENS: Final = 256.0
+"""A replica that has measured fewer tokens read than this counts more like the others than like itself."""
+_FEW_STEPS: Final = 10.0
+"""The same for steps of decoding."""
+
+
+class LinearCost(NamedTuple):
+    """A cost as it was measured: ``fixed_us`` microseconds and ``unit_us`` for each unit. ``weight``: by how much."""
+
+    fixed_us: float = 0.0
+    unit_us: float = 0.0
+    weight: float = 0.0
+
+    def us(self, units: float) -> float:
+        """Return the microseconds of so many units."""
+        return self.fixed_us + self.unit_us * units
+
+
+UNMEASURED: Final = LinearCost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +42,9 @@ class Offer:
     """What a replica can do for a request now.
 
     ``kept``: the tokens of its prompt that need not be read. ``unread``: the tokens to read before its first token,
-    those of other prompts that come first included; at least 1. ``read_s``: the seconds that this takes, and
-    ``answer_s``: those of its answer beside the live ones; None if nothing was measured. ``live``: live samples.
-    ``filled``: how full the memory for prefixes is, from 0 to 1.
+    those of other prompts that come first included; at least 1. ``steps``: how many steps of decoding its answer will
+    wait for, each of ``rows`` sequences. ``live``: live samples. ``filled``: how full the memory for prefixes is, from
+    0 to 1. ``read`` is the cost of tokens, by the weight of tokens; ``step`` that of rows, by the weight of steps.
 
     ``fits``: whether its memory can ever hold the request. ``has_room``: whether its queue can. ``is_live``: whether
     a request with its id is live there, which then refuses the request.
@@ -33,9 +52,11 @@ class Offer:
 
     kept: int
     unread: int
-    read_s: float | None
-    answer_s: float | None
     live: int
+    rows: float = 1.0
+    steps: float = 1.0
+    read: LinearCost = UNMEASURED
+    step: LinearCost = UNMEASURED
     filled: float = 0.0
     fits: bool = True
     has_room: bool = True
@@ -58,19 +79,32 @@ def choose_replica(offers: Sequence[Offer]) -> int:
 def predict_s(offers: Sequence[Offer]) -> list[float]:
     """Return the predicted seconds until each replica would be done with the request.
 
-    A replica that has not measured its costs counts as fast as the others. If none has, a token to read and a live
-    sample count as one second each, so that the least loaded replica is soonest.
+    What a replica has hardly measured counts as for the others: they run the same model. If none has measured anything,
+    a token to read and a live sample count as one second each, so that the least loaded replica is soonest.
     """
-    rates = [offer.read_s / offer.unread for offer in offers if offer.read_s is not None]
-    answers = [offer.answer_s / (offer.live + 1) for offer in offers if offer.answer_s is not None]
-    if not rates:
+    if not any(offer.read.weight for offer in offers):
         return [float(offer.unread + offer.live) for offer in offers]
-    rate = sum(rates) / len(rates)
-    answer = sum(answers) / len(answers) if answers else 0.0
+    reads = _blend([offer.read for offer in offers], _FEW_TOKENS)
+    steps = _blend([offer.step for offer in offers], _FEW_STEPS)
     return [
-        (offer.unread * rate if offer.read_s is None else offer.read_s)
-        + (answer * (offer.live + 1) if offer.answer_s is None else offer.answer_s)
-        for offer in offers
+        (read.us(offer.unread) + offer.steps * step.us(offer.rows)) / 1e6
+        for offer, read, step in zip(offers, reads, steps, strict=True)
+    ]
+
+
+def _blend(costs: Sequence[LinearCost], few: float) -> list[LinearCost]:
+    """Return each cost as a mean of it and of all, in which all together have the weight ``few``."""
+    total = sum(cost.weight for cost in costs)
+    if not total:
+        return [UNMEASURED] * len(costs)
+    fixed = sum(cost.fixed_us * cost.weight for cost in costs) / total
+    unit = sum(cost.unit_us * cost.weight for cost in costs) / total
+    return [
+        LinearCost(
+            (cost.fixed_us * cost.weight + fixed * few) / (cost.weight + few),
+            (cost.unit_us * cost.weight + unit * few) / (cost.weight + few),
+        )
+        for cost in costs
     ]
 
 

@@ -228,7 +228,7 @@ class Scheduler:
             self._lanes.end(flight.lane, flight.number, () if frame.error else live)
         self._free_finished()
         rows = len(flight.sequences) if decodes and live and flight.sampled == 1 else 0
-        self.offers.learn_decode(rows, sum(t.compute_us for t in frame.timings))
+        self.offers.learn(rows, sum(t.compute_us for t in frame.timings), now or flight.sent_at)
         context = sum(s.prefilled + s.produced for s in live) // max(len(live), 1)
         return Outcome(
             tuple(s.request.id for s in live),

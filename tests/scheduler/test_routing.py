@@ -7,22 +7,26 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.core.request import Request
 from cluster.scheduler.offers import DecodeCost
-from cluster.scheduler.routing import Offer, choose_replica, predict_s
+from cluster.scheduler.routing import LinearCost, Offer, choose_replica, predict_s
 from effort import effort
 from scheduler.test_moved_samples import Copy
 from scheduler.test_scheduler import request
 
-IDLE = Offer(0, 100, 1.0, 2.0, 0)
-SECONDS = st.one_of(st.none(), st.floats(0, 1e4))
+READ, STEP = LinearCost(0.0, 1000.0, 2000.0), LinearCost(4000.0, 1000.0, 20.0)
+IDLE = Offer(0, 100, 0, 1.0, 100.0, READ, STEP)
+COST = st.builds(LinearCost, st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e4))
 OFFERS = st.lists(
     st.builds(
         Offer,
         st.integers(0, 5000),
         st.integers(1, 9000),
-        SECONDS,
-        SECONDS,
         st.integers(0, 64),
+        st.floats(1, 64),
+        st.floats(1, 1e4),
+        COST,
+        COST,
         st.floats(0, 1),
         st.booleans(),
         st.booleans(),
@@ -44,60 +48,72 @@ def test_no_other_fitting_replica_is_much_sooner(offers: list[Offer]) -> None:
 
 
 def test_the_longest_beginning_wins_until_its_replica_is_much_busier() -> None:
-    keeps = replace(IDLE, kept=4000, unread=10, read_s=0.1)
-    reads = replace(IDLE, unread=4010, read_s=4.0)
+    keeps = replace(IDLE, kept=4000, unread=10)
+    reads = replace(IDLE, unread=4010)
     assert choose_replica([reads, keeps]) == 1
-    assert choose_replica([reads, replace(keeps, live=3, answer_s=5.0)]) == 1, "reading takes as long"
-    assert choose_replica([reads, replace(keeps, live=7, answer_s=9.0)]) == 0
-    assert choose_replica([reads, replace(keeps, unread=9000, read_s=9.0)]) == 0, "others are read first"
+    assert choose_replica([reads, replace(keeps, live=3, rows=40.0)]) == 1, "reading takes as long"
+    assert choose_replica([reads, replace(keeps, live=7, rows=48.0)]) == 0
+    assert choose_replica([reads, replace(keeps, unread=9000)]) == 0, "others are read first"
 
 
 def test_equal_replicas_share_the_requests() -> None:
     assert choose_replica([replace(IDLE, live=2), replace(IDLE, live=1), replace(IDLE, live=1)]) == 1
-    assert choose_replica([replace(IDLE, filled=0.9), replace(IDLE, filled=0.2, read_s=1.01)]) == 1, "room for prefixes"
+    assert choose_replica([replace(IDLE, filled=0.9), replace(IDLE, filled=0.2, unread=101)]) == 1, "room for prefixes"
     assert choose_replica([replace(IDLE, kept=3), IDLE]) == 0
 
 
 def test_unmeasured_replicas_count_as_fast_as_the_others() -> None:
-    new = Offer(0, 100, None, None, 0)
+    new = Offer(0, 100, 0, 1.0, 100.0)
     assert choose_replica([replace(new, live=1), new]) == 1
-    assert choose_replica([replace(IDLE, unread=900, read_s=9.0), new]) == 1
+    assert choose_replica([replace(IDLE, unread=900), new]) == 1
     assert choose_replica([replace(new, unread=900), IDLE]) == 1
+    cold = replace(new, read=LinearCost(0.0, 50_000.0, 1.0), step=LinearCost(9000.0, 0.0, 1.0))
+    assert choose_replica([cold, replace(cold, unread=400, read=READ, step=STEP)]) == 0, "one token tells little"
+    slow = replace(new, read=READ._replace(unit_us=9000.0), step=STEP)
+    assert choose_replica([slow, replace(IDLE, unread=300)]) == 1
 
 
 def test_full_and_small_replicas_are_left_out_and_a_repeated_id_goes_where_it_is_live() -> None:
-    assert choose_replica([replace(IDLE, fits=False), replace(IDLE, read_s=99.0)]) == 1
-    assert choose_replica([replace(IDLE, has_room=False), replace(IDLE, read_s=99.0)]) == 1
+    assert choose_replica([replace(IDLE, fits=False), replace(IDLE, unread=99_000)]) == 1
+    assert choose_replica([replace(IDLE, has_room=False), replace(IDLE, unread=99_000)]) == 1
     assert choose_replica([replace(IDLE, fits=False), replace(IDLE, fits=False, live=1)]) == 0
-    assert choose_replica([IDLE, replace(IDLE, is_live=True, read_s=99.0)]) == 1
+    assert choose_replica([IDLE, replace(IDLE, is_live=True, unread=99_000)]) == 1
 
 
 def test_a_decode_costs_a_line_through_what_was_measured() -> None:
     cost = DecodeCost()
-    assert cost.seconds(1) is None
+    assert cost.measured().weight == 0
+    cost.learn(2, 99_000.0)
+    assert cost.measured().weight == 0, "kernels were compiled"
     cost.learn(2, 3000.0)
-    assert cost.seconds(8) == 3e-3, "a row may be free"
+    assert cost.measured() == (3000.0, 0.0, 1.0), "a row may be free"
     for i in range(200):
         cost.learn(1 + i % 4, 1000.0 + 500.0 * (1 + i % 4))
-    assert abs((cost.seconds(8) or 0) - 5e-3) < 1e-4
+    assert abs(cost.measured().us(8) - 5000.0) < 100.0
 
 
 def test_an_offer_knows_what_is_kept_and_what_comes_first() -> None:
     copy = Copy(rows=1, prefixes=1000)
-    fresh = copy.scheduler.offers.make(request("new", prompt=40))
-    assert (fresh.kept, fresh.unread, fresh.read_s, fresh.answer_s, fresh.live) == (0, 40, None, None, 0)
+    fresh = offer(copy, request("new", prompt=40))
+    assert (fresh.kept, fresh.unread, fresh.read.weight, fresh.step.weight, fresh.live) == (0, 40, 0, 0, 0)
     copy.scheduler.submit(request("old", prompt=30))
-    assert copy.scheduler.offers.make(request("new", prompt=40)).kept == 29, "once the live one has read it"
-    assert copy.scheduler.offers.make(request("new", prompt=40)).unread == 29 + 11
-    assert copy.scheduler.offers.make(request("new", prompt=40, client="b")).kept == 0, "another client's"
+    assert offer(copy, request("new", prompt=40)).kept == 29, "once the live one has read it"
+    assert offer(copy, request("new", prompt=40)).unread == 29 + 11
+    assert offer(copy, request("new", prompt=40, client="b")).kept == 0, "another client's"
     copy.finish()
-    known = copy.scheduler.offers.make(request("new", prompt=40))
-    assert (known.kept, known.unread, known.live) == (30, 10, 0)
-    assert known.read_s
-    assert known.answer_s
-    assert known.filled
+    known = offer(copy, request("new", prompt=40))
+    assert (known.kept, known.unread, known.live, known.steps) == (30, 10, 0, 4)
+    assert known.read.unit_us > 0
+    assert known.step.us(1) > 0
+    assert known.filled > 0
+    later = offer(copy, request("new", prompt=40), now=120.0)
+    assert later.step == known.step._replace(weight=known.step.weight / 4), "it may have become faster"
     for i in range(3):
         copy.scheduler.submit(request(f"r{i}", prompt=20, client="a"))
-    theirs, own = (copy.scheduler.offers.make(request("new", prompt=5, client=c)).unread for c in ("b", "a"))
+    theirs, own = (offer(copy, request("new", prompt=5, client=c)).unread for c in ("b", "a"))
     assert (theirs, own) == (19 + 5 + 5, 19 + 40 + 1), "a client waits for its own requests, not for all of another's"
-    assert copy.scheduler.offers.make(request("r1")).is_live
+    assert offer(copy, request("r1")).is_live
+
+
+def offer(copy: Copy, asked: Request, now: float = 0.0) -> Offer:
+    return copy.scheduler.offers.make(asked, now)

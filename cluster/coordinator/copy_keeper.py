@@ -1,0 +1,181 @@
+"""Keep as many copies of each served model as its operator wants, on Macs that nobody else uses.
+
+A copy costs nobody anything: it uses only Macs that hold no layer, it is loaded while nothing else is, and a load that
+comes meanwhile ends its own. The keeper sleeps until something changes; it does not poll.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.coordinator.deployment import Deployment
+from cluster.coordinator.load_turns import LoadTurns
+from cluster.coordinator.replica import Replica
+from cluster.coordinator.reporter import LoadWatch
+from cluster.coordinator.roster_view import RosterView
+from cluster.core.cluster_state import ServingState
+from cluster.core.errors import MacpipeError, NoWorkers
+
+log = logging.getLogger(__name__)
+
+RETRY_S: Final = 60.0
+"""Macs on which a copy could not be loaded are left alone for this long, unless they are drained or restarted."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyGoal:
+    """How many replicas a model should have, the first one included; None: as many as there are idle Macs for."""
+
+    deployment: Deployment
+    most: int | None
+    priority: int = 0
+
+    @property
+    def is_auto(self) -> bool:
+        return self.most is None
+
+    @property
+    def is_met(self) -> bool:
+        return self.most is not None and len(self.deployment.replicas) >= self.most
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model is served by all its replicas: one that recovers gets idle Macs first."""
+        deployment = self.deployment
+        if deployment.model_info is None or deployment.is_loading:
+            return False
+        return all(replica.state is ServingState.SERVING for replica in deployment.replicas)
+
+
+class CopyKeeper:
+    """Loads copies and takes them back, one at a time.
+
+    ``goals`` returns those of all models that are loaded. ``is_blocked`` returns whether nothing may be loaded now.
+    ``view`` sees the workers that nobody uses. ``notify`` hears of each copy in a sentence.
+    """
+
+    def __init__(
+        self,
+        goals: Callable[[], Sequence[CopyGoal]],
+        is_blocked: Callable[[], bool],
+        turns: LoadTurns,
+        view: RosterView,
+        notify: Callable[[str], None],
+    ) -> None:
+        self._goals, self._is_blocked, self._turns, self._view, self._notify = goals, is_blocked, turns, view, notify
+        self._loading: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._avoided: dict[str, float] = {}
+        """Until when each worker is left alone, by its name."""
+
+    def wake(self) -> None:
+        """Look again at what is wanted, soon. Does nothing while no copy is wanted, or there."""
+        if self._task is None and not any(not goal.is_met or goal.deployment.copies for goal in self._goals()):
+            return
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        self._wake.set()
+
+    async def stop_loading(self) -> None:
+        """End a load that is under way, and wait until its workers are freed. ``wake`` may begin another one."""
+        if self._loading:
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
+
+    async def close(self) -> None:
+        """Stop. What is being loaded is freed; copies that serve stay."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._drop_surplus()
+                while not self._is_blocked() and await self._add_one():
+                    pass
+            except Exception:  # top of the task: it must outlive errors
+                log.exception("copies: keeper failed")
+
+    async def _drop_surplus(self) -> None:
+        """Take back copies that nobody wants any more, since the catalog has changed."""
+        for goal in self._goals():
+            while goal.most is not None and len(goal.deployment.replicas) > max(goal.most, 1):
+                await goal.deployment.remove_copy(goal.deployment.copies[-1])
+
+    async def _add_one(self) -> bool:
+        """Load one more copy of the model that needs it most. Return whether one was loaded."""
+        wanted = [goal for goal in self._goals() if goal.is_ready and not goal.is_met]
+        if not wanted:
+            return False
+        idle = await self._find_idle()
+        for goal in sorted(wanted, key=lambda one: (one.is_auto, len(one.deployment.replicas), -one.priority)):
+            if idle and not self._is_blocked() and await self._load(goal.deployment, idle):
+                return True
+        return False
+
+    async def _find_idle(self) -> set[str]:
+        now = time.monotonic()
+        self._avoided = {name: until for name, until in self._avoided.items() if until > now}
+        try:
+            found = await self._view.present(None)
+        except NoWorkers:
+            return set()
+        except MacpipeError as e:
+            log.info("copies: no worker can be used reason=%s", e.sentence)
+            return set()
+        return {worker.name for worker in found} - self._avoided.keys()
+
+    async def _load(self, deployment: Deployment, macs: Collection[str]) -> bool:
+        """Load a copy, unless another load wants its turn. Return whether it serves."""
+        name = deployment.model_info.shape.model.name if deployment.model_info else deployment.name
+        watch = LoadWatch(name, "loading a copy of {}")
+        self._loading = loading = asyncio.create_task(self._take_turn(deployment, macs, watch))
+        try:
+            await asyncio.wait([loading])
+        finally:
+            await self.stop_loading()
+            self._loading = None
+        if loading.cancelled():
+            log.info("copies: load ended for another one model=%s", name)
+            return False
+        if error := loading.exception():
+            if not isinstance(error, MacpipeError):
+                raise error
+            self._avoid(deployment, macs, error)
+            return False
+        workers = ", ".join(worker for copy in deployment.copies[-1:] for worker in copy.workers)
+        self._notify(f"{name} is served by {len(deployment.replicas)} replicas now; the new one is on {workers}")
+        return True
+
+    async def _take_turn(self, deployment: Deployment, macs: Collection[str], watch: LoadWatch) -> None:
+        task = asyncio.current_task()
+        assert task
+        async with self._turns.take(watch, give_way=task.cancel):
+            await deployment.add_copy(macs, watch)
+
+    def _avoid(self, deployment: Deployment, macs: Collection[str], error: MacpipeError) -> None:
+        """Leave the worker that failed alone for a while, or all if none is named."""
+        worker = error.details.get("worker", "")
+        until = time.monotonic() + RETRY_S
+        log.info("copies: none loaded reason=%s deployment=%s", error.sentence, deployment.name)
+        if worker or not isinstance(error, NoWorkers):
+            self._avoided |= dict.fromkeys([worker] if worker in macs else macs, until)
+            asyncio.get_running_loop().call_later(RETRY_S, self.wake)
+
+
+def newest_first(goals: Sequence[CopyGoal]) -> list[tuple[Deployment, Replica]]:
+    """Return the copies that may be taken back for another model, those first that should go first.
+
+    A copy that was asked for by number stays. Of the others, those of the least important models go first.
+    """
+    auto = sorted((goal for goal in goals if goal.is_auto), key=lambda goal: goal.priority)
+    return [(goal.deployment, copy) for goal in auto for copy in reversed(goal.deployment.copies)]

@@ -1,0 +1,109 @@
+"""Several copies of one model, each on workers of its own: requests go to the best one, and outlive the loss of one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from checkpoints import make
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.deployment import Deployment
+from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.cluster_state import ServingState
+from cluster.core.request import Request, SamplingParams, TokenEvent
+from integration.daemons import Cluster, Daemon, free_port
+from integration.reference import greedy
+from integration.test_several_models import coordinating
+
+PROMPTS = [[(i * 37 + 11 + 5 * k) % 250 for i in range(40)] for k in range(4)]
+WAIT_S = 60
+
+
+async def until(coordinator: Coordinator, seen: Callable[[], bool]) -> None:
+    """Wait for something that is seen after a change of the coordinator's state."""
+    with anyio.fail_after(WAIT_S):
+        while not seen():
+            coordinator.changed.clear()
+            with anyio.move_on_after(0.2):
+                await coordinator.changed.wait()
+
+
+class Asking:
+    """Requests to the model of a coordinator, and their tokens so far."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator, self.sent = coordinator, 0
+
+    async def stream(self, prompt: list[int], count: int) -> AsyncIterator[int]:
+        info = self.coordinator.served_model("")
+        self.sent += 1
+        request = Request(f"r{self.sent}", tuple(prompt), SamplingParams(), max_tokens=count, ignore_eos=True)
+        answer = await self.coordinator.accept(request, info)
+        async for event in answer:
+            if isinstance(event, TokenEvent):
+                yield event.token
+
+    async def answer(self, prompt: list[int], count: int) -> tuple[int, ...]:
+        return tuple([token async for token in self.stream(prompt, count)])
+
+
+@asynccontextmanager
+async def replicated(
+    cluster: Cluster, home: Path, ports: list[int], order: LoadOrder, replicas: int | None
+) -> AsyncIterator[tuple[Coordinator, Deployment]]:
+    async with coordinating(cluster, home, ports) as coordinator:
+        coordinator.adopt_catalog(ModelCatalog([ModelEntry("small", order, replicas=replicas)]))
+        await coordinator.load(order, name="small")
+        yield coordinator, coordinator.deployments["small"]
+
+
+def start(cluster: Cluster, *names: str) -> tuple[list[int], dict[str, Daemon]]:
+    ports = [free_port() for _ in names]
+    daemons = {name: cluster.worker(name, "--port", str(port)) for name, port in zip(names, ports, strict=True)}
+    for name, daemon in daemons.items():
+        daemon.wait_for(f"worker {name} of cluster")
+    return ports, daemons
+
+
+@pytest.mark.timeout(120)
+def test_answers_go_on_at_the_other_replica_when_one_is_killed(tmp_path: Path) -> None:
+    folder, cluster = make("llama", tmp_path / "llama"), Cluster(tmp_path, mtls=False)
+    try:
+        ports, daemons = start(cluster, "ada", "bob")
+        anyio.run(_lose_one, cluster, tmp_path / "coordinator", ports, folder, daemons)
+    finally:
+        cluster.close()
+
+
+async def _lose_one(cluster: Cluster, home: Path, ports: list[int], folder: Path, daemons: dict[str, Daemon]) -> None:
+    order = LoadOrder(str(folder), worker_count=1, cached_contexts=8)
+    expected = [greedy(folder, prompt, 400) for prompt in PROMPTS]
+    async with replicated(cluster, home, ports, order, 2) as (coordinator, deployment):
+        await until(coordinator, lambda: len(deployment.replicas) == 2)
+        asking = Asking(coordinator)
+        streams = [asking.stream(prompt, 400) for prompt in PROMPTS]
+        seen = [[await anext(stream)] for stream in streams]
+        assert all(replica.live for replica in deployment.replicas)
+        lost = max(deployment.replicas, key=lambda replica: replica.live)
+        (worker,) = lost.workers
+        os.kill(daemons[worker].process.pid, signal.SIGKILL)
+        async with asyncio.TaskGroup() as tasks:
+            for stream, tokens in zip(streams, seen, strict=True):
+                tasks.create_task(_read_rest(stream, tokens))
+        assert [tuple(tokens) for tokens in seen] == expected
+        assert lost.state is ServingState.RECOVERING, "nothing had to be loaded for the answers"
+        assert deployment.state is ServingState.SERVING
+        assert await asking.answer(PROMPTS[0], 24) == expected[0][:24]
+        assert coordinator.totals.tokens == 4 * 400 + 24
+
+
+async def _read_rest(stream: AsyncIterator[int], tokens: list[int]) -> None:
+    tokens += [token async for token in stream]
