@@ -395,3 +395,17 @@ def mixed_quantization(model: nn.Module, config: dict[str, Any]) -> None:
 
     with redirect_stdout(io.StringIO()):  # it prints how many bits a weight has
         config.update(quantize_model(model, config, 32, 4, quant_predicate=choose)[1])
+
+
+def add_pooling(folder: Path) -> Path:
+    """Add the files of sentence-transformers by which a model's last state is an embedding of length 1."""
+    steps = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(steps)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder

@@ -132,7 +132,9 @@ class Answer(BaseHTTPRequestHandler):
     def _info(self, repo: str, revision: str) -> None:
         if self._refused(repo, revision):
             return
-        siblings = [described(path) for path in sorted(self.hub.folders[repo].iterdir())]
+        folder = self.hub.folders[repo]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        siblings = [described(path, path.relative_to(folder).as_posix()) for path in files]
         facts = {
             "id": repo,
             "modelId": repo,
@@ -199,10 +201,10 @@ class Answer(BaseHTTPRequestHandler):
                 self.hub.served[name] = self.hub.served.get(name, 0) + len(piece)
 
 
-def described(path: Path) -> dict[str, Any]:
+def described(path: Path, name: str) -> dict[str, Any]:
     """Return a file's entry as in the hub's API."""
     content = path.read_bytes()
-    facts = {"rfilename": path.name, "size": len(content)}
+    facts = {"rfilename": name, "size": len(content)}
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     if path.suffix == ".safetensors":
         lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}

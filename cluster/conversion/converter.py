@@ -21,6 +21,7 @@ from cluster.core.limits import MIB
 from cluster.model.checkpoint import TOKENIZER_FILES, open_checkpoint
 from cluster.model.converted_weights import ConvertedTensor, ConvertedWeights
 from cluster.model.device import device_facts
+from cluster.model.sentence_embedding import MODULES, POOLING
 from cluster.model.weight_conversion import Conversion
 from cluster.store.disk_space import free_bytes, require_room
 
@@ -172,7 +173,8 @@ def _end(layout: ShardLayout, tensors: Sequence[ConvertedTensor]) -> int:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer, its chat template and the end-of-text tokens unchanged."""
-    for name in TOKENIZER_FILES:
+    """Copy the tokenizer, its chat template, the end-of-text tokens and how states become embeddings unchanged."""
+    for name in (*TOKENIZER_FILES, MODULES, POOLING):
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)

@@ -18,9 +18,11 @@ from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_SMALL_FILE_BYTES
 from cluster.model.checkpoint import read_json_object
 
-__all__ = ["NO_EMBEDDINGS", "SentenceEmbedding", "read_sentence_embedding"]
+__all__ = ["MODULES", "NO_EMBEDDINGS", "POOLING", "SentenceEmbedding", "read_sentence_embedding"]
 
 MODULES: Final = "modules.json"
+POOLING: Final = "1_Pooling/config.json"
+"""Where nearly every model has the pooling's config: the only file in a folder that is fetched from the hub."""
 LAST: Final = "lasttoken"
 MODE: Final = "pooling_mode_"
 """The beginning of the switch of each mode. Newer files name the mode in ``pooling_mode``."""
@@ -82,7 +84,7 @@ def _read_pooling(folder: Path, kinds: Mapping[str, str]) -> str:
     file = folder / place / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"its {place}/config.json is missing; fetch the whole model with `hf download`, or copy the file there"
+            f"its {place}/config.json is missing; copy it from the original model, or fetch that with `hf download`"
         )
     return _mode(read_json_object(file))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cluster.core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from cluster.model.checkpoint import FETCHED, WEIGHTS
+from cluster.model.sentence_embedding import POOLING
 
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,199}")
@@ -73,8 +74,12 @@ def _stored_file(noted: object) -> StoredFile:
 
 
 def is_wanted(name: str) -> bool:
-    """Return whether a file belongs to a model. Names that are hidden, contain a folder or odd characters do not."""
-    return bool(_PLAIN.fullmatch(name)) and any(fnmatch.fnmatchcase(name, pattern) for pattern in FETCHED)
+    """Return whether a file belongs to a model.
+
+    Names that are hidden or contain a folder or odd characters do not, except that of the pooling's config.
+    """
+    plain = bool(_PLAIN.fullmatch(name)) and any(fnmatch.fnmatchcase(name, pattern) for pattern in FETCHED)
+    return plain or name == POOLING
 
 
 def is_stored(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from checkpoints import make
+from checkpoints import add_pooling, make
 from cluster.client import Client
 from cluster.security.keys import KeyScope, KeyStore
 from integration.daemons import Cluster, free_port, serve_model
@@ -96,19 +95,6 @@ def make_tooled(folder: Path) -> Path:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     add_pooling(folder)
     return folder
-
-
-def add_pooling(folder: Path) -> None:
-    """Add the files of sentence-transformers by which a model's last state is an embedding of length 1."""
-    steps = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(steps)
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
 @pytest.fixture

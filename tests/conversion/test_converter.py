@@ -19,13 +19,14 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.utils import load
 
 from architectures import architectures
-from checkpoints import EXPERTS, hollow, make, split, split_experts, write
+from checkpoints import EXPERTS, add_pooling, hollow, make, split, split_experts, write
 from cluster.conversion import converter
 from cluster.conversion.converter import ConversionProgress, Converted, convert_checkpoint
 from cluster.conversion.work_folder import open_work_folder
 from cluster.core.errors import BadCheckpoint, DiskFull, InvalidOption, ModelUnsupported
 from cluster.core.quantization import MODES, RECIPES, Quantization, choose_weight_quantization
 from cluster.model.checkpoint import open_checkpoint
+from cluster.model.sentence_embedding import read_sentence_embedding
 from cluster.model.weight_conversion import Conversion
 from disks import FailingDisk
 from model.memory import settled_memory
@@ -144,6 +145,13 @@ def test_a_quantized_model_is_not_quantized_otherwise(conversion: Conversion, wa
 def test_a_quantized_model_is_copied_by_its_own_quantization(tmp_path: Path) -> None:
     source = make("llama_4bit", tmp_path / "source")
     convert_both(source, tmp_path, FOUR_BITS, quantize=True, q_bits=4, q_group_size=32)
+
+
+def test_how_states_become_embeddings_is_copied(tmp_path: Path) -> None:
+    source = add_pooling(make("llama", tmp_path / "source"))
+    convert_checkpoint(source, tmp_path / "target", FOUR_BITS, ignore)
+    assert read_sentence_embedding(tmp_path / "target") == read_sentence_embedding(source)
+    assert not read_sentence_embedding(source).problem
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from checkpoints import add_pooling
 from cluster.core.errors import BadCheckpoint, HubOffline, HubUnreachable, ModelForbidden, ModelNotFound
+from cluster.model.sentence_embedding import SentenceEmbedding, read_sentence_embedding
 from cluster.store import hub as hubs
 from cluster.store.hub import Hub, HubName
 from cluster.store.model_files import git_blob, is_wanted
@@ -104,7 +107,26 @@ def test_a_pickle_model_is_refused_before_anything_is_fetched(hub: FakeHub, publ
     assert not hub.served
 
 
-@pytest.mark.parametrize("name", ["../config.json", "a/model.safetensors", "model.py", "..", "evil.bin", "a\\b.json"])
+def test_how_an_embedder_pools_is_fetched(hub: FakeHub, published: Path, tmp_path: Path) -> None:
+    hub.folders["owner/embedder"] = add_pooling(Path(shutil.copytree(published, tmp_path / "embedder")))
+    found = Store(tmp_path).find_by_name("owner/embedder")
+    assert found.partial
+    assert read_sentence_embedding(found.folder) == SentenceEmbedding(normalized=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../config.json",
+        "2_Pooling/config.json",
+        "1_Pooling/../config.json",
+        "a/model.safetensors",
+        "model.py",
+        "..",
+        "evil.bin",
+        "a\\b.json",
+    ],
+)
 def test_no_other_files_are_taken(name: str) -> None:
     assert not is_wanted(name)
 
