@@ -7,6 +7,7 @@ import base64
 import json
 import struct
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,13 @@ from cluster.api.http.app import application
 from cluster.api.http.body import parse
 from cluster.api.http.embeddings import shorten
 from cluster.api.http.embeddings_form import EmbeddingsForm, OllamaEmbedForm
+from cluster.api.http.model_names import ModelNames
 from cluster.api.limits import CONCURRENT_EMBEDDINGS, MAX_EMBEDDED
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.on_demand import HeldModel
 from cluster.core.errors import Busy, InvalidRequest, StageFailed
 from cluster.core.request import Accepted, FinishEvent, FinishReason, Request, TokenEvent, Usage
 from cluster.model.sentence_embedding import SentenceEmbedding
@@ -166,6 +169,18 @@ async def test_the_vectors_of_one_request_are_bounded(
     assert (await client.post("/v1/embeddings", json={"input": ["a"] * 2})).status_code == 200
     reply = await client.post("/v1/embeddings", json={"input": ["a"] * 50})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input")
+
+
+async def test_a_fallback_makes_no_embeddings(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors of two models cannot be compared."""
+
+    @asynccontextmanager
+    async def hold(self: ModelNames, requested: str | None, wait_s: float | None = None) -> AsyncIterator[HeldModel]:
+        yield HeldModel(self.resolve(requested), fallback="small")
+
+    monkeypatch.setattr(ModelNames, "hold", hold)
+    reply = await client.post("/v1/embeddings", json={"input": "a"})
+    assert (reply.status_code, "fallback small" in reply.text) == (503, True)
 
 
 async def test_a_model_that_makes_none_is_not_asked(client: httpx.AsyncClient, states: States) -> None:

@@ -23,14 +23,14 @@ from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.embeddings_form import EmbeddingsForm, OllamaEmbeddingsForm, OllamaEmbedForm
 from cluster.api.http.json_response import Encoded, LongJson, encoded_list, new_id
 from cluster.api.http.model_names import ModelNames
-from cluster.api.http.ollama_models import find_model
+from cluster.api.http.ollama_models import known_name
 from cluster.api.http.sse import while_connected
 from cluster.api.limits import CONCURRENT_EMBEDDINGS
 from cluster.api.request_service import RequestService
 from cluster.api.request_validation import generate_request
 from cluster.api.requests import Caller, GenerateParams, rename_fields
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.core.errors import InvalidRequest, StageFailed
+from cluster.core.errors import InvalidRequest, NotServing, StageFailed
 from cluster.core.limits import MAX_COLLECTED_BYTES, MIB
 from cluster.core.request import TokenEvent
 from cluster.transport.byte_budget import Charge
@@ -50,32 +50,27 @@ class Embeddings:
     async def openai(self, request: Request) -> LongJson:
         """Answer in OpenAI's format. ``base64`` is little-endian float32."""
         form = await read(request, EmbeddingsForm)
-        model_info = self.names.resolve(form.model)
-        params = await build(request, lambda: form.params(new_id("embd-")))
-        embedded = await self._embed(request, params, form.dimensions, model_info, {"prompt": "input"})
+        embedded = await self._embed(request, form, form.model, {"prompt": "input"}, form.dimensions)
         encode = _base64 if form.encoding_format == "base64" else _numbers
         data = [
             {"object": "embedding", "index": i, "embedding": encode(vector)}
             for i, vector in enumerate(embedded.vectors)
         ]
         usage = {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens}
-        name = self.names.shown_name(form.model, model_info)
-        return LongJson({"object": "list", "data": data, "model": name, "usage": usage})
+        return LongJson({"object": "list", "data": data, "model": embedded.model, "usage": usage})
 
     async def ollama(self, request: Request) -> LongJson:
         """Answer /api/embed."""
         began = time.monotonic_ns()
         form = await read(request, OllamaEmbedForm)
-        model_info = find_model(self.names, form.model)
-        loaded = time.monotonic_ns()
-        params = await build(request, lambda: form.params(new_id("ollama-")))
-        embedded = await self._embed(request, params, form.dimensions, model_info, {"prompt": "input"})
+        requested = known_name(self.names, form.model)
+        embedded = await self._embed(request, form, requested, {"prompt": "input"}, form.dimensions)
         return LongJson(
             {
-                "model": self.names.shown_name(form.model, model_info),
+                "model": embedded.model,
                 "embeddings": [_numbers(vector) for vector in embedded.vectors],
                 "total_duration": time.monotonic_ns() - began,
-                "load_duration": loaded - began,
+                "load_duration": embedded.load_ns,
                 "prompt_eval_count": embedded.tokens,
             }
         )
@@ -83,35 +78,54 @@ class Embeddings:
     async def ollama_single(self, request: Request) -> LongJson:
         """Answer /api/embeddings."""
         form = await read(request, OllamaEmbeddingsForm)
-        model_info = find_model(self.names, form.model)
-        params = await build(request, lambda: form.params(new_id("ollama-")))
-        embedded = await self._embed(request, params, None, model_info, {})
+        embedded = await self._embed(request, form, known_name(self.names, form.model), {})
         return LongJson({"embedding": _numbers(embedded.vectors[0])})
 
     async def _embed(
         self,
         request: Request,
-        params: Sequence[GenerateParams],
-        dimensions: int | None,
-        model_info: ModelInfo,
-        names: Mapping[str, str],
+        form: EmbeddingsForm | OllamaEmbedForm | OllamaEmbeddingsForm,
+        requested: str | None,
+        fields: Mapping[str, str],
+        dimensions: int | None = None,
     ) -> Embedded:
-        """Return the embeddings of all texts, at most ``CONCURRENT_EMBEDDINGS`` at a time. The first error ends all."""
-        if model_info.embedding.problem:
-            raise InvalidRequest(model_info.embedding.problem, field="model")
-        texts = _Texts(
-            self.service, model_info, caller_of(request, 1), form_size(request), charge_of(request), dimensions
-        )
-        with rename_fields(names):
-            return await while_connected(request, lambda: texts.embed(params))
+        """Return the embeddings of a form's texts. Wait for the model if it is not loaded; the first error ends all.
+
+        ``fields`` maps parameters to the form's fields. Raises ``InvalidRequest`` for a model that makes none,
+        ``NotServing`` if only a fallback could, and as ``ModelNames.hold``.
+        """
+        params = await build(request, lambda: form.params(new_id("embd-")))
+        caller, size, charge = caller_of(request, 1), form_size(request), charge_of(request)
+
+        async def embed() -> Embedded:
+            began = time.monotonic_ns()
+            async with self.names.hold(requested, self.names.load_wait_s) as held:
+                load_ns, model_info = time.monotonic_ns() - began, held.model_info
+                if held.fallback:
+                    raise NotServing(
+                        f"the model cannot be served now, and embeddings of its fallback {held.fallback} would not be "
+                        "comparable with those of the model; try again later"
+                    )
+                if model_info.embedding.problem:
+                    raise InvalidRequest(model_info.embedding.problem, field="model")
+                vectors, tokens = await _Texts(self.service, model_info, caller, size, charge, dimensions).embed(params)
+                return Embedded(vectors, tokens, self.names.shown_name(requested, model_info), load_ns)
+
+        with rename_fields(fields):
+            return await while_connected(request, embed)
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Embeddings in the order of their texts, and the tokens of all texts."""
+    """Embeddings in the order of their texts, the tokens of all texts, and the name of the model.
+
+    ``load_ns`` is how long the request waited for the model.
+    """
 
     vectors: Sequence[Sequence[float]]
     tokens: int
+    model: str
+    load_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +139,11 @@ class _Texts:
     charge: Charge
     dimensions: int | None
 
-    async def embed(self, params: Sequence[GenerateParams]) -> Embedded:
-        """Embed all texts. Raises the first error."""
+    async def embed(self, params: Sequence[GenerateParams]) -> tuple[list[Sequence[float]], int]:
+        """Return the embeddings of all texts, at most ``CONCURRENT_EMBEDDINGS`` at a time, and the texts' tokens.
+
+        Raises the first error, which ends all.
+        """
         waiting = list(enumerate(params))[::-1]
         found: dict[int, tuple[Sequence[float], int]] = {}
 
@@ -142,7 +159,7 @@ class _Texts:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         results = [found[i] for i in range(len(params))]
-        return Embedded([vector for vector, _ in results], sum(tokens for _, tokens in results))
+        return [vector for vector, _ in results], sum(tokens for _, tokens in results)
 
     async def _embed(self, params: GenerateParams) -> tuple[Sequence[float], int]:
         """Return the embedding of one text, and its tokens."""
