@@ -204,19 +204,21 @@ async def stream_with(served: Served, gpt: openai.AsyncOpenAI, claude: anthropic
     turn: Any = [{"role": "user", "content": "hello"}]
 
     async def chat(name: str) -> str:
-        async with gpt.chat.completions.stream(model=name, messages=turn, max_tokens=8, temperature=0) as stream:
-            kinds = [event.type async for event in stream]
-            assert kinds.count("chunk") > 2
-            return str((await stream.get_final_completion()).choices[0].message.content)
+        stream = await gpt.chat.completions.create(model=name, messages=turn, max_tokens=8, temperature=0, stream=True)
+        chunks = [chunk async for chunk in stream]
+        assert any(chunk.choices[0].delta.content is None and not chunk.choices[0].finish_reason for chunk in chunks)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
     async def response(name: str) -> str:
         async with gpt.responses.stream(model=name, input="hello", max_output_tokens=8, temperature=0) as stream:
-            kinds = [event.type async for event in stream]
-            assert kinds.count("response.in_progress") > 1
-            return str((await stream.get_final_response()).output_text)
+            events = [event async for event in stream]
+        assert [event.type for event in events].count("response.in_progress") > 1
+        return "".join(event.delta for event in events if event.type == "response.output_text.delta")
 
     async def message(name: str) -> str:
-        async with claude.messages.stream(model=name, messages=turn, max_tokens=8, temperature=0) as stream:
+        async with claude.messages.stream(
+            model=name, messages=turn, max_tokens=8, extra_body={"temperature": 0}
+        ) as stream:
             return await stream.get_final_text()
 
     for ask in (chat, response, message):
@@ -246,7 +248,7 @@ async def hang_up(served: Served) -> None:
 def test_workers_that_die_while_models_come_and_go_end_no_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One dies while a model is read onto it, one while it answers, and one while its model leaves for another."""
+    """One dies while a model is read onto it, and one while it answers."""
     monkeypatch.setattr(eviction, "MIN_RESIDENT_S", 0.0)
 
     async def test(served: Served, workers: list[Any]) -> None:
@@ -267,11 +269,44 @@ def test_workers_that_die_while_models_come_and_go_end_no_request(
         answering = asyncio.create_task(served.ask("chat", max_tokens=LONG))
         while not served.coordinator.deployments["chat"].has_requests:
             await asyncio.sleep(0.01)
-        service = served.coordinator.deployments["chat"].require_service()
-        workers.append(None)
-        kill(service.plan)
+        kill(served.coordinator.deployments["chat"].require_service().plan)
         assert (await answering).json()["choices"][0]["text"] == tokens
         for name in ("title", "code", "chat"):
             assert await served.text(name) == expected[name]
 
     run(tmp_path, test, workers=3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_worker_that_dies_while_a_model_leaves_for_another_serves_that_one_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eviction, "MIN_RESIDENT_S", 0.0)
+    cluster, port = Cluster(tmp_path, mtls=False), free_port()
+
+    def start() -> Any:
+        return cluster.worker("w0", "--port", str(port), "--memory-limit", MEMORY)
+
+    async def test() -> None:
+        async with serving(cluster, tmp_path, [port]) as served:
+            for name in ("chat", "title"):
+                assert await served.text(name) == served.expected(name)
+            chat = served.coordinator.deployments["chat"]
+            asking = asyncio.create_task(served.ask("code"))
+            while not chat.watch.sentence.startswith("unloading"):
+                await asyncio.sleep(0.001)
+            os.killpg(worker.process.pid, signal.SIGKILL)
+            await anyio.to_thread.run_sync(start)
+            assert (await asking).status_code in (200, 503)
+            async with asyncio.timeout(120):
+                while (answer := await served.ask("code")).status_code != 200:
+                    assert answer.status_code == 503
+            assert answer.json()["choices"][0]["text"] == served.expected("code")
+
+    try:
+        worker = start()
+        worker.wait_for("worker w0 of cluster")
+        anyio.run(test)
+    finally:
+        cluster.close()
