@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from cluster.coordinator.model_catalog import ModelCatalog, public_id
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.request_timings import ClusterTotals
 
 
 class WorkerlessCoordinator:
-    """The part of a coordinator that health, metrics and status read."""
+    """The part of a coordinator that health, metrics, status and names read; also its deployments."""
 
     activity = ""
     catalog = ModelCatalog(())
     journal = None
     totals = ClusterTotals()
+
+    @property
+    def deployments(self) -> Self:
+        return self
 
     def given_name(self, model_info: ModelInfo) -> str:
         return model_info.shape.model.name

@@ -63,7 +63,11 @@ class ModelsWatch:
             self._report.problem(problem)
 
     def _note_pinned(self) -> None:
-        loaded = {name for info in self._coordinator.loaded_models() for name in self._coordinator.names_of(info)}
+        loaded = {
+            name
+            for info in self._coordinator.deployments.loaded_models()
+            for name in self._coordinator.deployments.names_of(info)
+        }
         catalog = self._coordinator.catalog
         self._pinned = [e.name for e in catalog if e.pin and catalog.public_name(e) not in loaded]
 

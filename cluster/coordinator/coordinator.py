@@ -204,22 +204,6 @@ class Coordinator:
         self._claims.shared = not self._deployments.is_single
         self._on_change()
 
-    def names_of(self, model_info: ModelInfo) -> tuple[str, ...]:
-        """Return the names under which a loaded model is listed, its public one first."""
-        return self._deployments.names_of(model_info)
-
-    def given_name(self, model_info: ModelInfo) -> str:
-        """Return the name that people gave to a loaded model; its source if they gave it none."""
-        return self._deployments.given_name(model_info)
-
-    def loaded_models(self) -> list[ModelInfo]:
-        """Return what is loaded, in the catalog's order."""
-        return self._deployments.loaded_models()
-
-    def unloaded_names(self) -> list[str]:
-        """Return the public names of all models that are not loaded; none if there is only one model."""
-        return self._deployments.unloaded_names()
-
     # Loading
 
     async def load(

@@ -538,7 +538,9 @@ Settings = Callable[..., ServeSettings]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return lambda host, **more: ServeSettings(LoadOrder("faq"), tmp_path, "lab", http=HttpSettings((host, 0), **more))
+    return lambda host, **more: ServeSettings(
+        LoadOrder("faq"), tmp_path, cluster="lab", http=HttpSettings((host, 0), **more)
+    )
 
 
 def test_off_this_machine_there_is_no_http_without_a_cluster_whatever_is_given(settings: Settings) -> None:

@@ -143,13 +143,13 @@ class InferenceServicer(InferenceServiceServicer):
         return pb.TokenizeResponse(ids=tokenized.ids, texts=tokenized.texts)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        models = [model for info in self._coordinator.loaded_models() for model in self._list_model(info)]
-        waiting = [pb.Model(id=name, unloaded=True) for name in self._coordinator.unloaded_names()]
+        models = [model for info in self._coordinator.deployments.loaded_models() for model in self._list_model(info)]
+        waiting = [pb.Model(id=name, unloaded=True) for name in self._coordinator.deployments.unloaded_names()]
         return pb.ListModelsResponse(models=(*models, *waiting))
 
     def _list_model(self, model_info: ModelInfo) -> list[pb.Model]:
         """Return a loaded model, and it with each of its adapters."""
-        shape, name = model_info.shape, self._coordinator.given_name(model_info)
+        shape, name = model_info.shape, self._coordinator.deployments.given_name(model_info)
         return [
             pb.Model(
                 id=join_model_name(name, adapter),

@@ -29,11 +29,11 @@ class ModelNames:
 
     def loaded(self) -> list[ModelInfo]:
         """Return the models that are loaded, the default one first if it is."""
-        return self._coordinator.loaded_models()
+        return self._coordinator.deployments.loaded_models()
 
     def unloaded(self) -> list[str]:
         """Return the public names of the models that are not loaded, if there is more than one model."""
-        return self._coordinator.unloaded_names()
+        return self._coordinator.deployments.unloaded_names()
 
     @property
     def load_wait_s(self) -> float:
@@ -84,7 +84,7 @@ class ModelNames:
 
     def public_names(self, model_info: ModelInfo) -> tuple[str, ...]:
         """Return the model's public names, its id first, and then those with each of its adapters."""
-        base = self._coordinator.names_of(model_info)
+        base = self._coordinator.deployments.names_of(model_info)
         return (*base, *(join_model_name(name, a.ref.name) for a in model_info.adapters.served for name in base))
 
     def shown_name(self, requested: str | None, model_info: ModelInfo) -> str:
@@ -96,4 +96,4 @@ class ModelNames:
 
     def id_of(self, model_info: ModelInfo) -> str:
         """Return the model's first public name."""
-        return self._coordinator.names_of(model_info)[0]
+        return self._coordinator.deployments.names_of(model_info)[0]
