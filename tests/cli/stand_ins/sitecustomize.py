@@ -30,7 +30,7 @@ def worker(settings: Any) -> int:
     return wait_for_signal()
 
 
-def coordinator(settings: Any, report: Any) -> int:
+def coordinator(settings: Any, report: Any, models: Any = None) -> int:
     from client.scripted import Coordinator
 
     if FAULT == "worker":  # one that serves could answer before the demo looks whether its workers live
