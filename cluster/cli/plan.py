@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -17,9 +17,12 @@ from cluster.platform.paths import state_home
 from cluster.security.cluster_choice import resolve_cluster
 
 if TYPE_CHECKING:
-    from cluster.client import JointPlan, ModelPlan
+    from collections.abc import Callable
+
+    from cluster.client import Client, JointPlan, ModelPlan
     from cluster.coordinator.settings import LoadOrder, ModelEntry
 
+T = TypeVar("T")
 WAIT_S = 5.0
 
 
@@ -69,7 +72,9 @@ def plan(
             if assume is not None:
                 together = plan_models_assumed(entries, assume)
             else:
-                together = plan_models_found(entries, named, tuple(peer or ()))
+                together = coordinators_joint_plan(entries, context, options, coordinator, named) or plan_models_found(
+                    entries, named, tuple(peer or ())
+                )
             show_joint_plan(together, json)
             return
         if assume is not None:
@@ -100,11 +105,28 @@ def coordinators_plan(
     model: str, context: int | None, options: PlanOptions, coordinator: str | None, cluster: str
 ) -> ModelPlan | None:
     """Return a running coordinator's plan. Return None if none was named and none runs at the default address."""
+    return ask_coordinator(coordinator, cluster, lambda client: client.plan(model, max_context=context, **options))
+
+
+def coordinators_joint_plan(
+    entries: list[ModelEntry], context: int | None, options: PlanOptions, coordinator: str | None, cluster: str
+) -> JointPlan | None:
+    """Return a running coordinator's plan of several models, or None as ``coordinators_plan``."""
+    from cluster.client import ModelToPlan
+    from cluster.client.options import LoadOptions
+
+    load = cast(LoadOptions, {"max_context": context, **options})
+    models = [ModelToPlan(entry.order.model, entry.name, entry.pin, entry.priority, load) for entry in entries]
+    return ask_coordinator(coordinator, cluster, lambda client: client.plan_models(models))
+
+
+def ask_coordinator(coordinator: str | None, cluster: str, ask: Callable[[Client], T]) -> T | None:
+    """Ask a running coordinator. Return None if none was named and none runs at the default address."""
     from cluster.client import Client
 
     with Client(coordinator, cluster=cluster) as client:
         try:
-            return client.plan(model, max_context=context, **options)
+            return ask(client)
         except Unreachable:
             if coordinator or os.environ.get("MACPIPE_COORDINATOR"):
                 raise

@@ -13,7 +13,7 @@ from cluster.client.async_client import AsyncClient
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.async_training import AsyncTraining
 from cluster.client.client import Client
-from cluster.client.options import ChatKeywords, GenerateKeywords, Options
+from cluster.client.options import ChatKeywords, GenerateKeywords, ModelToPlan, Options
 from cluster.client.results import (
     AcceptedRequest,
     Choice,
@@ -86,6 +86,7 @@ __all__ = [
     "Model",
     "ModelMemory",
     "ModelPlan",
+    "ModelToPlan",
     "Objective",
     "Options",
     "PlannedModel",

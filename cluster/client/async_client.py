@@ -16,18 +16,19 @@ from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
 from cluster.client.coordinator_address import choose_coordinator
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
-from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions
+from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions, ModelToPlan
 from cluster.client.proto_decoding import decode_models, decode_tokens
 from cluster.client.proto_encoding import PromptInput
 from cluster.client.results import Completion, Model, Tokens
 from cluster.client.training_encoding import encode_training
 from cluster.codec.cluster_state import decode_adapter, decode_cluster_state
 from cluster.codec.examination import decode_examination
-from cluster.codec.plan import decode_plan
+from cluster.codec.plan import decode_joint_plan, decode_plan
 from cluster.codec.request_trace import decode_trace
 from cluster.codec.stored_models import decode_removal, decode_store
 from cluster.core.cluster_state import AdapterState, ClusterState, ModelPlan
 from cluster.core.examination import EXAMINE_S, MacExamination
+from cluster.core.joint_plan import JointPlan
 from cluster.core.limits import CONTROL_TIMEOUT_S, PLAN_TIMEOUT_S
 from cluster.core.request_trace import RequestTrace
 from cluster.core.stored_models import STORE_S, MacStore, StoreRemoval
@@ -162,6 +163,11 @@ class AsyncClient:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
         request = encoding.encode_plan(model, options)
         return decode_plan(await self._ask(lambda to: to.cluster.Plan, request, PLAN_TIMEOUT_S))
+
+    async def plan_models(self, models: Iterable[ModelToPlan]) -> JointPlan:
+        """Return which of several models fit at once, and where, as if nothing was loaded."""
+        request = encoding.encode_plan_models(models)
+        return decode_joint_plan(await self._ask(lambda to: to.cluster.PlanModels, request, PLAN_TIMEOUT_S))
 
     async def unload(self, name: str = "", *, every: bool = False) -> tuple[str, ...]:
         """Unload a model: end its live requests and free the workers' memory. Return the names of what was unloaded.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict
 
 from cluster.core.errors import InvalidRequest
@@ -16,6 +17,7 @@ from cluster.core.plan import Objective, Route, Speculation
 from cluster.core.request import Tool
 from cluster.v1 import inference_pb2 as pb
 
+INT32_MAX: Final = 2**31 - 1
 UINT32_MAX: Final = 2**32 - 1
 UINT64_MAX: Final = 2**64 - 1
 
@@ -124,6 +126,22 @@ class LoadOptions(TypedDict, total=False):
     acceptance: float
     adapters: Mapping[str, str]
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelToPlan:
+    """A model that ``plan_models`` plans with others. ``options`` are those of ``load``.
+
+    ``name`` is how the plan calls it; "": its id, or the last part of its folder. One that is ``pinned`` has to fit,
+    even if others are slower then. Of two models, the one with the higher ``priority`` is more important, else the
+    first one.
+    """
+
+    model: str
+    name: str = ""
+    pinned: bool = False
+    priority: int = 0
+    options: LoadOptions = field(default_factory=LoadOptions)
 
 
 def encode_sampling(options: Options) -> pb.SamplingOptions:

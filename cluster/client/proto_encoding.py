@@ -9,9 +9,11 @@ from google.protobuf.message import Message
 
 from cluster.client.chat_encoding import Turn, encode_messages, encode_template
 from cluster.client.options import (
+    INT32_MAX,
     ChatKeywords,
     GenerateKeywords,
     LoadOptions,
+    ModelToPlan,
     check_bool,
     check_names,
     check_number,
@@ -132,6 +134,21 @@ def encode_plan(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
         objective=load.objective,
         acceptance=load.acceptance,
         adapters=load.adapters,
+    )
+
+
+def encode_plan_models(models: Iterable[ModelToPlan]) -> cluster_pb2.PlanModelsRequest:
+    """Encode ``plan_models``. Raise as ``encode_load`` does."""
+    return cluster_pb2.PlanModelsRequest(
+        models=[
+            cluster_pb2.ModelToPlan(
+                name=check_text("name", one.name),
+                order=encode_plan(one.model, one.options),
+                pinned=check_bool("pinned", one.pinned),
+                priority=check_whole_number("priority", one.priority, INT32_MAX),
+            )
+            for one in models
+        ]
     )
 
 

@@ -7,6 +7,7 @@ from typing import Final, TypeAlias
 
 from cluster.core.cluster_state import ModelPlan, StageState
 from cluster.core.errors import MacpipeError
+from cluster.core.joint_plan import JointPlan, MacMemory, ModelMemory, PlannedModel, UnplacedModel
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare, Speculation
 from cluster.v1 import cluster_pb2 as pb
 
@@ -78,6 +79,43 @@ def decode_plan(reply: pb.PlanResponse) -> ModelPlan:
         stages=tuple(map(decode_stage, reply.stages)),
         forecast=decode_forecast(reply),
         spares=decode_spares(reply),
+        reasons=tuple(reply.reasons),
+    )
+
+
+def encode_joint_plan(plan: JointPlan) -> pb.PlanModelsResponse:
+    """Encode the plans of several models."""
+    return pb.PlanModelsResponse(
+        models=[pb.PlannedModel(name=one.name, plan=encode_plan(one.plan)) for one in plan.models],
+        left_out=[pb.UnplacedModel(name=one.name, why=one.why, unload=one.unload) for one in plan.left_out],
+        memory=[
+            pb.MacMemory(
+                worker=mac.worker,
+                usable_bytes=mac.usable_bytes,
+                models=[
+                    pb.ModelMemory(name=one.name, weight_bytes=one.weight_bytes, cache_bytes=one.cache_bytes)
+                    for one in mac.models
+                ],
+            )
+            for mac in plan.memory
+        ],
+        reasons=plan.reasons,
+    )
+
+
+def decode_joint_plan(reply: pb.PlanModelsResponse) -> JointPlan:
+    """Decode the plans of several models. Raise MacpipeError for invalid layers."""
+    return JointPlan(
+        models=tuple(PlannedModel(one.name, decode_plan(one.plan)) for one in reply.models),
+        left_out=tuple(UnplacedModel(one.name, one.why, tuple(one.unload)) for one in reply.left_out),
+        memory=tuple(
+            MacMemory(
+                mac.worker,
+                mac.usable_bytes,
+                tuple(ModelMemory(one.name, one.weight_bytes, one.cache_bytes) for one in mac.models),
+            )
+            for mac in reply.memory
+        ),
         reasons=tuple(reply.reasons),
     )
 

@@ -13,12 +13,13 @@ from cluster.core.errors import InvalidOption
 from cluster.core.joint_plan import JointPlan, MacMemory, ModelMemory, PlannedModel, UnplacedModel
 from cluster.core.limits import MAX_PLANNED_MODELS
 from cluster.core.plan import ModelShape, Plan
+from cluster.core.text import count_in_words
 from cluster.placement.arrangement import ModelDemand
 from cluster.placement.candidates import Candidates
 from cluster.placement.explain_several import explain_left_out, explain_place, explain_placement
 from cluster.placement.several_models import place_models
 
-__all__ = ["CandidatesFor", "ModelToPlace", "create_demand", "plan_models", "require_models"]
+__all__ = ["CandidatesFor", "ModelToPlace", "create_demand", "plan_models", "require_model_count", "require_models"]
 
 CandidatesFor = Callable[[ModelShape, LoadOrder], Candidates]
 """Returns the workers, with the speed that each has with a model."""
@@ -42,12 +43,18 @@ class ModelToPlace:
 
 def require_models(names: Sequence[str]) -> None:
     """Raise ``InvalidOption`` if models with these names cannot be planned at once."""
-    if not 1 <= len(names) <= MAX_PLANNED_MODELS:
-        raise InvalidOption(
-            f"{len(names)} models were named; from 1 to {MAX_PLANNED_MODELS} are planned at once", field="model"
-        )
+    require_model_count(len(names))
     if twice := [name for name in names if names.count(name) > 1]:
         raise InvalidOption(f"two models are named {twice[0]}; name each model once", field="model")
+
+
+def require_model_count(count: int) -> None:
+    """Raise ``InvalidOption`` if so many models cannot be planned at once."""
+    if not 1 <= count <= MAX_PLANNED_MODELS:
+        raise InvalidOption(
+            f"{count_in_words(count, 'model')} cannot be planned at once; name from 1 to {MAX_PLANNED_MODELS}",
+            field="model",
+        )
 
 
 def plan_models(models: Sequence[ModelToPlace], candidates_for: CandidatesFor, links: Links | None = None) -> JointPlan:

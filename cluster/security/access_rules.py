@@ -67,6 +67,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     "cluster.v1.ClusterService": {
         "GetCluster": _SENDERS,
         "Plan": _ADMINS,
+        "PlanModels": _ADMINS,
         "LoadModel": _ADMINS,
         "UnloadModel": _ADMINS,
         "Drain": _ADMINS,

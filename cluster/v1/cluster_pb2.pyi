@@ -1319,6 +1319,197 @@ class PlanResponse(_message.Message):
 Global___PlanResponse: _TypeAlias = PlanResponse  # noqa: Y015
 
 @_typing.final
+class ModelToPlan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """How the plan calls it; empty: the model's id, or the last part of its folder."""
+    pinned: _builtins.bool
+    """It has to fit, even if other models are slower then."""
+    priority: _builtins.int
+    """Of two models, the one with the higher priority is more important, else the first one."""
+    @_builtins.property
+    def order(self) -> Global___PlanRequest: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        order: Global___PlanRequest | None = ...,
+        pinned: _builtins.bool = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "order", b"order", "pinned", b"pinned", "priority", b"priority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelToPlan: _TypeAlias = ModelToPlan  # noqa: Y015
+
+@_typing.final
+class PlanModelsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelToPlan]: ...
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ModelToPlan] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanModelsRequest: _TypeAlias = PlanModelsRequest  # noqa: Y015
+
+@_typing.final
+class PlannedModel(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def plan(self) -> Global___PlanResponse: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        plan: Global___PlanResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedModel: _TypeAlias = PlannedModel  # noqa: Y015
+
+@_typing.final
+class UnplacedModel(_message.Message):
+    """A model that does not fit beside the others, and those of them that have to be unloaded before it fits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    UNLOAD_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    why: _builtins.str
+    @_builtins.property
+    def unload(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        why: _builtins.str = ...,
+        unload: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "unload", b"unload", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnplacedModel: _TypeAlias = UnplacedModel  # noqa: Y015
+
+@_typing.final
+class ModelMemory(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    weight_bytes: _builtins.int
+    cache_bytes: _builtins.int
+    """What its caches may take."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight_bytes: _builtins.int = ...,
+        cache_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "name", b"name", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelMemory: _TypeAlias = ModelMemory  # noqa: Y015
+
+@_typing.final
+class MacMemory(_message.Message):
+    """The memory that a worker offers to models, and what each of them uses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    USABLE_BYTES_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    usable_bytes: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelMemory]: ...
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        usable_bytes: _builtins.int = ...,
+        models: _abc.Iterable[Global___ModelMemory] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "usable_bytes", b"usable_bytes", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MacMemory: _TypeAlias = MacMemory  # noqa: Y015
+
+@_typing.final
+class PlanModelsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedModel]:
+        """The most important one first."""
+
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnplacedModel]: ...
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___MacMemory]: ...
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___PlannedModel] | None = ...,
+        left_out: _abc.Iterable[Global___UnplacedModel] | None = ...,
+        memory: _abc.Iterable[Global___MacMemory] | None = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out", b"left_out", "memory", b"memory", "models", b"models", "reasons", b"reasons"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanModelsResponse: _TypeAlias = PlanModelsResponse  # noqa: Y015
+
+@_typing.final
 class StageProgress(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

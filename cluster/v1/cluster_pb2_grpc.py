@@ -54,6 +54,11 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.PlanRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.PlanResponse.FromString,
                 _registered_method=True)
+        self.PlanModels = channel.unary_unary(
+                '/cluster.v1.ClusterService/PlanModels',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.PlanModelsRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.PlanModelsResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/cluster.v1.ClusterService/Drain',
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
@@ -122,6 +127,13 @@ class ClusterServiceServicer:
 
     def Plan(self, request, context):
         """Plan returns which worker would hold which layers of a model, and the predicted speed. It loads nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanModels(self, request, context):
+        """PlanModels returns which of several models fit at once, and which worker would hold what, as if nothing was loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,6 +218,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Plan,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.PlanRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.PlanResponse.SerializeToString,
+            ),
+            'PlanModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanModels,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.PlanModelsRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.PlanModelsResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -356,6 +373,33 @@ class ClusterService:
             '/cluster.v1.ClusterService/Plan',
             cluster_dot_v1_dot_cluster__pb2.PlanRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.PlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/PlanModels',
+            cluster_dot_v1_dot_cluster__pb2.PlanModelsRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.PlanModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class ClusterServiceStub:
     """UnloadModel ends live requests and frees the workers' memory."""
     Plan: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.PlanRequest, _cluster_pb2.PlanResponse]
     """Plan returns which worker would hold which layers of a model, and the predicted speed. It loads nothing."""
+    PlanModels: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.PlanModelsRequest, _cluster_pb2.PlanModelsResponse]
+    """PlanModels returns which of several models fit at once, and which worker would hold what, as if nothing was loaded."""
     Drain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]
     """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone."""
     Train: _grpc.StreamStreamMultiCallable[_cluster_pb2.TrainRequest, _cluster_pb2.TrainResponse]
@@ -69,6 +71,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """UnloadModel ends live requests and frees the workers' memory."""
     Plan: _aio.UnaryUnaryMultiCallable[_cluster_pb2.PlanRequest, _cluster_pb2.PlanResponse]  # type: ignore[assignment]
     """Plan returns which worker would hold which layers of a model, and the predicted speed. It loads nothing."""
+    PlanModels: _aio.UnaryUnaryMultiCallable[_cluster_pb2.PlanModelsRequest, _cluster_pb2.PlanModelsResponse]  # type: ignore[assignment]
+    """PlanModels returns which of several models fit at once, and which worker would hold what, as if nothing was loaded."""
     Drain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone."""
     Train: _aio.StreamStreamMultiCallable[_cluster_pb2.TrainRequest, _cluster_pb2.TrainResponse]  # type: ignore[assignment]
@@ -120,6 +124,14 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.PlanResponse, _abc.Awaitable[_cluster_pb2.PlanResponse]]:
         """Plan returns which worker would hold which layers of a model, and the predicted speed. It loads nothing."""
+
+    @_abc_1.abstractmethod
+    def PlanModels(
+        self,
+        request: _cluster_pb2.PlanModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.PlanModelsResponse, _abc.Awaitable[_cluster_pb2.PlanModelsResponse]]:
+        """PlanModels returns which of several models fit at once, and which worker would hold what, as if nothing was loaded."""
 
     @_abc_1.abstractmethod
     def Drain(

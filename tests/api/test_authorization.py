@@ -121,7 +121,7 @@ def bearer(text: str) -> dict[str, str]:
 
 
 PUBLIC = {"/", "/page/{name}", "/health", "/ready", "/live", "/api/hello", "/api/session"}
-ADMIN = {"/metrics", "/api/plan", "/api/load", "/api/unload"}
+ADMIN = {"/metrics", "/api/plan", "/api/plans", "/api/load", "/api/unload"}
 PAGE = {"origin": "http://localhost:8080"}
 """What browsers send with requests of the page that change something."""
 

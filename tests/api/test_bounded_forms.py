@@ -17,7 +17,7 @@ from cluster.api.http.completions_form import CompletionsForm
 from cluster.api.http.login import LoginForm
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.openapi import BODIES
-from cluster.api.http.operations import PlanForm
+from cluster.api.http.operations import JointPlanForm, PlanForm
 from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.json_elements import ElementCounter, count_elements
 from cluster.api.limits import MAX_ELEMENTS, MAX_NUMBER_BYTES
@@ -48,7 +48,7 @@ def schemas(schema: Any, path: str, seen: set[int]) -> Iterator[tuple[dict[str, 
             yield from schemas(inner, f"{path}.{name}", seen)
 
 
-@pytest.mark.parametrize("form", [*(form for _, form, _ in BODIES), PlanForm, LoginForm])
+@pytest.mark.parametrize("form", [*(form for _, form, _ in BODIES), PlanForm, JointPlanForm, LoginForm])
 def test_every_container_of_every_form_is_bounded(form: type[Form]) -> None:
     found = list(schemas(form.__pydantic_core_schema__, form.__name__, set()))
     kinds = {schema["type"] for schema, _ in found}

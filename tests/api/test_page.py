@@ -27,9 +27,10 @@ from cluster.api.request_service import RequestService
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.planner import make_plan
 from cluster.coordinator.reporter import Reporter
-from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.cluster_state import ClusterState, LiveRequest, RequestState, ServingState
 from cluster.core.errors import Busy, NoPlan, NotServing, Unauthenticated
+from cluster.core.joint_plan import JointPlan, UnplacedModel
 from cluster.core.limits import MIB
 from cluster.core.plan import LoadProgress, ModelRef, ModelShape
 from cluster.core.worker import WorkerInfo
@@ -78,6 +79,8 @@ class Watched(WorkerlessCoordinator):
         self.loads: list[LoadOrder] = []
         self.plans: list[LoadOrder] = []
         self.loaded = asyncio.Event()
+        self.joint_plans: list[ModelEntry] = []
+        self.joint_planner = self
 
     def served_model(self, name: str, adapter: str = "") -> Any:
         raise NotServing("no model is loaded")
@@ -95,6 +98,10 @@ class Watched(WorkerlessCoordinator):
     async def plan(self, order: LoadOrder) -> Any:
         self.plans.append(order)
         raise NotServing("no worker was measured")
+
+    async def plan_models(self, entries: list[ModelEntry]) -> JointPlan:
+        self.joint_plans = entries
+        return JointPlan((), (UnplacedModel("b", "c", ("a",)),), (), ())
 
     async def unload(self, name: str) -> None:
         raise NotServing("a model is being loaded")
@@ -230,7 +237,7 @@ async def test_a_cookie_changes_nothing_for_another_origin(
     _, text = keys.create("amy", KeyScope.ADMIN)
     async with client_to(app_of(usage, coordinator)) as client:
         await sign_in(client, text)
-        for path in ("/api/load", "/api/unload", "/api/plan", "/api/answer", "/api/session"):
+        for path in ("/api/load", "/api/unload", "/api/plan", "/api/plans", "/api/answer", "/api/session"):
             reply = await client.post(path, json={"model": "faq"}, headers=headers)
             assert reply.status_code == 403, path
         assert (await client.delete("/api/session", headers=headers)).status_code == 403
@@ -275,6 +282,19 @@ async def test_a_load_from_the_page_keeps_the_settings_of_serve() -> None:
     for order in (*coordinator.loads, *coordinator.plans):
         assert (order.model, order.max_context, order.default_context, order.max_step_ms) == ("faq", None, 3000, 40.0)
     assert len(coordinator.loads) == len(coordinator.plans) == 1
+
+
+async def test_several_models_are_planned_under_their_names() -> None:
+    coordinator = Watched()
+    models = [{"model": "org/large", "pinned": True, "priority": 2}, {"model": "faq", "name": "small", "workers": 1}]
+    async with client_to(app_of(None, coordinator)) as client:
+        reply = await client.post("/api/plans", json={"models": models}, headers=PAGE)
+        assert (reply.status_code, reply.json()["left_out"]) == (200, [{"name": "b", "why": "c", "unload": ["a"]}])
+        for wrong in ([], [{"model": "a"}] * 17, [{"model": "a", "name": "*"}], [{"model": "a", "priority": -1}]):
+            assert (await client.post("/api/plans", json={"models": wrong}, headers=PAGE)).status_code == 400, wrong
+    large, small = coordinator.joint_plans
+    assert (large.name, large.pin, large.priority) == ("org/large", True, 2)
+    assert (small.name, small.pin, small.order.worker_count) == ("small", False, 1)
 
 
 async def test_a_key_without_the_right_is_told_which_one_it_needs(keys: KeyStore, usage: KeyUsage) -> None:

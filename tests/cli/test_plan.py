@@ -116,3 +116,25 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
     assert request.objective == cluster_pb2.OBJECTIVE_THROUGHPUT
     macpipe("plan", "faq", "--acceptance", "0.7", to=coordinator)
     assert coordinator.script.seen[-1].acceptance == 0.7
+
+    coordinator.script.joint_plan = cluster_pb2.PlanModelsResponse(
+        models=[cluster_pb2.PlannedModel(name="faq", plan=coordinator.script.plan)],
+        left_out=[cluster_pb2.UnplacedModel(name="org/b", why="org/b fits only when faq is unloaded", unload=["faq"])],
+        memory=[
+            cluster_pb2.MacMemory(
+                worker="mac-a",
+                usable_bytes=11 << 30,
+                models=[cluster_pb2.ModelMemory(name="faq", weight_bytes=9 << 30, cache_bytes=1 << 30)],
+            )
+        ],
+        reasons=["org/b fits only when faq is unloaded"],
+    )
+    done = macpipe("plan", "faq", "org/b", "--quantize", "4", to=coordinator)
+    assert done.stdout.startswith("1 of 2 models fit at once\n")
+    assert "mac-a   11.0 GiB  9.0 GiB     1.0 GiB  1.0 GiB  faq" in done.stdout
+    assert "\norg/b fits only when faq is unloaded\n" in done.stdout
+    first, second = coordinator.script.seen[-1].models
+    assert [(one.name, one.order.model, one.order.quantize) for one in (first, second)] == [
+        ("faq", "faq", 4),
+        ("org/b", "org/b", 4),
+    ]

@@ -115,6 +115,7 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
         self.cancelled = threading.Event()
         self.cluster = cluster_reply()
         self.plan = cluster_pb2.PlanResponse()
+        self.joint_plan = cluster_pb2.PlanModelsResponse()
         self.examined: list[cluster_pb2.MacExamination] | None = None
         self.stores: list[cluster_pb2.MacStore] = []
         self.removals: list[cluster_pb2.StoreRemoval] = []
@@ -178,6 +179,10 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
     async def Plan(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)
         return self.plan
+
+    async def PlanModels(self, request: Any, context: Any) -> Any:
+        await self._meet(request, context)
+        return self.joint_plan
 
     async def ExamineCluster(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)

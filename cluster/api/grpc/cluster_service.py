@@ -16,12 +16,21 @@ import grpc
 from cluster.api.grpc.training_stream import train
 from cluster.codec.cluster_state import encode_adapter, encode_cluster_state
 from cluster.codec.examination import encode_examination
-from cluster.codec.plan import decode_objective, decode_route, decode_speculation, encode_plan, encode_progress
+from cluster.codec.plan import (
+    decode_objective,
+    decode_route,
+    decode_speculation,
+    encode_joint_plan,
+    encode_plan,
+    encode_progress,
+)
 from cluster.codec.stored_models import encode_removal, encode_store
 from cluster.coordinator.cluster_stores import ClusterStores
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.examinations import Examinations
-from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.joint_planner import require_model_count
+from cluster.coordinator.model_catalog import public_id, require_model_name
+from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_adapters, describe_plan
 from cluster.core.adapter import MAX_ADAPTERS
 from cluster.core.errors import InvalidRequest, MacpipeError
@@ -94,6 +103,14 @@ class ClusterServicer(ClusterServiceServicer):
                 raise _no_model()
             plan = await self._coordinator.plan(_load_order(request, self._first))
             return encode_plan(describe_plan(plan, self._coordinator.links))
+        except MacpipeError as e:
+            await abort(context, e)
+            raise
+
+    async def PlanModels(self, request: pb.PlanModelsRequest, context: Context) -> pb.PlanModelsResponse:
+        try:
+            entries = _model_entries(request.models, self._first)
+            return encode_joint_plan(await self._coordinator.joint_planner.plan_models(entries))
         except MacpipeError as e:
             await abort(context, e)
             raise
@@ -219,6 +236,16 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest, first: LoadOrder) -> Lo
         adapters=_adapters(r.adapters),
         exact=not (isinstance(r, pb.LoadModelRequest) and r.inexact),
     )
+
+
+def _model_entries(models: Sequence[pb.ModelToPlan], first: LoadOrder) -> list[ModelEntry]:
+    """Decode models that are planned together. Raise InvalidOption for names that cannot be, and as ``_load_order``."""
+    require_model_count(len(models))
+    orders = [_load_order(model.order, first) for model in models]
+    return [
+        ModelEntry(require_model_name(m.name or public_id(order.model)), order, pin=m.pinned, priority=m.priority)
+        for m, order in zip(models, orders, strict=True)
+    ]
 
 
 def _adapters(given: Sequence[pb.AdapterFolder]) -> tuple[tuple[str, str], ...]:

@@ -143,6 +143,7 @@ def page_table(
         _page_route("/api/events", {"GET": live}, Access.INFERENCE),
         _page_route("/api/answer", {"POST": Chat(service, names)}, Access.INFERENCE, counted=True),
         _page_route("/api/plan", {"POST": operations.plan}, Access.ADMIN),
+        _page_route("/api/plans", {"POST": operations.plan_models}, Access.ADMIN),
         _page_route("/api/load", {"POST": operations.load}, Access.ADMIN),
         _page_route("/api/unload", {"POST": operations.unload}, Access.ADMIN),
     ]

@@ -1,4 +1,4 @@
-"""POST /api/plan, /api/load and /api/unload: what an admin does on the page."""
+"""POST /api/plan, /api/plans, /api/load and /api/unload: what an admin does on the page."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from cluster.api.http.json_response import Json
 from cluster.api.http.sse import while_connected
 from cluster.api.page_limits import MAX_LAYERS_CHARS
 from cluster.coordinator.coordinator import Coordinator
-from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.model_catalog import public_id, require_model_name
+from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_plan
 from cluster.core.json_types import to_json_types
+from cluster.core.limits import MAX_PLANNED_MODELS
 from cluster.core.plan import Objective, Route
 from cluster.core.text import parse_layers
 
@@ -56,6 +58,26 @@ class PlanForm(Form):
         )
 
 
+class NamedPlanForm(PlanForm):
+    """A model that is planned with others."""
+
+    name: ShortText = ""
+    pinned: bool = False
+    priority: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    def entry(self, first: LoadOrder) -> ModelEntry:
+        """Return the model under its name, by default its id or the last part of its folder. Raises as ``order``."""
+        order = self.order(first)
+        name = require_model_name(self.name or public_id(order.model))
+        return ModelEntry(name, order, pin=self.pinned, priority=self.priority)
+
+
+class JointPlanForm(Form):
+    """Models that are planned to be loaded at once; the fields of each are those of ``ModelEntry`` and ``PlanForm``."""
+
+    models: Annotated[list[NamedPlanForm], Field(min_length=1, max_length=MAX_PLANNED_MODELS, fail_fast=True)]
+
+
 class UnloadForm(Form):
     """A model's name; the only one that is loaded without it."""
 
@@ -76,6 +98,13 @@ class Operations:
         order = form.order(self.first)
         plan = await while_connected(request, lambda: self.coordinator.plan(order))
         return Json(to_json_types(describe_plan(plan)))
+
+    async def plan_models(self, request: Request) -> Json:
+        """Return which of several models fit at once, and which worker would hold what. Load nothing."""
+        form = await read(request, JointPlanForm)
+        entries = [model.entry(self.first) for model in form.models]
+        plan = await while_connected(request, lambda: self.coordinator.joint_planner.plan_models(entries))
+        return Json(to_json_types(plan))
 
     async def load(self, request: Request) -> Json:
         """Begin to load a model. The load goes on without the page, which shows its progress."""

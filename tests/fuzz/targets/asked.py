@@ -14,7 +14,7 @@ import h11
 from google.protobuf.message import Message
 
 from cluster.api import request_validation
-from cluster.api.grpc.cluster_service import _load_order
+from cluster.api.grpc.cluster_service import _load_order, _model_entries
 from cluster.api.grpc.proto_decoding import chat_params, generate_params, tokenize_prompt
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
@@ -220,6 +220,7 @@ SEEDS: dict[str, tuple[dict[str, Any], ...]] = {
 PAGE_SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/api/answer", CHAT),
     ("/api/session", {"key": "mpk_0123456789ab_x"}),
+    ("/api/plans", {"models": [{"model": "faq", "name": "a", "pinned": True, "priority": 1}, {"model": "faq-draft"}]}),
     ("/api/plan", {"model": "faq", "layers": "0-1,2-3", "max_context": 64, "quantize": 4, "acceptance": 0.5}),
     ("/api/load", {"model": "faq", "workers": 2, "objective": "throughput", "route": "relay", "kv_bits": 8}),
     ("/api/unload", {}),
@@ -349,6 +350,12 @@ LOAD = cluster_pb2.LoadModelRequest(
     inexact=True,
 )
 PLAN = cluster_pb2.PlanRequest(model="faq", workers=2, layers="0-1,2-3")
+PLANS = cluster_pb2.PlanModelsRequest(
+    models=[
+        cluster_pb2.ModelToPlan(name="large", order=PLAN, pinned=True, priority=2),
+        cluster_pb2.ModelToPlan(order=cluster_pb2.PlanRequest(model="org/small@main")),
+    ]
+)
 
 
 async def _generated(message: inference_pb2.GenerateRequest) -> object:
@@ -367,12 +374,17 @@ def _order(message: cluster_pb2.LoadModelRequest | cluster_pb2.PlanRequest) -> o
     return _load_order(message, LoadOrder("first"))
 
 
+def _models(message: cluster_pb2.PlanModelsRequest) -> object:
+    return _model_entries(message.models, LoadOrder("first"))
+
+
 TARGETS = (
     Target("generate", 40, _proto(inference_pb2.GenerateRequest, lambda m: awaited(_generated(m)), *GENERATES)),
     Target("chat", 20, _proto(inference_pb2.ChatRequest, lambda m: awaited(_chatted(m)), CHAT_PLAIN, CHAT_PROTO)),
     Target("tokenize", 20, _proto(inference_pb2.TokenizeRequest, lambda m: awaited(_tokenized(m)), *TOKENIZE)),
     Target("load", 60, _proto(cluster_pb2.LoadModelRequest, _order, LOAD)),
     Target("plan", 30, _proto(cluster_pb2.PlanRequest, _order, PLAN)),
+    Target("plan-models", 30, _proto(cluster_pb2.PlanModelsRequest, _models, PLANS)),
     Target("http", 30, http_requests),
     *(Target(f"form{path.replace('/', '-')}", 60, _form(form, SEEDS[path])) for path, form, _ in BODIES),
 )

@@ -13,7 +13,7 @@ from cluster.client.proto_decoding import decode_accepted, decode_finish, decode
 from cluster.codec.answer import decode_token
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.examination import decode_examination
-from cluster.codec.plan import decode_plan
+from cluster.codec.plan import decode_joint_plan, decode_plan
 from cluster.codec.request_trace import decode_trace
 from cluster.codec.stored_models import decode_removal, decode_store
 from cluster.core.errors import MacpipeError
@@ -73,6 +73,7 @@ def replies() -> Prepared:
         (cluster_pb2.LoadModelResponse, decode_load_event),
         (cluster_pb2.GetClusterResponse, decode_cluster_state),
         (cluster_pb2.PlanResponse, decode_plan),
+        (cluster_pb2.PlanModelsResponse, decode_joint_plan),
         (inference_pb2.TraceResponse, decode_trace),
     )
 
@@ -103,8 +104,24 @@ def replies() -> Prepared:
         epochs=[inference_pb2.TracedEpoch(epoch=1, stages=[inference_pb2.TracedStage(worker="n", end_layer=2)])],
         frames=[inference_pb2.TracedFrame(epoch=1, timings=[inference_pb2.TracedTiming(compute_us=9)], tokens=[1])],
     )
+    planned = cluster_pb2.PlanModelsResponse(
+        models=[
+            cluster_pb2.PlannedModel(
+                name="a", plan=cluster_pb2.PlanResponse(model="m", stages=[cluster_pb2.Stage(worker="n", end_layer=2)])
+            )
+        ],
+        left_out=[cluster_pb2.UnplacedModel(name="b", why="it fits only when a is unloaded", unload=["a"])],
+        memory=[
+            cluster_pb2.MacMemory(
+                worker="n",
+                usable_bytes=9,
+                models=[cluster_pb2.ModelMemory(name="a", weight_bytes=5, cache_bytes=4)],
+            )
+        ],
+    )
     seeds = (
         traced,
+        planned,
         inference_pb2.GenerateResponse(token=inference_pb2.TokenEvent(index=1, token=2, text="a", logprob=-0.5)),
         inference_pb2.GenerateResponse(finish=ended),
         cluster_pb2.LoadModelResponse(ready=state),
