@@ -197,6 +197,14 @@ class OnDemand:
                 log.info("on demand: unloading an idle model model=%s idle_s=%.0f", entry.name, limit_s)
                 await deployment.unload(partial(self._is_idle, deployment, limit_s))
 
+    def idle_left_s(self, entry: ModelEntry) -> float | None:
+        """Return in how many seconds a model is unloaded if nobody uses it until then; None if it stays."""
+        if entry.idle_unload_s is None or entry.pin:
+            return None
+        deployment, now = self._host.deployments[entry.name], self._clock()
+        used_at = now if self._is_busy(deployment) else self._used_at(deployment)
+        return max(used_at + entry.idle_unload_s - now, 0.0)
+
     async def close(self) -> None:
         """Give up the loads that run."""
         loads = tuple(self._loads.values())

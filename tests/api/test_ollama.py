@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request as HttpRequest
 
 from cluster.api.http import ollama
 from cluster.api.http.app import application
 from cluster.api.http.body import Form, parse
+from cluster.api.http.model_names import ModelNames
 from cluster.api.http.ollama_form import OllamaChatForm, OllamaGenerateForm
-from cluster.api.http.ollama_models import INSTEAD, VERSION, format_parameters
+from cluster.api.http.ollama_models import INSTEAD, NEVER, VERSION, OllamaModels, format_parameters
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.api.requests import ChatParams, GenerateParams
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
+from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.on_demand import OnDemand
+from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import InvalidRequest, ModelNotFound, NotServing, StageFailed
 from cluster.core.request import (
     Accepted,
@@ -212,6 +217,7 @@ class Known(WorkerlessCoordinator):
 
     def __init__(self) -> None:
         self.model = served()
+        self.catalog = ModelCatalog([ModelEntry("faq", LoadOrder("faq"), aliases=("gpt",))])
         self.resting: list[str] = []
         self.events: Sequence[TokenEvent | FinishEvent | StageFailed] = ()
         self.requests: list[Request] = []
@@ -414,6 +420,23 @@ async def test_models_are_listed_under_each_name_and_shown(client: httpx.AsyncCl
         assert facts["llama.context_length"] == known.model.shape.max_context
         assert facts["general.parameter_count"] > 1000
     assert (await client.get("/api/version")).json() == {"version": VERSION}
+
+
+async def test_weights_that_were_quantized_when_they_were_loaded_are_told_so(
+    client: httpx.AsyncClient, known: Known
+) -> None:
+    known.catalog = ModelCatalog([ModelEntry("faq", LoadOrder("faq", quantize=4))])
+    (running,) = (await client.get("/api/ps")).json()["models"]
+    assert running["details"]["quantization_level"] == "4-bit"
+    assert running["expires_at"] == NEVER
+
+
+async def test_when_a_model_leaves_is_told(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnDemand, "idle_left_s", lambda self, entry: 60.0)
+    names = ModelNames(known, OnDemand(known))  # type: ignore[arg-type]
+    running = json.loads((await OllamaModels(names).running(HttpRequest({"type": "http"}))).body)
+    left = datetime.fromisoformat(running["models"][0]["expires_at"]) - datetime.now(UTC)
+    assert 50 < left.total_seconds() <= 60
 
 
 async def test_a_model_that_is_not_loaded_is_listed(client: httpx.AsyncClient, known: Known) -> None:

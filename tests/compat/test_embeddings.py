@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_openai(tooled: Served) -> None:
             client.embeddings.create(model="default", input="a", dimensions=33)
         with pytest.raises(BadRequestError, match="context"):
             client.embeddings.create(model="default", input=["a", "hop " * 5000])
-    assert tooled.live() == 0
+    while tooled.live():  # the short text may end a moment after the refusal of the long one
+        time.sleep(0.05)
 
 
 def test_texts_are_embedded_beside_answers(tooled: Served) -> None:

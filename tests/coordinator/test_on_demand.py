@@ -257,6 +257,18 @@ async def test_idle_models_leave_after_their_time_unless_they_are_pinned_or_used
     assert await cluster.ask("title") == "info of title"
 
 
+async def test_when_an_idle_model_leaves_is_known() -> None:
+    chat, title, code = entry("chat", idle_unload_s=60.0, pin=True), entry("title", idle_unload_s=60.0), entry("code")
+    cluster = MemoryCluster(chat, title, code)
+    deployment = cluster.put("title", used_ago=50)
+    assert [cluster.demand.idle_left_s(one) for one in (chat, title, code)] == [None, 10.0, None]
+    deployment.has_requests = True
+    assert cluster.demand.idle_left_s(title) == 60.0
+    deployment.has_requests = False
+    cluster.now += 30
+    assert cluster.demand.idle_left_s(title) == 0.0
+
+
 async def test_the_fallback_answers_while_a_model_cannot_be_served_and_its_own_fallback_after_it() -> None:
     cluster = MemoryCluster(entry("vast", fallback="code"), entry("title"), entry("code", fallback="title"))
     assert await cluster.ask("vast") == "code answers"

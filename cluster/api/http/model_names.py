@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.on_demand import HeldModel, OnDemand
+from cluster.coordinator.settings import ModelEntry
 from cluster.core.adapter import join_model_name
+from cluster.core.errors import ModelNotFound
 
 
 class ModelNames:
@@ -97,3 +99,14 @@ class ModelNames:
     def id_of(self, model_info: ModelInfo) -> str:
         """Return the model's first public name."""
         return self._coordinator.deployments.names_of(model_info)[0]
+
+    def entry_of(self, model_info: ModelInfo) -> ModelEntry | None:
+        """Return what is configured of a loaded model; None if nothing is."""
+        try:
+            return self._coordinator.catalog.resolve(self.id_of(model_info))[0]
+        except ModelNotFound:
+            return None
+
+    def idle_left_s(self, entry: ModelEntry | None) -> float | None:
+        """Return in how many seconds a loaded model is unloaded if nobody uses it until then; None if it stays."""
+        return self._on_demand.idle_left_s(entry) if self._on_demand and entry else None

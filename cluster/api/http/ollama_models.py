@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any, Final
@@ -85,12 +85,32 @@ class ShowForm(Form):
         return found
 
 
+def to_text(time: datetime) -> str:
+    """Return a time in UTC as Ollama writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A loaded model under one of its names.
+
+    ``parent`` is the model of an adapter, and ``weight_bits`` those to which the weights were quantized when they were
+    loaded; 0 if they were not.
+    """
+
+    name: str
+    model_info: ModelInfo
+    parent: str
+    weight_bits: int
+    expires_at: str
+
+
 @dataclass(frozen=True, slots=True)
 class OllamaModels:
     """The routes' handlers. ``started`` is the coordinator's start: a model has no date."""
 
     names: ModelNames
-    started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    started: str = field(default_factory=lambda: to_text(datetime.now(UTC)))
     _details: dict[str, ModelDetails] = field(default_factory=dict)
     """By the model's fingerprint, since the headers of a checkpoint are long."""
 
@@ -100,18 +120,20 @@ class OllamaModels:
 
     async def tags(self, request: Request) -> Json:
         """Return the models that can be asked for, under each of their names, loaded or not."""
-        loaded = [name for model_info in self.names.loaded() for name in self.names.public_names(model_info)]
-        found = [await self._describe(name, self.names.resolve(name)) for name in loaded]
-        found += [_describe_unloaded(name) for name in self.names.unloaded()]
+        names = [name for model_info in self.names.loaded() for name in self.names.public_names(model_info)]
+        loaded = [self._known(name, self.names.resolve(name)) for name in names]  # before others may unload one
+        unloaded = [_describe_unloaded(name) for name in self.names.unloaded()]
+        found = [*[await self._describe(known) for known in loaded], *unloaded]
         return Json({"models": [{**one, "modified_at": self.started} for one in found]})
 
     async def running(self, request: Request) -> Json:
         """Return the models that are in memory. All of it is of one kind on a Mac."""
+        loaded = [self._known(self.names.id_of(model_info), model_info) for model_info in self.names.loaded()]
         found = []
-        for model_info in self.names.loaded():
-            one = await self._describe(self.names.id_of(model_info), model_info)
-            context = model_info.shape.max_context
-            found.append({**one, "size_vram": one["size"], "expires_at": NEVER, "context_length": context})
+        for known in loaded:
+            one = await self._describe(known)
+            context = known.model_info.shape.max_context
+            found.append({**one, "size_vram": one["size"], "expires_at": known.expires_at, "context_length": context})
         return Json({"models": found})
 
     async def show(self, request: Request) -> Json:
@@ -125,7 +147,7 @@ class OllamaModels:
             unknown = _describe_unloaded(short)
             return Json(self._show(short, unknown, {"general.architecture": UNKNOWN.architecture}, ["completion"]))
         name = self.names.shown_name(name, model_info)
-        described = await self._describe(name, model_info)
+        described = await self._describe(self._known(name, model_info))
         return Json(self._show(name, described, await self._facts(model_info), _abilities(model_info)))
 
     def _show(
@@ -158,12 +180,27 @@ class OllamaModels:
         """Refuse a request that Ollama would answer, and say what to do instead."""
         raise routing_error(501, INSTEAD[request.url.path])
 
-    async def _describe(self, name: str, model_info: ModelInfo) -> dict[str, Any]:
+    def _known(self, name: str, model_info: ModelInfo) -> _Known:
+        """Return what is known of a loaded model without reading its files."""
+        entry = self.names.entry_of(model_info)
+        left_s = self.names.idle_left_s(entry)
+        return _Known(
+            name,
+            model_info,
+            parent=self.names.id_of(model_info) if model_info.adapter else "",
+            weight_bits=entry.order.quantize if entry else 0,
+            expires_at=NEVER if left_s is None else to_text(datetime.now(UTC) + timedelta(seconds=left_s)),
+        )
+
+    async def _describe(self, known: _Known) -> dict[str, Any]:
         """Return what Ollama lists of a model. Names of one model have one digest, by which clients join them."""
-        details, shape, adapter = await self._read_details(model_info), model_info.shape, model_info.adapter
+        details, shape = await self._read_details(known.model_info), known.model_info.shape
+        adapter = known.model_info.adapter
+        if known.weight_bits:
+            details = replace(details, quantization=f"{known.weight_bits}-bit")
         identity = f"{shape.model.fingerprint} {adapter.key}" if adapter else shape.model.fingerprint
         size = shape.stage_bytes(LayerRange(0, shape.layers)) + (adapter.nbytes if adapter else 0)
-        return _encode(name, identity, size, details, self.names.id_of(model_info) if adapter else "")
+        return _encode(known.name, identity, size, details, known.parent)
 
     async def _read_details(self, model_info: ModelInfo) -> ModelDetails:
         """Return a model's details; unknown ones if its files are gone."""
