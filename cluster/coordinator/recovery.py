@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from cluster.coordinator.replan import Assignment, holds, reassign_layers
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.slice_losses import SliceLosses
 from cluster.coordinator.step_times import StepTimes
 from cluster.coordinator.timeline import Timeline
 from cluster.coordinator.weight_distribution import WeightDistribution
@@ -91,6 +92,8 @@ class RecoveryContext:
     failures: Failures
     disks: PrefixDisks
     draft_worker: Callable[[], str]
+    losses: SliceLosses = field(default_factory=SliceLosses)
+    """Of slices on workers that others share."""
 
 
 class EpochChange(ABC):
@@ -134,12 +137,15 @@ class EpochChange(ABC):
         return time.monotonic() - self.began
 
     def _choose_assignment(self, members: tuple[RosterEntry, ...]) -> Assignment:
+        return self._choose_without(members, self._without)
+
+    def _choose_without(self, members: tuple[RosterEntry, ...], without: Collection[str]) -> Assignment:
         context = self._context
         plan = self._epoch.plan
         number = context.deps.epochs.next(m.info.epoch for m in members)
         last = (context.draft_worker(),)
         shape = context.model_info.placed_shape
-        return reassign_layers(number, plan, shape, context.order, members, self._without, last)
+        return reassign_layers(number, plan, shape, context.order, members, without, last)
 
     async def _open(self, chosen: Assignment) -> Epoch:
         context = self._context
@@ -254,7 +260,9 @@ class Recovery(EpochChange):
         members = await self._ask_workers()
         plan = self._epoch.plan
         self.cause = diagnose(self.cause, plan, members, self._epoch.workers)
-        self._lost = len(verdicts(plan, members, self._epoch.workers))
+        lost = verdicts(plan, members, self._epoch.workers)
+        self._lost = len(lost)
+        self._count_losses(lost)
         log.warning("recovery: ring lost reason=%s epoch=%d", self.cause.sentence, plan.epoch)
         deadlines = self._context.loop.deadlines
         if deadlines.overdue <= EXCUSES:  # after more overdue frames, even an engine that computes counts as hung
@@ -265,6 +273,27 @@ class Recovery(EpochChange):
         for member in members:
             if member.info.name == stuck or member.info.name in unresponsive:
                 await self._reset(member)
+
+    def _count_losses(self, workers: Iterable[str]) -> None:
+        """Count lost slices on workers that others share: there, an engine that crashes is started anew at once."""
+        addresses = {worker.name: worker.control_address for worker in self._epoch.workers}
+        for worker in workers:
+            if worker in addresses and self._context.deps.roster.is_shared(addresses[worker]):
+                self._context.losses.add(worker)
+
+    def _choose_assignment(self, members: tuple[RosterEntry, ...]) -> Assignment:
+        """Avoid workers on which the slice crashes again and again; without others, try one after a pause."""
+        losses = self._context.losses
+        crashing = losses.crashing() - self._without
+        if crashing:
+            try:
+                return self._choose_without(members, self._without | crashing)
+            except (NoPlan, NoWorkers):
+                worker = max(crashing, key=losses.pause_s)
+                if (pause_s := losses.pause_s(worker)) > 0:
+                    why = f"the engine of {worker} keeps crashing, and no other worker can take its layers"
+                    raise NoPlan(f"{why}; it is tried again in {pause_s:.0f} s") from None
+        return super()._choose_assignment(members)
 
     async def _reset(self, member: RosterEntry) -> None:
         self.cause = WorkerLost(f"the engine of worker {member.info.name} hangs", worker=member.info.name)
@@ -301,6 +330,8 @@ class Recovery(EpochChange):
         log.warning("recovery: attempt failed reason=%s attempt=%d", why.sentence, self.attempts)
         self.doing = f"trying again: {why.sentence}"
         worker = why.details.get("worker")
+        if worker and isinstance(why, WorkerLost):
+            self._count_losses([worker])
         if isinstance(why, StaleEpoch):
             self._context.deps.epochs.learn_refusal(why)  # the worker is fine; only the epoch number was too small
         elif worker and not isinstance(why, WorkerLost):

@@ -144,6 +144,10 @@ class RosterView:
         for stage, worker in zip(plan.stages, workers, strict=True):
             self.claim(worker.control_address, stage)
 
+    def is_shared(self, address: str) -> bool:
+        """Return whether others have claimed a part of this worker."""
+        return bool(self._claims.others(self._holder, address))
+
     @property
     def others(self) -> AllClaims:
         """What all others have claimed. A plan is outdated once this changes."""
