@@ -7,6 +7,7 @@ from typing import Self
 from cluster.coordinator.model_catalog import ModelCatalog, public_id
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.request_timings import ClusterTotals
+from cluster.core.cluster_state import ServingState
 
 
 class WorkerlessCoordinator:
@@ -16,6 +17,12 @@ class WorkerlessCoordinator:
     catalog = ModelCatalog(())
     journal = None
     totals = ClusterTotals()
+
+    state = ServingState.IDLE
+
+    @property
+    def default_state(self) -> ServingState:
+        return self.state
 
     @property
     def deployments(self) -> Self:

@@ -132,7 +132,6 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         await coordinator.load(settings.order)
         models = ModelsWatch(coordinator, file, report)
         await models.load_pinned()
-        tasks.start_soon(coordinator.load_inherited)
         tasks.start_soon(models.run)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread
         plan, _ = await coordinator.plan_and_view()
@@ -274,9 +273,9 @@ def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
 
 
 async def _update_health(coordinator: Coordinator, checks: health.HealthServicer) -> None:
-    """Keep grpc.health.v1 up to date: SERVING only once a token has passed through every stage."""
+    """Keep grpc.health.v1 up to date: SERVING only once a token has passed through every stage of the default model."""
     while True:
-        serving = coordinator.state is ServingState.SERVING
+        serving = coordinator.default_state is ServingState.SERVING
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", *SERVICES):
             await checks.set(service, status)

@@ -1,4 +1,7 @@
-"""Keep a coordinator's catalog as its file of models says, and load the models that are pinned."""
+"""Keep a coordinator's catalog as its file of models says, and load the models that are pinned.
+
+After a restart, also load those that workers still hold, so that their answers can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class ModelsWatch:
         """Models that are still to be loaded."""
 
     async def load_pinned(self) -> None:
-        """Load the pinned models that are not loaded, one after the other. Report those that cannot be."""
+        """Load the pinned models, and those that workers still hold, one after the other. Report what cannot be."""
         self._note_pinned()
         await self._load_noted()
 
@@ -63,20 +66,20 @@ class ModelsWatch:
             self._report.problem(problem)
 
     def _note_pinned(self) -> None:
-        loaded = {
-            name
-            for info in self._coordinator.deployments.loaded_models()
-            for name in self._coordinator.deployments.names_of(info)
-        }
-        catalog = self._coordinator.catalog
-        self._pinned = [e.name for e in catalog if e.pin and catalog.public_name(e) not in loaded]
+        heirs = self._coordinator.inherited.heirs
+        wanted = (entry.name for entry in self._coordinator.catalog if entry.pin or entry.name in heirs)
+        self._pinned = [name for name in wanted if not self._is_loaded(name)]
+
+    def _is_loaded(self, name: str) -> bool:
+        deployment = self._coordinator.deployments.get(name)
+        return deployment is not None and deployment.model_info is not None
 
     async def _load_noted(self) -> None:
         """Load what was noted. What must wait for another load stays noted."""
         for name in tuple(self._pinned):
             entry = self._coordinator.catalog.get(name)
             try:
-                if entry:
+                if entry and not self._is_loaded(name):
                     await self._coordinator.load(entry.order, name=name)
             except NotServing:
                 return

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 import anyio
@@ -22,6 +22,7 @@ from cluster.api.metrics import Metrics
 from cluster.api.parsed_answers import ParsedAnswers
 from cluster.api.tool_schema_errors import find_invalid_tool
 from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.answer_resumption import take_request
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.frame_history import trace_request
 from cluster.coordinator.model_reader import ModelInfo
@@ -100,10 +101,27 @@ class RequestService:
         return await self._wait_accepted(request, answer, model_info)
 
     async def resume(self, request_id: str, offsets: Sequence[int], client: str) -> RunningRequest:
-        """Resume an answer from the journal at ``offsets``, one for each sample. Raises the coordinator's errors."""
+        """Resume an answer from the journal at ``offsets``, one for each sample.
+
+        Its model is loaded first, if it may be loaded on demand. Raises the errors of the load and the coordinator.
+        """
         with self._count_errors():
-            request, model_info, answer = self.coordinator.resume(request_id, offsets, client)
+            async with self._hold_answerer(request_id, client):
+                request, model_info, answer = self.coordinator.resume(request_id, offsets, client)
         return await self._wait_accepted(request, answer, model_info)
+
+    @asynccontextmanager
+    async def _hold_answerer(self, request_id: str, client: str) -> AsyncIterator[None]:
+        """Keep the model that began an answer loaded within the block."""
+        if self.on_demand is None or not self.on_demand.enabled:
+            yield
+            return
+        name = take_request(self.coordinator.journal, request_id, client).answerer.deployment
+        if self.coordinator.catalog.get(name) is None:
+            yield
+            return
+        async with self.on_demand.hold(name, wait_s=self.on_demand.load_wait_s):
+            yield
 
     async def abort(self, request_id: str, client: str | None) -> None:
         """End a live request of ``client``; of any client if None. Raises ``RequestNotFound``."""

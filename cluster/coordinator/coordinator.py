@@ -94,7 +94,7 @@ class Coordinator:
         self._reader = ModelReader(store)
         self._claims = SliceClaims()
         self._turns = LoadTurns()
-        self._inherited = InheritedSlices(roster, self._claims)
+        self.inherited = InheritedSlices(roster, self._claims)
         self._planner = ClusterPlanner(RosterView(roster, DEFAULT, self._claims), self._reader, report)
         self.joint_planner = ClusterPlanner(RosterView(roster, "plans"), self._reader, report)
         """Plans as if nothing was loaded."""
@@ -125,6 +125,11 @@ class Coordinator:
             return ServingState.LOADING
         states = {deployment.state for deployment in self._deployments.values()}
         return next((state for state in _BY_URGENCY if state in states), ServingState.IDLE)
+
+    @property
+    def default_state(self) -> ServingState:
+        """What the default model does: it is served while others are loaded, or recover, beside it."""
+        return self.state if self._exclusive.locked() else self._deployments[DEFAULT].state
 
     @property
     def is_busy(self) -> bool:
@@ -165,7 +170,7 @@ class Coordinator:
             self._planner,
             lambda holder, avoids: self._create_deps(RosterView(self._roster, holder, self._claims, avoids)),
             self._turns,
-            self._inherited,
+            self.inherited,
             lambda name: self._deployments.find_neighbours(name),
             self._timeline,
             self._totals,
@@ -224,19 +229,6 @@ class Coordinator:
             self._deployments.note_loaded(deployment.name, order)
         finally:
             self._deployments.forget_unloaded()
-
-    async def load_inherited(self) -> None:
-        """Load the models whose slices workers hold from before a restart, which reads no weights.
-
-        What cannot be loaded is reported.
-        """
-        for entry in self.catalog.entries:
-            deployment = self._deployments[entry.name]
-            if entry.name in self._inherited.heirs and not (deployment.model_info or deployment.is_loading):
-                try:
-                    await self.load(entry.order, name=entry.name)
-                except MacpipeError as e:
-                    self._report_problem(f"{entry.name} is not served again after the restart: {e.sentence}")
 
     @property
     def _is_loading(self) -> bool:
@@ -385,8 +377,6 @@ class Coordinator:
         Raises as ``take_request`` and ``Deployment.resume``, and ``NotServing`` while that model is not loaded.
         """
         kept = take_request(self.journal, request_id, client)
-        if self._training.job:
-            raise self._training.job.refusal()
         deployment = self._deployments.find_answerer(kept)
         request, answer = deployment.resume(kept, offsets)
         return request, deployment.require_service().model_info, answer

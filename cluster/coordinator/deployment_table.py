@@ -84,7 +84,7 @@ class DeploymentTable:
         if serving:  # the record of an older version names no model
             return min(serving, key=lambda deployment: deployment.name != name)
         named = self.get(name)
-        if (named and named.service) or self.catalog.get(name) is None:
+        if (named and named.service) or (self.catalog.entries and self.catalog.get(name) is None):
             gone = f"the model that began the answer of request {request_id} is no longer served"
             raise RequestNotFound(f"{gone}; send the request again")
         why = f"the model that began the answer of request {request_id} is not loaded now; try again in a moment"

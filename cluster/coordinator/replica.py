@@ -279,6 +279,8 @@ class Replica:
         self.let_go()
 
     def let_go(self) -> None:
+        """Give up the workers, and what was kept there from before a restart."""
+        self._host.inherited.settle(self._deployment)
         self.deps.roster.pin(())
         self.deps.roster.pin_draft(None)
 

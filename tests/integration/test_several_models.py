@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ import anyio
 import pytest
 
 from checkpoints import make
+from cluster.client import Client
 from cluster.coordinator.coordinator import DEFAULT, Coordinator
 from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder
+from cluster.core.cluster_state import ServingState
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import ENGINE_CRASHES
 from cluster.core.request import Request, SamplingParams, TokenEvent
 from cluster.discovery.static import static_source
 from cluster.security.credentials import LocalTrust
 from cluster.store.store import Store
 from cluster.transport.grpc_streams import GrpcDialer
-from integration.daemons import Cluster, Daemon, alive, children, free_port
+from integration.daemons import Cluster, Daemon, alive, children, free_port, wait_serving
 from integration.reference import greedy
 
 PROMPT = [(i * 37 + 11) % 250 for i in range(40)]
@@ -178,6 +182,9 @@ async def _recover_while_loading(
             killed = False
             while not killed or any(name not in _loaded(coordinator) for name in "bc"):
                 activities.add(coordinator.activity)
+                assert killed or coordinator.default_state is ServingState.SERVING, (
+                    "a load of another model was told as its own"
+                )
                 if not killed and any("waiting until" in activity for activity in activities):
                     os.kill(children(daemons[0].process.pid)[0], signal.SIGKILL)
                     killed = True
@@ -187,6 +194,84 @@ async def _recover_while_loading(
         assert any("waiting until b is loaded" in a or "waiting until c is loaded" in a for a in activities)
         for name in "abc":
             assert await asking.answer(name, 30) == greedy(folders[name], PROMPT, 30)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_a_coordinator_that_is_killed_while_two_models_answer_resumes_both(tmp_path: Path) -> None:
+    folders = {name: make(kind, tmp_path / name) for name, kind in (("first", "llama"), ("second", "qwen3"))}
+    expected = {name: greedy(folder, PROMPT, 600) for name, folder in folders.items()}
+    cluster, port = Cluster(tmp_path, mtls=False), free_port()
+    options = (str(folders["second"]), "--workers", "1", "--port", str(port), "--journal", "never")
+    try:
+        worker = cluster.worker("solo")
+        worker.wait_for("worker solo of cluster")
+        serve = cluster.serve(folders["first"], *options)
+        wait_serving(f"127.0.0.1:{port}", serve)
+        seen: dict[str, list[int]] = {}
+        with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+            assert client.generate(PROMPT, model="second", max_tokens=1).tokens == expected["second"][:1]
+            streams = {
+                name: iter(client.stream(PROMPT, model=name, max_tokens=600, ignore_eos=True, request_id=name))
+                for name in folders
+            }
+            for name, stream in streams.items():
+                seen[name] = [next(stream).token for _ in range(3)]
+            engines = children(worker.process.pid)
+            serve.process.kill()
+            for name, stream in streams.items():
+                with suppress(MacpipeError):
+                    seen[name].extend(token.token for token in stream)
+        serve.process.wait(10)
+        serve = cluster.serve(folders["first"], *options)
+        wait_serving(f"127.0.0.1:{port}", serve)
+        with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+            for name in sorted(folders, reverse=True):
+                assert len(seen[name]) < 600, f"the answer of {name} ended before the coordinator"
+                seen[name].extend(token.token for token in client.resume(name, len(seen[name])))
+                assert tuple(seen[name]) == expected[name], name
+        assert children(worker.process.pid) == engines, "an engine was not adopted"
+        assert "Traceback" not in serve.said()
+    finally:
+        cluster.close()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_a_further_engine_that_crashes_again_and_again_leaves_its_layers_to_another_worker(tmp_path: Path) -> None:
+    folders = {"first": make("llama", tmp_path / "llama"), "second": make("qwen3", tmp_path / "qwen3")}
+    cluster, ports = Cluster(tmp_path, mtls=False), [free_port(), free_port()]
+    try:
+        ada = cluster.worker("ada", "--port", str(ports[0]))
+        ada.wait_for("worker ada of cluster")
+        anyio.run(_crash_again_and_again, cluster, tmp_path / "coordinator", ports, folders, ada)
+    finally:
+        cluster.close()
+
+
+async def _crash_again_and_again(
+    cluster: Cluster, home: Path, ports: Sequence[int], folders: dict[str, Path], ada: Daemon
+) -> None:
+    entries = [ModelEntry(name, LoadOrder(str(folder), worker_count=1)) for name, folder in folders.items()]
+    async with coordinating(cluster, home, ports) as coordinator:
+        coordinator.adopt_catalog(ModelCatalog(entries))
+        for entry in entries:
+            await coordinator.load(entry.order, name=entry.name)
+        bob = cluster.worker("bob", "--port", str(ports[1]))
+        await anyio.to_thread.run_sync(bob.wait_for, "worker bob of cluster")
+        first, second = (coordinator._deployments[name].require_service() for name in folders)
+        first_epoch = first.plan.epoch
+        stream = Asking(coordinator).tokens("second", 600)
+        seen = [await anext(stream)]
+        for _ in range(ENGINE_CRASHES):
+            epoch = second.plan.epoch
+            os.kill(children(ada.process.pid)[1], signal.SIGKILL)
+            await _until(lambda epoch=epoch: second.plan.epoch > epoch and second.recovery is None)  # type: ignore[misc]
+            seen.append(await anext(stream))
+        assert second.plan.stages[0].worker == "bob"
+        seen += [token async for token in stream]
+        assert tuple(seen) == greedy(folders["second"], PROMPT, 600)
+        assert first.plan.epoch == first_epoch
 
 
 def _loaded(coordinator: Coordinator) -> set[str]:

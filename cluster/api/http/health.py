@@ -30,11 +30,11 @@ class Health:
     names: ModelNames
 
     async def ready(self, request: Request) -> Json:
-        """Return 200 while a token can pass through every stage, else 503 and the reason.
+        """Return 200 while a token can pass through every stage of the default model, else 503 and the reason.
 
         Callers without a valid key get the status only.
         """
-        state = self.service.coordinator.state
+        state = self.service.coordinator.default_state
         if not request.scope.get(TRUSTED):
             return _ready(state, {"status": state.value if state is ServingState.SERVING else "not serving"})
         facts: dict[str, Any] = {"status": state.value, "version": __version__}
