@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Final
 
 from cluster.core.errors import DoesNotFit
 from cluster.core.load_limits import BUSY_RETRY_S, MIN_RESIDENT_S
 from cluster.core.text import gib_in_words, names_in_words
 
+COPY_PRIORITY: Final = -(2**31)
+"""Less than any model's."""
 Refusal = Callable[[AbstractSet[str]], DoesNotFit | None]
 """Tell why the model does not fit once these models have left; None if it fits."""
 
@@ -31,6 +34,11 @@ class Resident:
     busy: bool = False
     pinned: bool = False
     priority: int = 0
+
+    @staticmethod
+    def of_copy(holder: str, order: int) -> Resident:
+        """Return a copy of a model, whose requests go on elsewhere: it may leave at any time, and before any model."""
+        return Resident(holder, float(order), -MIN_RESIDENT_S, priority=COPY_PRIORITY)
 
 
 @dataclass(frozen=True, slots=True)

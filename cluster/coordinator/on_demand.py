@@ -19,6 +19,7 @@ from typing import Protocol
 
 import anyio
 
+from cluster.coordinator.copy_keeper import newest_first
 from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.eviction import Resident, Room, find_room
@@ -319,7 +320,7 @@ class OnDemand:
         self._failures[entry.name] = _Failure(error, entry.order, retry_s, self._clock() + retry_s)
 
     async def _make_room_and_load(self, entry: ModelEntry) -> None:
-        losses = list[WorkerLost]()
+        losses = list[MacpipeError]()
         while not self._is_served(entry.name):
             async with self._turn:
                 for deployment in self._host.deployments.values():
@@ -334,14 +335,14 @@ class OnDemand:
             self._pauses[entry.name] = self._clock() + room.wait_s
             await self._sleep(room.wait_s)
 
-    async def _load_once(self, entry: ModelEntry, losses: list[WorkerLost]) -> None:
-        """Load a model. If a worker is lost meanwhile, only note it in ``losses``: the next try uses others.
+    async def _load_once(self, entry: ModelEntry, losses: list[MacpipeError]) -> None:
+        """Load a model. If a worker or the room is lost meanwhile, only note it in ``losses``: it is tried again.
 
         Raises the error of the load, and the last loss of too many.
         """
         try:
             await self._host.load(entry.order, name=entry.name)
-        except WorkerLost as e:
+        except (WorkerLost, DoesNotFit) as e:
             losses.append(e)
             if len(losses) == LOAD_TRIES:
                 raise
@@ -351,12 +352,15 @@ class OnDemand:
         """Return which models leave for this one. Raises as ``find_room`` and ``Deployment.ask_room``."""
         question = await self._host.deployments[entry.name].ask_room(entry.order)
         loaded = [one for one in self._host.deployments.values() if one.model_info and one.name != entry.name]
+        copies = {copy.holder: copy for _, copy in newest_first(self._host.deployments.copy_goals())}
         holders = {one.name: [replica.holder for replica in one.replicas] for one in loaded}
+        holders |= {holder: [holder] for holder in copies}
 
         def refusal(leaving: AbstractSet[str]) -> DoesNotFit | None:
             return question.refusal([holder for name in leaving for holder in holders[name]])
 
         residents = [self._describe(one) for one in loaded]
+        residents += [Resident.of_copy(holder, i) for i, holder in enumerate(copies)]
         return await anyio.to_thread.run_sync(find_room, entry.name, residents, refusal, self._clock())
 
     def _describe(self, deployment: Deployment) -> Resident:
@@ -371,9 +375,17 @@ class OnDemand:
         )
 
     async def _evict(self, names: Sequence[str], entry: ModelEntry) -> bool:
-        """Unload models for another one. Return False at the first that is no longer idle."""
+        """Unload models, and copies of models, for another one. Return False at the first that is no longer idle.
+
+        The requests of a copy go on elsewhere.
+        """
+        copies = {copy.holder: (model, copy) for model, copy in newest_first(self._host.deployments.copy_goals())}
         for name in names:
             log.info("on demand: evicting a model model=%s for=%s", name, entry.name)
+            if name in copies:
+                model, copy = copies[name]
+                await model.remove_copy(copy)
+                continue
             deployment = self._host.deployments[name]
             if not await deployment.unload(partial(self._is_idle, deployment)):
                 return False

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cluster.coordinator.copy_keeper import CopyGoal
 from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
 from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import LoadWatch
@@ -38,9 +39,15 @@ class MemoryDeployment:
     state: ServingState = ServingState.SERVING
     watch: LoadWatch = field(default_factory=LoadWatch)
 
+    copies: list[MemoryCopy] = field(default_factory=list)
+
     @property
-    def replicas(self) -> tuple[Any, ...]:
-        return (type("Replica", (), {"holder": self.name}),)
+    def replicas(self) -> tuple[MemoryCopy, ...]:
+        return (MemoryCopy(self.name), *self.copies)
+
+    async def remove_copy(self, copy: MemoryCopy) -> None:
+        self.copies.remove(copy)
+        self.cluster.unloaded.append(copy.holder)
 
     async def wait_loaded(self) -> None: ...
 
@@ -49,7 +56,8 @@ class MemoryDeployment:
         return self
 
     def refusal(self, leaving: Collection[str]) -> DoesNotFit | None:
-        held = sum(SIZES[one.name] for one in self.cluster.loaded() if one.name not in {*leaving, self.name})
+        others = [one for one in self.cluster.loaded() if one is not self]
+        held = sum(SIZES[one.name] for one in others for copy in one.replicas if copy.holder not in leaving)
         missing = held + SIZES[self.name] - MEMORY
         return DoesNotFit(f"{self.name} lacks {missing}", missing_bytes=str(missing)) if missing > 0 else None
 
@@ -65,6 +73,11 @@ class MemoryDeployment:
         return ClosedLater(self.name)
 
 
+@dataclass(frozen=True)
+class MemoryCopy:
+    holder: str
+
+
 @dataclass
 class ClosedLater:
     name: str
@@ -77,6 +90,10 @@ class ClosedLater:
 class MemoryTable(dict[str, MemoryDeployment]):
     def __init__(self, cluster: MemoryCluster, catalog: ModelCatalog) -> None:
         self.cluster, self.catalog = cluster, catalog
+
+    def copy_goals(self) -> list[CopyGoal]:
+        entries = [entry for entry in self.catalog if entry.name in self]
+        return [CopyGoal(self[entry.name], entry.replicas, entry.priority) for entry in entries]  # type: ignore[arg-type]
 
     def __missing__(self, name: str) -> MemoryDeployment:
         return self.setdefault(name, MemoryDeployment(self.cluster, name))
@@ -209,6 +226,22 @@ async def test_what_is_busy_held_or_pinned_stays() -> None:
         with pytest.raises(DoesNotFit, match="title, which is busy"):
             await cluster.ask("code")
     assert cluster.unloaded == []
+
+
+async def test_copies_leave_before_models_even_if_they_are_used_but_not_those_asked_for_by_number() -> None:
+    cluster = MemoryCluster(entry("title", replicas=None, pin=True), entry("code"), entry("chat", idle_unload_s=9.0))
+    title = cluster.put("title")
+    title.has_requests = True
+    title.copies = [MemoryCopy("title#2"), MemoryCopy("title#3")]
+    assert await cluster.ask("code") == "info of code"
+    assert cluster.unloaded == ["title#3", "title#2"]
+    cluster.deployments["code"].model_info = None
+    title.copies = [MemoryCopy("title#2"), MemoryCopy("title#3")]
+    by_number = [entry("title", replicas=3, pin=True), *cluster.deployments.catalog.entries[1:]]
+    cluster.deployments.catalog = ModelCatalog(by_number)
+    with pytest.raises(DoesNotFit, match="chat does not fit beside title"):
+        await cluster.ask("chat")
+    assert len(title.copies) == 2
 
 
 async def test_a_victim_that_gets_a_request_while_it_is_chosen_stays() -> None:

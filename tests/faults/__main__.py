@@ -14,6 +14,7 @@ from faults.agent_soak import AgentSoak
 from faults.campaign import Summary
 from faults.fleet import NAMES
 from faults.games import Game, fleets
+from faults.models_soak import ModelsSoak
 from faults.scenario import KILLS
 from faults.soak import Soak
 
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="no faults: answer and cancel for so long")
     parser.add_argument("--cycles", type=int, metavar="N", help="no faults: connect and cancel so often")
     parser.add_argument("--agents", type=float, metavar="MINUTES", help="no faults: sessions of agents for so long")
+    parser.add_argument("--models", type=float, metavar="MINUTES", help="no faults: models come and go for so long")
     parser.add_argument("--sessions", type=Path, nargs="+", default=[], metavar="FILE", help="recordings for --agents")
     parser.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
     parser.add_argument("--keep", type=Path, help="keep logs, outcomes.jsonl and failed seeds' histories here")
@@ -39,6 +41,8 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         if options.agents:
             return agents(folder, options)
+        if options.models:
+            return models(folder, options)
         if options.soak or options.cycles:
             return soak(folder, options)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -66,6 +70,17 @@ def agents(folder: Path, options: argparse.Namespace) -> int:
     made = AgentSoak(folder, recordings=options.sessions)
     try:
         found = made.minutes(options.agents)
+    finally:
+        made.close()
+    _print(found.facts(), options.json)
+    return 0 if found.good else 1
+
+
+def models(folder: Path, options: argparse.Namespace) -> int:
+    """Print what models that come and go needed. Return 1 if a process grew, or an answer failed or differs."""
+    made = ModelsSoak(folder)
+    try:
+        found = made.minutes(options.models)
     finally:
         made.close()
     _print(found.facts(), options.json)
