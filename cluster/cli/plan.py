@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.models_toml import name_models, parse_models, require_models
 from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, takes_options
-from cluster.cli.plan_options import PlanOptions, order_options, plan_options
+from cluster.cli.plan_options import order_options, plan_options
 from cluster.cli.serve import Peers
 from cluster.core.errors import InvalidOption, Unreachable
 from cluster.core.limits import SETTLE_S
@@ -17,9 +20,10 @@ from cluster.platform.paths import state_home
 from cluster.security.cluster_choice import resolve_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cluster.client import Client, JointPlan, ModelPlan
+    from cluster.client.options import LoadOptions
     from cluster.coordinator.settings import LoadOrder, ModelEntry
 
 T = TypeVar("T")
@@ -28,14 +32,21 @@ WAIT_S = 5.0
 
 @takes_options(plan_options)
 def plan(
-    models: Annotated[
-        list[str],
+    model: Annotated[
+        list[str] | None,
         typer.Argument(
             metavar="MODEL...",
+            callback=require_models,
             help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model. Several are planned"
             " to be loaded at once, the first one as the default.",
         ),
-    ],
+    ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            "--models", metavar="FILE", is_eager=True, help="Plan the models of this TOML file, as `serve --models`."
+        ),
+    ] = None,
     assume: Annotated[
         str | None,
         typer.Option(metavar="MACS", help="Plan for these Macs, not the real ones: m2-ultra-192,m4-pro-48x2,10gbe."),
@@ -62,35 +73,43 @@ def plan(
     with errors_in_json(json):
         if assume is not None and (coordinator or peer):
             raise InvalidOption("--assume cannot be combined with --coordinator or --peer", field="assume")
-        orders = [
-            LoadOrder(model, max_context=context, wait_s=max(wait, SETTLE_S), **order_options(options))
-            for model in models
-        ]
-        named = "" if assume is not None else resolve_cluster(cluster, state_home())
-        if len(orders) > 1:
-            entries = name_models(orders)
-            if assume is not None:
-                together = plan_models_assumed(entries, assume)
-            else:
-                together = coordinators_joint_plan(entries, context, options, coordinator, named) or plan_models_found(
-                    entries, named, tuple(peer or ())
-                )
-            show_joint_plan(together, json)
+        if assume is None:
+            cluster = resolve_cluster(cluster, state_home())
+        defaults = {"max_context": context, "wait_s": max(wait, SETTLE_S), **order_options(options)}
+        if models or len(model or ()) > 1:
+            entries = read_models(models, defaults) if models else name_models(model or (), defaults, ())
+            show_joint_plan(plan_together(entries, assume, coordinator, cluster or "", tuple(peer or ())), json)
             return
+        order = LoadOrder(model=(model or [""])[0], **defaults)
         if assume is not None:
-            made = plan_assumed(orders[0], assume)
+            made = plan_assumed(order, assume)
         else:
-            made = coordinators_plan(models[0], context, options, coordinator, named) or plan_found(
-                orders[0], named, tuple(peer or ())
+            made = coordinators_plan(order, coordinator, cluster or "") or plan_found(
+                order, cluster or "", tuple(peer or ())
             )
         show_plan(made, json)
 
 
-def name_models(orders: list[LoadOrder]) -> list[ModelEntry]:
-    """Return the models under the names that ``serve`` gives them."""
-    from cluster.coordinator.model_catalog import ModelEntry, public_id
+def read_models(path: Path, defaults: dict[str, Any]) -> tuple[ModelEntry, ...]:
+    """Return the models of a file. Raise InvalidOption with the file and the line."""
+    from cluster.coordinator.models_file import ModelsFile
 
-    return [ModelEntry(public_id(order.model), order) for order in orders]
+    return ModelsFile(path, partial(parse_models, path, defaults, ())).read()
+
+
+def plan_together(
+    entries: Sequence[ModelEntry], assume: str | None, coordinator: str | None, cluster: str, peers: tuple[str, ...]
+) -> JointPlan:
+    """Plan several models for assumed Macs, else with the coordinator if one runs, else for the discovered workers."""
+    import anyio
+
+    from cluster.coordinator.offline_planner import plan_models_for, plan_models_over_found
+
+    if assume is not None:
+        return plan_models_for(entries, assume, state_home())
+    return coordinators_joint_plan(entries, coordinator, cluster) or anyio.run(
+        plan_models_over_found, entries, cluster, peers, state_home()
+    )
 
 
 def plan_assumed(order: LoadOrder, assume: str) -> ModelPlan:
@@ -101,23 +120,34 @@ def plan_assumed(order: LoadOrder, assume: str) -> ModelPlan:
     return describe_plan(plan_for(order, assume, state_home()))
 
 
-def coordinators_plan(
-    model: str, context: int | None, options: PlanOptions, coordinator: str | None, cluster: str
-) -> ModelPlan | None:
+def coordinators_plan(order: LoadOrder, coordinator: str | None, cluster: str) -> ModelPlan | None:
     """Return a running coordinator's plan. Return None if none was named and none runs at the default address."""
-    return ask_coordinator(coordinator, cluster, lambda client: client.plan(model, max_context=context, **options))
+    return ask_coordinator(coordinator, cluster, lambda client: client.plan(order.model, **load_options(order)))
 
 
-def coordinators_joint_plan(
-    entries: list[ModelEntry], context: int | None, options: PlanOptions, coordinator: str | None, cluster: str
-) -> JointPlan | None:
+def coordinators_joint_plan(entries: Sequence[ModelEntry], coordinator: str | None, cluster: str) -> JointPlan | None:
     """Return a running coordinator's plan of several models, or None as ``coordinators_plan``."""
     from cluster.client import ModelToPlan
-    from cluster.client.options import LoadOptions
 
-    load = cast(LoadOptions, {"max_context": context, **options})
-    models = [ModelToPlan(entry.order.model, entry.name, entry.pin, entry.priority, load) for entry in entries]
+    models = [ModelToPlan(e.order.model, e.name, e.pin, e.priority, load_options(e.order)) for e in entries]
     return ask_coordinator(coordinator, cluster, lambda client: client.plan_models(models))
+
+
+def load_options(order: LoadOrder) -> LoadOptions:
+    """Return what an order asks of a plan as the client's options."""
+    return {
+        "workers": order.worker_count,
+        "layers": ",".join(map(str, order.layers or ())),
+        "route": order.route,
+        "max_context": order.max_context,
+        "lanes": order.lanes,
+        "kv_bits": order.kv_bits,
+        "quantize": order.quantize,
+        "prefill_chunk": order.prefill_chunk,
+        "objective": order.objective,
+        "acceptance": order.acceptance,
+        "adapters": dict(order.adapters),
+    }
 
 
 def ask_coordinator(coordinator: str | None, cluster: str, ask: Callable[[Client], T]) -> T | None:
@@ -131,22 +161,6 @@ def ask_coordinator(coordinator: str | None, cluster: str, ask: Callable[[Client
             if coordinator or os.environ.get("MACPIPE_COORDINATOR"):
                 raise
             return None
-
-
-def plan_models_assumed(entries: list[ModelEntry], assume: str) -> JointPlan:
-    """Plan several models for assumed Macs."""
-    from cluster.coordinator.offline_planner import plan_models_for
-
-    return plan_models_for(entries, assume, state_home())
-
-
-def plan_models_found(entries: list[ModelEntry], cluster: str, peers: tuple[str, ...]) -> JointPlan:
-    """Plan several models for the workers that this process discovers."""
-    import anyio
-
-    from cluster.coordinator.offline_planner import plan_models_over_found
-
-    return anyio.run(plan_models_over_found, entries, cluster, peers, state_home())
 
 
 def plan_found(order: LoadOrder, cluster: str, peers: tuple[str, ...]) -> ModelPlan:

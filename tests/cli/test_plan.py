@@ -57,6 +57,15 @@ def test_several_models_on_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Pa
     assert facts["left_out"] == []
     assert "small is on m4-pro-24 and shares it with large" in facts["reasons"][1]
 
+    file = tmp_path / "models.toml"
+    file.write_text(
+        '[[model]]\nname = "coder"\nsource = "./large"\nmax-context = 64\n'
+        '[[model]]\nname = "titles"\nsource = "./small"\nworkers = 2\npriority = 1\n'
+    )
+    made = json.loads(macpipe("plan", "--models", str(file), "--assume", "m4-pro-24x2", "--json").stdout)
+    assert [(m["name"], len(m["plan"]["stages"])) for m in made["models"]] == [("titles", 2), ("coder", 1)]
+    assert [m["plan"]["max_context"] for m in made["models"]] == [2048, 64]
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
@@ -72,6 +81,7 @@ def test_several_models_on_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Pa
         ),
         (["no-such-model", "--assume", "m4-pro-48"], 1, ["no-such-model"]),
         (["faq", "faq", "--assume", "m4-pro-48"], 2, ["two models are named faq"]),
+        (["faq", "--models", "models.toml"], 2, ["on the command line and by --models"]),
         (["faq", "--objective", "beauty"], 2, ["beauty", "latency", "throughput"]),
         (["faq", "--assume", "m4-pro-48x2", "--acceptance", "1.5"], 2, ["--acceptance is 1.5", "from 0 to 1"]),
         (
