@@ -159,9 +159,11 @@ def test_the_llm_command(faq: Served, tmp_path: Path) -> None:
     pytest.importorskip("llm_ollama", reason="llm-ollama is not installed: pip install llm-ollama")
     environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OLLAMA_HOST": faq.http, "OLLAMA_API_KEY": faq.key}
 
-    def llm(*arguments: str) -> str:
+    def llm(*arguments: str, said: str = "") -> str:
         command = [sys.executable, "-m", "llm", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, input=said, timeout=60, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -169,3 +171,4 @@ def test_the_llm_command(faq: Served, tmp_path: Path) -> None:
     for streaming in ((), ("--no-stream",)):
         assert llm("prompt", "-m", f"ollama/{ALIAS}", *options, *streaming, "What is a hop?") == HOP
     assert "ollama/faq" in llm("models", "list")
+    assert HOP in llm("chat", "-m", "ollama/faq", *options, said="What is a hop?\nexit\n")

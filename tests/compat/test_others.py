@@ -76,6 +76,11 @@ def test_curl(faq: Served) -> None:
     assert whole.endswith("}\n")
     streamed = curl("-N", f"{faq.openai}/chat/completions", "-d", body + ', "stream": true}').split("\n\n")
     assert streamed[-2:] == ["data: [DONE]", ""]
+    lines = curl(
+        "-N", f"{faq.http}/api/generate", "-d", '{"model": "faq", "prompt": "A", "options": {"num_predict": 2}}'
+    )
+    assert [json.loads(line)["done"] for line in lines.splitlines()][-2:] == [False, True]
+    assert json.loads(curl(f"{faq.http}/api/tags"))["models"][0]["name"] == "faq"
     assert json.loads(curl(f"{faq.http}/health"))["status"] == "serving"
     assert curl("-o", "/dev/null", "-w", "%{http_code}", "-X", "OPTIONS", f"{faq.openai}/responses") == "204"
     assert curl("-o", "/dev/null", "-w", "%{http_code}", "-I", f"{faq.openai}/models") == "200"
