@@ -34,7 +34,7 @@ LOAD_S = 2.0
 STEP_S = (0.005, 0.02, 0.05, 0.6, 4.0)
 """How long the step of an engine may take."""
 _STEPS = (8, 8, 8, 1, 0.5)
-_FAULTS = ("pause", "sleep", "crash", "mac", "halves", "alone", "links", "disk", "loss")
+_FAULTS = ("pause", "sleep", "crash", "mac", "nap", "halves", "alone", "links", "disk", "loss")
 Act = Callable[[], None]
 
 
@@ -147,6 +147,10 @@ class World:
             case "mac":
                 for name in (self.rng.choice(list(self.workers)), self.rng.choice(list(self.coordinators))):
                     self._crash(self.workers.get(name) or self.coordinators[name])
+            case "nap":
+                self._nap(
+                    self.rng.choice(list(self.workers.values())), self.rng.choice(list(self.coordinators.values()))
+                )
             case "halves":
                 names = [*self.workers, *self.coordinators]
                 near = {name for name in names if self.rng.random() < 0.5}
@@ -161,6 +165,13 @@ class World:
                 self.at(self.now + 1.5, full.free_disk)
             case "loss":
                 self.loss = self.rng.choice((0.0, 0.1, 0.4))
+
+    def _nap(self, worker: SimWorker, coordinator: SimCoordinator) -> None:
+        """Have a worker crash again and again while a coordinator, which perhaps loads its slice anew, falls asleep."""
+        self._crash(worker)
+        asleep_at = self.now + self.rng.uniform(0.3, 1.5)
+        self.at(asleep_at, lambda: coordinator.pause(self.rng.uniform(2.5, 8.0), asleep=True))
+        self.at(asleep_at + self.rng.uniform(0.1, 1.0), lambda: self._crash(worker))
 
     def _crash(self, node: Node) -> None:
         node.crash()
@@ -436,10 +447,9 @@ class SimCoordinator(Node):
 
     def _tick(self) -> None:
         self._send(self._candidate.step())
-        if self._waits and self.world.now - self._sent_at > (FRAME_S if self._ready else LOAD_S):
-            self._ready = self._waits = False
-        if self._ready and [worker.life for worker in self._ring] != self._lives:
-            self._ready = self._waits = False
+        overdue = self._waits and self.world.now - self._sent_at > (FRAME_S if self._ready else LOAD_S)
+        if overdue or (self._ready and [worker.life for worker in self._ring] != self._lives):
+            self._reconnect()
         if self._ready and not self._waits:
             self._send_frame()
         if self.leads and self.leadership:
@@ -449,6 +459,12 @@ class SimCoordinator(Node):
                 self._told_at = self.world.now
                 self._tell(self.leadership.term)
         self.later(TICK_S, self._tick)
+
+    def _reconnect(self) -> None:
+        """Open the streams of a broken ring once more, as if nothing had happened; after that, it is loaded anew."""
+        again, self._ready, self._waits = self._ready, False, False
+        if again:
+            self._open_ring(self._term, self._epoch)
 
     def _covered_by(self, leadership: Leadership) -> bool:
         return self._term == leadership.term and {worker.name for worker in self._ring} <= leadership.workers
@@ -496,7 +512,7 @@ class SimCoordinator(Node):
         while self.world.fits(frozenset(names[1:])):
             del names[0]
         self._ring = tuple(self.world.workers[name] for name in names)
-        self._epoch = max(self._epoch + 1, 10 * int(self.world.now / 10))  # coarse, so that two choose the same
+        self._epoch = max(self._epoch + 1, 100 * int(self.world.now / 10))  # coarse, so that two choose the same
         self._term = leadership.term
         self._ready, self._awaited = False, len(names)
         self._wait()
@@ -515,8 +531,11 @@ class SimCoordinator(Node):
             self._epoch = max(self._epoch, least)
             return
         self._awaited -= 1
-        if self._awaited:
-            return
+        if not self._awaited:
+            self._open_ring(term, epoch)
+
+    def _open_ring(self, term: Term, epoch: int) -> None:
+        self._wait()
         ring, self._awaited = self._ring, len(self._ring) + 1
         for before, worker in pairwise(ring):
             opened = self._opened_by(before, epoch)

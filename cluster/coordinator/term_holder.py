@@ -1,0 +1,129 @@
+"""Hold the term by which this process leads its workers: take it before a load, raise it if a worker has gone on.
+
+The rules are those of ``cluster.membership``; this module sends their calls. Heartbeats renew the leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from cluster.core.errors import StaleTerm, WorkerTaken
+from cluster.core.limits import GONE_S, HEARTBEAT_S
+from cluster.core.term_limits import GRANT_TRIES
+from cluster.membership.candidacy import LeaderCandidate
+from cluster.membership.terms import Denial, Process, TermAnswer, TermCall, TermRequest
+from cluster.platform.continuous_clock import continuous_seconds
+
+__all__ = ["TermHolder", "TermWorker"]
+
+
+class TermWorker(Protocol):
+    """A worker's client, as far as terms are concerned."""
+
+    address: str
+    name: str
+
+    async def request_term(self, call: TermCall) -> tuple[TermAnswer, str]:
+        """Send a call. Return the answer, and why not, for people. Raises ``WorkerLost``, and the worker's error."""
+
+
+class TermHolder:
+    """The present term of one process; its ``number`` is 0 before the first."""
+
+    def __init__(
+        self,
+        process: Process,
+        clock: Callable[[], float] = continuous_seconds,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._process, self._clock, self._draw = process, clock, draw
+        self._candidate: LeaderCandidate | None = None
+        self._led: dict[str, TermWorker] = {}
+        """The workers that granted a term so far, by address."""
+        self._taking = asyncio.Lock()
+
+    @property
+    def number(self) -> int:
+        leadership = self._candidate.leadership if self._candidate else None
+        return leadership.term.number if leadership else 0
+
+    async def take(self, workers: Sequence[TermWorker]) -> None:
+        """Return once all these workers have granted this process one term, renewed just now.
+
+        A higher term is taken only if one of them has granted another process one: it interrupts every ring. Raises
+        ``WorkerTaken`` if another coordinator holds one, ``StaleTerm`` if others take them all the time, and the errors
+        of ``TermWorker``.
+        """
+        async with self._taking:
+            by_address = {worker.address: worker for worker in workers}
+            if not await self._keep(by_address):
+                await self._raise(by_address)
+                await self._rejoin(by_address.keys())
+            self._led |= by_address
+
+    async def _keep(self, workers: Mapping[str, TermWorker]) -> bool:
+        """Renew the present term, and have further workers join it. Return False if one of them is beyond it."""
+        leadership = self._candidate.leadership if self._candidate else None
+        if leadership is None:
+            return False
+        now, term = self._clock(), leadership.term
+        known = leadership.workers
+        calls = [
+            TermCall(TermRequest.RENEW if address in known else TermRequest.GRANT, address, term, now)
+            for address in workers
+        ]
+        for answer in await self._send_all(calls, workers):
+            leadership.on_answer(answer)
+        return workers.keys() <= leadership.workers
+
+    async def _raise(self, workers: Mapping[str, TermWorker]) -> None:
+        """Take a term that is higher than those of all these workers, in their present state."""
+        for _ in range(GRANT_TRIES):
+            candidate = LeaderCandidate(
+                self._process, workers.keys(), lambda found: found >= workers.keys(), self._clock, self._draw
+            )
+            calls = candidate.step()
+            while calls:
+                answers = await self._send_all(calls, workers)
+                calls = [following for answer in answers for following in candidate.on_answer(answer)]
+            if candidate.leadership:
+                self._candidate = candidate
+                return
+            await asyncio.sleep(self._draw() * HEARTBEAT_S)
+        raise StaleTerm("other coordinators take terms of the same workers; stop those, then try again")
+
+    async def _rejoin(self, taken: Collection[str]) -> None:
+        """Raise the term at the other workers, too, so that heartbeats keep them. Those that do not answer are left."""
+        self._led = {address: worker for address, worker in self._led.items() if address not in taken}
+        leadership = self._candidate.leadership if self._candidate else None
+        assert leadership
+        now, joining = self._clock(), self._led
+        calls = [TermCall(TermRequest.GRANT, address, leadership.term, now) for address in joining]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GONE_S):
+                await asyncio.gather(
+                    *(self._send(call, joining[call.worker]) for call in calls), return_exceptions=True
+                )
+
+    async def _send_all(self, calls: Sequence[TermCall], workers: Mapping[str, TermWorker]) -> list[TermAnswer]:
+        """Send calls at once and return the answers. Raises the first error, once all have been answered."""
+        found = await asyncio.gather(
+            *(self._send(call, workers[call.worker]) for call in calls), return_exceptions=True
+        )
+        answers = [answer for answer in found if isinstance(answer, TermAnswer)]
+        if errors := [error for error in found if isinstance(error, BaseException)]:
+            granted = [a.call for a in answers if a.denial is None and a.call.request is TermRequest.GRANT]
+            returns = [TermCall(TermRequest.RETURN, call.worker, call.term, call.sent_at) for call in granted]
+            await asyncio.gather(*(self._send(call, workers[call.worker]) for call in returns), return_exceptions=True)
+            raise errors[0]
+        return answers
+
+    async def _send(self, call: TermCall, worker: TermWorker) -> TermAnswer:
+        answer, problem = await worker.request_term(call)
+        if answer.denial is Denial.LEASED:
+            raise WorkerTaken(f"worker {worker.name}: {problem}", worker=worker.name)
+        return answer
