@@ -101,7 +101,7 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         roster = Roster(source, settings.cluster, own_id, trust)
         store = Store(settings.home)
         lag = TimerLag().start()
-        dialer = GrpcDialer(trust, lag)
+        dialer = GrpcDialer(trust, lag, lambda: roster.terms.number)
         tracker = LoadTracker(report)
         coordinator = Coordinator(
             settings.cluster, roster, dialer, tracker, store, settings.max_schema_bytes, _epochs(settings), lag

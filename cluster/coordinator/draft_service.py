@@ -159,6 +159,7 @@ class DraftService:
             progress,
             received,
             lost,
+            self._deps.roster.take_term,
             self._deps.roster.claim,
         )
         self._deps.roster.pin_draft(assignment.worker)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import anyio
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _NOTHING = FetchOrder((), (), (), "", "")
 ControlOf = Callable[[str], WorkerClient]
 """Returns the client of the worker at a control address."""
+TakeTerm = Callable[[Sequence[WorkerClient]], Awaitable[None]]
+"""Has all these workers granted one term. Raises ``MacpipeError``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class EpochBuilder:
     progress: Progress
     received: Received
     lost: StageLost
+    take_term: TakeTerm
+    """Called before slices are loaded, with the clients of all workers of the plan."""
     claim: Claim = claim_worker
     """Called before each load of a slice."""
     rate: float = 0.0
@@ -73,6 +77,7 @@ class EpochBuilder:
         """
         began = time.monotonic()
         controls = self._controls(workers)
+        await self.take_term(controls)
         selected = [i for i, s in enumerate(plan.stages) if only is None or s.worker in only]
         missing = [i for i in selected if not holds(workers[i], plan.stages[i])]
         stages = [plan.stages[i] for i in selected]

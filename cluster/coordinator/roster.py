@@ -19,12 +19,14 @@ import anyio
 
 from cluster import __version__
 from cluster.coordinator.reporter import LoadReporter
+from cluster.coordinator.term_holder import TermHolder
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import DuplicateId, DuplicateName, MacpipeError, NoWorkers, VersionMismatch
 from cluster.core.limits import DESCRIBE_TIMEOUT_S, RESTART_S, SETTLE_S
 from cluster.core.text import count_in_words
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Source
+from cluster.membership.terms import Process
 from cluster.security.trust import WORKER, Trust
 from cluster.transport.rich_errors import OUTSIDE
 
@@ -55,6 +57,8 @@ class Roster:
     def __init__(self, source: Source, cluster: str, coordinator: str, trust: Trust) -> None:
         self._source, self._cluster, self._coordinator = source, cluster, coordinator
         self.instance = secrets.token_hex(8)
+        self.terms = TermHolder(Process(coordinator, self.instance))
+        """The term by which this process leads the workers that it loads."""
         self.trust = trust
         self._refreshing = anyio.Lock()
         self._controls: dict[str, WorkerClient] = {}
@@ -132,11 +136,10 @@ class Roster:
         if differs := _version_difference(info):
             return _other_version([info.name], *differs)
         if info.live_owner and info.live_owner != self._coordinator:
-            return f"{info.name} serves {info.model} for another coordinator"
+            return f"{_serving(info)} for another coordinator"
         if self.is_held_by_other_process(info):
             return (
-                f"{info.name} serves {info.model} for another coordinator that has the id of this one, "
-                f"{self._coordinator}: {COPIED}"
+                f"{_serving(info)} for another coordinator that has the id of this one, {self._coordinator}: {COPIED}"
             )
         return ""
 
@@ -156,7 +159,12 @@ class Roster:
         """Return the client of the worker at an address; create it on first use."""
         if address not in self._controls:
             self._controls[address] = WorkerClient(
-                self.trust, address, self._coordinator, self.instance, self._revoked_serials
+                self.trust,
+                address,
+                self._coordinator,
+                self.instance,
+                self._revoked_serials,
+                lambda: self.terms.number,
             )
         return self._controls[address]
 
@@ -319,6 +327,11 @@ def shared_id(workers: Sequence[WorkerInfo]) -> str:
     """Return the problem of several workers that have the same id."""
     where = " and ".join(f"{f.name} at {f.control_address}" for f in workers)
     return f"two workers have the id {workers[0].id}, {where}: {COPIED}"
+
+
+def _serving(info: WorkerInfo) -> str:
+    """Return the beginning of a sentence about a worker that another coordinator leads, perhaps without a slice."""
+    return f"{info.name} serves {info.model}" if info.model else f"{info.name} is kept"
 
 
 def _mlx_lm_of(info: WorkerInfo) -> str:

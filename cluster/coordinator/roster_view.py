@@ -114,6 +114,10 @@ class RosterView:
         """Return the client of the worker at an address."""
         return self._roster.control(address)
 
+    async def take_term(self, workers: Sequence[WorkerClient]) -> None:
+        """Lead all these workers by one term, see ``TermHolder.take``."""
+        await self._roster.terms.take(workers)
+
     def pin(self, workers: Sequence[WorkerInfo]) -> None:
         """Keep asking the workers that hold a stage. Replaces the holder's previous set.
 

@@ -173,6 +173,7 @@ class ModelService:
             progress,
             self.loop.on_message,
             self.loop.on_stream_lost,
+            self._deps.roster.take_term,
             self._deps.roster.claim,
         )
         self._context = RecoveryContext(

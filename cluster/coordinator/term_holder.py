@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from cluster.core.errors import StaleTerm, WorkerTaken
-from cluster.core.limits import GONE_S, HEARTBEAT_S
+from cluster.core.limits import GONE_S, HEARTBEAT_S, MAX_ROSTER
 from cluster.core.term_limits import GRANT_TRIES
 from cluster.membership.candidacy import LeaderCandidate
 from cluster.membership.terms import Denial, Process, TermAnswer, TermCall, TermRequest
@@ -44,6 +44,8 @@ class TermHolder:
         self._candidate: LeaderCandidate | None = None
         self._led: dict[str, TermWorker] = {}
         """The workers that granted a term so far, by address."""
+        self._problem = ""
+        """Why a worker refused last."""
         self._taking = asyncio.Lock()
 
     @property
@@ -55,27 +57,30 @@ class TermHolder:
         """Return once all these workers have granted this process one term, renewed just now.
 
         A higher term is taken only if one of them has granted another process one: it interrupts every ring. Raises
-        ``WorkerTaken`` if another coordinator holds one, ``StaleTerm`` if others take them all the time, and the errors
-        of ``TermWorker``.
+        ``WorkerTaken`` if another coordinator holds one, ``StaleTerm`` if one refuses for another reason, and the
+        errors of ``TermWorker``.
         """
         async with self._taking:
             by_address = {worker.address: worker for worker in workers}
             if not await self._keep(by_address):
                 await self._raise(by_address)
                 await self._rejoin(by_address.keys())
-            self._led |= by_address
+            self._remember(by_address)
+
+    def _remember(self, workers: Mapping[str, TermWorker]) -> None:
+        """Note who is led. Addresses that were not loaded for the longest time are forgotten first."""
+        others = [(address, worker) for address, worker in self._led.items() if address not in workers]
+        self._led = dict([*others, *workers.items()][-MAX_ROSTER:])
+        if self._candidate and self._candidate.leadership:
+            self._candidate.leadership.retain(self._led)
 
     async def _keep(self, workers: Mapping[str, TermWorker]) -> bool:
         """Renew the present term, and have further workers join it. Return False if one of them is beyond it."""
         leadership = self._candidate.leadership if self._candidate else None
         if leadership is None:
             return False
-        now, term = self._clock(), leadership.term
-        known = leadership.workers
-        calls = [
-            TermCall(TermRequest.RENEW if address in known else TermRequest.GRANT, address, term, now)
-            for address in workers
-        ]
+        now = self._clock()
+        calls = [TermCall(TermRequest.GRANT, address, leadership.term, now) for address in workers]
         for answer in await self._send_all(calls, workers):
             leadership.on_answer(answer)
         return workers.keys() <= leadership.workers
@@ -94,7 +99,7 @@ class TermHolder:
                 self._candidate = candidate
                 return
             await asyncio.sleep(self._draw() * HEARTBEAT_S)
-        raise StaleTerm("other coordinators take terms of the same workers; stop those, then try again")
+        raise StaleTerm(f"{self._problem}; try again")
 
     async def _rejoin(self, taken: Collection[str]) -> None:
         """Raise the term at the other workers, too, so that heartbeats keep them. Those that do not answer are left."""
@@ -116,14 +121,17 @@ class TermHolder:
         )
         answers = [answer for answer in found if isinstance(answer, TermAnswer)]
         if errors := [error for error in found if isinstance(error, BaseException)]:
-            granted = [a.call for a in answers if a.denial is None and a.call.request is TermRequest.GRANT]
-            returns = [TermCall(TermRequest.RETURN, call.worker, call.term, call.sent_at) for call in granted]
+            taken = [a.call for a in answers if not a.denial and a.call.request is TermRequest.GRANT]
+            new = [call for call in taken if call.worker not in self._led]
+            returns = [TermCall(TermRequest.RETURN, call.worker, call.term, call.sent_at) for call in new]
             await asyncio.gather(*(self._send(call, workers[call.worker]) for call in returns), return_exceptions=True)
             raise errors[0]
         return answers
 
     async def _send(self, call: TermCall, worker: TermWorker) -> TermAnswer:
         answer, problem = await worker.request_term(call)
+        if problem:
+            self._problem = f"worker {worker.name}: {problem}"
         if answer.denial is Denial.LEASED:
             raise WorkerTaken(f"worker {worker.name}: {problem}", worker=worker.name)
         return answer

@@ -75,7 +75,14 @@ class TrainingJob:
         self._deps, self._model_info, self._order, self._options = deps, model_info, order, options
         self._data, self._tell = data, tell
         self._builder = EpochBuilder(
-            deps.dialer, deps.weights, model_info, self._control, progress, lambda message: None, lambda *loss: None
+            deps.dialer,
+            deps.weights,
+            model_info,
+            self._control,
+            progress,
+            lambda message: None,
+            lambda *loss: None,
+            deps.roster.take_term,
         )
         self.reports = TrainingReports(options)
         self.contacted: set[str] = set()

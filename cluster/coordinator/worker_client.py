@@ -39,13 +39,16 @@ from cluster.core.plan import FetchOrder, LayerRange, Link, LoadedStage, LoadPro
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
 from cluster.core.stored_models import STORE_S, MacStore
+from cluster.core.term_limits import FENCE_S, MAX_TERM
 from cluster.core.text import HIGHEST_PORT, format_address, parse_address
 from cluster.core.worker import WorkerInfo
+from cluster.membership.terms import Denial, Process, Term, TermAnswer, TermCall, TermRequest
 from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import WORKER, Trust, worker_of
 from cluster.transport.grpc_setup import PING_S, control_channel
-from cluster.transport.rich_errors import OUTSIDE, from_rpc_error
+from cluster.transport.grpc_streams import TermOf, no_term
+from cluster.transport.rich_errors import MAX_SENTENCE_BYTES, OUTSIDE, cut, from_rpc_error
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
     from cluster.v1.worker_pb2_grpc import WorkerServiceAsyncStub
 
 Message = TypeVar("Message", pb.LoadStageResponse, pb.SetAdaptersResponse)
+_DENIALS: dict[int, Denial | None] = {pb.TERM_DENIAL_UNSPECIFIED: None} | {
+    pb.TermDenial.Value(f"TERM_DENIAL_{denial.name}"): denial for denial in Denial
+}
 _SERIAL_BYTES = 20
 """Maximum size of a certificate's serial number."""
 _RETIRED = 4
@@ -64,7 +70,8 @@ class WorkerClient:
 
     In a cluster, the first connection accepts any worker's certificate and asks for the worker's id. The client then
     reconnects with that id as the expected peer, so from there on TLS proves the id. ``coordinator`` and ``instance``
-    are the id and the process of the caller. ``revoked`` returns the certificate serials that the worker must refuse.
+    are the id and the process of the caller. ``revoked`` returns the certificate serials that the worker must refuse,
+    and ``term`` the number of the caller's term.
     """
 
     def __init__(
@@ -74,9 +81,10 @@ class WorkerClient:
         coordinator: str,
         instance: str = "",
         revoked: Callable[[], Iterable[int]] = tuple,
+        term: TermOf = no_term,
     ) -> None:
         self.address, self.name = address, address
-        self._coordinator, self._instance = coordinator, instance
+        self._coordinator, self._instance, self._term = coordinator, instance, term
         self._trust, self._revoked = trust, revoked
         self._retired: list[grpc.aio.Channel] = []
         self._clock_ahead_s = 0.0
@@ -136,7 +144,10 @@ class WorkerClient:
 
     async def _call_describe(self, timeout_s: float) -> pb.DescribeResponse:
         request = pb.DescribeRequest(
-            coordinator=self._coordinator, instance=self._instance, revoked=_serials(self._revoked())
+            coordinator=self._coordinator,
+            instance=self._instance,
+            term=self._term(),
+            revoked=_serials(self._revoked()),
         )
         asked_at = time.time()
         async with self._map_errors():
@@ -148,6 +159,29 @@ class WorkerClient:
             )
         return answer
 
+    async def request_term(self, call: TermCall) -> tuple[TermAnswer, str]:
+        """Send a call about a term. Return the answer, and why the worker did not do it, for people; "" if it did.
+
+        A grant is answered once the worker's engines compute for no earlier term. Raises the worker's error.
+        """
+        term, request = call.term, pb.TermRequest.Value(f"TERM_REQUEST_{call.request.name}")
+        timeout_s = self._deadline() + (FENCE_S if call.request is TermRequest.GRANT else 0.0)
+        async with self._map_errors():
+            answer = await self._stub.GrantTerm(
+                pb.GrantTermRequest(
+                    request=request,
+                    coordinator=term.process.leader,
+                    instance=term.process.instance,
+                    term=term.number,
+                ),
+                timeout=timeout_s,
+            )
+        if answer.denial not in _DENIALS or answer.term > MAX_TERM:
+            raise WorkerLost(f"worker {self.name} answers to a term in a way that is not macpipe's", worker=self.name)
+        granted = Term(answer.term, Process(answer.coordinator, answer.instance))
+        problem = answer.problem if answer.problem.isprintable() else ""
+        return TermAnswer(call, _DENIALS[answer.denial], granted), cut(problem, MAX_SENTENCE_BYTES)
+
     async def load(
         self, spec: StageSpec, order: FetchOrder, keep: Sequence[int] = (), memory_limit: int = 0
     ) -> AsyncIterator[LoadProgress | LoadedStage]:
@@ -157,6 +191,7 @@ class WorkerClient:
         Raises the worker's error, or ``WorkerLost`` if the load stalls.
         """
         request = _load_request(spec, order, self._coordinator, self._instance)
+        request.term = self._term()
         request.keep.extend(keep)
         request.memory_limit = memory_limit
         call = self._stub.LoadStage(request)
@@ -191,6 +226,7 @@ class WorkerClient:
             peers=_store_peers(peers),
             coordinator=self._coordinator,
             instance=self._instance,
+            term=self._term(),
         )
         async with self._map_errors():
             async for _ in _read_with_stall_limit(self._stub.SetAdapters(request), self.name):
@@ -205,7 +241,7 @@ class WorkerClient:
         if before:
             source, others, party = before.data_address, further_addresses(before), worker_of(before.id)
         async with self._map_errors():
-            request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party, others=others)
+            request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party, others=others, term=self._term())
             timeout_s = self._deadline() + CONNECT_TIMEOUT_S * min(len(others), MAX_SHARED_HOSTS)
             answer = await self._stub.LinkStage(request, timeout=timeout_s)
         return _read_link(answer)
@@ -214,7 +250,9 @@ class WorkerClient:
         self, epoch: int, edition: str, owners: Collection[str], *, anonymous: bool
     ) -> list[tuple[int, bytes]]:
         """Open the worker's prefixes on disk; see ``OpenPrefixes``. Return lengths and names, latest used first."""
-        request = pb.OpenPrefixesRequest(epoch=epoch, edition=edition, owners=sorted(owners), anonymous=anonymous)
+        request = pb.OpenPrefixesRequest(
+            epoch=epoch, edition=edition, owners=sorted(owners), anonymous=anonymous, term=self._term()
+        )
         async with self._map_errors():
             answer = await self._stub.OpenPrefixes(request, timeout=DISK_OPEN_S)
         try:
@@ -235,6 +273,7 @@ class WorkerClient:
             adapter=order.adapter,
             beginning=order.node,
             length=order.length,
+            term=self._term(),
         )
         async with self._map_errors():
             await self._stub.ReadPrefix(request, timeout=order.timeout_s)
@@ -243,7 +282,7 @@ class WorkerClient:
         """Free the worker's slices of this epoch and of older ones, but those of the epochs ``keep``."""
         async with self._map_errors():
             request = pb.UnloadStageRequest(
-                epoch=epoch, coordinator=self._coordinator, instance=self._instance, keep=keep
+                epoch=epoch, coordinator=self._coordinator, instance=self._instance, keep=keep, term=self._term()
             )
             await self._stub.UnloadStage(request, timeout=timeout_s)
 
@@ -281,7 +320,7 @@ class WorkerClient:
         """
         async with self._map_errors():
             request = pb.ResetEngineRequest(
-                coordinator=self._coordinator, instance=self._instance, why=why, epoch=epoch
+                coordinator=self._coordinator, instance=self._instance, why=why, epoch=epoch, term=self._term()
             )
             await self._stub.ResetEngine(request, timeout=timeout_s)
 

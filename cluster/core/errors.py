@@ -65,6 +65,7 @@ class Reason(StrEnum):
     REQUEST_NOT_FOUND = "REQUEST_NOT_FOUND"
     BAD_FRAME = "BAD_FRAME"
     STALE_EPOCH = "STALE_EPOCH"
+    STALE_TERM = "STALE_TERM"
 
     @classmethod
     def parse(cls, text: str) -> Reason:
@@ -402,3 +403,9 @@ class StaleEpoch(MacpipeError):
     """A frame or stream belongs to another epoch than the loaded one."""
 
     reason, grpc_status, http_status = Reason.STALE_EPOCH, "FAILED_PRECONDITION", 409
+
+
+class StaleTerm(MacpipeError):
+    """A coordinator's call is of another term than the one that the worker has granted."""
+
+    reason, grpc_status, http_status = Reason.STALE_TERM, "FAILED_PRECONDITION", 409

@@ -212,8 +212,6 @@ MAX_DEPARTED: Final = 16
 """Departed workers that are shown; the oldest is forgotten first."""
 MOVE_S: Final = 3600.0
 """How long a drain waits for its layers to be loaded elsewhere: 300 GB at 1 Gb/s. A load that stalls ends sooner."""
-HOLD_S: Final = 6.0
-"""A worker that has not heard from its coordinator for this long may be taken by another."""
 ENGINE_SILENCE_S: Final = 10.0
 """An engine that does not answer a report for this long is killed and started again."""
 RETURN_S: Final = 5.0

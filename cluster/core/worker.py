@@ -96,6 +96,8 @@ class WorkerInfo(WorkerSummary):
     """The owner's id if its last heartbeat is recent; empty if not."""
     live_owner_process: str = ""
     """Random id of the owner's process if it was heard too recently to have restarted since; empty if not."""
+    term: int = 0
+    """Number of the highest term that it has granted; 0 if it never has."""
     instance: str = ""
     """Random id of its process."""
     profile: Profile = field(default_factory=Profile)

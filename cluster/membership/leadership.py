@@ -5,7 +5,7 @@ Pure: calls to send are returned, answers are handed in, the clock is injected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from cluster.core.limits import HEARTBEAT_S
 from cluster.core.term_limits import LEASE_MARGIN_S, LEASE_S
@@ -80,6 +80,10 @@ class Leadership:
         elif worker not in self._granted and answer.granted <= self.term:
             return [TermCall(TermRequest.GRANT, worker, self.term, self._clock())]
         return []
+
+    def retain(self, workers: Collection[str]) -> None:
+        """Forget all workers but these."""
+        self._granted = {worker: at for worker, at in self._granted.items() if worker in workers}
 
     def step_down(self) -> list[TermCall]:
         """End the leadership: a higher term is led by another coordinator. Return the calls that give all back."""

@@ -27,6 +27,7 @@ _ADMINS: Final = frozenset({Role.ADMIN})
 _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     "cluster.v1.WorkerService": {
         "Describe": _INSPECTORS,
+        "GrantTerm": _COORDINATORS,
         "LoadStage": _COORDINATORS,
         "LinkStage": _COORDINATORS,
         "SetAdapters": _COORDINATORS,

@@ -2,15 +2,15 @@
 
 ``Feed`` carries frames from the coordinator into a stage. ``Pull`` carries a stage's frames to the next stage or the
 coordinator. A pull (one thread reads, one yields) was the fastest path in gRPC's public API: 237 us per hop of 16 KiB,
-against 274 us on an asyncio stream and 1,000 us for a unary call. Metadata carries the epoch and the line, so that the
-server refuses a stream of another epoch before it reads a byte.
+against 274 us on an asyncio stream and 1,000 us for a unary call. Metadata carries the term, the epoch and the line, so
+that the server refuses a stream of another term or epoch before it reads a byte.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -32,9 +32,18 @@ PULL = "/cluster.v1.StageService/Pull"
 _EPOCH = "macpipe-epoch"
 _EPOCH_DIGITS = 19
 """Maximum decimal digits of an epoch, which is a 63-bit number."""
+_TERM = "macpipe-term"
 _LINE = "macpipe-line"
 _ACCEPTED = b""
 """The first message of every stream: the server has accepted it."""
+
+TermOf = Callable[[], int]
+"""Returns the number of the term that a process leads or serves now."""
+
+
+def no_term() -> int:
+    """Return the number of a process that leads and serves nobody."""
+    return 0
 
 
 class Stages(Protocol):
@@ -48,11 +57,11 @@ class Stages(Protocol):
 
 
 class DataServer:
-    """A listening data port. ``port`` is the actual port number."""
+    """A listening data port. ``port`` is the actual port number. It serves streams of ``term`` alone."""
 
-    def __init__(self, trust: Trust, host: str, port: int, stages: Stages) -> None:
+    def __init__(self, trust: Trust, host: str, port: int, stages: Stages, term: TermOf = no_term) -> None:
         self._server, self._close_authorization = data_server(trust)
-        self._server.add_generic_rpc_handlers((_Handlers(stages), ProbeHandlers()))
+        self._server.add_generic_rpc_handlers((_Handlers(stages, term), ProbeHandlers()))
         self.port = bind(self._server, trust, host, port)
         self._server.start()
 
@@ -62,8 +71,8 @@ class DataServer:
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in its typing stub alone
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
+    def __init__(self, stages: Stages, term: TermOf) -> None:
+        self._stages, self._term = stages, term
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         if handler_call_details.method == FEED:
@@ -79,7 +88,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
         epoch = str(metadata.get(_EPOCH, ""))
         line = Line.BULK if metadata.get(_LINE) == Line.BULK else Line.URGENT
         valid = epoch.isascii() and epoch.isdigit() and len(epoch) <= _EPOCH_DIGITS
-        outbox = self._stages.outbox(int(epoch), line) if valid else None
+        of_term = metadata.get(_TERM, "0") == str(self._term())
+        outbox = self._stages.outbox(int(epoch), line) if valid and of_term else None
         if outbox is None:
             shown = epoch if valid else "(invalid)"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no stage of epoch {shown} is loaded here")
@@ -108,21 +118,22 @@ class GrpcDialer:
 
     After an address fell silent, the next attempt to connect gets less time: the link is most likely still cut, and
     requests wait. Connecting and pings get more time for an address that fell silent repeatedly, and for all addresses
-    while this machine is overloaded (``lag``): the cause is then a slow machine rather than a cut link.
+    while this machine is overloaded (``lag``): the cause is then a slow machine rather than a cut link. Streams are of
+    the term that ``term`` returns.
     """
 
-    def __init__(self, trust: Trust, lag: Lag = no_lag) -> None:
-        self._trust, self._lag = trust, lag
+    def __init__(self, trust: Trust, lag: Lag = no_lag, term: TermOf = no_term) -> None:
+        self._trust, self._lag, self._term = trust, lag, term
         self._silent: set[str] = set()
         self._alarms = Alarms()
 
     def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER) -> Sender:
-        return self._open(address, peer, _Call(FEED, epoch, line, _ignore, lost))
+        return self._open(address, peer, _Call(FEED, self._term(), epoch, line, _ignore, lost))
 
     def pull(
         self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
     ) -> Subscription:
-        return self._open(address, peer, _Call(PULL, epoch, line, received, lost))
+        return self._open(address, peer, _Call(PULL, self._term(), epoch, line, received, lost))
 
     def _open(self, address: str, peer: str, call: _Call) -> _Stream:
         base_s = RECONNECT_TIMEOUT_S if address in self._silent else CONNECT_TIMEOUT_S
@@ -150,9 +161,10 @@ def _ignore(message: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A stream's method, epoch and line, and its callbacks."""
+    """A stream's method, term, epoch and line, and its callbacks."""
 
     method: str
+    term: int
     epoch: int
     line: Line
     received: Received
@@ -177,7 +189,8 @@ class _Stream:
         self._accepted = threading.Event()
         self._refusal: grpc.RpcError | None = None
         self._ended_early = False
-        self._call = self._open(call.method, ((_EPOCH, str(call.epoch)), (_LINE, call.line.value)))
+        metadata = ((_TERM, str(call.term)), (_EPOCH, str(call.epoch)), (_LINE, call.line.value))
+        self._call = self._open(call.method, metadata)
         threading.Thread(target=self._read, name=f"{call.method} {address}", daemon=True).start()
         self._liveness: LivenessStream | None = None
         self._await_acceptance(timeout_s)

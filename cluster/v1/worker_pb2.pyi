@@ -12,6 +12,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -23,17 +24,78 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _TermRequest:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TermRequestEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TermRequest.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TERM_REQUEST_UNSPECIFIED: _TermRequest.ValueType  # 0
+    TERM_REQUEST_ASK: _TermRequest.ValueType  # 1
+    """Whether a higher term would be granted now. Changes nothing."""
+    TERM_REQUEST_GRANT: _TermRequest.ValueType  # 2
+    TERM_REQUEST_RENEW: _TermRequest.ValueType  # 3
+    """Extend the lease of the granted term."""
+    TERM_REQUEST_RETURN: _TermRequest.ValueType  # 4
+    """End the lease of the granted term."""
+
+class TermRequest(_TermRequest, metaclass=_TermRequestEnumTypeWrapper):
+    """What a coordinator wants of a worker."""
+
+TERM_REQUEST_UNSPECIFIED: TermRequest.ValueType  # 0
+TERM_REQUEST_ASK: TermRequest.ValueType  # 1
+"""Whether a higher term would be granted now. Changes nothing."""
+TERM_REQUEST_GRANT: TermRequest.ValueType  # 2
+TERM_REQUEST_RENEW: TermRequest.ValueType  # 3
+"""Extend the lease of the granted term."""
+TERM_REQUEST_RETURN: TermRequest.ValueType  # 4
+"""End the lease of the granted term."""
+Global___TermRequest: _TypeAlias = TermRequest  # noqa: Y015
+
+class _TermDenial:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TermDenialEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TermDenial.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TERM_DENIAL_UNSPECIFIED: _TermDenial.ValueType  # 0
+    TERM_DENIAL_OLD: _TermDenial.ValueType  # 1
+    """The number is not higher than that of the granted term."""
+    TERM_DENIAL_LEASED: _TermDenial.ValueType  # 2
+    """The lease of another coordinator, or of another process of this one, has not ended."""
+    TERM_DENIAL_BUSY: _TermDenial.ValueType  # 3
+    """Another grant is being written."""
+    TERM_DENIAL_NOT_WRITTEN: _TermDenial.ValueType  # 4
+    """The worker cannot write to its disk."""
+
+class TermDenial(_TermDenial, metaclass=_TermDenialEnumTypeWrapper):
+    """Why a worker did not do it."""
+
+TERM_DENIAL_UNSPECIFIED: TermDenial.ValueType  # 0
+TERM_DENIAL_OLD: TermDenial.ValueType  # 1
+"""The number is not higher than that of the granted term."""
+TERM_DENIAL_LEASED: TermDenial.ValueType  # 2
+"""The lease of another coordinator, or of another process of this one, has not ended."""
+TERM_DENIAL_BUSY: TermDenial.ValueType  # 3
+"""Another grant is being written."""
+TERM_DENIAL_NOT_WRITTEN: TermDenial.ValueType  # 4
+"""The worker cannot write to its disk."""
+Global___TermDenial: _TypeAlias = TermDenial  # noqa: Y015
+
 @_typing.final
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COORDINATOR_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
     coordinator: _builtins.str
     """Id of the coordinator if it holds a stage here: this is its heartbeat."""
     instance: _builtins.str
     """Random id of the coordinator's process. Two running ones have the same id if a state folder was copied."""
+    term: _builtins.int
+    """The coordinator's term, whose lease is renewed while the worker holds or loads a slice of it."""
     @_builtins.property
     def revoked(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Serials of all certificates that the cluster's coordinator has revoked, big endian."""
@@ -43,11 +105,12 @@ class DescribeRequest(_message.Message):
         *,
         coordinator: _builtins.str = ...,
         instance: _builtins.str = ...,
+        term: _builtins.int = ...,
         revoked: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "instance", b"instance", "revoked", b"revoked"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "instance", b"instance", "revoked", b"revoked", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -103,6 +166,7 @@ class DescribeResponse(_message.Message):
     ENERGY_JOULES_FIELD_NUMBER: _builtins.int
     DATA_HOSTS_FIELD_NUMBER: _builtins.int
     SLICES_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -167,6 +231,8 @@ class DescribeResponse(_message.Message):
     power_watts: _builtins.float
     """Power of the whole Mac in watts, and its energy in joules since the worker started; 0 without macmon."""
     energy_joules: _builtins.float
+    term: _builtins.int
+    """Number of the highest term that it has granted; 0 if it never has."""
     @_builtins.property
     def profile(self) -> Global___Profile:
         """Measured speed of its engine; absent if unknown."""
@@ -232,14 +298,78 @@ class DescribeResponse(_message.Message):
         energy_joules: _builtins.float = ...,
         data_hosts: _abc.Iterable[_builtins.str] | None = ...,
         slices: _abc.Iterable[Global___HeldSlice] | None = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_hosts", b"data_hosts", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "energy_joules", b"energy_joules", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "power_watts", b"power_watts", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "slices", b"slices", "start_layer", b"start_layer", "stopping", b"stopping", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_hosts", b"data_hosts", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "energy_joules", b"energy_joules", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "power_watts", b"power_watts", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "slices", b"slices", "start_layer", b"start_layer", "stopping", b"stopping", "term", b"term", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class GrantTermRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    request: Global___TermRequest.ValueType
+    coordinator: _builtins.str
+    """Id of the calling coordinator, and random id of its process."""
+    instance: _builtins.str
+    term: _builtins.int
+    def __init__(
+        self,
+        *,
+        request: Global___TermRequest.ValueType = ...,
+        coordinator: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        term: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "instance", b"instance", "request", b"request", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantTermRequest: _TypeAlias = GrantTermRequest  # noqa: Y015
+
+@_typing.final
+class GrantTermResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DENIAL_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    denial: Global___TermDenial.ValueType
+    """Unspecified if it did what was asked."""
+    term: _builtins.int
+    """The term that the worker has granted: its number, coordinator and process."""
+    coordinator: _builtins.str
+    instance: _builtins.str
+    problem: _builtins.str
+    """Why not, for people; empty if it did what was asked."""
+    def __init__(
+        self,
+        *,
+        denial: Global___TermDenial.ValueType = ...,
+        term: _builtins.int = ...,
+        coordinator: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "denial", b"denial", "instance", b"instance", "problem", b"problem", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantTermResponse: _TypeAlias = GrantTermResponse  # noqa: Y015
 
 @_typing.final
 class HeldSlice(_message.Message):
@@ -520,6 +650,7 @@ class LoadStageRequest(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     index: _builtins.int
     count: _builtins.int
@@ -542,6 +673,8 @@ class LoadStageRequest(_message.Message):
     """Random id of the calling coordinator's process."""
     memory_limit: _builtins.int
     """Bytes that the slice may use, with its caches; 0: all that the worker may use."""
+    term: _builtins.int
+    """The caller's term. Refused unless it is the one that the worker has granted."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The slice's tensors, in the order in which they are needed."""
@@ -581,10 +714,11 @@ class LoadStageRequest(_message.Message):
         instance: _builtins.str = ...,
         keep: _abc.Iterable[_builtins.int] | None = ...,
         memory_limit: _builtins.int = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "instance", b"instance", "keep", b"keep", "kv_bits", b"kv_bits", "max_context", b"max_context", "memory_limit", b"memory_limit", "model", b"model", "path", b"path", "peers", b"peers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "instance", b"instance", "keep", b"keep", "kv_bits", b"kv_bits", "max_context", b"max_context", "memory_limit", b"memory_limit", "model", b"model", "path", b"path", "peers", b"peers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors", "term", b"term", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -701,11 +835,14 @@ class LinkStageRequest(_message.Message):
     PULL_FROM_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     pull_from: _builtins.str
     """Data address of the previous stage; empty: the coordinator feeds this stage."""
     peer: _builtins.str
     """The party that its certificate must name: worker.ID."""
+    term: _builtins.int
+    """The caller's term."""
     @_builtins.property
     def others(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further addresses of the same data port. The worker takes the one over which it measured the best link, and the
@@ -719,10 +856,11 @@ class LinkStageRequest(_message.Message):
         pull_from: _builtins.str = ...,
         peer: _builtins.str = ...,
         others: _abc.Iterable[_builtins.str] | None = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "others", b"others", "peer", b"peer", "pull_from", b"pull_from"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "others", b"others", "peer", b"peer", "pull_from", b"pull_from", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -762,10 +900,13 @@ class OpenPrefixesRequest(_message.Message):
     EDITION_FIELD_NUMBER: _builtins.int
     OWNERS_FIELD_NUMBER: _builtins.int
     ANONYMOUS_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     edition: _builtins.str
     """Name of the model's edition: a hash of the digests of all its tensors and of kv_bits."""
     anonymous: _builtins.bool
+    term: _builtins.int
+    """The caller's term."""
     @_builtins.property
     def owners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the owners who may have prefixes, and whether callers without a key may."""
@@ -777,10 +918,11 @@ class OpenPrefixesRequest(_message.Message):
         edition: _builtins.str = ...,
         owners: _abc.Iterable[_builtins.str] | None = ...,
         anonymous: _builtins.bool = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous", b"anonymous", "edition", b"edition", "epoch", b"epoch", "owners", b"owners"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous", b"anonymous", "edition", b"edition", "epoch", b"epoch", "owners", b"owners", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -816,6 +958,7 @@ class ReadPrefixRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     BEGINNING_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     prefix: _builtins.int
     """Id under which frames restore and drop it."""
@@ -824,6 +967,8 @@ class ReadPrefixRequest(_message.Message):
     beginning: _builtins.bytes
     """Name of the beginning (16 bytes) and its length in tokens."""
     length: _builtins.int
+    term: _builtins.int
+    """The caller's term."""
     def __init__(
         self,
         *,
@@ -833,10 +978,11 @@ class ReadPrefixRequest(_message.Message):
         adapter: _builtins.str = ...,
         beginning: _builtins.bytes = ...,
         length: _builtins.int = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "beginning", b"beginning", "epoch", b"epoch", "length", b"length", "owner", b"owner", "prefix", b"prefix"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "beginning", b"beginning", "epoch", b"epoch", "length", b"length", "owner", b"owner", "prefix", b"prefix", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -901,10 +1047,13 @@ class SetAdaptersRequest(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     COORDINATOR_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     coordinator: _builtins.str
     """Id of the calling coordinator, and of its process. Refused while another's heartbeat holds the stage."""
     instance: _builtins.str
+    term: _builtins.int
+    """The caller's term."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageAdapter]: ...
     @_builtins.property
@@ -919,10 +1068,11 @@ class SetAdaptersRequest(_message.Message):
         peers: _abc.Iterable[Global___StorePeer] | None = ...,
         coordinator: _builtins.str = ...,
         instance: _builtins.str = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "peers", b"peers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "peers", b"peers", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -963,10 +1113,13 @@ class UnloadStageRequest(_message.Message):
     COORDINATOR_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     coordinator: _builtins.str
     """Id of the calling coordinator, and of its process. Refused while another's heartbeat holds the stage."""
     instance: _builtins.str
+    term: _builtins.int
+    """The caller's term: the granted one, or a later one of the same process."""
     @_builtins.property
     def keep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Epochs of slices that stay loaded."""
@@ -978,10 +1131,11 @@ class UnloadStageRequest(_message.Message):
         coordinator: _builtins.str = ...,
         instance: _builtins.str = ...,
         keep: _abc.Iterable[_builtins.int] | None = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "keep", b"keep"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "keep", b"keep", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1053,6 +1207,7 @@ class ResetEngineRequest(_message.Message):
     WHY_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     coordinator: _builtins.str
     """Id of the calling coordinator. Refused while another's heartbeat holds a stage here."""
     why: _builtins.str
@@ -1061,6 +1216,8 @@ class ResetEngineRequest(_message.Message):
     """Random id of the calling coordinator's process."""
     epoch: _builtins.int
     """The epoch of the slice that the engine holds; 0: the worker's first engine."""
+    term: _builtins.int
+    """The caller's term: the granted one, or a later one of the same process."""
     def __init__(
         self,
         *,
@@ -1068,10 +1225,11 @@ class ResetEngineRequest(_message.Message):
         why: _builtins.str = ...,
         instance: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "epoch", b"epoch", "instance", b"instance", "term", b"term", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,11 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.GrantTerm = channel.unary_unary(
+                '/cluster.v1.WorkerService/GrantTerm',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.GrantTermRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.GrantTermResponse.FromString,
+                _registered_method=True)
         self.LoadStage = channel.unary_stream(
                 '/cluster.v1.WorkerService/LoadStage',
                 request_serializer=cluster_dot_v1_dot_worker__pb2.LoadStageRequest.SerializeToString,
@@ -121,6 +126,14 @@ class WorkerServiceServicer:
 
     def Describe(self, request, context):
         """Describe returns the worker's facts and state. It is also the heartbeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GrantTerm(self, request, context):
+        """GrantTerm asks for, takes, keeps or gives back the worker. Once a term is granted, it is on the worker's disk and no
+        engine computes for an earlier one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -242,6 +255,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.DescribeResponse.SerializeToString,
             ),
+            'GrantTerm': grpc.unary_unary_rpc_method_handler(
+                    servicer.GrantTerm,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.GrantTermRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.GrantTermResponse.SerializeToString,
+            ),
             'LoadStage': grpc.unary_stream_rpc_method_handler(
                     servicer.LoadStage,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.LoadStageRequest.FromString,
@@ -345,6 +363,33 @@ class WorkerService:
             '/cluster.v1.WorkerService/Describe',
             cluster_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GrantTerm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/GrantTerm',
+            cluster_dot_v1_dot_worker__pb2.GrantTermRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.GrantTermResponse.FromString,
             options,
             channel_credentials,
             insecure,

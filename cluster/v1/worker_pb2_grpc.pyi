@@ -37,6 +37,10 @@ class WorkerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     Describe: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]
     """Describe returns the worker's facts and state. It is also the heartbeat."""
+    GrantTerm: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GrantTermRequest, _worker_pb2.GrantTermResponse]
+    """GrantTerm asks for, takes, keeps or gives back the worker. Once a term is granted, it is on the worker's disk and no
+    engine computes for an earlier one.
+    """
     LoadStage: _grpc.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]
     """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
     LinkStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]
@@ -79,6 +83,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]  # type: ignore[assignment]
     """Describe returns the worker's facts and state. It is also the heartbeat."""
+    GrantTerm: _aio.UnaryUnaryMultiCallable[_worker_pb2.GrantTermRequest, _worker_pb2.GrantTermResponse]  # type: ignore[assignment]
+    """GrantTerm asks for, takes, keeps or gives back the worker. Once a term is granted, it is on the worker's disk and no
+    engine computes for an earlier one.
+    """
     LoadStage: _aio.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]  # type: ignore[assignment]
     """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
     LinkStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]  # type: ignore[assignment]
@@ -124,6 +132,16 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DescribeResponse, _abc.Awaitable[_worker_pb2.DescribeResponse]]:
         """Describe returns the worker's facts and state. It is also the heartbeat."""
+
+    @_abc_1.abstractmethod
+    def GrantTerm(
+        self,
+        request: _worker_pb2.GrantTermRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.GrantTermResponse, _abc.Awaitable[_worker_pb2.GrantTermResponse]]:
+        """GrantTerm asks for, takes, keeps or gives back the worker. Once a term is granted, it is on the worker's disk and no
+        engine computes for an earlier one.
+        """
 
     @_abc_1.abstractmethod
     def LoadStage(

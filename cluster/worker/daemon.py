@@ -17,7 +17,7 @@ from cluster.core.errors import MacpipeError, Unauthenticated
 from cluster.core.limits import DRAIN_S
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error
-from cluster.worker.settings import WorkerSettings, prefix_folder
+from cluster.worker.settings import WorkerSettings, prefix_folder, worker_folder
 
 if TYPE_CHECKING:
     import grpc
@@ -48,15 +48,19 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.security.trust import WORKER
     from cluster.transport.grpc_setup import bind, control_server
     from cluster.worker.engine_launcher import EngineLauncher, engine_command
+    from cluster.worker.engine_lock import EngineLock
     from cluster.worker.engine_slots import EngineSlots
     from cluster.worker.identity import hold_identity
     from cluster.worker.prefix_files import prepare_folder
     from cluster.worker.profile_provider import ensure_profile
     from cluster.worker.stage_loader import StageLoader
+    from cluster.worker.term_file import term_file
+    from cluster.worker.term_keeper import TermKeeper
     from cluster.worker.worker_service import WorkerServicer
 
     protect_home(settings.home)
-    with hold_identity(settings.home, settings.name) as worker_id:
+    folder = worker_folder(settings.home, settings.name)
+    with hold_identity(settings.home, settings.name) as worker_id, EngineLock.open(folder) as engine_lock:
         trust = open_trust(settings.home, settings.cluster, WORKER, name=settings.name)
         if not settings.host:
             host = best_address(interfaces()) if trust.me else LOOPBACK
@@ -71,8 +75,10 @@ async def _run(settings: WorkerSettings) -> None:
         machine = machine_facts()
         limit = settings.memory_limit or machine.wired_limit or None
         lag = TimerLag().start()
-        launcher = EngineLauncher(engine_command(settings, limit))
+        launcher = EngineLauncher(engine_command(settings, limit), (engine_lock.file,))
         slots = EngineSlots(launcher, lag)
+        file = term_file(settings.home, settings.name)
+        terms = TermKeeper(file, slots, lag, engine_lock.acquire)  # now, since its lease runs from here
         supervisor = slots.first.supervisor
         async with anyio.create_task_group() as tasks:
             servicers: list[WorkerServicer] = []
@@ -84,7 +90,9 @@ async def _run(settings: WorkerSettings) -> None:
                 tasks.start_soon(launcher.keep)  # only now: its imports would distort the measurement
             loader = StageLoader(settings.home, trust)
             with closing(PowerMeter()) as power:
-                servicer = WorkerServicer(worker_id, settings, trust, slots, loader, profile, machine, lag, power.read)
+                servicer = WorkerServicer(
+                    worker_id, settings, trust, slots, loader, profile, machine, lag, power.read, keeper=terms
+                )
                 servicers.append(servicer)
                 tasks.start_soon(stay_awake, lambda: servicer.is_busy)
                 await _serve(settings, servicer, server, port)

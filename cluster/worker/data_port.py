@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterable
 from cluster.core.errors import PortInUse
 from cluster.core.link_limits import DATA_HOSTS_S, MAX_DATA_HOSTS
 from cluster.security.trust import Trust
-from cluster.transport.grpc_streams import DataServer, Stages
+from cluster.transport.grpc_streams import DataServer, Stages, TermOf, no_term
 
 log = logging.getLogger(__name__)
 
 
 class DataPort:
-    """A listening data port. ``port`` is the actual port number, on every address."""
+    """A listening data port. ``port`` is the actual port number, on every address. ``term`` is that of its streams."""
 
-    def __init__(self, trust: Trust, host: str, port: int, stages: Stages) -> None:
-        self._trust, self._stages = trust, stages
-        self._first = DataServer(trust, host, port, stages)
+    def __init__(self, trust: Trust, host: str, port: int, stages: Stages, term: TermOf = no_term) -> None:
+        self._trust, self._stages, self._term = trust, stages, term
+        self._first = DataServer(trust, host, port, stages, term)
         self.port = self._first.port
         self._further: dict[str, DataServer] = {}
         self._taken: set[str] = set()
@@ -63,7 +63,7 @@ class DataPort:
     def _open(self, host: str) -> DataServer | None:
         """Return a server on this address, None if it cannot be opened."""
         try:
-            return DataServer(self._trust, host, self.port, self._stages)
+            return DataServer(self._trust, host, self.port, self._stages, self._term)
         except PortInUse as e:  # once: it is tried again and again
             if host not in self._taken:
                 log.warning("data port: not opened reason=%s host=%s", e.sentence, host)

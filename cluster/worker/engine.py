@@ -38,6 +38,7 @@ from cluster.worker.pipe_messages import (
     CommandFailed,
     Done,
     Event,
+    Fence,
     GetReport,
     Hello,
     LayOutCopy,
@@ -63,7 +64,7 @@ from cluster.worker.stage_host import StageHost, Throttle, classify_error
 from cluster.worker.weight_quantizer import lay_out_copy, quantize_layers
 
 Job = Callable[[], None]
-_Queued = Load | LayOutCopy | QuantizeLayers | LinkStage | SetAdapters | OpenPrefixes | Unload | Measure
+_Queued = Load | Fence | LayOutCopy | QuantizeLayers | LinkStage | SetAdapters | OpenPrefixes | Unload | Measure
 """The commands that the MLX thread runs."""
 
 
@@ -93,8 +94,9 @@ class Engine:
         self._limit = limit
         self._began: float | None = None
         self._disk = PrefixDisk(disk.folder, disk.limit, self._jobs.put) if disk else None
-        self._host = StageHost(self._jobs.put, GrpcDialer(trust, TimerLag().start()), self._throttle, self._disk)
-        self._data_port = DataPort(trust, host, port, self._host)
+        dialer = GrpcDialer(trust, TimerLag().start(), lambda: self._host.term)
+        self._host = StageHost(self._jobs.put, dialer, self._throttle, self._disk)
+        self._data_port = DataPort(trust, host, port, self._host, lambda: self._host.term)
         if every_address:
             self._data_port.follow(lambda: further_hosts(host, interfaces()))
         self._send_hello(facts, limit)
@@ -125,10 +127,17 @@ class Engine:
         device.close_thread()
 
     def stop(self) -> None:
+        """End, after the step that is being computed: the daemon is gone, and its successor may serve another term."""
+        self._host.close_streams()
         self._jobs.put(None)
 
     def submit(self, command: Command) -> None:
-        """Queue a command. A report is answered at once, on the caller's thread; a read from disk has its own."""
+        """Queue a command. A report is answered at once, on the caller's thread; a read from disk has its own.
+
+        A fence closes the streams at once, so it waits for no frame but the one that is being computed.
+        """
+        if isinstance(command, Fence):
+            self._host.close_streams()
         if isinstance(command, GetReport):
             began = self._began
             busy_ms = 0 if began is None else int((time.monotonic() - began) * 1e3)
@@ -168,7 +177,10 @@ class Engine:
             self._send(Measured.of(command.call, *measure_device(self._throttle.stretch)))
         elif isinstance(command, Load):
             device.set_limits(min(command.memory_limit or self._limit, self._limit))
-            self._host.load(command.spec, lambda done, total: self._send(Progress(command.call, done, total)))
+            call = command.call
+            self._host.load(command.spec, lambda done, total: self._send(Progress(call, done, total)), command.term)
+        elif isinstance(command, Fence):
+            self._host.end_epoch()
         elif isinstance(command, LayOutCopy):
             lay_out_copy(Path(command.models), command.key, Path(command.source), command.weight_bits, command.model)
         elif isinstance(command, QuantizeLayers):

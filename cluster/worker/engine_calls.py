@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,15 @@ __all__ = ["EngineCalls"]
 
 @dataclass(frozen=True, slots=True)
 class EngineCalls:
-    """The engine's part of the load that ``request`` asks for; a ``StageEngine``. ``hello`` describes its device."""
+    """The engine's part of the load that ``request`` asks for; a ``StageEngine``. ``hello`` describes its device.
+
+    ``require_term`` raises ``StaleTerm`` if the request's term is not the worker's any more.
+    """
 
     slot: EngineSlot
     hello: Hello
     request: pb.LoadStageRequest
+    require_term: Callable[[int], None]
 
     def copy_key(self) -> CopyKey:
         r, hello = self.request, self.hello
@@ -46,22 +50,26 @@ class EngineCalls:
         )
 
     def read(self, weights: StageWeights) -> AsyncIterator[Progress]:
-        r = self.request
         self.slot.fingerprint = weights.fingerprint
-        return self.slot.supervisor.events(
-            lambda call: Load(
-                call=call,
-                epoch=r.epoch,
-                index=r.index,
-                count=r.count,
-                model=r.model,
-                path=str(weights.folder),
-                fingerprint=weights.fingerprint,
-                start_layer=r.start_layer,
-                end_layer=r.end_layer,
-                max_context=r.max_context,
-                kv_bits=r.kv_bits,
-                weight_bits=weights.weight_bits,
-                memory_limit=r.memory_limit,
-            )
+        return self.slot.supervisor.events(lambda call: self._load_command(call, weights))
+
+    def _load_command(self, call: int, weights: StageWeights) -> Load:
+        """Return the command, as it is written to the engine: a term that is granted later is fenced behind it."""
+        r = self.request
+        self.require_term(r.term)
+        return Load(
+            call=call,
+            epoch=r.epoch,
+            index=r.index,
+            count=r.count,
+            model=r.model,
+            path=str(weights.folder),
+            fingerprint=weights.fingerprint,
+            start_layer=r.start_layer,
+            end_layer=r.end_layer,
+            max_context=r.max_context,
+            kv_bits=r.kv_bits,
+            weight_bits=weights.weight_bits,
+            memory_limit=r.memory_limit,
+            term=r.term,
         )

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -41,10 +41,13 @@ def engine_command(settings: WorkerSettings, memory_limit: int | None) -> list[s
 
 
 class EngineLauncher:
-    """Provides engine processes that wait for their ``Begin``: the standby that ``keep`` started, else a new one."""
+    """Provides engine processes that wait for their ``Begin``: the standby that ``keep`` started, else a new one.
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self._command = command
+    They inherit the descriptors ``files``.
+    """
+
+    def __init__(self, command: Sequence[str], files: Collection[int] = ()) -> None:
+        self._command, self._files = command, files
         self._waiting: Process | None = None
         self._taken = anyio.Event()
 
@@ -89,7 +92,13 @@ class EngineLauncher:
         environment = {**MLX_ENVIRONMENT, **isolated_environment(os.environ)}
         try:
             return await asyncio.create_subprocess_exec(
-                *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=os.sep
+                *self._command,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+                env=environment,
+                cwd=os.sep,
+                pass_fds=self._files,
             )
         except OSError as e:  # too many files or processes, or too little memory: that may pass
             raise WorkerLost(f"cannot start the engine process: {e.strerror}; it is tried again") from e

@@ -129,6 +129,10 @@ class EngineSlots:
         """Ask all engines for a report, at once."""
         return await asyncio.gather(*map(_ask_report, self))
 
+    async def fence(self) -> None:
+        """Return once no engine computes for what is loaded now. Slices stay loaded, for another epoch."""
+        await asyncio.gather(*(slot.supervisor.fence() for slot in self))
+
     @asynccontextmanager
     async def load(self, request: pb.LoadStageRequest) -> AsyncIterator[EngineSlot]:
         """Choose the engine for a slice, and free all slices that the request does not keep. Load within the context.

@@ -49,6 +49,8 @@ class Load:
     weight_bits: int = 0
     memory_limit: int = 0
     """Bytes that the slice may use, with its caches; 0: all that the engine may use."""
+    term: int = 0
+    """Streams to and from the slice open for this term alone."""
 
     @property
     def spec(self) -> StageSpec:
@@ -62,6 +64,13 @@ class Load:
             kv_bits=self.kv_bits,
             weight_bits=self.weight_bits,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Close the slice's streams now, and answer once no frame of theirs is computed any more. Weights stay loaded."""
+
+    call: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +269,7 @@ class Reported:
 
 Command = (
     Load
+    | Fence
     | LayOutCopy
     | QuantizeLayers
     | LinkStage

@@ -46,6 +46,11 @@ class WorkerSettings:
     log_level: LogLevel = LogLevel.INFO
 
 
+def worker_folder(home: Path, worker: str) -> Path:
+    """Return the folder of a worker's state."""
+    return home / "workers" / worker
+
+
 def prefix_folder(home: Path, worker: str) -> Path:
     """Return the folder of a worker's prefixes on disk."""
-    return home / "workers" / worker / "prefixes"
+    return worker_folder(home, worker) / "prefixes"

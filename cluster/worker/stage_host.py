@@ -58,16 +58,17 @@ class Throttle:
 
 @dataclass(frozen=True, slots=True)
 class _Ports:
-    """The queues of one epoch's frames, incoming and outgoing."""
+    """The queues of one epoch's frames, incoming and outgoing, and the term that the epoch belongs to."""
 
     inbox: Inbox
     urgent: Outbox
     bulk: Outbox
     commands: CommandInbox
+    term: int
 
     @staticmethod
-    def of(epoch: int) -> _Ports:
-        return _Ports(Inbox(epoch), Outbox(epoch), Outbox(epoch), CommandInbox())
+    def of(epoch: int, term: int) -> _Ports:
+        return _Ports(Inbox(epoch), Outbox(epoch), Outbox(epoch), CommandInbox(), term)
 
     def send(self, parcel: Parcel) -> None:
         (self.bulk if parcel.bulk else self.urgent).send(parcel.message)
@@ -104,7 +105,14 @@ class StageHost:
     @property
     def epoch(self) -> int:
         """The loaded stage's epoch; 0 if nothing is loaded."""
-        return self._ports.urgent.epoch if self._ports else 0
+        ports = self._ports
+        return ports.urgent.epoch if ports else 0
+
+    @property
+    def term(self) -> int:
+        """The term that the loaded stage serves; 0 if nothing is loaded. Any thread may ask."""
+        ports = self._ports
+        return ports.term if ports else 0
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -120,8 +128,8 @@ class StageHost:
     def sequences(self) -> int:
         return self._stage.sequences if self._stage else 0
 
-    def load(self, spec: StageSpec, progress: Callable[[int, int], None]) -> None:
-        """Load this slice in place of the present one. If it is loaded already, only the epoch changes.
+    def load(self, spec: StageSpec, progress: Callable[[int, int], None], term: int = 0) -> None:
+        """Load this slice, for a term, in place of the present one. If it is loaded already, only the epoch changes.
 
         Raises what ``load_stage`` raises, and ``StaleEpoch`` for an old epoch.
         """
@@ -135,7 +143,7 @@ class StageHost:
             if device.compiles():
                 warm(stage)
             self._stage = stage
-        self._index, self._ports = spec.index, _Ports.of(spec.epoch)
+        self._index, self._ports = spec.index, _Ports.of(spec.epoch, term)
 
     def _try_begin_epoch(self, spec: StageSpec, progress: Callable[[int, int], None]) -> bool:
         """Let the loaded stage serve ``spec`` if it has the same slice; False if not."""
@@ -208,12 +216,23 @@ class StageHost:
         self._stage = self._training = None
         device.release()
 
+    def end_epoch(self) -> None:
+        """End the epoch: no frame of it is computed after this. The stage stays loaded, for another epoch."""
+        self._unlink()
+
+    def close_streams(self) -> None:
+        """Drop the frames that wait, and close the stage's own streams. Any thread may call it.
+
+        The step that is being computed goes on until it ends; ``end_epoch`` waits for it.
+        """
+        ports, self._ports = self._ports, None
+        if ports:
+            ports.close()
+
     def _unlink(self) -> None:
         """End the epoch's streams; the stage stays loaded."""
         self._close_inlets()
-        if self._ports:
-            self._ports.close()
-        self._ports = None
+        self.close_streams()
 
     def outbox(self, epoch: int, line: Line) -> Outbox | None:
         ports = self._ports

@@ -31,7 +31,8 @@ from cluster.core.limits import (
     REPORT_TIMEOUT_S,
     STOP_GRACE_S,
 )
-from cluster.membership.slowness import Alarms, Silence
+from cluster.core.term_limits import FENCE_S
+from cluster.membership.slowness import Alarms, Silence, extra_s
 from cluster.platform.overload import Lag, no_lag, processor_seconds
 from cluster.worker.engine_launcher import EngineLauncher
 from cluster.worker.exit_diagnosis import OutputTail, explain_exit, out_of_memory_kills
@@ -41,6 +42,7 @@ from cluster.worker.pipe_messages import (
     CommandFailed,
     Done,
     Event,
+    Fence,
     GetReport,
     Hello,
     Progress,
@@ -208,6 +210,20 @@ class Supervisor:
         """Kill the engine, if there is one. ``run`` starts it again."""
         if self._process and self._process.returncode is None:
             self._kill(self._process, f"the engine was killed: {why}")
+
+    async def fence(self) -> None:
+        """Return once the engine computes no frame of what is loaded; kill it if it does not stop in time."""
+        engine, process = self.hello, self._process
+        if engine is None or process is None:
+            return  # an engine that has not said hello holds nothing
+        limit_s = FENCE_S + extra_s(self._lag())
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.ask(Fence, limit_s)
+        except (MacpipeError, TimeoutError):
+            if self.hello is engine:
+                self._kill(process, "the engine was killed: it did not stop computing for another coordinator")
+            await process.wait()
 
     def _kill(self, process: Process, verdict: str) -> None:
         self._verdict = verdict

@@ -10,6 +10,7 @@ from cluster.core.term_limits import MAX_TERM
 from cluster.membership.terms import Process, Term
 from cluster.platform.json_file import read_json, write_json
 from cluster.platform.private_files import not_written
+from cluster.worker.settings import worker_folder
 
 __all__ = ["MAX_ID_CHARS", "TermFile", "term_file"]
 
@@ -58,4 +59,4 @@ def _decode(content: Any) -> Term:
 
 def term_file(home: Path, worker: str) -> TermFile:
     """Return the file of the worker with this name."""
-    return TermFile(home / "workers" / worker / "term")
+    return TermFile(worker_folder(home, worker) / "term")

@@ -39,13 +39,21 @@ _DENIALS = {denial: pb.TermDenial.Value(f"TERM_DENIAL_{denial.name}") for denial
 class TermKeeper:
     """The term of one worker, whose engines are ``slots``. Lives on one event loop.
 
+    ``engines_gone`` returns whether no engine of an earlier daemon of this worker runs any more: until then it may
+    compute for the term that was granted before, and no other is granted.
+
     Raises ``InvalidOption`` if the file is damaged.
     """
 
     def __init__(
-        self, file: TermFile, slots: EngineSlots, lag: Lag = no_lag, clock: Callable[[], float] = continuous_seconds
+        self,
+        file: TermFile,
+        slots: EngineSlots,
+        lag: Lag = no_lag,
+        engines_gone: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = continuous_seconds,
     ) -> None:
-        self._file, self._slots, self._lag = file, slots, lag
+        self._file, self._slots, self._lag, self._engines_gone = file, slots, lag, engines_gone
         self._record = TermRecord(file.read(), clock)
         self._served = self._record.term.number
         """The number of the term that engines may compute for: the granted one, once its fence is complete."""
@@ -107,6 +115,8 @@ class TermKeeper:
         return self._encode(denial, request.coordinator)
 
     async def _grant(self, term: Term) -> Denial | None:
+        if term != self._record.term and not self._engines_gone():
+            return Denial.BUSY
         if denial := self._record.begin(term, self._lag()):
             return denial
         if term == self._record.term:
@@ -171,6 +181,8 @@ class TermKeeper:
         problem = ""
         if denial is Denial.LEASED:
             problem = self._taken(_SAME_ID if granted.process.leader == caller else _OTHER)
+        elif denial is Denial.BUSY:
+            problem = "it is being granted to another coordinator, or an engine of its earlier process still ends"
         elif denial:
             problem = f"it has granted term {granted.number} already"
         return pb.GrantTermResponse(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
@@ -18,16 +17,14 @@ from cluster import __version__
 from cluster.codec.stored_models import encode_store
 from cluster.codec.worker_info import encode_info
 from cluster.core.adapter import MAX_ADAPTER_KEY_CHARS, MAX_ADAPTERS, AdapterRef
-from cluster.core.errors import InvalidRequest, MacpipeError, WorkerTaken
+from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.core.limits import (
-    HOLD_S,
     LOAD_STALL_S,
     MAX_KEPT,
     MAX_PATH_CHARS,
     MAX_ROSTER,
     MAX_STAGE_PEERS,
     OVERLOADED_S,
-    RESTART_S,
 )
 from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
@@ -35,6 +32,7 @@ from cluster.core.stored_models import MacStore
 from cluster.core.text import is_ip_address, parse_address
 from cluster.core.worker import HeldSlice, WorkerInfo
 from cluster.discovery.interfaces import interface_of
+from cluster.membership.terms import Process
 from cluster.platform.macos import MachineFacts, memory_pressure
 from cluster.platform.overload import Lag, no_lag
 from cluster.platform.power import PowerReading, no_power
@@ -59,19 +57,13 @@ from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.slice_description import describe_slices, find_problem
 from cluster.worker.stage_loader import StageLoader
+from cluster.worker.term_file import term_file
+from cluster.worker.term_keeper import TermKeeper
 
 if TYPE_CHECKING:
     from cluster.security.certificate_renewal import Renewal
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
-_SAME_ID = (
-    "another coordinator of the same id, since a state folder was copied; stop one of the two, or start "
-    "it with --home or MACPIPE_HOME set to a folder of its own"
-)
-CoordinatorRequest: TypeAlias = (
-    pb.LoadStageRequest | pb.SetAdaptersRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest
-)
 _RELEASE_INTERVAL_S = 0.05
 """Interval of checks whether a coordinator still needs a worker that stops."""
 
@@ -94,10 +86,12 @@ class WorkerServicer(WorkerServiceServicer):
     stopping: bool = False
     removed: anyio.Event = field(default_factory=anyio.Event)
     """Set once this Mac was removed from its cluster."""
-    _heard: float = field(default=-math.inf)
+    keeper: InitVar[TermKeeper | None] = None
+    """Of the term that this worker granted; by default a new one."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, keeper: TermKeeper | None) -> None:
         """Look up the interface once, not at every heartbeat: the bound address does not change."""
+        self.terms = keeper or TermKeeper(term_file(self.settings.home, self.settings.name), self.slots, self.lag)
         self._interface = self.settings.interface or interface_of(self.settings.host)
         self._examiner = Examiner(self.settings.home)
         self._using_store = anyio.Lock()
@@ -111,9 +105,8 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         await self._learn_revoked(request, context)
-        held = self._first_held()
-        if request.coordinator and held and _caller(request) == _caller(held):
-            self._heard = time.monotonic()
+        if request.coordinator:
+            self.terms.hear(Process(request.coordinator, request.instance), request.term)
         reports = await self.slots.report()
         info = await self._describe(reports)
         return encode_info(info, data_port=self.slots.hello.port, problem=find_problem(reports), clock=time.time())
@@ -161,8 +154,9 @@ class WorkerServicer(WorkerServiceServicer):
             slices=slices,
             data_hosts=report.data_hosts,
             owner=held.coordinator,
-            live_owner=self._live_owner(),
-            live_owner_process=held.instance if self._owner_was_heard() else "",
+            live_owner=self.terms.leader,
+            live_owner_process=self.terms.leader_process,
+            term=self.terms.number,
             instance=self.instance,
             profile=self.file.kept.profile,
             busy_ms=report.busy_ms,
@@ -186,38 +180,36 @@ class WorkerServicer(WorkerServiceServicer):
             if self.trust.serial in revoked:
                 self.removed.set()
 
-    def _live_owner(self) -> str:
-        """Return the id of the coordinator that owns the stage if its last heartbeat is recent; "" if not."""
-        held = self._first_held()
-        return held.coordinator if held and time.monotonic() - self._heard < HOLD_S else ""
-
-    def _owner_was_heard(self) -> bool:
-        """Return whether the owner was heard within ``RESTART_S``, so that it must be the same process still."""
-        return bool(self._live_owner()) and time.monotonic() - self._heard < RESTART_S
+    async def GrantTerm(self, request: pb.GrantTermRequest, context: Context) -> pb.GrantTermResponse:
+        try:
+            return await self.terms.answer(request)
+        except MacpipeError as e:
+            await abort(context, e)
 
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
         await _require_names(context, request.model, request.path, request.fingerprint, request.repo, request.commit)
         await _require_names(context, request.coordinator, request.instance)
         await _require_few_peers(context, request.peers)
         await _require_few_kept(context, request.keep)
-        await self._refuse_others(request, context)
         port = 0
         try:
+            self.terms.refuse_others(request)
+            self.terms.require(request.term)
+            self.terms.accept_epoch(request.epoch)
             async with self.slots.load(request) as slot:
-                calls = EngineCalls(slot, self.slots.hello, request)
+                calls = EngineCalls(slot, self.slots.hello, request, self.terms.require)
                 async with aclosing(self.loader.stage(request, calls)) as events:
                     async for event in events:
                         yield event
                 port = slot.supervisor.hello.port if slot.supervisor.hello else 0
         except MacpipeError as e:
             await abort(context, e)
-        self._heard = time.monotonic()
+        self.terms.hear(Process(request.coordinator, request.instance), request.term)
         yield pb.LoadStageResponse(ready=True, data_port=port)
 
     async def SetAdapters(
         self, request: pb.SetAdaptersRequest, context: Context
     ) -> AsyncIterator[pb.SetAdaptersResponse]:
-        await self._refuse_others(request, context)
         if len(request.adapters) > MAX_ADAPTERS:
             await abort(context, InvalidRequest(f"a stage has at most {MAX_ADAPTERS} adapters", field="adapters"))
         await _require_names(context, *(a.path for a in request.adapters))
@@ -225,6 +217,8 @@ class WorkerServicer(WorkerServiceServicer):
         if any(len(a.name) + len(a.fingerprint) >= MAX_ADAPTER_KEY_CHARS for a in request.adapters):
             await abort(context, InvalidRequest("an adapter's name or fingerprint is too long", field="adapters"))
         try:
+            self.terms.refuse_others(request)
+            self.terms.require(request.term)
             held = (await self.slots.holder(request.epoch).supervisor.report()).adapters
             async with aclosing(self.loader.adapters(request, held)) as events:
                 async for event in events:
@@ -244,11 +238,12 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def LinkStage(self, request: pb.LinkStageRequest, context: Context) -> pb.LinkStageResponse:
         r, supervisor = request, self.slots.holder(request.epoch).supervisor
+        others = await _require_addresses(context, r.pull_from, r.others) if r.pull_from else []
         try:
+            self.terms.require(r.term)
             if not r.pull_from:
                 await supervisor.ask(lambda call: LinkStage(call, r.epoch, "", ""))
                 return pb.LinkStageResponse()
-            others = await _require_addresses(context, r.pull_from, r.others)
             link = await self._links.pull(
                 r.peer.partition(".")[2],
                 r.pull_from,
@@ -267,6 +262,7 @@ class WorkerServicer(WorkerServiceServicer):
             await abort(context, InvalidRequest(f"at most {MAX_DISK_OWNERS} owners may have prefixes", field="owners"))
         owners = "\n".join(request.owners)
         try:
+            self.terms.require(request.term)
             opened = await self.slots.holder(request.epoch).supervisor.ask(
                 lambda call: OpenPrefixes(call, request.epoch, request.edition, owners, request.anonymous)
             )
@@ -279,6 +275,7 @@ class WorkerServicer(WorkerServiceServicer):
         await _require_names(context, request.owner, request.adapter)
         r = request
         try:
+            self.terms.require(r.term)
             await self.slots.holder(r.epoch).supervisor.ask(
                 lambda call: ReadPrefix(call, r.epoch, r.prefix, r.owner, r.adapter, r.beginning, r.length), DISK_READ_S
             )
@@ -288,11 +285,13 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def UnloadStage(self, request: pb.UnloadStageRequest, context: Context) -> pb.UnloadStageResponse:
         await _require_few_kept(context, request.keep)
-        await self._refuse_others(request, context)
         try:
+            self.terms.refuse_others(request)
+            self.terms.require_process(request)
             await self.slots.unload(request)
         except MacpipeError as e:
             await abort(context, e)
+        self.terms.release()
         return pb.UnloadStageResponse()
 
     async def MeasureLink(self, request: pb.MeasureLinkRequest, context: Context) -> pb.MeasureLinkResponse:
@@ -307,7 +306,10 @@ class WorkerServicer(WorkerServiceServicer):
         )
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
-        await self._refuse_others(request, context)
+        try:
+            self.terms.refuse_others(request)
+        except MacpipeError as e:
+            await abort(context, e)
         self.draining = not request.undo
         return pb.DrainWorkerResponse()
 
@@ -315,22 +317,18 @@ class WorkerServicer(WorkerServiceServicer):
         """Report from now on that this worker stops; return once no coordinator needs it any more."""
         self.stopping = True
         while True:
-            if not self._live_owner():
+            if not self.terms.is_needed:
                 return
             await anyio.sleep(_RELEASE_INTERVAL_S)
 
     async def ResetEngine(self, request: pb.ResetEngineRequest, context: Context) -> pb.ResetEngineResponse:
-        await self._refuse_others(request, context)
+        try:
+            self.terms.refuse_others(request)
+            self.terms.require_process(request)
+        except MacpipeError as e:
+            await abort(context, e)
         self.slots.reset(request.epoch, request.why)
         return pb.ResetEngineResponse()
-
-    async def _refuse_others(self, request: CoordinatorRequest, context: Context) -> None:
-        """Abort the call if another coordinator, or another process of the same id, owns the stage."""
-        held, owner = self._first_held(), self._live_owner()
-        if held and owner and owner != request.coordinator:
-            await abort(context, WorkerTaken(f"it serves {held.model} for {_OTHER}"))
-        if held and self._owner_was_heard() and held.instance != request.instance:
-            await abort(context, WorkerTaken(f"it serves {held.model} for {_SAME_ID}"))
 
     async def RequestCertificate(
         self, request: pb.RequestCertificateRequest, context: Context
@@ -428,8 +426,3 @@ async def _require_few_peers(context: Context, peers: Collection[pb.StorePeer]) 
 async def _require_few_kept(context: Context, keep: Collection[int]) -> None:
     if len(keep) > MAX_KEPT:
         await abort(context, InvalidRequest(f"a request may keep at most {MAX_KEPT} epochs", field="keep"))
-
-
-def _caller(request: CoordinatorRequest | pb.DescribeRequest) -> tuple[str, str]:
-    """Return the calling coordinator's id and the id of its process."""
-    return request.coordinator, request.instance

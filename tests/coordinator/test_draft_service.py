@@ -137,7 +137,7 @@ class DraftRing:
     """Stands for the builder of a draft's epoch and for its ring. It computes nothing."""
 
     def __init__(self, opened: OpenDraft, arguments: tuple[Any, ...]) -> None:
-        *_, self.received, self.lost, _claim = arguments
+        *_, self.received, self.lost, _take_term, _claim = arguments
         self._opened = opened
         self.sent: list[Frame] = []
         self.lost_at_once = opened.lost_at_once
@@ -198,7 +198,7 @@ class OpenDraft:
             dialer=None,
             weights=None,
             epochs=self.epochs,
-            roster=SimpleNamespace(pin_draft=lambda pinned: None, claim=None),
+            roster=SimpleNamespace(pin_draft=lambda pinned: None, claim=None, take_term=None),
             heartbeat=SimpleNamespace(is_gone=self.gone.__contains__),
             members=lambda: tuple(self.members),
         )

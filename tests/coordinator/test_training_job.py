@@ -24,7 +24,8 @@ class Job(TrainingJob):
     """A job of one batch. Loading takes a minute, preparing another, and the batch two seconds."""
 
     def __init__(self) -> None:
-        nothing: Any = SimpleNamespace(dialer=None, weights=None, roster=SimpleNamespace(pin=lambda workers: None))
+        roster = SimpleNamespace(pin=lambda workers: None, take_term=None)
+        nothing: Any = SimpleNamespace(dialer=None, weights=None, roster=roster)
         super().__init__(nothing, nothing, nothing, OPTIONS, nothing, lambda e: None, lambda p: None, {})
         self.now = 0.0
         self.reports = TrainingReports(OPTIONS, lambda: self.now)

@@ -61,6 +61,7 @@ from cluster.discovery.sighting import Sighting
 from cluster.discovery.sighting_table import SightingTable as Sightings
 from cluster.discovery.static import static_source
 from cluster.membership.suspicion import Belief, Suspicion
+from cluster.membership.terms import TermAnswer, TermCall
 from cluster.security.credentials import LocalTrust
 from cluster.store.store import FoundModel
 from cluster.transport.streams import Line
@@ -267,6 +268,10 @@ class Mac(Port):
             stopping=self.leaving is not None,
             instance=str(self._life),
         )
+
+    async def request_term(self, call: TermCall) -> tuple[TermAnswer, str]:
+        await self._reached()
+        return TermAnswer(call, None, call.term), ""
 
     async def load(
         self, spec: StageSpec, order: FetchOrder, keep: Sequence[int], memory_limit: int

@@ -167,6 +167,31 @@ def test_a_second_coordinator_does_not_take_workers_that_serve(cluster: Cluster,
         assert client.cluster().epoch > ahead
 
 
+@pytest.mark.long
+def test_a_coordinator_that_wakes_up_finds_its_worker_taken_and_disturbs_nobody(cluster: Cluster, llama: Path) -> None:
+    worker = cluster.worker("solo")
+    first, address = cluster.serving(llama, 1)
+    with Client(address, timeout_s=120) as asleep:
+        tokens = iter(asleep.stream([1, 2, 3], max_tokens=1800, ignore_eos=True))
+        next(tokens)
+        first.process.send_signal(signal.SIGSTOP)
+        home = str(cluster.folder / "other")
+        second, taken = cluster.serving(llama, 1, "--home", home)
+        with Client(taken, timeout_s=120) as client:
+            expected = client.generate([1, 2, 3], max_tokens=20, ignore_eos=True).tokens
+            first.process.send_signal(signal.SIGCONT)
+            first.wait_for("for another coordinator", 60)
+            for _ in range(5):
+                assert client.generate([1, 2, 3], max_tokens=20, ignore_eos=True).tokens == expected
+            assert client.cluster().recoveries == 0
+        first.stop(signal.SIGKILL)
+    worker.stop(signal.SIGKILL)
+    cluster.worker("solo")
+    second.wait_for("serving again", 60)
+    with Client(taken, timeout_s=60) as client:
+        assert client.generate([1, 2, 3], max_tokens=20, ignore_eos=True).tokens == expected
+
+
 def test_a_load_that_cannot_be_leaves_the_served_model_alone(cluster: Cluster, llama: Path) -> None:
     cluster.worker("solo")
     serve, address = cluster.serving(llama, 1)

@@ -55,7 +55,9 @@ async def coordinating(cluster: Cluster, home: Path, ports: Sequence[int]) -> As
     """A coordinator in this process, over workers on these ports."""
     source = static_source([f"127.0.0.1:{port}" for port in ports])
     roster = Roster(source, cluster.name, "c0" * 8, LocalTrust())
-    coordinator = Coordinator(cluster.name, roster, GrpcDialer(LocalTrust()), Silent(), Store(home))
+    coordinator = Coordinator(
+        cluster.name, roster, GrpcDialer(LocalTrust(), term=lambda: roster.terms.number), Silent(), Store(home)
+    )
     try:
         yield coordinator
     finally:

@@ -222,6 +222,19 @@ def test_a_reader_that_takes_nothing_loses_its_stream_before_memory_goes(
     pull.close()
 
 
+def test_a_stream_of_another_term_is_refused() -> None:
+    stage, term = Echo(), [4]
+    server = DataServer(LocalTrust(), "127.0.0.1", 0, stage, lambda: term[0])
+    for mine in (3, 0):
+        with pytest.raises(StaleEpoch, match="no stage of epoch 7 is loaded"):
+            GrpcDialer(LocalTrust(), term=lambda mine=mine: mine).feed(
+                f"127.0.0.1:{server.port}", EPOCH, Ear().lost.put
+            )
+    GrpcDialer(LocalTrust(), term=lambda: 4).feed(f"127.0.0.1:{server.port}", EPOCH, Ear().lost.put).close()
+    stage.box.close()
+    server.stop()
+
+
 @pytest.mark.parametrize("epoch", ["9" * 5000, "-1", "", "x", "1e3"])
 def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
     server = DataServer(LocalTrust(), "127.0.0.1", 0, Echo())

@@ -136,7 +136,9 @@ async def test_a_worker_is_busy_while_it_loads_and_while_its_engine_works(tmp_pa
     control = WorkerServicer("ab" * 8, settings, LocalTrust(), slots, loader, profile, MachineFacts())
     assert not control.is_busy
     context: Any = None
-    loading: Any = control.LoadStage(pb.LoadStageRequest(), context)
+    caller = {"coordinator": "c0", "instance": "i", "term": 1}
+    await control.terms.answer(pb.GrantTermRequest(request=pb.TERM_REQUEST_GRANT, **caller))
+    loading: Any = control.LoadStage(pb.LoadStageRequest(epoch=1, **caller), context)
     await anext(loading)
     assert control.is_busy
     await loading.aclose()

@@ -218,6 +218,27 @@ def test_another_epoch_of_the_same_slice_reads_no_weight_and_forgets_every_seque
         slot.load(spec, lambda done, total: None)
 
 
+def test_a_fence_drops_what_waits_and_keeps_the_weights(spec: StageSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: deque[Callable[[], None]] = deque()
+    slot = StageHost(jobs.append, MemoryNetwork())
+    slot.load(spec, lambda done, total: None, term=4)
+    box = outbox(slot)
+    assert slot.term == 4
+    for number in range(3):
+        slot.received(encode(decode_step(number, 1, 5, *([] if number else [JOIN]))))
+    jobs.popleft()()
+    slot.close_streams()
+    assert (slot.epoch, slot.term, slot.outbox(EPOCH, Line.URGENT)) == (0, 0, None)
+    while jobs:
+        jobs.popleft()()
+    slot.end_epoch()
+    assert [decode(message).number for message in box] == [0]
+    monkeypatch.setattr(slot_module, "load_stage", None)
+    slot.load(replace(spec, epoch=EPOCH + 1), lambda done, total: None, term=5)
+    assert (slot.epoch, slot.term, slot.sequences) == (EPOCH + 1, 5, 0)
+    slot.unload()
+
+
 def test_links_are_checked(slot: StageHost) -> None:
     with pytest.raises(StaleEpoch, match="epoch 11 is loaded"):
         slot.link(EPOCH + 1, "")

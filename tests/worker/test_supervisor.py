@@ -74,6 +74,28 @@ def test_a_start_that_takes_long_is_waited_for_while_it_gets_anywhere(
         asyncio.run(start("import time; time.sleep(60)"))
 
 
+def test_an_engine_that_does_not_stop_computing_for_an_earlier_term_is_killed_before_anybody_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.worker.supervisor.FENCE_S", 0.1)
+    hello = pack(Hello(1, "", "", "", "", 1, 1))
+    program = f"import sys; sys.stdout.buffer.write({hello!r}); sys.stdout.flush()\nwhile True: pass"
+
+    async def body() -> None:
+        supervisor = Supervisor(EngineLauncher([sys.executable, "-c", program]))
+        await supervisor.fence()  # there is no engine yet
+        running = asyncio.create_task(supervisor.run())
+        await supervisor.wait_started()
+        process = supervisor._process
+        assert process
+        await supervisor.fence()
+        assert process.returncode == -signal.SIGKILL
+        running.cancel()
+        await asyncio.wait([running])
+
+    asyncio.run(body())
+
+
 async def reports_until_refused(supervisor: Supervisor) -> None:
     while True:
         await supervisor.report()

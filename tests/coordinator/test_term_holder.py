@@ -1,0 +1,150 @@
+"""One term over all workers of a load: taken, kept, joined, and raised only if it must be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.coordinator.term_holder import TermHolder
+from cluster.core.errors import StaleTerm, WorkerLost, WorkerTaken
+from cluster.core.term_limits import LEASE_S
+from cluster.membership.term_record import TermRecord
+from cluster.membership.terms import Denial, Process, Term, TermAnswer, TermCall, TermRequest
+
+ME, OTHER = Process("me", "1"), Process("other", "1")
+
+
+@dataclass
+class Clock:
+    now: float = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Worker:
+    """A worker with a record of its own. It does not answer while ``gone``."""
+
+    name: str
+    clock: Clock
+    gone: bool = False
+    asked: list[TermRequest] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.address = f"{self.name}:1"
+        self.record = TermRecord(None, self.clock)
+
+    def grant(self, term: Term) -> None:
+        assert self.record.begin(term) is self.record.finish(written=True) is None
+
+    async def request_term(self, call: TermCall) -> tuple[TermAnswer, str]:
+        await asyncio.sleep(0)
+        self.asked.append(call.request)
+        if self.gone:
+            raise WorkerLost(f"worker {self.name} does not answer", worker=self.name)
+        denial = None
+        match call.request:
+            case TermRequest.ASK:
+                denial = self.record.why_not(call.term.process)
+            case TermRequest.GRANT:
+                denial = self.record.begin(call.term) or self.record.finish(written=True)
+            case TermRequest.RENEW:
+                denial = self.record.renew(call.term)
+            case TermRequest.RETURN:
+                self.record.give_back(call.term)
+        return TermAnswer(call, denial, self.record.term), "it serves llama for another coordinator" if denial else ""
+
+
+@pytest.fixture
+def workers() -> list[Worker]:
+    clock = Clock()
+    return [Worker(name, clock) for name in ("ada", "bob", "cyd")]
+
+
+def holder(workers: Sequence[Worker]) -> TermHolder:
+    return TermHolder(ME, workers[0].clock, lambda: 0.0)
+
+
+def numbers(workers: Sequence[Worker]) -> list[int]:
+    return [worker.record.term.number for worker in workers]
+
+
+@pytest.mark.anyio
+async def test_a_term_is_above_all_numbers_of_its_workers_and_stays_for_the_next_load(workers: list[Worker]) -> None:
+    ada, bob, cyd = workers
+    bob.grant(Term(6, OTHER))
+    bob.record.give_back(Term(6, OTHER))
+    mine = holder(workers)
+    assert mine.number == 0
+    await mine.take([ada, bob])
+    assert (numbers(workers), mine.number) == ([7, 7, 0], 7)
+    for worker in workers:
+        worker.asked.clear()
+    await mine.take([ada, bob, cyd])
+    assert numbers(workers) == [7, 7, 7]
+    assert [worker.asked for worker in workers] == [[TermRequest.GRANT]] * 3, "a term that is there is renewed"
+
+
+@pytest.mark.anyio
+async def test_a_worker_beyond_the_term_raises_it_for_all_that_are_led(workers: list[Worker]) -> None:
+    ada, bob, cyd = workers
+    mine = holder(workers)
+    await mine.take([ada, bob])
+    cyd.grant(Term(9, OTHER))
+    with pytest.raises(WorkerTaken, match="worker cyd: it serves llama for another coordinator"):
+        await mine.take([bob, cyd])
+    assert (numbers(workers), mine.number) == ([1, 1, 9], 1)
+    cyd.clock.now += LEASE_S
+    await mine.take([bob, cyd])
+    assert (numbers(workers), mine.number) == ([10, 10, 10], 10), "heartbeats name one number"
+
+
+@pytest.mark.anyio
+async def test_what_was_granted_is_given_back_if_a_worker_does_not_answer(workers: list[Worker]) -> None:
+    ada, bob, _ = workers
+    mine = holder(workers)
+    await mine.take([ada])
+    bob.gone = True
+    with pytest.raises(WorkerLost):
+        await mine.take([ada, bob])
+    assert ada.record.has_lease()
+    fresh = holder(workers)
+    ada.clock.now += LEASE_S
+    with pytest.raises(WorkerLost):
+        await fresh.take([ada, bob])
+    assert fresh.number == 0
+    bob.gone = False
+    await fresh.take([ada, bob])
+    assert fresh.number == 2
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_is_taken_at_every_try_ends_the_load(
+    workers: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = holder(workers)
+    monkeypatch.setattr(workers[0].record, "begin", lambda asked: Denial.OLD)
+    with pytest.raises(StaleTerm, match="worker ada: it serves llama for another coordinator; try again"):
+        await mine.take(workers[:1])
+
+
+@pytest.mark.anyio
+async def test_workers_that_come_back_at_other_addresses_are_not_remembered_for_ever(
+    workers: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.coordinator.term_holder.MAX_ROSTER", 2)
+    mine = holder(workers)
+    for worker in workers:
+        await mine.take([worker])
+    assert list(mine._led) == ["bob:1", "cyd:1"]
+
+
+@pytest.mark.anyio
+async def test_two_loads_at_once_take_one_term(workers: list[Worker]) -> None:
+    mine = holder(workers)
+    await asyncio.gather(mine.take(workers[:2]), mine.take(workers[1:]))
+    assert numbers(workers) == [1, 1, 1]
