@@ -75,12 +75,15 @@ def start_cluster(
     coordinator: Path | None = None,
     worker_options: Sequence[str] = (),
     spares: Sequence[str] = (),
+    replicas: int = 0,
 ) -> Client:
     """Start a worker for each of ``environments``, and a coordinator. Return a client once the coordinator serves.
 
     Workers are named a, b, c and so on. Worker i is pinned to the i-th of ``cores``. ``coordinator`` is a script to run
     in place of ``macpipe``. ``spares`` are the names of more workers. Logs and state are in ``folder``; None means the
     model's parent. Workers are found by their addresses, because not every machine has multicast.
+
+    With ``replicas``, the model is served in so many copies, one worker each; 0 makes one ring of all workers.
     """
     folder = folder or Path(model).parent
     fleet = stack.enter_context(ProcessGroup(folder))
@@ -96,12 +99,20 @@ def start_cluster(
         peers += ["--peer", f"127.0.0.1:{listens}"]
         with pinned(core):
             fleet.start(name, ["worker", *own], environment)
-    own = ["--workers", str(count), "--cluster", cluster, "--port", str(port), "--wait", "90"]
-    own += ["--peers-only", *peers, *options]
-    fleet.start("serve", ["serve", str(model), *own], own_state(folder), program=coordinator)
+    served = ["--models", str(models_file(folder, model, replicas))] if replicas else [str(model)]
+    served += ["--workers", "1" if replicas else str(count)]
+    own = ["--cluster", cluster, "--port", str(port), "--wait", "90", "--peers-only", *peers, *options]
+    fleet.start("serve", ["serve", *served, *own], own_state(folder), program=coordinator)
     client = stack.enter_context(Client(f"127.0.0.1:{port}", timeout_s=300))
-    wait_serving(fleet, client)
+    wait_serving(fleet, client, replicas or 1)
     return client
+
+
+def models_file(folder: Path, model: Path | str, replicas: int) -> Path:
+    """Write a models file that has this model in so many copies."""
+    file = folder / "models.toml"
+    file.write_text(f'[[model]]\nname = "copied"\nsource = {json.dumps(str(model))}\nreplicas = {replicas}\n')
+    return file
 
 
 def own_state(folder: Path) -> Mapping[str, str]:
@@ -109,11 +120,13 @@ def own_state(folder: Path) -> Mapping[str, str]:
     return {"XDG_STATE_HOME": str(folder / "state")}
 
 
-def wait_serving(fleet: ProcessGroup, client: Client) -> None:
+def wait_serving(fleet: ProcessGroup, client: Client, replicas: int = 1) -> None:
     while True:
         fleet.check()
         try:
-            if client.cluster().state == "serving":
+            state = client.cluster()
+            ready = [r for deployment in state.deployments for r in deployment.replicas if r.state == "serving"]
+            if state.state == "serving" and (replicas < 2 or len(ready) >= replicas):
                 return
         except MacpipeError:
             pass
