@@ -12,6 +12,7 @@ from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.model_options import STEP_HELP, Draft, Exact, Model, Speculate, TakeBack
 from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, Switch, takes_options
 from cluster.cli.plan_options import plan_options
+from cluster.cli.status import idle_spares
 from cluster.core.plan import Speculation
 from cluster.core.text import count_in_words
 
@@ -78,10 +79,8 @@ def describe_loaded(state: ClusterState, name: str) -> Iterator[str]:
     yield f"serving {shown} on {count_in_words(len(stages), 'worker')}: {held}"
     if state.draft_worker:
         yield f"draft model on {state.draft_worker}"
-    busy = {state.draft_worker, *(stage.worker for stage in state.all_stages)}
-    for spare in state.spares:
-        if spare.worker not in busy:
-            yield f"spare: {spare.worker} ({spare.why})"
+    for spare in idle_spares(state):
+        yield f"spare: {spare.worker} ({spare.why})"
 
 
 def follow(loading: Loading) -> ClusterState:

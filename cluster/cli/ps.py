@@ -11,7 +11,7 @@ from cluster.cli.options import Cluster, Coordinator, Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cluster.client import ClusterState, LiveRequest
+    from cluster.client import ClusterState, StageState
 
 RIGHT: Final = frozenset({"prompt", "cached", "answer", "guessed", "window", "lane", "age"})
 STAGE_RIGHT: Final = frozenset({"caches reserved", "prefixes", "room", "idle"})
@@ -27,34 +27,38 @@ def ps(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = Fa
             from cluster.cli.json_output import print_json
 
             lanes = {"lanes": state.lane_sizes, "queued": state.queued, "prefixes": state.prefixes}
-            print_json({"requests": state.requests, **lanes, "guesses": state.guesses, "stages": state.stages})
+            shown = {"requests": state.requests, **lanes, "guesses": state.guesses, "stages": state.stages}
+            print_json(shown | ({"deployments": state.deployments} if state.deployments else {}))
         else:
             show_requests(state)
 
 
 def show_requests(state: ClusterState) -> None:
     """Print the live requests and the stages on stdout."""
-    from cluster.cli.screen import console, print_lines
+    from cluster.cli.screen import console, print_lines, printable
 
     screen = console(sys.stdout)
     if state.activity:
         print_lines(screen, state.activity)
-    if not state.requests:
+    if not state.all_requests:
         screen.print("no live requests")
     else:
-        screen.print(_table(state.requests))
-    if state.stages and not state.training:
-        lanes = f"answers per lane: {', '.join(map(str, state.lane_sizes))}; " if any(state.lane_sizes) else ""
-        prefixes = f"{state.prefixes} cached prefix{'es' * (state.prefixes != 1)}"
-        screen.print(f"\n{lanes}{state.queued} queued; {prefixes}")
-        screen.print(_stages(state))
+        screen.print(_table(state))
+    if state.training:
+        return
+    for name, ring in state.rings:
+        if ring.stages:
+            lanes = f"answers per lane: {', '.join(map(str, ring.lane_sizes))}; " if any(ring.lane_sizes) else ""
+            prefixes = f"{ring.prefixes} cached prefix{'es' * (ring.prefixes != 1)}"
+            screen.print(printable(f"\n{f'{name}: ' if name else ''}{lanes}{ring.queued} queued; {prefixes}"))
+            screen.print(_stages(ring.stages))
 
 
-def _stages(state: ClusterState) -> Table:
+def _stages(stages: tuple[StageState, ...]) -> Table:
     from cluster.cli.screen import format_bytes, printable, table
 
     shown = table("stage", "worker", "caches reserved", "prefixes", "room", "idle", right=STAGE_RIGHT)
-    for stage in state.stages:
+    for stage in stages:
         shown.add_row(
             str(stage.index),
             printable(stage.worker),
@@ -66,16 +70,19 @@ def _stages(state: ClusterState) -> Table:
     return shown
 
 
-def _table(requests: tuple[LiveRequest, ...]) -> Table:
+def _table(state: ClusterState) -> Table:
     from cluster.cli.screen import format_duration, printable, table
 
-    guesses = any(one.guessed_tokens or one.window > 1 for one in requests)
+    requests = [(name, one) for name, ring in state.rings for one in ring.requests]
+    guesses = any(one.guessed_tokens or one.window > 1 for _, one in requests)
     columns = ("guessed", "window") if guesses else ()
-    shown = table("request", "state", "prompt", "cached", "answer", *columns, "lane", "age", right=RIGHT)
-    for one in requests:
+    models = ("model",) if state.deployments else ()
+    shown = table("request", *models, "state", "prompt", "cached", "answer", *columns, "lane", "age", right=RIGHT)
+    for name, one in requests:
         prefilled = one.prompt_tokens == one.prefilled_tokens or one.completion_tokens > 0
         shown.add_row(
             printable(one.request_id),
+            *((printable(name),) if models else ()),
             one.state,
             str(one.prompt_tokens) if prefilled else f"{one.prefilled_tokens} of {one.prompt_tokens}",
             str(one.cached_tokens),

@@ -11,8 +11,9 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
+from cluster.core.cluster_state import ServingState
 from cluster.core.limits import FAR_OFF
-from cluster.core.plan import Link, Speculation
+from cluster.core.plan import Link, Spare, Speculation
 from cluster.core.text import count_in_words, figure_in_words, gib_in_words, link_in_words, with_subject
 from cluster.security.limits import CLOCKS_DIFFER_S
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cluster.client import ClusterState, Repair, StageState, WorkerState
 
 RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured", "step (plan)"})
+MODELS_RIGHT: Final = frozenset({"context", "requests", "idle"})
 NO_WORKERS: Final = "no workers; start one with `macpipe worker`"
 WIDE_COLUMNS: Final = 100
 """On narrower screens the machines are listed below the table, and a step's two times share a column."""
@@ -77,19 +79,54 @@ def describe_state(state: ClusterState, width: int) -> list[str | Table]:
     """Return the lines and the table that describe a cluster on a screen of ``width`` columns."""
     wide = width >= WIDE_COLUMNS
     parts: list[str | Table] = list(headline(state))
+    if state.deployments:
+        parts += ["", _models(state), ""]
     if not state.workers:
         return [*parts, NO_WORKERS]
-    parts += ["", _workers(state, wide=wide), ""]
+    parts += [*([] if state.deployments else [""]), _workers(state, wide=wide), ""]
     if not wide:
         parts += [f"{worker.name}: {_machine(worker)}" for worker in state.workers]
-    parts += describe_links(state.stages)
-    parts += [f"spare: {spare.worker}: {spare.why}" for spare in state.spares if spare.worker != state.draft_worker]
+    parts += [line for _, ring in state.rings for line in describe_links(ring.stages)]
+    parts += [f"spare: {spare.worker}: {spare.why}" for spare in idle_spares(state)]
     if powers := [worker for worker in state.workers if worker.power_watts]:
         parts.append(f"power: {', '.join(f'{worker.name} {worker.power_watts:.0f} W' for worker in powers)}")
     for worker in state.workers:
-        held = [stage for stage in state.stages if stage.worker == worker.name]
+        held = held_stages(state, worker.name)
         parts += [*_describe_disk(worker), *_describe_problems(worker, held)]
     return parts
+
+
+def idle_spares(state: ClusterState) -> list[Spare]:
+    """Return the workers that hold nothing of any model."""
+    busy = {state.draft_worker, *(stage.worker for stage in state.all_stages)}
+    return [spare for spare in state.spares if spare.worker not in busy]
+
+
+def held_stages(state: ClusterState, worker: str) -> list[StageState]:
+    """Return the stages of one model that a worker holds; nothing if it holds several models, whose times mix."""
+    rings = [[stage for stage in ring.stages if stage.worker == worker] for _, ring in state.rings]
+    holding = [held for held in rings if held]
+    return holding[0] if len(holding) == 1 else []
+
+
+def _models(state: ClusterState) -> Table:
+    """Return the table of all models, loaded or not."""
+    from cluster.cli.screen import format_duration, printable, table
+
+    shown = table("model", "state", "context", "requests", "idle", "layers", right=MODELS_RIGHT)
+    for one in state.deployments:
+        held = "; ".join(
+            ", ".join(f"{stage.worker} {stage.layers}" for stage in replica.stages) for replica in one.replicas
+        )
+        shown.add_row(
+            printable(one.name) + (" (pinned)" if one.pinned else ""),
+            "not loaded" if one.state is ServingState.IDLE else one.state,
+            str(one.max_context) if one.max_context else "-",
+            str(len(one.requests)) if one.replicas else "-",
+            format_duration(one.idle_seconds) if one.idle_seconds else "-",
+            printable(held or one.activity or "-"),
+        )
+    return shown
 
 
 class StatusView:
@@ -181,7 +218,7 @@ def headline(state: ClusterState) -> list[str]:
     from cluster.cli.screen import format_duration
 
     up = format_duration(state.uptime_seconds)
-    lines = [f"cluster {state.cluster}: {state.state}{f' {state.model}' if state.model else ''}, up {up}"]
+    lines = [f"cluster {state.cluster}: {state.state}{describe_models(state)}, up {up}"]
     if state.problem and not state.repair:  # else the line about the recovery says it
         lines.append(f"problem: {state.problem}")
     if state.activity:
@@ -196,7 +233,7 @@ def headline(state: ClusterState) -> list[str]:
         lines.append(describe_repair(state.repair))
     if state.move:
         lines.append(describe_move(state.move))
-    if state.model:
+    if state.model and (not state.deployments or state.training):
         room = f"up to {count_in_words(state.max_sequences, 'answer')} of {state.max_context} tokens at once"
         lines.append(
             f"{count_in_words(state.layers, 'layer')} in {count_in_words(len(state.stages), 'stage')} ({state.route})"
@@ -208,7 +245,7 @@ def headline(state: ClusterState) -> list[str]:
         draft = f", draft model on {state.draft_worker}" if state.draft_worker else ""
         lines.append(f"speculation ({state.speculation}{draft}): {describe_guesses(state)}")
     lines.append(
-        f"{count_in_words(len(state.requests), 'live request')}, {state.requests_finished} finished,"
+        f"{count_in_words(len(state.all_requests), 'live request')}, {state.requests_finished} finished,"
         f" {count_in_words(state.tokens_generated, 'token')} generated"
     )
     if state.disk_hits or state.disk_misses:
@@ -217,6 +254,14 @@ def headline(state: ClusterState) -> list[str]:
             f" not found there: {state.disk_misses}"
         )
     return lines
+
+
+def describe_models(state: ClusterState) -> str:
+    """Return the served model behind a space, or how many of several are loaded; "" without a model."""
+    if not state.deployments or state.training:
+        return f" {state.model}" if state.model else ""
+    loaded = sum(bool(one.replicas) for one in state.deployments)
+    return f" {loaded} of {count_in_words(len(state.deployments), 'model')}"
 
 
 def describe_guesses(state: ClusterState) -> str:
@@ -274,15 +319,16 @@ def _workers(state: ClusterState, *, wide: bool) -> Table:
     machine, times = (("machine",), ("predicted", "measured")) if wide else ((), ("step (plan)",))
     shown = table("worker", *machine, "layers", "weights", "memory used", *times, "state", right=RIGHT)
     for worker in state.workers:
-        held = [stage for stage in state.stages if stage.worker == worker.name]
+        named = [(name, one) for name, ring in state.rings for one in ring.stages if one.worker == worker.name]
+        held = [stage for _, stage in named]
         without_layers = "draft model" if worker.name == state.draft_worker else "-"
         shown.add_row(
             printable(worker.name),
             *((printable(_machine(worker)),) if wide else ()),
-            ", ".join(str(stage.layers) for stage in held) or without_layers,
+            printable(", ".join(f"{name} {stage.layers}".strip() for name, stage in named)) or without_layers,
             gib_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
             format_share(worker.memory_used, worker.memory_limit) if worker.reachable else "-",
-            *_decode_ms(held, wide=wide),
+            *_decode_ms(held_stages(state, worker.name), wide=wide),
             _describe_standing(worker),
         )
     return shown

@@ -13,7 +13,7 @@ from rich.text import Text
 from cluster.cli.keyboard import Key
 from cluster.cli.live_figures import TokenRates, hit_share, time_shares
 from cluster.cli.screen import format_bytes, format_duration, format_share, printable, table
-from cluster.cli.status import NO_WORKERS, describe_move, describe_repair
+from cluster.cli.status import NO_WORKERS, describe_models, describe_move, describe_repair
 from cluster.client import ClusterState, EventKind, LiveRequest, RequestState, ServingState, StageState, WorkerState
 from cluster.core.limits import OCCUPANCY_S
 from cluster.core.text import figure_in_words
@@ -58,12 +58,12 @@ class TopView:
         parts: list[RenderableType] = [*_head(state, self.rates, width, lost), Text()]
         parts += [_stages(state, wide=wide), Text()] if state.workers else [Text(NO_WORKERS)]
         if not height:
-            return Group(*parts, *_requests(state.requests, wide=wide), *_events(state, EVENTS))
+            return Group(*parts, *_requests(_named_requests(state), wide=wide), *_events(state, EVENTS))
         return Group(*parts, *self._rest(height - _count_lines(parts, width), wide=wide))
 
     def _rest(self, height: int, *, wide: bool) -> list[RenderableType]:
         """Return the requests in sight, the latest events and the keys, in ``height`` lines."""
-        requests = self.state.requests
+        requests = _named_requests(self.state)
         events = _events(self.state, min(EVENTS, height - REQUEST_HEADING - LEAST_REQUESTS - 2))
         room = self._page = max(1, height - REQUEST_HEADING - len(events) - 1)
         self.offset = max(0, min(self.offset, len(requests) - room))
@@ -86,11 +86,12 @@ def _head(state: ClusterState, rates: TokenRates, width: int, lost: str) -> list
         .append(f"{printable(state.cluster)}: ", "bold")
         .append(state.state, _STATE_STYLES.get(state.state, "bold red"))
     )
-    name.append(f" {printable(state.model)}  {up}")
+    name.append(f"{printable(describe_models(state)) or ' '}  {up}")
     counts = Text("-" if rates.now is None else f"{rates.now:.1f}", "bold").append(" tokens/s")
     hits = hit_share(state)
+    queued = sum(ring.queued for _, ring in state.rings)
     facts = [
-        f"{len(state.requests) - state.queued} answering, {state.queued} queued",
+        f"{len(state.all_requests) - queued} answering, {queued} queued",
         f"cache hits {'-' if hits is None else f'{hits:.0%}'}",
         f"recoveries {state.recoveries}",
     ]
@@ -140,12 +141,15 @@ def _stages(state: ClusterState, *, wide: bool) -> Table:
     """Return the table of stages, then of workers without one."""
     more = ("machine", "power", "link in", "reserved", "predicted") if wide else ()
     right = RIGHT | {"predicted", "reserved"}
-    shown = table("worker", "layers", "memory", "", "busy", BUSY_S, "step", *more, "state", right=right)
+    models = ("model",) if state.deployments else ()
+    shown = table("worker", *models, "layers", "memory", "", "busy", BUSY_S, "step", *more, "state", right=right)
     by_name = {worker.name: worker for worker in state.workers}
-    staged = [(by_name.get(stage.worker), stage) for stage in state.stages]
-    others = [(worker, None) for worker in state.workers if worker.name not in {s.worker for s in state.stages}]
-    for worker, stage in (*staged, *others):
-        shown.add_row(*_stage_cells(worker, stage, wide=wide))
+    staged = [(by_name.get(stage.worker), name, stage) for name, ring in state.rings for stage in ring.stages]
+    holding = {stage.worker for _, _, stage in staged}
+    others = [(worker, "-", None) for worker in state.workers if worker.name not in holding]
+    for worker, name, stage in (*staged, *others):
+        first, *rest = _stage_cells(worker, stage, wide=wide)
+        shown.add_row(first, *((printable(name),) if models else ()), *rest)
     return shown
 
 
@@ -193,14 +197,23 @@ def _describe_standing(worker: WorkerState | None) -> Text:
     return Text("drained", "yellow") if worker.draining else Text("up", "green")
 
 
-def _requests(requests: Sequence[LiveRequest], *, wide: bool) -> list[RenderableType]:
+def _named_requests(state: ClusterState) -> list[tuple[str, LiveRequest]]:
+    """Return all live requests, each with the name of its model if there are several."""
+    return [(name, request) for name, ring in state.rings for request in ring.requests]
+
+
+def _requests(requests: Sequence[tuple[str, LiveRequest]], *, wide: bool) -> list[RenderableType]:
     """Return the table of these requests, or one line if there is none."""
     if not requests:
         return [Text("no live requests", "dim")]
     cached, lane, more = (("cached",), ("lane",), ("where its time went",)) if wide else ((), (), ())
-    shown = table("request", "state", "prompt", *cached, "answer", "tokens/s", *lane, "age", *more, right=RIGHT)
-    for one in requests:
-        shown.add_row(*_request_cells(one, wide=wide))
+    models = ("model",) if any(name for name, _ in requests) else ()
+    shown = table(
+        "request", *models, "state", "prompt", *cached, "answer", "tokens/s", *lane, "age", *more, right=RIGHT
+    )
+    for name, one in requests:
+        first, *rest = _request_cells(one, wide=wide)
+        shown.add_row(first, *((printable(name),) if models else ()), *rest)
     return [shown]
 
 

@@ -166,6 +166,7 @@ def _encode_deployment(deployment: DeploymentState) -> pb.Deployment:
         activity=deployment.activity,
         max_context=deployment.max_context,
         pinned=deployment.pinned,
+        idle_seconds=deployment.idle_seconds,
         replicas=map(_encode_replica, deployment.replicas),
     )
 
@@ -180,6 +181,7 @@ def _decode_deployment(message: pb.Deployment) -> DeploymentState:
         activity=message.activity,
         max_context=message.max_context,
         pinned=message.pinned,
+        idle_seconds=message.idle_seconds,
         replicas=tuple(map(_decode_replica, message.replicas)),
     )
 

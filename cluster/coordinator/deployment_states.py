@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.deployment_table import DeploymentTable
@@ -39,6 +40,7 @@ async def _describe(table: DeploymentTable, entry: ModelEntry, deployment: Deplo
         activity=deployment.watch.sentence if deployment.is_loading else "",
         max_context=shape.max_context if shape else 0,
         pinned=entry.pin,
+        idle_seconds=time.monotonic() - deployment.used_at if shape and not deployment.has_requests else 0.0,
         replicas=replicas,
     )
 

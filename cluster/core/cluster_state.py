@@ -194,6 +194,7 @@ class DeploymentState:
     """A model under a name, loaded or not. ``state`` is IDLE if it is not.
 
     ``model`` is what is loaded, or would be: an id or a folder. ``pinned``: it is never unloaded to make room.
+    ``idle_seconds`` are those since its last request ended, or since it was loaded; 0 while it has requests.
     """
 
     name: str
@@ -204,6 +205,7 @@ class DeploymentState:
     activity: str = ""
     max_context: int = 0
     pinned: bool = False
+    idle_seconds: float = 0.0
     replicas: tuple[ReplicaState, ...] = ()
 
     @property
@@ -279,6 +281,29 @@ class ClusterState:
     deployments: tuple[DeploymentState, ...] = ()
     """All models if there are several models or replicas, the default one first; the fields above are those of its
     first replica, but workers, events and totals are those of all."""
+
+    @property
+    def rings(self) -> tuple[tuple[str, ReplicaState], ...]:
+        """All replicas, each with the name of its model, or of the replica if there are several; no name without
+        ``deployments``.
+        """
+        if not self.deployments or self.training:
+            alone = ReplicaState(
+                self.state,
+                self.problem,
+                self.epoch,
+                self.stages,
+                self.requests,
+                self.lane_sizes,
+                self.queued,
+                self.prefixes,
+            )
+            return (("", alone),)
+        return tuple(
+            (f"{one.name} #{i}" if len(one.replicas) > 1 else one.name, replica)
+            for one in self.deployments
+            for i, replica in enumerate(one.replicas, 1)
+        )
 
     @property
     def all_requests(self) -> tuple[LiveRequest, ...]:

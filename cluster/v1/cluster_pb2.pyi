@@ -869,6 +869,7 @@ class Deployment(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its public name, and further ones; a * stands for any characters."""
     model: _builtins.str
@@ -882,6 +883,8 @@ class Deployment(_message.Message):
     max_context: _builtins.int
     pinned: _builtins.bool
     """It is never unloaded to make room."""
+    idle_seconds: _builtins.float
+    """Seconds since its last request ended, or since it was loaded; 0 while it has requests or is not loaded."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -898,10 +901,11 @@ class Deployment(_message.Message):
         max_context: _builtins.int = ...,
         pinned: _builtins.bool = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
+        idle_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "aliases", b"aliases", "max_context", b"max_context", "model", b"model", "name", b"name", "pinned", b"pinned", "problem", b"problem", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "aliases", b"aliases", "idle_seconds", b"idle_seconds", "max_context", b"max_context", "model", b"model", "name", b"name", "pinned", b"pinned", "problem", b"problem", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
