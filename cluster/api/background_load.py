@@ -10,6 +10,7 @@ import anyio
 
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_catalog import DEFAULT
+from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.cluster_state import ServingState
@@ -62,10 +63,16 @@ class LoadTracker:
 
 
 class BackgroundLoad:
-    """Loads models of one coordinator; ``tracker`` follows its loads, whoever asked for them."""
+    """Loads models of one coordinator; ``tracker`` follows its loads, whoever asked for them.
 
-    def __init__(self, coordinator: Coordinator, tracker: LoadTracker | None = None) -> None:
+    ``on_demand`` makes room for them; None if nothing does.
+    """
+
+    def __init__(
+        self, coordinator: Coordinator, tracker: LoadTracker | None = None, on_demand: OnDemand | None = None
+    ) -> None:
         self._coordinator = coordinator
+        self._load = on_demand.load if on_demand else coordinator.load
         self._tracker = tracker
         self._task: asyncio.Task[None] | None = None
         self._problem = ""
@@ -97,7 +104,7 @@ class BackgroundLoad:
 
     async def _run(self, order: LoadOrder, name: str) -> None:
         try:
-            await self._coordinator.load(order, name=name)
+            await self._load(order, name=name)
         except MacpipeError as e:
             self._problem = e.sentence
         finally:

@@ -114,12 +114,12 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         service = RequestService(coordinator, Metrics(), key_usage, on_demand=on_demand, strict=settings.strict)
         checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)
-        loads, feed = BackgroundLoad(coordinator, tracker), ClusterFeed()
+        loads, feed = BackgroundLoad(coordinator, tracker, on_demand), ClusterFeed()
         http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report, loads, feed))
         stack.callback(feed.close)
         examinations = Examinations(roster, coordinator.members)
         stores = ClusterStores(roster, coordinator.members, store.home)
-        cluster = ClusterServicer(coordinator, trust, settings.order, examinations, stores)
+        cluster = ClusterServicer(coordinator, trust, settings.order, examinations, stores, on_demand)
         addresses = await stack.enter_async_context(_public_port(settings, trust, service, cluster, checks))
         stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
         stack.push_async_callback(on_demand.close)
@@ -130,7 +130,7 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
         coordinator.adopt_catalog(_catalog(settings))
         await coordinator.load(settings.order)
-        models = ModelsWatch(coordinator, file, report)
+        models = ModelsWatch(coordinator, file, report, on_demand)
         await models.load_pinned()
         tasks.start_soon(models.run)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread

@@ -13,6 +13,7 @@ import anyio
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.models_file import ModelsFile
+from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import Reporter
 from cluster.core.errors import InvalidOption, MacpipeError, NotServing
 
@@ -24,10 +25,14 @@ POLL_S: Final = 2.0
 class ModelsWatch:
     """Reads ``file`` again and again; None if the models come from the command line.
 
-    A file that is wrong changes nothing: what was served goes on, and status says what is wrong.
+    ``on_demand`` makes room for the models that are pinned. A file that is wrong changes nothing: what was served goes
+    on, and status says what is wrong.
     """
 
-    def __init__(self, coordinator: Coordinator, file: ModelsFile | None, report: Reporter) -> None:
+    def __init__(
+        self, coordinator: Coordinator, file: ModelsFile | None, report: Reporter, on_demand: OnDemand
+    ) -> None:
+        self._make_room_and_load = on_demand.load
         self._coordinator, self._file, self._report = coordinator, file, report
         self._pinned: list[str] = []
         """Models that are still to be loaded."""
@@ -80,7 +85,10 @@ class ModelsWatch:
             entry = self._coordinator.catalog.get(name)
             try:
                 if entry and not self._is_loaded(name):
-                    await self._coordinator.load(entry.order, name=name)
+                    # what workers hold from before a restart needs no room
+                    inherited = name in self._coordinator.inherited.heirs
+                    load = self._coordinator.load if inherited else self._make_room_and_load
+                    await load(entry.order, name=name)
             except NotServing:
                 return
             except MacpipeError as e:

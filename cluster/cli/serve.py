@@ -39,7 +39,7 @@ Models = Annotated[
         metavar="MODEL...",
         callback=require_models,
         help="A Hugging Face id (OWNER/NAME[@REVISION]), a folder, or faq: the bundled model. The first of several is "
-        "loaded at once; others with `macpipe load`.",
+        "loaded at once; others when a request names them.",
     ),
 ]
 ModelsFileOption = Annotated[

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -23,16 +23,19 @@ from cluster.coordinator.copy_keeper import newest_first
 from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.eviction import Resident, Room, find_room
+from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import DoesNotFit, MacpipeError, NotServing, WorkerLost
+from cluster.core.errors import DoesNotFit, MacpipeError, NotServing, NoWorkers, WorkerLost
 from cluster.core.load_limits import (
     FAILED_RETRY_S,
     IDLE_CHECK_S,
     LOAD_TRIES,
     LOAD_WAIT_S,
     MAX_FAILED_RETRY_S,
+    MIN_RESIDENT_S,
     REFUSED_RETRY_S,
 )
 
@@ -53,8 +56,8 @@ class ModelHost(Protocol):
     def served_model(self, model: str, adapter: str = "") -> ModelInfo:
         """Return a loaded model. Raises ``NotServing`` or ``ModelNotFound``."""
 
-    async def load(self, order: LoadOrder, *, name: str) -> None:
-        """Load a model. Raises ``MacpipeError``."""
+    async def load(self, order: LoadOrder, follower: LoadReporter | None = None, *, name: str = DEFAULT) -> None:
+        """Load a model under a name. Raises ``MacpipeError``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +183,26 @@ class OnDemand:
                     await model_info.close()
         finally:
             self._reading.release()
+
+    async def load(self, order: LoadOrder, follower: LoadReporter | None = None, *, name: str = DEFAULT) -> None:
+        """Load a model for an operator. Idle models leave for it, also those that were loaded a moment ago.
+
+        Raises as ``find_room`` and ``Coordinator.load``.
+        """
+        deployments = self._host.deployments
+        name = deployments.own_name(name)
+        if not any(one.model_info and one.name != name for one in deployments.values()):
+            await self._host.load(order, follower, name=name)
+            return
+        order.check()
+        entry = replace(deployments.catalog.get(name) or ModelEntry(name, order), order=order)
+        async with self._turn:
+            try:
+                room = await self._find_room(entry, patient=False)
+            except NoWorkers:  # the load waits for them, and says so
+                room = Room()
+            await self._evict(room.victims, entry)
+            await self._host.load(order, follower, name=name)
 
     async def run(self) -> None:
         """Unload models that nobody has used for their ``idle_unload_s``. Never returns."""
@@ -348,9 +371,13 @@ class OnDemand:
                 raise
             log.warning("on demand: loading again reason=%s model=%s", e.sentence, entry.name)
 
-    async def _find_room(self, entry: ModelEntry) -> Room:
-        """Return which models leave for this one. Raises as ``find_room`` and ``Deployment.ask_room``."""
-        question = await self._host.deployments[entry.name].ask_room(entry.order)
+    async def _find_room(self, entry: ModelEntry, *, patient: bool = True) -> Room:
+        """Return which models leave for this one; without ``patient``, no time is waited for models or workers.
+
+        Raises as ``find_room`` and ``Deployment.ask_room``.
+        """
+        order = entry.order if patient else replace(entry.order, wait_s=0.0)
+        question = await self._host.deployments[entry.name].ask_room(order)
         loaded = [one for one in self._host.deployments.values() if one.model_info and one.name != entry.name]
         copies = {copy.holder: copy for _, copy in newest_first(self._host.deployments.copy_goals())}
         holders = {one.name: [replica.holder for replica in one.replicas] for one in loaded}
@@ -361,7 +388,8 @@ class OnDemand:
 
         residents = [self._describe(one) for one in loaded]
         residents += [Resident.of_copy(holder, i) for i, holder in enumerate(copies)]
-        return await anyio.to_thread.run_sync(find_room, entry.name, residents, refusal, self._clock())
+        now = self._clock() + (0.0 if patient else MIN_RESIDENT_S)
+        return await anyio.to_thread.run_sync(find_room, entry.name, residents, refusal, now)
 
     def _describe(self, deployment: Deployment) -> Resident:
         name, entry = deployment.name, self._host.deployments.catalog.get(deployment.name)

@@ -95,6 +95,9 @@ class MemoryTable(dict[str, MemoryDeployment]):
         entries = [entry for entry in self.catalog if entry.name in self]
         return [CopyGoal(self[entry.name], entry.replicas, entry.priority) for entry in entries]  # type: ignore[arg-type]
 
+    def own_name(self, name: str) -> str:
+        return name
+
     def __missing__(self, name: str) -> MemoryDeployment:
         return self.setdefault(name, MemoryDeployment(self.cluster, name))
 
@@ -127,7 +130,7 @@ class MemoryCluster:
             raise NotServing("no model is loaded")
         return found
 
-    async def load(self, order: LoadOrder, *, name: str) -> None:
+    async def load(self, order: LoadOrder, follower: Any = None, *, name: str = "") -> None:
         self.begun.append(name)
         await self.gate.wait()
         if error := self.failing.get(name):
@@ -266,6 +269,21 @@ async def test_two_models_do_not_evict_each_other_in_turn() -> None:
     assert await cluster.ask("code") == "info of code"
     assert cluster.now - began == MIN_RESIDENT_S - 1.0
     assert cluster.unloaded == ["chat"]
+
+
+async def test_a_load_of_an_operator_makes_room_at_once_but_ends_no_request() -> None:
+    cluster = three()
+    chat = cluster.put("chat", loaded_ago=1.0)
+    began = cluster.now
+    code = cluster.deployments.catalog.find("code")
+    chat.has_requests = True
+    with pytest.raises(DoesNotFit, match="beside chat, which is busy"):
+        await cluster.demand.load(code.order, name="code")
+    chat.has_requests = False
+    await cluster.demand.load(code.order, name="code")
+    assert (cluster.unloaded, cluster.begun, cluster.now) == (["chat"], ["code"], began)
+    await cluster.demand.load(code.order, name="code")
+    assert cluster.begun == ["code", "code"], "it is replaced"
 
 
 async def test_idle_models_leave_after_their_time_unless_they_are_pinned_or_used() -> None:

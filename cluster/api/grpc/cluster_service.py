@@ -30,6 +30,7 @@ from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.joint_planner import require_model_count
 from cluster.coordinator.model_catalog import public_id, require_model_name
+from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_adapters, describe_plan
 from cluster.core.adapter import MAX_ADAPTERS
@@ -48,7 +49,10 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ClusterServicer(ClusterServiceServicer):
-    """Serves ClusterService for one coordinator. ``first`` is the order of the model that it was started with."""
+    """Serves ClusterService for one coordinator. ``first`` is the order of the model that it was started with.
+
+    ``on_demand`` makes room for the models that people load; None if nothing does.
+    """
 
     def __init__(
         self,
@@ -57,8 +61,10 @@ class ClusterServicer(ClusterServiceServicer):
         first: LoadOrder,
         examinations: Examinations,
         stores: ClusterStores,
+        on_demand: OnDemand | None = None,
     ) -> None:
         self._coordinator = coordinator
+        self._load = on_demand.load if on_demand else coordinator.load
         self._trust = trust
         self._first = first
         self._examinations = examinations
@@ -88,7 +94,7 @@ class ClusterServicer(ClusterServiceServicer):
     async def _progress(self, name: str, order: LoadOrder) -> AsyncIterator[LoadProgress]:
         """Run a load and yield its progress. Closing the iterator cancels the load."""
         reporter = _ProgressQueue()
-        load = asyncio.create_task(self._coordinator.load(order, reporter, name=name))
+        load = asyncio.create_task(self._load(order, reporter, name=name))
         load.add_done_callback(lambda _: reporter.queue.put_nowait(None))
         try:
             while (p := await reporter.queue.get()) is not None:
