@@ -211,7 +211,13 @@ class OnDemand:
             await self.unload_idle()
 
     async def unload_idle(self) -> None:
-        """Unload the models that nobody has used for their ``idle_unload_s``, unless they are pinned."""
+        """Unload the models that nobody has used for their ``idle_unload_s``, unless they are pinned.
+
+        Forget what is known of models that are no longer in the catalog.
+        """
+        names = {entry.name for entry in self._host.deployments.catalog}
+        self._held_at = {name: at for name, at in self._held_at.items() if name in names}
+        self._failures = {name: failure for name, failure in self._failures.items() if name in names}
         for entry in self._host.deployments.catalog.entries:
             limit_s = entry.idle_unload_s
             if limit_s is None or entry.pin or not self._is_served(entry.name):

@@ -303,6 +303,20 @@ async def test_a_bad_form_is_refused_before_its_model_is_loaded(path: str) -> No
             assert (answer.status_code, load.waiting) == (400, 0), "it is not the form's shape that is wrong"
 
 
+async def test_the_deadline_of_a_request_counts_the_time_in_which_its_model_is_loaded() -> None:
+    _, service = on_demand()
+    transport = httpx.ASGITransport(application(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8080") as client:
+        for seconds, status in (("0.05", 408), ("never", 400)):
+            answer = await client.post(
+                "/v1/messages", json=ROUTES["/v1/messages"], headers={"x-request-timeout": seconds}
+            )
+            assert answer.status_code == status
+        streamed = {**ROUTES["/v1/messages"], "stream": True}
+        answer = await client.post("/v1/messages", json=streamed, headers={"x-request-timeout": "0.05"})
+    assert "deadline passed while its model was being loaded" in answer.text
+
+
 async def test_a_client_that_hangs_up_leaves_no_waiting_request() -> None:
     load, service = on_demand()
     for streamed in (True, False):

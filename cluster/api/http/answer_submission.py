@@ -6,6 +6,8 @@ goes wrong later goes into the stream. Errors that do not need the model come be
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -15,9 +17,11 @@ from starlette.requests import Request
 
 from cluster.api.http.adjustments import adjustments_of
 from cluster.api.http.body import build
+from cluster.api.http.caller_identity import deadline_of
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.sse import EVENTS, EventStream, StreamEncoder, while_connected
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import DeadlineExceeded
 from cluster.core.load_limits import STREAM_BEGIN_S
 
 E = TypeVar("E")
@@ -60,8 +64,8 @@ class AnswerSubmission(Generic[R, E]):
         """
         if self.names.is_ready(self.requested):
             return await self._submit()
-        await build(self.request, self.check)
-        return await while_connected(self.request, lambda: self._submit(self.names.load_wait_s))
+        await self._check()
+        return await while_connected(self.request, lambda: self._submit_in_time(self.names.load_wait_s))
 
     async def stream(self, encoder: AnswerEncoder[E, R], media_type: bytes = EVENTS) -> EventStream[E]:
         """Submit the request and return its stream. If the model is not loaded soon, the stream submits the request.
@@ -69,12 +73,26 @@ class AnswerSubmission(Generic[R, E]):
         Raises as ``submit``.
         """
         if not self.names.is_ready(self.requested):
-            await build(self.request, self.check)
+            await self._check()
             if not await self.names.await_ready(self.requested, STREAM_BEGIN_S):
                 return EventStream(self._submit_late(encoder), encoder, self.request_id, media_type, early=True)
         running, model = await self._submit()
         encoder.attach(running, model)
         return EventStream(self.events_of(running), encoder, self.request_id, media_type)
+
+    async def _check(self) -> None:
+        """Raise the errors that do not need the model. The time until the deadline begins."""
+        deadline_of(self.request)
+        await build(self.request, self.check)
+
+    async def _submit_in_time(self, wait_s: float | None = None) -> tuple[R, str]:
+        """Submit the request once its model is loaded. Raises ``DeadlineExceeded`` if its deadline passes first."""
+        deadline = deadline_of(self.request)
+        try:
+            async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0.0)):
+                return await self._submit(wait_s)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed while its model was being loaded") from None
 
     async def _submit(self, wait_s: float | None = None) -> tuple[R, str]:
         async with self.names.hold(self.requested, wait_s) as held:
@@ -85,7 +103,7 @@ class AnswerSubmission(Generic[R, E]):
 
     @asynccontextmanager
     async def _submit_late(self, encoder: AnswerEncoder[E, R]) -> AsyncIterator[AsyncIterator[E]]:
-        running, model = await self._submit()
+        running, model = await self._submit_in_time()
         async with self.events_of(running) as events:
             encoder.attach(running, model)
             yield events

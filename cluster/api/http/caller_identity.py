@@ -20,6 +20,8 @@ from cluster.core.errors import InvalidRequest
 TIMEOUT_HEADER: Final = "x-request-timeout"
 """Request header: seconds that the whole answer may take. Without it there is no deadline."""
 MAX_TIMEOUT_S: Final = 86_400.0
+_DEADLINE: Final = "macpipe.deadline"
+"""Key in the ASGI scope, since a request may wait long for its model before it is submitted."""
 
 
 def caller_of(request: Request, default_max_tokens: int | None) -> Caller:
@@ -27,7 +29,18 @@ def caller_of(request: Request, default_max_tokens: int | None) -> Caller:
 
     Raises ``InvalidRequest`` for an invalid deadline.
     """
-    return Caller(client_name(request), _deadline(request.headers.get(TIMEOUT_HEADER)), default_max_tokens)
+    return Caller(client_name(request), deadline_of(request), default_max_tokens)
+
+
+def deadline_of(request: Request) -> float | None:
+    """Return when the answer must be complete, by the monotonic clock and from the first call on; None: never.
+
+    Raises ``InvalidRequest`` for an invalid header.
+    """
+    if _DEADLINE not in request.scope:
+        request.scope[_DEADLINE] = _deadline(request.headers.get(TIMEOUT_HEADER))
+    deadline: float | None = request.scope[_DEADLINE]
+    return deadline
 
 
 def client_name(request: Request) -> str:
