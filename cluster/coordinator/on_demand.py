@@ -116,7 +116,8 @@ class OnDemand:
     def is_ready(self, requested: str | None) -> bool:
         """Return whether a request for this model need not wait. Raises ``NotServing``, or ``ModelNotFound``."""
         if self.enabled:
-            return self._is_served(self._host.deployments.catalog.resolve(requested)[0].name)
+            entry, _ = self._host.deployments.catalog.resolve(requested)
+            return self._is_served(entry.name) and not self._is_replaced(entry)
         self._host.served_model(requested or "")
         return True
 
@@ -275,10 +276,10 @@ class OnDemand:
 
         Raises ``NotServing`` after ``deadline``: it may yet be loaded.
         """
+        if self._is_replaced(entry):
+            return NotServing(f"{entry.name} has lost a worker, and the others cannot take its layers")
         if self._is_served(entry.name):
-            stuck = self._host.deployments[entry.name].state is ServingState.FAILED
-            lost = f"{entry.name} has lost a worker, and the others cannot take its layers"
-            return NotServing(lost) if entry.fallback and stuck else None
+            return None
         load = self._begin(entry)
         if load is None:
             return self._failures[entry.name].error
@@ -296,6 +297,10 @@ class OnDemand:
             return None
         load = self._loads[entry.name] = asyncio.create_task(self._load(entry))
         return load
+
+    def _is_replaced(self, entry: ModelEntry) -> bool:
+        """Return whether the fallback of a loaded model answers, since that one cannot recover."""
+        return bool(entry.fallback) and self._host.deployments[entry.name].state is ServingState.FAILED
 
     def _is_served(self, name: str) -> bool:
         return self._host.deployments[name].model_info is not None

@@ -340,7 +340,9 @@ async def test_the_fallback_answers_for_a_model_that_cannot_recover() -> None:
     assert await cluster.ask("chat") == "info of chat"
     chat.state = ServingState.RECOVERING
     assert await cluster.ask("chat") == "info of chat"
+    assert cluster.demand.is_ready("chat")
     chat.state = ServingState.FAILED
+    assert not cluster.demand.is_ready("chat"), "its fallback may have to be loaded"
     assert await cluster.ask("chat") == "title answers"
 
 
