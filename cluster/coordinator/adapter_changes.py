@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
@@ -29,36 +29,35 @@ log = logging.getLogger(__name__)
 
 
 class AdapterChanges:
-    """Changes the adapters of ``model_info``, one change at a time.
+    """Changes the adapters of ``model_info`` on all of its rings, one change at a time.
 
-    ``steady_epoch`` returns the epoch that serves; None while another one is being opened.
+    ``rings`` returns those that serve the model now.
     """
 
-    def __init__(
-        self, model_info: ModelInfo, loop: EngineLoop, builder: EpochBuilder, steady_epoch: Callable[[], Epoch | None]
-    ) -> None:
-        self._model_info, self._loop, self._builder = model_info, loop, builder
-        self._steady_epoch = steady_epoch
+    def __init__(self, model_info: ModelInfo, rings: Callable[[], Sequence[RingAdapters]]) -> None:
+        self._model_info, self._rings = model_info, rings
         self._changing = asyncio.Lock()
 
     async def add(self, adapter: Adapter) -> Adapter:
-        """Load an adapter on all stages and serve it. Return it.
+        """Load an adapter on all stages of all rings and serve it. Return it.
 
         Raises ``InvalidOption`` for a name that is taken, ``DoesNotFit``, ``Busy`` if live requests need its memory,
         ``NotServing`` during a recovery or a move, and the errors of the workers. Nothing has changed then.
         """
         async with self._changing:
-            epoch = self._require_steady()
+            rings = self._rings()
+            epochs = [ring.require_steady() for ring in rings]
             self._model_info.adapters.load(adapter)
             try:
-                await self._take_memory(epoch, adapter.ref.name)
-                await self._builder.set_adapters(epoch.plan, epoch.workers)
-                if self._steady_epoch() is not epoch:
+                for ring, epoch in zip(rings, epochs, strict=True):
+                    await ring.load(epoch, adapter.ref.name)
+                if self._rings() != rings or any(r.epoch is not e for r, e in zip(rings, epochs, strict=True)):
                     raise _moving_error()
             except BaseException:
                 self._model_info.adapters.remove(adapter.ref.name)
                 with anyio.move_on_after(CONTROL_TIMEOUT_S, shield=True):
-                    await self._free(epoch, adapter.ref.name)
+                    for ring, epoch in zip(rings, epochs, strict=True):
+                        await ring.free(epoch, adapter.ref.name)
                 raise
             self._model_info.adapters.serve(adapter)
         return adapter
@@ -70,13 +69,48 @@ class AdapterChanges:
         """
         async with self._changing:
             removed = self._model_info.adapters.remove(name)
-            ending = self._loop.end_adapter(removed.key, NotServing(f"the adapter {name} was removed"))
-            ended = await _wait_for_loop(ending)
-            if epoch := self._steady_epoch():
-                await self._free(epoch, name)
-            return ended
+            ended = [await ring.end(removed) for ring in self._rings()]
+            for ring in self._rings():
+                if epoch := ring.epoch:
+                    await ring.free(epoch, name)
+            return sum(ended)
 
-    async def _free(self, epoch: Epoch, name: str) -> None:
+
+class RingAdapters:
+    """The adapters of ``model_info`` on one ring.
+
+    ``steady_epoch`` returns the epoch that serves; None while another one is being opened.
+    """
+
+    def __init__(
+        self, model_info: ModelInfo, loop: EngineLoop, builder: EpochBuilder, steady_epoch: Callable[[], Epoch | None]
+    ) -> None:
+        self._model_info, self._loop, self._builder = model_info, loop, builder
+        self._steady_epoch = steady_epoch
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """The epoch that serves; None while another one is being opened."""
+        return self._steady_epoch()
+
+    def require_steady(self) -> Epoch:
+        """Return ``epoch``. Raises ``NotServing`` during a recovery or a move."""
+        epoch = self.epoch
+        if epoch is None:
+            raise _moving_error()
+        return epoch
+
+    async def load(self, epoch: Epoch, name: str) -> None:
+        """Load an adapter, which ``model_info`` has already, on all stages. Raises as ``AdapterChanges.add``."""
+        await self._take_memory(epoch, name)
+        await self._builder.set_adapters(epoch.plan, epoch.workers)
+
+    async def end(self, adapter: Adapter) -> int:
+        """End the live requests of an adapter that was removed. Return how many. Raises ``NotServing``."""
+        error = NotServing(f"the adapter {adapter.ref.name} was removed")
+        return await _wait_for_loop(self._loop.end_adapter(adapter.key, error))
+
+    async def free(self, epoch: Epoch, name: str) -> None:
         """Have the workers drop an adapter that was removed, and give its memory back to the caches."""
         try:
             await self._builder.set_adapters(epoch.plan, epoch.workers)
@@ -97,12 +131,6 @@ class AdapterChanges:
     def _adjust_stage(self, stage: PlannedStage) -> PlannedStage:
         more = self._more_bytes(stage)
         return replace(stage, weight_bytes=stage.weight_bytes + more, cache_bytes=stage.cache_bytes - more)
-
-    def _require_steady(self) -> Epoch:
-        epoch = self._steady_epoch()
-        if epoch is None:
-            raise _moving_error()
-        return epoch
 
     async def _take_memory(self, epoch: Epoch, name: str) -> None:
         shape, taken = self._model_info.shape, self._count_extra_bytes(epoch)

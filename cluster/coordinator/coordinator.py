@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Final
 
 import anyio
 
@@ -59,9 +58,6 @@ from cluster.membership.suspicion import Belief, Standing
 from cluster.platform.overload import Lag, no_lag
 from cluster.store.store import Store
 from cluster.transport.streams import Dialer
-
-_BY_URGENCY: Final = (ServingState.LOADING, ServingState.FAILED, ServingState.RECOVERING, ServingState.SERVING)
-"""The states of deployments, the one first that the cluster's state shows if deployments differ."""
 
 
 class Coordinator:
@@ -115,7 +111,7 @@ class Coordinator:
         """Set whenever ``state`` may have changed. The waiter clears it."""
         self._deployments = DeploymentTable(self._create_deployment, self._exclusive.locked)
         idle, goals = RosterView(roster, "copies", self._claims, lambda _: True), self._deployments.copy_goals
-        self._copies = CopyKeeper(goals, self._exclusive.locked, self._turns, idle, self._report_problem)
+        self._copies = CopyKeeper(goals, lambda: self._is_loading, self._turns, idle, self._report_problem)
 
     @property
     def state(self) -> ServingState:
@@ -123,8 +119,7 @@ class Coordinator:
             return ServingState.TRAINING
         if self._exclusive.locked():
             return ServingState.LOADING
-        states = {deployment.state for deployment in self._deployments.values()}
-        return next((state for state in _BY_URGENCY if state in states), ServingState.IDLE)
+        return self._deployments.state
 
     @property
     def default_state(self) -> ServingState:
@@ -168,10 +163,11 @@ class Coordinator:
         host = DeploymentHost(
             self._reader,
             self._planner,
-            lambda holder, avoids: self._create_deps(RosterView(self._roster, holder, self._claims, avoids)),
+            self._create_ring_deps,
             self._turns,
             self.inherited,
-            lambda name: self._deployments.find_neighbours(name),
+            self._deployments.find_neighbours,
+            self._copies.make_room,
             self._timeline,
             self._totals,
             lambda: self.journal,
@@ -179,6 +175,10 @@ class Coordinator:
             self._report_problem,
         )
         return Deployment(name, host)
+
+    def _create_ring_deps(self, holder: str, avoids: Callable[[str], bool]) -> ServiceDeps:
+        deps = self._create_deps(RosterView(self._roster, holder, self._claims, avoids))
+        return replace(deps, take_back=lambda: self._copies.give_up_one(holder))
 
     def _create_deps(self, roster: RosterView) -> ServiceDeps:
         return ServiceDeps(
@@ -383,6 +383,7 @@ class Coordinator:
 
     async def add_adapter(self, name: str, folder: str, model: str = "") -> Adapter:
         """Serve the adapter in ``folder`` with a loaded model. Raises as ``Deployment.add_adapter``."""
+        await self._copies.stop_loading()
         return await self._find_loaded(model).add_adapter(name, folder)
 
     async def remove_adapter(self, name: str, model: str = "") -> int:

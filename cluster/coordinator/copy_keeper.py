@@ -10,16 +10,26 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+import anyio
+
 from cluster.coordinator.deployment import Deployment
+from cluster.coordinator.joint_planner import ModelToPlace, create_demand
 from cluster.coordinator.load_turns import LoadTurns
+from cluster.coordinator.neighbours import describe_loaded
+from cluster.coordinator.planner import offer_workers
 from cluster.coordinator.replica import Replica
 from cluster.coordinator.reporter import LoadWatch
 from cluster.coordinator.roster_view import RosterView
+from cluster.coordinator.settings import LoadOrder
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError, NoWorkers
+from cluster.core.plan import ModelShape
+from cluster.placement.arrangement import LoadedModel
+from cluster.placement.copies import choose_copies_to_drop
+from cluster.placement.memory_split import memory_for
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +104,48 @@ class CopyKeeper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    async def make_room(self, name: str, order: LoadOrder, shape: ModelShape) -> None:
+        """Take back copies of other models, as few as this model needs to be no more in anybody's way than it has to.
+
+        Nothing is taken back if it does not fit even then. Copies that were asked for by number stay.
+        """
+        await self.stop_loading()
+        goals = self._goals()
+        copies = {copy.holder: (owner, copy) for owner, copy in newest_first(goals) if owner.name != name}
+        if not copies:
+            return
+        try:
+            workers = await self._view.usable(None, 0.0, LoadWatch())
+        except MacpipeError as e:
+            log.info("copies: none taken back reason=%s deployment=%s", e.sentence, name)
+            return
+        demand = create_demand(ModelToPlace(name, order, shape), offer_workers(shape, workers, order))
+        others = [goal.deployment for goal in goals if goal.deployment.name != name]
+        loaded = [_describe(one) for owner in others for one in owner.replicas if one.service]
+        for holder in await anyio.to_thread.run_sync(choose_copies_to_drop, demand, loaded, list(copies)) or ():
+            owner, copy = copies[holder]
+            await self._take_back(owner, copy, name)
+
+    async def give_up_one(self, holder: str) -> bool:
+        """Take back one copy for a ring that has lost a worker and found no other. Return whether there was one.
+
+        A ring takes nothing while another replica of its model serves.
+        """
+        goals = self._goals()
+        own = next((g.deployment for g in goals if any(r.holder == holder for r in g.deployment.replicas)), None)
+        if own is None or own.state is ServingState.SERVING:
+            return False
+        owner, copy = next(((one, c) for one, c in newest_first(goals) if one is not own), (None, None))
+        if owner is None or copy is None:
+            return False
+        await self._take_back(owner, copy, own.name)
+        return True
+
+    async def _take_back(self, owner: Deployment, copy: Replica, name: str) -> None:
+        workers = ", ".join(copy.workers)
+        await owner.remove_copy(copy)
+        self._notify(f"the copy of {owner.name} on {workers} was unloaded, since {name} needs the memory")
+
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
@@ -113,8 +165,9 @@ class CopyKeeper:
 
     async def _add_one(self) -> bool:
         """Load one more copy of the model that needs it most. Return whether one was loaded."""
-        wanted = [goal for goal in self._goals() if goal.is_ready and not goal.is_met]
-        if not wanted:
+        goals = self._goals()
+        wanted = [goal for goal in goals if not goal.is_met]
+        if not wanted or not all(goal.is_ready for goal in goals):  # idle workers are for what recovers first
             return False
         idle = await self._find_idle()
         for goal in sorted(wanted, key=lambda one: (one.is_auto, len(one.deployment.replicas), -one.priority)):
@@ -179,3 +232,10 @@ def newest_first(goals: Sequence[CopyGoal]) -> list[tuple[Deployment, Replica]]:
     """
     auto = sorted((goal for goal in goals if goal.is_auto), key=lambda goal: goal.priority)
     return [(goal.deployment, copy) for goal in auto for copy in reversed(goal.deployment.copies)]
+
+
+def _describe(replica: Replica) -> LoadedModel:
+    """Return what a replica takes of its workers."""
+    plan = replica.require_service().plan
+    taken = {stage.worker: memory_for(stage.weight_bytes + stage.cache_bytes) for stage in plan.stages}
+    return replace(describe_loaded(replica.holder, [plan]), taken=taken)

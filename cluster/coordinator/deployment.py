@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import anyio
 
+from cluster.coordinator.adapter_changes import AdapterChanges
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.answer_resumption import resume_request
 from cluster.coordinator.draft_assignment import read_draft
@@ -49,6 +50,7 @@ class Deployment:
         """What is served, or was served before a training."""
         self.loaded_at = 0.0
         """When the model was loaded last, by the monotonic clock."""
+        self._adapters: AdapterChanges | None = None
         self._asked: tuple[LoadOrder, ModelInfo | None] | None = None
         """What copies are loaded by: the order as it was given, and the draft model; None if nothing is served."""
 
@@ -150,6 +152,7 @@ class Deployment:
         self.model_info, self._order = model_info, replace(placement.order, cached_contexts=order.cached_contexts)
         self.loaded_at = time.monotonic()
         self._asked = order, draft_info
+        self._adapters = AdapterChanges(model_info, lambda: [service.adapters for service in self.services])
         self._host.timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
 
     async def _open_first(
@@ -166,6 +169,7 @@ class Deployment:
             await self.close(NotServing("another model is being loaded"))
         for copy in self.copies:  # they would be closed anyway, and the plan counts on their workers
             await self.remove_copy(copy)
+        await self._host.make_room(self.name, order, model_info.placed_shape)
         first = self.first
         gathered = await first.gather(model_info, order, report, again=again)
         async with self._host.turns.take(self.watch) as waited:
@@ -245,11 +249,7 @@ class Deployment:
 
     async def remove_copy(self, replica: Replica) -> None:
         """Let the other replicas go on with a copy's requests, then free its workers' memory."""
-        where = ", ".join(replica.workers)
-        name = self.model_info.shape.model.name if self.model_info else self.name
         await self._replicas.remove(replica)
-        self._host.timeline.add(EventKind.UNLOAD, f"unloaded the copy of {name} on {where}")
-        self._host.changed()
 
     # Requests
 
@@ -290,12 +290,18 @@ class Deployment:
 
     async def add_adapter(self, name: str, folder: str) -> Adapter:
         """Serve the adapter in ``folder``. Raises as ``ModelReader.read_adapter`` and ``AdapterChanges.add``."""
-        service = self.require_service()
-        return await service.adapters.add(await self._host.reader.read_adapter(name, folder, service.model_info))
+        model_info = self.require_service().model_info
+        adapter = await self._host.reader.read_adapter(name, folder, model_info)
+        return await self._require_adapters().add(adapter)
 
     async def remove_adapter(self, name: str) -> int:
         """Remove an adapter. Raises ``NotServing``, and as ``AdapterChanges.remove``."""
-        return await self.require_service().adapters.remove(name)
+        return await self._require_adapters().remove(name)
+
+    def _require_adapters(self) -> AdapterChanges:
+        if self._adapters is None or self.model_info is None:
+            raise NotServing("no model is loaded")
+        return self._adapters
 
     async def abort(self, request_id: str) -> bool:
         """End a request in any phase. Return whether it was live. Raises ``NotServing``, and as ``Replica.abort``."""

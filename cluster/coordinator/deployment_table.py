@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Final
 
 from cluster.coordinator.copy_keeper import CopyGoal
 from cluster.coordinator.deployment import Deployment
@@ -12,11 +13,16 @@ from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.neighbours import Neighbours, describe_loaded
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.training_run import ServedModel
+from cluster.core.cluster_state import ServingState
 from cluster.core.errors import ModelNotFound, NotServing, RequestNotFound
 from cluster.core.load_limits import LOADED_RETRY_S
 from cluster.placement.arrangement import LoadedModel
 
 __all__ = ["DeploymentTable"]
+
+
+_BY_URGENCY: Final = (ServingState.LOADING, ServingState.FAILED, ServingState.RECOVERING, ServingState.SERVING)
+"""The states of deployments, the one first that the cluster's state shows if deployments differ."""
 
 
 class DeploymentTable:
@@ -89,6 +95,12 @@ class DeploymentTable:
             raise RequestNotFound(f"{gone}; send the request again")
         why = f"the model that began the answer of request {request_id} is not loaded now; try again in a moment"
         raise NotServing(why, retry_after_s=LOADED_RETRY_S)
+
+    @property
+    def state(self) -> ServingState:
+        """The most urgent state of all deployments."""
+        states = {deployment.state for deployment in self.values()}
+        return next((state for state in _BY_URGENCY if state in states), ServingState.IDLE)
 
     # The catalog
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,10 @@ EXCUSES = 3
 Failures = asyncio.Queue[MacpipeError]
 
 
+async def _take_nothing() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceDeps:
     """The dependencies of a service: the cluster's workers, the clients that call them, and the listener of events."""
@@ -67,6 +71,8 @@ class ServiceDeps:
     epochs: EpochNumbers
     prefix_owners: OwnersOf = PrefixOwners
     timeline: Timeline = field(default_factory=Timeline)
+    take_back: Callable[[], Awaitable[bool]] = _take_nothing
+    """Takes a copy of another model back to free its workers. Returns whether there was one."""
 
     def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker as the last heartbeats found it, with the service's own slices."""
@@ -234,6 +240,8 @@ class Recovery(EpochChange):
             try:
                 return await self._try_once()
             except (NoPlan, NoWorkers) as e:
+                if await self._context.deps.take_back():
+                    continue
                 self._on_no_plan(e)
             except _EngineRestarting as e:
                 self._wait_for(e.sentence)

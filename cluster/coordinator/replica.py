@@ -6,7 +6,7 @@ A replica is a whole ring with its own loop, recovery and draft. It sees the wor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -61,8 +61,9 @@ class DeploymentHost:
 
     ``create_deps`` returns what a service needs, for a holder of slices with that name, and the other holders that it
     avoids. ``turns`` orders all loads, and ``find_neighbours`` returns what the deployment with that name shares the
-    workers with. ``journal`` returns where live requests are recorded, if anywhere. ``changed`` is called whenever the
-    state may have changed, ``notify`` with a sentence about each event for people.
+    workers with. ``make_room`` takes copies of other models back for a load. ``journal`` returns where live requests
+    are recorded, if anywhere. ``changed`` is called whenever the state may have changed, ``notify`` with a sentence
+    about each event for people.
     """
 
     reader: ModelReader
@@ -71,6 +72,7 @@ class DeploymentHost:
     turns: LoadTurns
     inherited: InheritedSlices
     find_neighbours: Callable[[str], Neighbours]
+    make_room: Callable[[str, LoadOrder, ModelShape], Awaitable[None]]
     timeline: Timeline
     totals: SummedTotals
     journal: Callable[[], JournalWriter | None]
@@ -103,7 +105,8 @@ class Replica:
     """One copy of a model that is served or not. All methods must be called on the event loop that created it.
 
     ``holder`` is the name under which its slices are claimed, ``deployment`` that of the model. ``avoids`` is
-    as in ``RosterView``. ``changed`` is called whenever ``state`` changes while it is served.
+    as in ``RosterView``. ``changed`` is called whenever ``state`` changes while it is served, ``retire`` as in
+    ``ModelService``.
     """
 
     def __init__(
@@ -112,10 +115,11 @@ class Replica:
         deployment: str,
         host: DeploymentHost,
         changed: Callable[[Replica], None],
+        retire: Callable[[Replica], bool],
         avoids: Callable[[str], bool],
     ) -> None:
         self.holder, self._deployment = holder, deployment
-        self._host, self._changed = host, changed
+        self._host, self._changed, self._retire = host, changed, retire
         self.deps = host.create_deps(holder, avoids)
         self.service: ModelService | None = None
 
@@ -254,7 +258,14 @@ class Replica:
         deps, assignment, draft = self.deps, placement.assignment, placement.draft
         for _ in range(EPOCH_TRIES):
             service = ModelService(
-                deps, model_info, placement.order, assignment, self._host.notify, draft, lambda: self._changed(self)
+                deps,
+                model_info,
+                placement.order,
+                assignment,
+                self._host.notify,
+                draft,
+                lambda: self._changed(self),
+                lambda: self._retire(self),
             )
             try:
                 await service.open(report.progress)

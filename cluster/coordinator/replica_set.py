@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
+from typing import Any
 
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replica import DeploymentHost, Replica
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.router import Router
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.cluster_state import ServingState
+from cluster.core.cluster_state import EventKind, ServingState
 from cluster.core.errors import MacpipeError, NotServing
 
 log = logging.getLogger(__name__)
@@ -28,9 +29,10 @@ class ReplicaSet:
         self.all: tuple[Replica, ...] = (self._create_first(),)
         self.router = Router(lambda: self.all)
         self._moves: set[asyncio.Task[None]] = set()
+        """Moves of requests, and ends of replicas whose workers stop."""
 
     def _create_first(self) -> Replica:
-        return Replica(self._name, self._name, self._host, self._on_change, self._is_copy)
+        return Replica(self._name, self._name, self._host, self._on_change, self._retire, self._is_copy)
 
     def _is_copy(self, holder: str) -> bool:
         return holder.startswith(f"{self._name}#")
@@ -64,10 +66,15 @@ class ReplicaSet:
         """
         holders = {replica.holder for replica in self.all}
         holder = next(name for i in range(2, len(holders) + 3) if (name := f"{self._name}#{i}") not in holders)
-        replica = Replica(holder, self._name, self._host, self._on_change, lambda other: True)
+        replica = Replica(holder, self._name, self._host, self._on_change, self._retire, lambda other: True)
+        adapters = model_info.adapters.loaded
         gathered = await replica.gather_copy(order, macs)
         placement = await replica.place(model_info, gathered, report, draft_info, needs_draft=False)
         await replica.open(model_info, placement, report)
+        if model_info.adapters.loaded != adapters:
+            changed = NotServing("the adapters have changed while a copy of the model was loaded")
+            await replica.close(changed)
+            raise changed
         self.all = (*self.all, replica)
         self._on_change(replica)
         return replica
@@ -78,8 +85,11 @@ class ReplicaSet:
         If it is the first one, the oldest copy takes its place.
         """
         self.all = tuple(one for one in self.all if one is not replica)
+        where = ", ".join(replica.workers)
         await asyncio.shield(self._start_move(replica))
         await replica.close(NotServing("this copy of the model was unloaded; send the request again"))
+        self._host.timeline.add(EventKind.UNLOAD, f"unloaded the copy of {self._name} on {where}")
+        self._host.changed()
 
     async def close(self, error: MacpipeError) -> None:
         """End live requests with ``error`` and free the workers' memory, also that of all copies."""
@@ -101,8 +111,19 @@ class ReplicaSet:
                 self._start_move(source)
         self._host.changed()
 
+    def _retire(self, replica: Replica) -> bool:
+        """End a replica whose worker stops, if another one goes on with its requests. Return whether one does."""
+        if not self.router.serves_without(replica):
+            return False
+        if replica in self.all:
+            self._keep_task(self.remove(replica))
+        return True
+
     def _start_move(self, source: Replica) -> asyncio.Task[None]:
-        task = asyncio.create_task(self.router.move_requests(source))
+        return self._keep_task(self.router.move_requests(source))
+
+    def _keep_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._moves.add(task)
         task.add_done_callback(self._on_moved)
         return task

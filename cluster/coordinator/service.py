@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import anyio
 
-from cluster.coordinator.adapter_changes import AdapterChanges
+from cluster.coordinator.adapter_changes import RingAdapters
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.canary import run_canary
 from cluster.coordinator.draft_assignment import DraftAssignment
@@ -68,7 +68,8 @@ Notify = Callable[[str], None]
 class ModelService:
     """A model that is loaded and served. ``notify`` is called with a sentence about each event for people.
 
-    ``changed`` is called when a recovery begins, and when it has ended.
+    ``changed`` is called when a recovery begins, and when it has ended. ``retire`` is called once a worker stops whose
+    layers fit nowhere else; it returns whether the service is closed for that, since another one goes on.
     ``recovery`` is the recovery that is running after a loss; None while the model is served. ``move`` is a planned
     move, for a worker that drains or comes back; requests continue during a move.
     """
@@ -82,9 +83,10 @@ class ModelService:
         notify: Notify,
         draft: DraftAssignment | None = None,
         changed: Callable[[], None] = lambda: None,
+        retire: Callable[[], bool] = lambda: False,
     ) -> None:
         self._deps, self._notify, self._first = deps, notify, first
-        self._changed = changed
+        self._changed, self._retire = changed, retire
         self.model_info = model_info
         self._events = asyncio.get_running_loop()
         self._failures: Failures = asyncio.Queue()  # bounded: at most one per ring and one per change of belief
@@ -186,7 +188,7 @@ class ModelService:
             self._disks,
             lambda: self.draft_worker,
         )
-        self.adapters = AdapterChanges(self.model_info, self.loop, builder, self._steady_epoch)
+        self.adapters = RingAdapters(self.model_info, self.loop, builder, self._steady_epoch)
         plan, workers = self._first.plan, self._first.workers
         try:
             await builder.load(plan, workers)
@@ -428,7 +430,7 @@ class ModelService:
         self._move_refused_at[name] = time.monotonic()
         self._notify(f"worker {name} cannot be drained, since no other workers can hold its layers: {why.sentence}")
         self._end_leave(name, why)
-        if leaver.stopping and await self._is_idle():
+        if leaver.stopping and not self._retire() and await self._is_idle():
             await self._release(leaver)
 
     async def _is_idle(self) -> bool:

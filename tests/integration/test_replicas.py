@@ -107,3 +107,57 @@ async def _lose_one(cluster: Cluster, home: Path, ports: list[int], folder: Path
 
 async def _read_rest(stream: AsyncIterator[int], tokens: list[int]) -> None:
     tokens += [token async for token in stream]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_copies_come_with_workers_and_go_for_other_models_and_drains(tmp_path: Path) -> None:
+    folders, cluster = [make(kind, tmp_path / kind) for kind in ("llama", "qwen3")], Cluster(tmp_path, mtls=False)
+    try:
+        ports, _ = start(cluster, "ada", "bob")
+        late = free_port()
+        anyio.run(_come_and_go, cluster, tmp_path / "coordinator", [*ports, late], folders)
+    finally:
+        cluster.close()
+
+
+async def _come_and_go(cluster: Cluster, home: Path, ports: list[int], folders: list[Path]) -> None:
+    own, other = (
+        LoadOrder(str(folders[0]), worker_count=1),
+        LoadOrder(str(folders[1]), worker_count=1, cached_contexts=8),
+    )
+    expected = greedy(folders[0], PROMPTS[0], 2000)
+    async with replicated(cluster, home, ports, own, None) as (coordinator, deployment):
+        await until(coordinator, lambda: len(deployment.replicas) == 2)
+        asking, said = Asking(coordinator), asyncio.Event()
+        answers = asyncio.create_task(_keep_answering(asking, expected, said))
+        cluster.worker("cyd", "--port", str(ports[-1])).wait_for("worker cyd of cluster")
+        await until(coordinator, lambda: len(deployment.replicas) == 3)
+        await coordinator.load(other, name="other")
+        second = coordinator.deployments["other"]
+        assert len(deployment.replicas) == 2
+        assert second.first.workers not in [replica.workers for replica in deployment.replicas]
+        await coordinator.unload("other")
+        await until(coordinator, lambda: len(deployment.replicas) == 3)
+        for replica in (deployment.copies[0], deployment.first):
+            (worker,) = replica.workers
+            await coordinator.drain(worker)
+            assert worker not in {name for one in deployment.replicas for name in one.workers}
+        assert len(deployment.replicas) == 1
+        said.set()
+        await answers
+        await coordinator.unload("small")
+        await coordinator.load(own, name="small")
+        assert await asking.answer(PROMPTS[0], 24) == expected[:24]
+
+
+async def _keep_answering(asking: Asking, expected: tuple[int, ...], said: asyncio.Event) -> None:
+    """Ask for one answer after the other until ``said``, two at a time. All must be whole."""
+
+    async def ask() -> None:
+        while not said.is_set():
+            assert await asking.answer(PROMPTS[0], 300) == expected[:300]
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(2):
+            tasks.create_task(ask())
