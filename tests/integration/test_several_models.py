@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,39 @@ async def _crash_again_and_again(
         seen += [token async for token in stream]
         assert tuple(seen) == greedy(folders["second"], PROMPT, 600)
         assert first.plan.epoch == first_epoch
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_models_keep_apart_where_they_can_and_leave_each_other_room(tmp_path: Path) -> None:
+    folders = {name: make("llama", tmp_path / name) for name in ("a", "b", "c")}
+    cluster, ports = Cluster(tmp_path, mtls=False), [free_port(), free_port()]
+    try:
+        for name, port in zip(("ada", "bob"), ports, strict=True):
+            cluster.worker(name, "--port", str(port), "--memory-limit", "3MiB").wait_for(f"worker {name} of cluster")
+        anyio.run(_keep_apart, cluster, tmp_path / "coordinator", ports, folders)
+    finally:
+        cluster.close()
+
+
+async def _keep_apart(cluster: Cluster, home: Path, ports: Sequence[int], folders: dict[str, Path]) -> None:
+    entries = [ModelEntry(name, LoadOrder(str(folder), max_context=256)) for name, folder in folders.items()]
+    entries[0] = replace(entries[0], order=replace(entries[0].order, worker_count=1))
+    async with coordinating(cluster, home, ports) as coordinator:
+        coordinator.adopt_catalog(ModelCatalog(entries))
+        for entry in entries:
+            await coordinator.load(entry.order, name=entry.name)
+        services = [coordinator.deployments[name].require_service() for name in folders]
+        first, second, third = ([stage.worker for stage in service.plan.stages] for service in services)
+        assert len(first) == 1
+        assert first != second, "it avoids the first one's Mac"
+        assert set(third) <= {*first, *second}
+        for member in await coordinator.members():
+            stages = [one for service in services for one in service.plan.stages if one.worker == member.info.name]
+            assert sum(one.weight_bytes + one.cache_bytes for one in stages) < member.info.memory_limit
+            assert all(one.cache_bytes for one in stages)
+        for name, folder in folders.items():
+            assert await Asking(coordinator).answer(name, 12) == greedy(folder, PROMPT, 12)
 
 
 def _loaded(coordinator: Coordinator) -> set[str]:
