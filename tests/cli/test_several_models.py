@@ -115,4 +115,4 @@ def test_one_model_is_shown_as_before() -> None:
     alone = replace(STATE, deployments=())
     assert alone.rings == (("", BIG.replicas[0]),)
     assert (alone.all_requests, alone.all_stages) == (BIG.requests, BIG.stages)
-    assert list(describe_loaded(alone, "big"))[0] == "serving org/Big on 2 workers: ada 0-7, bob 8-15"
+    assert next(iter(describe_loaded(alone, "big"))) == "serving org/Big on 2 workers: ada 0-7, bob 8-15"
