@@ -200,10 +200,10 @@ async def _recover_while_loading(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_a_coordinator_that_is_killed_while_two_models_answer_resumes_both(tmp_path: Path) -> None:
     folders = {name: make(kind, tmp_path / name) for name, kind in (("first", "llama"), ("second", "qwen3"))}
-    expected = {name: greedy(folder, PROMPT, 600) for name, folder in folders.items()}
+    expected = {name: greedy(folder, PROMPT, 300) for name, folder in folders.items()}
     cluster, port = Cluster(tmp_path, mtls=False), free_port()
     options = (str(folders["second"]), "--workers", "1", "--port", str(port), "--journal", "never")
     try:
@@ -212,10 +212,10 @@ def test_a_coordinator_that_is_killed_while_two_models_answer_resumes_both(tmp_p
         serve = cluster.serve(folders["first"], *options)
         wait_serving(f"127.0.0.1:{port}", serve)
         seen: dict[str, list[int]] = {}
-        with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+        with Client(f"127.0.0.1:{port}", timeout_s=150) as client:
             assert client.generate(PROMPT, model="second", max_tokens=1).tokens == expected["second"][:1]
             streams = {
-                name: iter(client.stream(PROMPT, model=name, max_tokens=600, ignore_eos=True, request_id=name))
+                name: iter(client.stream(PROMPT, model=name, max_tokens=300, ignore_eos=True, request_id=name))
                 for name in folders
             }
             for name, stream in streams.items():
@@ -228,9 +228,9 @@ def test_a_coordinator_that_is_killed_while_two_models_answer_resumes_both(tmp_p
         serve.process.wait(10)
         serve = cluster.serve(folders["first"], *options)
         wait_serving(f"127.0.0.1:{port}", serve)
-        with Client(f"127.0.0.1:{port}", timeout_s=60) as client:
+        with Client(f"127.0.0.1:{port}", timeout_s=150) as client:
             for name in sorted(folders, reverse=True):
-                assert len(seen[name]) < 600, f"the answer of {name} ended before the coordinator"
+                assert len(seen[name]) < 300, f"the answer of {name} ended before the coordinator"
                 seen[name].extend(token.token for token in client.resume(name, len(seen[name])))
                 assert tuple(seen[name]) == expected[name], name
         assert children(worker.process.pid) == engines, "an engine was not adopted"
