@@ -53,6 +53,12 @@ EXAMPLES: Final = {
     ),
     "store prune": ("macpipe store prune --unused 30d", "macpipe store prune --keep 200GiB --dry-run"),
     "store quota": ("macpipe store quota 500GiB", "macpipe store quota off"),
+    "models list": ("macpipe models list", "macpipe models list --models ~/models.toml --json"),
+    "models add": (
+        "macpipe models add mlx-community/Qwen3-0.6B-4bit --name small",
+        "macpipe models add mlx-community/Qwen3-0.6B-4bit --alias 'claude-haiku-*' --set idle-unload=15m",
+    ),
+    "models remove": ("macpipe models remove small", "macpipe models remove small --models ~/models.toml"),
     "service install": ("macpipe service install worker", "macpipe service install serve -- --config macpipe.toml"),
     "config show": ("macpipe config show worker", "macpipe config show serve --config macpipe.toml"),
     "token create": ("macpipe token create", "macpipe token create --role client --ttl 2h"),

@@ -32,6 +32,7 @@ from cluster.cli.leave import leave
 from cluster.cli.load import load
 from cluster.cli.lora import lora
 from cluster.cli.members import members
+from cluster.cli.models import models
 from cluster.cli.plan import plan
 from cluster.cli.ps import ps
 from cluster.cli.pull import pull
@@ -49,7 +50,7 @@ from cluster.cli.worker import worker
 
 SECTIONS: Final = {
     "Set up": ("demo", "init", "join", "worker", "service", "config", "token", "members", "remove", "leave"),
-    "Serve a model": ("plan", "serve", "pull", "load", "unload", "drain", "store"),
+    "Serve a model": ("plan", "serve", "pull", "load", "unload", "models", "drain", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
     "Look at it": ("status", "ps", "top", "trace", "bench", "doctor", "report"),
@@ -107,6 +108,7 @@ app.add_typer(service)
 app.add_typer(config)
 app.add_typer(adapter)
 app.add_typer(store)
+app.add_typer(models)
 for command in (members, remove, leave):
     app.command(cls=Command)(command)
 app.command(cls=Command, context_settings={"allow_extra_args": True})(launch)

@@ -28,7 +28,7 @@ AUTO: Final = "auto"
 _OWN_KEYS: Final = ("name", "source", "aliases", "pin", "idle-unload", "replicas", "priority", "fallback")
 _FIELDS: Final = {"workers": "worker_count", "adapter": "adapters", "speculate": "speculation"}
 """Fields of ``LoadOrder`` that have another name than their option."""
-_HEADER: Final = re.compile(r"\s*\[\[\s*model\s*\]\]")
+HEADER: Final = re.compile(r"\s*\[\[\s*model\s*\]\]")
 
 
 def require_models(ctx: typer.Context, models: list[str] | None) -> list[str] | None:
@@ -93,7 +93,7 @@ class _Lines:
 
     def __init__(self, path: Path, text: str, tables: int) -> None:
         self._path, self._lines = path, text.splitlines()
-        headers = [i for i, line in enumerate(self._lines) if _HEADER.match(line)]
+        headers = [i for i, line in enumerate(self._lines) if HEADER.match(line)]
         self._headers = [*headers, len(self._lines)] if len(headers) == tables else []
 
     def place(self, table: int, key: str = "") -> str:

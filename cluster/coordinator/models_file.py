@@ -25,14 +25,17 @@ class ModelsFile:
 
     def read(self) -> tuple[ModelEntry, ...]:
         """Return the models of the file. Raises InvalidOption if it cannot be read or is wrong."""
+        return self.parse(self.read_text())
+
+    def read_text(self) -> str:
+        """Return the file's text. Raises InvalidOption if it cannot be read."""
         content = self._content()
         self._digest = hashlib.sha256(content).digest()
         try:
-            text = content.decode()
+            return content.decode()
         except UnicodeDecodeError as e:
             line = content.count(b"\n", 0, e.start) + 1
             raise InvalidOption(f"{self.path}:{line}: not UTF-8; save the file in that encoding") from None
-        return self.parse(text)
 
     def read_changed(self) -> tuple[ModelEntry, ...] | None:
         """Return the models if the file's content is another than at the last call or ``read``; None if it is not.

@@ -13,7 +13,7 @@ from cluster.cli.main import app
 from cluster.cli.models_toml import name_models, parse_models
 from cluster.coordinator.models_file import MAX_BYTES, ModelsFile
 from cluster.coordinator.settings import LoadOrder, ModelEntry
-from cluster.core.errors import InvalidOption
+from cluster.core.errors import InvalidOption, MacpipeError
 from cluster.core.plan import LayerRange, Objective, Route, Speculation
 
 FILE = """
@@ -205,3 +205,59 @@ def test_a_config_file_may_name_several_models(tmp_path: Path) -> None:
     path.write_text('[serve]\nmodels = "models.toml"\n')
     done = CliRunner().invoke(app, ["config", "show", "serve", "--config", str(path), "--json"])
     assert json.loads(done.stdout)["options"]["models"] == {"value": "models.toml", "source": "file"}
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["models", *arguments], prog_name="macpipe")
+
+
+def test_models_are_added_and_removed_with_their_comments(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    file = ("--models", str(path))
+    assert run("add", "faq", "--set", "pin=true", *file).stdout == f"added faq to {path}\n"
+    path.write_text(f"# Ours.\n\n# The default.\n{path.read_text()}\n# The end of faq.\n")
+    path.chmod(0o640)
+    more = ("--set", "idle-unload=15m", "--set", 'layers="0-3,4-7"', "--set", "fallback=faq")
+    assert run("add", "org/Small", "--name", "small", "--alias", "a*", "--alias", "b", *more, *file).exit_code == 0
+    faq, small = parse(path.read_text(), tmp_path)
+    assert (faq.name, faq.pin) == ("faq", True)
+    assert (small.name, small.aliases, small.idle_unload_s, small.fallback) == ("small", ("a*", "b"), 900.0, "faq")
+    assert small.order.layers == (LayerRange(0, 4), LayerRange(4, 8))
+    listed = json.loads(run("list", "--json", *file).stdout)["models"]
+    assert [one["name"] for one in listed] == ["faq", "small"]
+    assert "small  org/Small  a*, b" in run("list", *file).stdout
+    assert run("add", "org/Third", *file).exit_code == 0
+    assert run("remove", "org/Third", *file).exit_code == 0
+    assert run("remove", "small", *file).exit_code == 0
+    assert path.read_text() == (
+        '# Ours.\n\n# The default.\n[[model]]\nsource = "faq"\npin = true\n\n# The end of faq.\n\n'
+    )
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("add", "faq"), "two models are named faq"),
+        (("add", "x", "--set", "pin"), "write it as KEY=VALUE"),
+        (("add", "x", "--set", "pin=maybe"), ":10: pin must be true or false"),
+        (("add", "x", "--set", "port=1"), ":10: unknown key port"),
+        (("remove", "x"), "has no model x; its models are faq, small"),
+        (("remove", "faq"), "the fallback faq of the model small is no model's name"),
+    ],
+)
+def test_a_wrong_change_leaves_the_file(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text('[[model]]\nsource = "faq"\n[[model]]\nname = "small"\nsource = "y"\nfallback = "faq"\n')
+    before = path.read_text()
+    done = run(*arguments, "--models", str(path))
+    assert isinstance(done.exception, MacpipeError)
+    assert said in done.exception.sentence
+    assert path.read_text() == before
+
+
+def test_the_only_model_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text('[[model]]\nsource = "faq"\n')
+    assert "the only model" in str(run("remove", "faq", "--models", str(path)).exception)
+    assert "cannot read" in str(run("remove", "faq", "--models", str(tmp_path / "none")).exception)
