@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cluster.cli.options import Cluster, Json, open_folder
-from cluster.core.errors import InvalidOption, MacpipeError, Unauthenticated, Unreachable
+from cluster.core.errors import InvalidOption, MacpipeError, ModelNotFound, Unauthenticated, Unreachable
 from cluster.core.limits import CONNECT_TIMEOUT_S
 from cluster.core.text import is_loopback, parse_address
 
@@ -51,13 +51,17 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A served model. ``authority`` is the path of the cluster's CA certificate; empty if HTTPS does not need it."""
+    """A served model. ``authority`` is the path of the cluster's CA certificate; empty if HTTPS does not need it.
+
+    ``small`` is the name of a smaller model for a client's minor tasks; "" if the same one does them.
+    """
 
     base: str
     model: str
     context: int
     key: str = ANY_KEY
     authority: str = ""
+    small: str = ""
 
     @property
     def longest_answer(self) -> int:
@@ -80,6 +84,12 @@ def launch(
         ),
     ] = None,
     cluster: Cluster = None,
+    small_model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="For claude: the model that writes titles and summaries.", show_default="the same one"
+        ),
+    ] = "",
     run: Annotated[bool, typer.Option("--run", help="Start the client, without needing arguments after --.")] = False,
     json_wanted: Json = False,
 ) -> None:
@@ -94,7 +104,12 @@ def launch(
     if client not in CLIENTS:
         raise InvalidOption(f"unknown client {client}; choose one of {', '.join(CLIENTS)}", field="client")
     address = http or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_HTTP
+    if small_model and client != "claude":
+        raise InvalidOption(f"--small-model is for claude; {client} has one model", field="small_model")
     served = fetch_with_key(address, os.environ.get(KEY_VARIABLE, ""), cluster)
+    if small_model:
+        require_model(served, small_model, find_authority(cluster))
+        served = replace(served, small=small_model)
     if warning := short_context(client, served):
         typer.echo(warning, err=True)
     found = write_settings(add_authority(CLIENTS[client], served), client)
@@ -175,6 +190,25 @@ def fetch_served(given: str, key: str = "", authority: Path | None = None) -> Se
     return Served(base, str(facts["model"]), int(facts["context_length"]), key or ANY_KEY, ca_path)
 
 
+def require_model(served: Served, name: str, authority: Path | None = None) -> None:
+    """Raise ModelNotFound if the coordinator has no model of this name, with the names that it has."""
+    from http.client import HTTPException
+    from urllib.parse import quote
+
+    connection = _connection(_without_scheme(served.base), served.base.startswith("https://"), authority)
+    try:
+        path = f"/v1/models/{quote(name, safe='/')}"
+        connection.request("GET", path, headers={"authorization": f"Bearer {served.key}"})
+        reply = connection.getresponse()
+        body: dict[str, Any] = json.loads(reply.read(65_536))
+    except (OSError, HTTPException, ValueError) as error:
+        raise Unreachable(f"{served.base} does not tell of its models ({str(error)[:200]}); try again") from error
+    finally:
+        connection.close()
+    if reply.status != 200:
+        raise ModelNotFound(str(body.get("error", {}).get("message", f"no model {name[:64]}")), field="small_model")
+
+
 def _connection(address: str, secure: bool, authority: Path | None) -> HTTPConnection:
     from http.client import HTTPConnection, HTTPSConnection
 
@@ -240,10 +274,12 @@ def _openai(s: Served) -> dict[str, str]:
 
 def _claude(s: Served) -> Launch:
     models = ("MODEL", "DEFAULT_OPUS_MODEL", "DEFAULT_SONNET_MODEL", "DEFAULT_HAIKU_MODEL")
+    small = ("DEFAULT_HAIKU_MODEL", "SMALL_FAST_MODEL") if s.small else ()
     environment = {
         "ANTHROPIC_BASE_URL": s.base,
         "ANTHROPIC_AUTH_TOKEN": s.key,
         **{f"ANTHROPIC_{name}": s.model for name in models},
+        **{f"ANTHROPIC_{name}": s.small for name in small},
         "CLAUDE_CODE_SUBAGENT_MODEL": s.model,
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(s.context),  # it assumes a million, and never compacts
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(s.longest_answer),

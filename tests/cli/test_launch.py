@@ -24,11 +24,12 @@ from cluster.cli.launch import (
     fetch_served,
     fetch_with_key,
     is_own_address,
+    require_model,
     shell_lines,
     short_context,
     write_settings,
 )
-from cluster.core.errors import MacpipeError, Unauthenticated, Unreachable
+from cluster.core.errors import MacpipeError, ModelNotFound, Unauthenticated, Unreachable
 from cluster.platform.private_files import make_private_folder
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keys import KeyScope, KeyStore
@@ -58,6 +59,13 @@ def test_clients_are_told_the_model_and_how_much_it_takes() -> None:
     config = json.loads(CLIENTS["opencode"](SERVED).environment["OPENCODE_CONFIG_CONTENT"])
     assert config["provider"]["macpipe"]["models"]["my model"]["limit"]["context"] == 8192
     assert CLIENTS["goose"](SERVED).environment["GOOSE_CONTEXT_LIMIT"] == "8192"
+
+
+def test_claude_writes_titles_with_a_small_model_if_one_is_named() -> None:
+    claude = CLIENTS["claude"](replace(SERVED, small="small")).environment
+    small = {name for name, value in claude.items() if value == "small"}
+    assert small == {"ANTHROPIC_DEFAULT_HAIKU_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"}
+    assert claude["ANTHROPIC_MODEL"] == claude["CLAUDE_CODE_SUBAGENT_MODEL"] == "my model"
 
 
 def test_what_a_client_reads_from_a_file_alone_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +137,7 @@ class Health(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers.get("authorization"))  # type: ignore[attr-defined]
         admitted = not self.server.guarded or self.server.keys[-1]  # type: ignore[attr-defined]
         body = json.dumps(self.server.facts if admitted else {"status": "serving"}).encode()  # type: ignore[attr-defined]
-        self.send_response(503)
+        self.send_response(getattr(self.server, "status", 503))
         self.end_headers()
         self.wfile.write(body)
 
@@ -159,6 +167,17 @@ def test_the_coordinator_is_asked(health: HTTPServer) -> None:
         fetch_served(address)
     with pytest.raises(Unreachable, match="macpipe serve"):
         fetch_served(f"127.0.0.1:{free_port()}")
+
+
+def test_a_small_model_must_be_one_of_the_coordinators(health: HTTPServer) -> None:
+    served = Served(f"http://127.0.0.1:{health.server_port}", "faq", 1024)
+    health.facts, health.status = {"id": "a small/one"}, 200  # type: ignore[attr-defined]
+    require_model(served, "a small/one")
+    health.facts, health.status = {"error": {"message": "use faq"}}, 404  # type: ignore[attr-defined]
+    with pytest.raises(ModelNotFound, match="use faq"):
+        require_model(served, "other")
+    with pytest.raises(Unreachable):
+        require_model(replace(served, base=f"http://127.0.0.1:{free_port()}"), "other")
 
 
 def test_the_leading_mac_makes_a_key_once_and_sends_it_to_itself_only(
