@@ -112,7 +112,7 @@ class ClusterPlanner:
         with anyio.move_on_after(COMING_READ_S):
             for entry in coming:
                 if entry.order not in self._shapes:
-                    with suppress(MacpipeError):  # it will be told when it is loaded
+                    with suppress(MacpipeError, OSError):  # it will be told when it is loaded
                         self._shapes[entry.order] = await self._reader.read_shape(entry.order)
         return {entry.name: self._shapes[entry.order] for entry in coming if entry.order in self._shapes}
 
