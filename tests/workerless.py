@@ -28,6 +28,11 @@ class WorkerlessCoordinator:
     def deployments(self) -> Self:
         return self
 
+    is_single = True
+
+    def values(self) -> tuple[()]:
+        return ()
+
     def given_name(self, model_info: ModelInfo) -> str:
         return model_info.shape.model.name
 

@@ -14,7 +14,7 @@ from cluster import __version__
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.request_timings import ClusterTotals
-from cluster.core.cluster_state import RequestState, ServingState
+from cluster.core.cluster_state import DeploymentState, RequestState, ServingState
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.plan import Plan
 from cluster.core.request import FinishEvent
@@ -88,10 +88,15 @@ class Metrics:
         journal: JournalWriter | None = None,
         workers: Sequence[WorkerState] = (),
         totals: ClusterTotals | None = None,
+        deployments: Sequence[DeploymentState] = (),
     ) -> bytes:
-        """Return all metrics in Prometheus' text format, with gauges of the given state."""
+        """Return all metrics in Prometheus' text format, with gauges of the given state.
+
+        ``plan`` and ``loop`` are those of the default model; ``deployments`` are all models if there are several.
+        """
         gauges = CollectorRegistry()
         gauges.register(_StateCollector(state, plan, loop, journal, workers, totals or ClusterTotals()))
+        gauges.register(_ModelCollector(deployments))
         return generate_latest(self._registry) + generate_latest(gauges)
 
 
@@ -237,6 +242,38 @@ class _StateCollector(Collector):
             labels,
             bubbles,
         )
+
+
+class _ModelCollector(Collector):
+    """Collects the gauges of several models, by their names. They come from people, so there are few."""
+
+    def __init__(self, deployments: Sequence[DeploymentState]) -> None:
+        self._deployments = deployments
+
+    def collect(self) -> Iterator[Metric]:
+        if not self._deployments:
+            return
+
+        def by_model(value: Callable[[DeploymentState], float]) -> Values:
+            return [([one.name], float(value(one))) for one in self._deployments]
+
+        def prefixes(one: DeploymentState) -> float:
+            return sum(replica.prefixes for replica in one.replicas)
+
+        loaded, labels = by_model(lambda one: bool(one.replicas)), ["model"]
+        yield _gauge("macpipe_model_loaded", "1 while the model is loaded.", labels, loaded)
+        replicas = by_model(lambda one: len(one.replicas))
+        yield _gauge("macpipe_model_replicas", "Copies of the model that answer requests.", labels, replicas)
+        idle = by_model(attrgetter("idle_seconds"))
+        yield _gauge("macpipe_model_idle_seconds", "Time since the model's last request ended.", labels, idle)
+        yield _gauge("macpipe_model_kept_prefixes", "Prefixes cached for the model.", labels, by_model(prefixes))
+        live = [
+            ([one.name, state.value], float(sum(request.state is state for request in one.requests)))
+            for one in self._deployments
+            for state in RequestState
+            if state is not RequestState.UNKNOWN
+        ]
+        yield _gauge("macpipe_model_requests_live", "The model's live requests, by phase.", ["model", "phase"], live)
 
 
 def _counter(name: str, text: str, labels: list[str], values: Values) -> Metric:

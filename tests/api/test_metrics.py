@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.api.metrics import Metrics
-from cluster.core.cluster_state import GuessCounts, ServingState
+from cluster.core.cluster_state import DeploymentState, GuessCounts, ReplicaState, RequestState, ServingState
 from coordinator.test_snapshot import LOOP, PLAN
 
 
@@ -35,3 +35,22 @@ def test_the_widest_window_and_missing_memory_for_marks_are_shown() -> None:
     lines = exposition(requests=requests, guesses_without_room=4)
     assert "macpipe_guess_window 3.0" in lines
     assert "macpipe_guesses_without_room_total 4.0" in lines
+
+
+def test_several_models_are_told_apart_by_a_label() -> None:
+    request = replace(LOOP.requests[0], state=RequestState.DECODE)
+    replica = ReplicaState(ServingState.SERVING, requests=(request, request), prefixes=3)
+    small = DeploymentState("small", "org/small", ServingState.SERVING, idle_seconds=2.5, replicas=(replica, replica))
+    models = (small, DeploymentState("other", "org/other", ServingState.IDLE))
+    text = Metrics().exposition(ServingState.SERVING, PLAN, LOOP, deployments=models).decode()
+    for line in (
+        'macpipe_model_loaded{model="small"} 1.0',
+        'macpipe_model_loaded{model="other"} 0.0',
+        'macpipe_model_replicas{model="small"} 2.0',
+        'macpipe_model_idle_seconds{model="small"} 2.5',
+        'macpipe_model_kept_prefixes{model="small"} 6.0',
+        'macpipe_model_requests_live{model="small",phase="decode"} 4.0',
+        'macpipe_model_requests_live{model="other",phase="queued"} 0.0',
+    ):
+        assert line in text.splitlines()
+    assert not [line for line in exposition() if "macpipe_model" in line]

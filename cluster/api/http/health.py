@@ -17,6 +17,7 @@ from cluster.api.http.authorization import TRUSTED
 from cluster.api.http.json_response import Json
 from cluster.api.http.model_names import ModelNames
 from cluster.api.request_service import RequestService
+from cluster.coordinator.deployment_states import describe_deployments
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import UNAVAILABLE_S
@@ -59,7 +60,13 @@ class Health:
         coordinator = self.service.coordinator
         plan, loop = await coordinator.plan_and_view()
         text = self.service.metrics.exposition(
-            coordinator.state, plan, loop, coordinator.journal, coordinator.known_workers(), coordinator.totals
+            coordinator.state,
+            plan,
+            loop,
+            coordinator.journal,
+            coordinator.known_workers(),
+            coordinator.totals,
+            await describe_deployments(coordinator.deployments),
         )
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 

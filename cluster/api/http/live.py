@@ -82,12 +82,13 @@ class Live:
         return event({**facts, **self._models(), "loading": loading, "now": time.time()}, "cluster")
 
     def _models(self) -> dict[str, Any]:
-        """Return the model under its public name, since a folder's path is private, and all names of the model."""
+        """Return the default model under its public name, since a folder's path is private, and all models' names."""
+        names = [name for model_info in self._names.loaded() for name in self._names.public_names(model_info)]
         try:
-            model_info = self._names.resolve(None)
+            model = self._names.id_of(self._names.resolve(None))
         except MacpipeError:
-            return {"model": "", "models": []}
-        return {"model": self._names.id_of(model_info), "models": self._names.public_names(model_info)}
+            model = ""
+        return {"model": model, "models": [*names, *self._names.unloaded()]}
 
 
 class _SnapshotEncoder:

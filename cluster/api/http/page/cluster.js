@@ -28,6 +28,7 @@ export function showCluster(root, state, history) {
     notices(state),
     state.loading ? loadSection(state.loading) : null,
     figures(state, history),
+    models(state),
     pipeline,
     spares(state),
     requests(state),
@@ -57,6 +58,42 @@ function title(state) {
           ".",
         )
       : null,
+  );
+}
+
+/** The list of several models, each with the Macs that hold it. */
+function models(state) {
+  if (!state.deployments.length) return null;
+  return h(
+    "section",
+    { "aria-labelledby": "models-title" },
+    h("h2", { id: "models-title" }, "Models"),
+    h(
+      "ul",
+      { class: "spares" },
+      state.deployments.map((one) => {
+        const serving = one.state === "serving";
+        const live = one.replicas.reduce((sum, replica) => sum + replica.requests_live, 0);
+        const facts = [
+          one.state === "idle" ? "not loaded" : (STATES[one.state] ?? one.state).toLowerCase(),
+          one.pinned ? "pinned" : "",
+          one.replicas.length > 1 ? count(one.replicas.length, "replica") : "",
+          one.max_context ? `${whole(one.max_context)} tokens of context` : "",
+          one.replicas.length ? count(live, "live request") : "",
+          one.replicas.map(({ stages }) => stages.map((s) => `${s.worker} ${layers(s.layers)}`).join(", ")).join("; "),
+          one.activity,
+          one.problem,
+        ];
+        return h(
+          "li",
+          { "data-key": one.name },
+          h("span", { class: `dot ${serving ? "good" : ""}`, "aria-hidden": "true" }),
+          h("strong", {}, one.name),
+          " ",
+          h("span", { class: "soft" }, facts.filter(Boolean).join(" · ")),
+        );
+      }),
+    ),
   );
 }
 
@@ -289,7 +326,8 @@ function memoryBar(stage, held) {
 }
 
 function spares(state) {
-  const serving = new Set(state.stages.map((stage) => stage.worker));
+  const others = state.deployments.flatMap((one) => one.replicas.flatMap((replica) => replica.stages));
+  const serving = new Set([...state.stages, ...others].map((stage) => stage.worker));
   const why = new Map(state.spares.map((spare) => [spare.worker, spare.why]));
   const idle = state.workers.filter((worker) => !serving.has(worker.name));
   if (!idle.length)
