@@ -72,7 +72,7 @@ class BackgroundLoad:
         self, coordinator: Coordinator, tracker: LoadTracker | None = None, on_demand: OnDemand | None = None
     ) -> None:
         self._coordinator = coordinator
-        self._load = on_demand.load if on_demand else coordinator.load
+        self._on_demand = on_demand
         self._tracker = tracker
         self._task: asyncio.Task[None] | None = None
         self._problem = ""
@@ -104,7 +104,7 @@ class BackgroundLoad:
 
     async def _run(self, order: LoadOrder, name: str) -> None:
         try:
-            await self._load(order, name=name)
+            await (self._on_demand or self._coordinator).load(order, name=name)
         except MacpipeError as e:
             self._problem = e.sentence
         finally:

@@ -17,10 +17,10 @@ def test_growth_is_told_from_engines_that_come_and_go() -> None:
         seen = [Footprint(size * 2**20, 9, 40) for size in mebibytes]
         return ModelsFound(footprints={"hal": seen}, differing=differing)
 
-    steady = (100, 200, 120, 240, 120, 240, 120, 240, 120, 240, 120, 240)
+    steady = (100, 200, *(120, 240) * 7)
     assert found(*steady).good
     assert not found(*steady, differing=1).good
-    assert not found(*steady[:9], 400, 500, 600).good
+    assert not found(*steady[:12], 400, 500, 600, 600).good
 
 
 @pytest.mark.long

@@ -64,7 +64,7 @@ class ClusterServicer(ClusterServiceServicer):
         on_demand: OnDemand | None = None,
     ) -> None:
         self._coordinator = coordinator
-        self._load = on_demand.load if on_demand else coordinator.load
+        self._on_demand = on_demand
         self._trust = trust
         self._first = first
         self._examinations = examinations
@@ -94,7 +94,7 @@ class ClusterServicer(ClusterServiceServicer):
     async def _progress(self, name: str, order: LoadOrder) -> AsyncIterator[LoadProgress]:
         """Run a load and yield its progress. Closing the iterator cancels the load."""
         reporter = _ProgressQueue()
-        load = asyncio.create_task(self._load(order, reporter, name=name))
+        load = asyncio.create_task((self._on_demand or self._coordinator).load(order, reporter, name=name))
         load.add_done_callback(lambda _: reporter.queue.put_nowait(None))
         try:
             while (p := await reporter.queue.get()) is not None:
