@@ -25,7 +25,7 @@ from cluster.coordinator.reporter import LoadWatch
 from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import MacpipeError, NoWorkers
+from cluster.core.errors import MacpipeError, NoPlan, NoWorkers
 from cluster.core.plan import ModelShape
 from cluster.placement.arrangement import LoadedModel
 from cluster.placement.copies import choose_copies_to_drop
@@ -216,13 +216,16 @@ class CopyKeeper:
             await deployment.add_copy(macs, watch)
 
     def _avoid(self, deployment: Deployment, macs: Collection[str], error: MacpipeError) -> None:
-        """Leave the worker that failed alone for a while, or all if none is named."""
-        worker = error.details.get("worker", "")
-        until = time.monotonic() + RETRY_S
+        """Leave the worker that failed alone for a while, or all if none is named.
+
+        If there is no plan, there will be none until something changes, which wakes the keeper.
+        """
         log.info("copies: none loaded reason=%s deployment=%s", error.sentence, deployment.name)
-        if worker or not isinstance(error, NoWorkers):
-            self._avoided |= dict.fromkeys([worker] if worker in macs else macs, until)
-            asyncio.get_running_loop().call_later(RETRY_S, self.wake)
+        if isinstance(error, NoPlan | NoWorkers):
+            return
+        worker = error.details.get("worker", "")
+        self._avoided |= dict.fromkeys([worker] if worker in macs else macs, time.monotonic() + RETRY_S)
+        asyncio.get_running_loop().call_later(RETRY_S, self.wake)
 
 
 def newest_first(goals: Sequence[CopyGoal]) -> list[tuple[Deployment, Replica]]:
