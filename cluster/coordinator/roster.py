@@ -183,11 +183,11 @@ class Roster:
         the best of them, and says what is missing if ``wanted`` are there but too few count. ``purpose`` says in an
         error what that many workers are for, "" if it is the model alone. Raises ``NoWorkers`` or
         ``VersionMismatch`` after ``wait_s``, and ``DuplicateName`` or ``DuplicateId`` at once. Raises ``DuplicateId``
-        after ``RESTART_S`` if another coordinator process has this one's id: until then, it may be the previous process
-        of this coordinator, whose workers are to be adopted.
+        after ``RESTART_S`` if another coordinator process with this one's id keeps a worker: until then, it may be the
+        previous process of this coordinator, whose workers are to be adopted.
         """
         reported: tuple[str, ...] | None = None
-        began = time.monotonic()
+        conflict_began: float | None = None
         with anyio.move_on_after(wait_s):
             while True:
                 usable = _usable(await self.refresh(), wanted)
@@ -196,8 +196,10 @@ class Roster:
                 if names != reported:
                     reported = names
                     report.waiting((*usable, *drained), wanted)
-                if conflicting := next((m for m in self.members if self.is_held_by_other_process(m.info)), None):
-                    if time.monotonic() - began > RESTART_S + SETTLE_S:
+                conflicting = next((m for m in self.members if self.is_held_by_other_process(m.info)), None)
+                conflict_began = (conflict_began or time.monotonic()) if conflicting else None
+                if conflicting and conflict_began:
+                    if time.monotonic() - conflict_began > RESTART_S + SETTLE_S:
                         raise DuplicateId(conflicting.problem)
                 elif (wanted and sum(map(counts, usable)) >= wanted) or (
                     not wanted and usable and await self._wait_settled()

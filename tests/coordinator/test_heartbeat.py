@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from cluster import __version__
+from cluster.coordinator import roster as roster_module
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.worker_client import WorkerClient
@@ -49,6 +50,9 @@ class Worker:
         self.name, self.address, self.id, self.instance = name, address, worker_id, instance
         self.says: Callable[[], Awaitable[str]] | None = None
         self.refuses = self.closed = False
+        self.holder = ""
+        """The process of the coordinator with the caller's id that it is kept for."""
+        self.asked = 0
 
     async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
         if self.refuses:
@@ -58,7 +62,10 @@ class Worker:
         except TimeoutError:
             raise WorkerLost(f"worker {self.name} does not answer", worker=self.name) from None
         await asyncio.sleep(0)
-        return worker_info(name, self.address, self.id, self.instance), ""
+        self.asked += 1
+        info = worker_info(name, self.address, self.id, self.instance)
+        held = replace(info, live_owner="me", live_owner_process=self.holder)
+        return held if self.holder else info, ""
 
     async def close(self) -> None:
         self.closed = True
@@ -257,6 +264,35 @@ def test_who_is_too_small_is_not_counted_among_the_workers_that_a_load_waits_for
         await until(lambda: reported == [["ada", "tiny"]])
         network.start("bob", "b:1")
         assert await waiting == ["ada", "bob", "tiny"]
+
+    asyncio.run(asyncio.wait_for(play(), 15))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_worker_that_restarts_is_kept_for_the_process_before_for_a_while(
+    network: Network, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long this coordinator has waited for it: only a process that goes on is another one with this id."""
+    now = [1.0]
+    monkeypatch.setattr(roster_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(roster_module, "SETTLE_S", 0.01)
+    reporter = cast(Any, SimpleNamespace(waiting=lambda found, wanted: None))
+
+    async def play() -> None:
+        network.start("ada", "a:1")
+        waiting = asyncio.create_task(network.gather(2, 15, reporter))
+        await until(lambda: bool(network.members))
+        now[0] += 60
+        bob = network.start("bob", "b:1")
+        bob.holder = "before"
+        await until(lambda: bob.asked >= 3 or waiting.done())
+        bob.holder = "" if ends else bob.holder
+        now[0] += 60
+        if ends:
+            assert [worker.name for worker in await waiting] == ["ada", "bob"]
+        else:
+            with pytest.raises(DuplicateId, match="bob"):
+                await waiting
 
     asyncio.run(asyncio.wait_for(play(), 15))
 
