@@ -148,6 +148,8 @@ def test_models_come_when_they_are_asked_for_and_the_least_recently_used_one_lea
         async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
             for path, key in (("/v1/messages/count_tokens", "input_tokens"), ("/tokenize", "count")):
                 assert (await client.post(path, json=counted)).json()[key] > 5
+            for name in ("code:latest", "chat:latest"):
+                assert (await client.post("/api/show", json={"model": name})).status_code == 200
         assert served.loaded == {"chat"}, "a tokenizer needs no weights"
         await refuse_beside_busy(served, expected)
 

@@ -10,7 +10,7 @@ from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.on_demand import HeldModel, OnDemand
 from cluster.coordinator.settings import ModelEntry
 from cluster.core.adapter import join_model_name
-from cluster.core.errors import ModelNotFound
+from cluster.core.errors import ModelNotFound, NotServing
 
 
 class ModelNames:
@@ -41,6 +41,17 @@ class ModelNames:
     def load_wait_s(self) -> float:
         """How long a request waits for its model if nothing can be sent meanwhile."""
         return self._on_demand.load_wait_s if self._on_demand else 0.0
+
+    def is_known(self, requested: str) -> bool:
+        """Return whether a model has this name, loaded or not, and the adapter that it names, if any."""
+        try:
+            self.resolve(requested)
+        except ModelNotFound:
+            return False
+        except NotServing:
+            entry, adapter = self._coordinator.catalog.resolve(requested)
+            return not adapter or adapter in dict(entry.order.adapters)
+        return True
 
     def is_ready(self, requested: str | None) -> bool:
         """Return whether a request need not wait for its model.

@@ -23,7 +23,7 @@ from cluster.api.http.json_response import Json
 from cluster.api.http.model_names import ModelNames
 from cluster.coordinator.model_catalog import public_id
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.core.errors import InvalidRequest, MacpipeError, ModelNotFound, NotServing
+from cluster.core.errors import InvalidRequest, MacpipeError, NotServing
 from cluster.core.plan import LayerRange
 from cluster.model.model_details import ModelDetails, read_details
 
@@ -53,13 +53,9 @@ def known_name(names: ModelNames, requested: str) -> str:
 
     A name with another tag means a model with an adapter, as everywhere.
     """
-    try:
-        names.is_ready(requested)
-    except ModelNotFound:
-        if not requested.endswith(LATEST):
-            raise
-        names.is_ready(requested.removesuffix(LATEST))
-        return requested.removesuffix(LATEST)
+    if requested.endswith(LATEST) and not names.is_known(requested):
+        requested = requested.removesuffix(LATEST)
+    names.is_ready(requested)
     return requested
 
 
