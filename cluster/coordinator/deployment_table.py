@@ -68,7 +68,10 @@ class DeploymentTable:
         """Return what is loaded beside the model with this own name, and what has no memory yet: what loads, too."""
         loaded = {d.name for d in self.values() if d.model_info and d.name != name}
         services = [(d.name, d.services) for d in self.values() if d.name in loaded]
-        holding = [describe_loaded(holder, [service.plan for service in found]) for holder, found in services]
+        holding = [
+            describe_loaded(holder, [one.plan for one in found], found[0].model_info.placed_shape if found else None)
+            for holder, found in services
+        ]
         drafts = [(holder, service.draft_worker) for holder, found in services for service in found]
         holding += [LoadedModel(f"draft of {holder}", {}, {worker: 1.0}) for holder, worker in drafts if worker]
         return Neighbours(name, tuple(holding), tuple(entry for entry in self.catalog if entry.name not in loaded))

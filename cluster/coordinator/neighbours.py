@@ -1,7 +1,8 @@
 """Plan a model beside others: those that are loaded, and those that are yet to be loaded on the same workers.
 
 What is loaded stays where it is. The model avoids its Macs where it can, and its caches leave room for what is yet to
-come. If it does not fit beside all that, it is planned as if nothing was to come.
+come, and for a stage of another model whose Mac is lost. If it does not fit beside all that, it is planned as if
+nothing was to come.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from cluster.coordinator.planner import (
     offer_workers,
 )
 from cluster.coordinator.settings import LoadOrder, ModelEntry
-from cluster.core.plan import ModelShape, Plan
+from cluster.core.plan import LayerRange, ModelShape, Plan, PlannedStage
 from cluster.core.worker import WorkerInfo
-from cluster.placement.arrangement import LoadedModel
+from cluster.placement.arrangement import LoadedModel, ModelPlace
 from cluster.placement.explain_several import explain_model, explain_place
-from cluster.placement.several_models import place_models
+from cluster.placement.several_models import JointPlacement, place_models
 
 __all__ = ["Neighbours", "describe_loaded", "plan_beside"]
 
@@ -51,17 +52,24 @@ class Neighbours:
         return replace(self, waiting=tuple(kept))
 
 
-def describe_loaded(name: str, plans: Iterable[Plan]) -> LoadedModel:
+def describe_loaded(name: str, plans: Collection[Plan], shape: ModelShape | None = None) -> LoadedModel:
     """Describe a model that serves with these plans, one for each replica.
 
-    It takes no bytes here: the workers' memory is what such models leave of it.
+    It takes no bytes here: the workers' memory is what such models leave of it. What its stages need is only known with
+    its ``shape``.
     """
     shares: dict[str, float] = {}
     for plan in plans:
         known = all(stage.decode_ms for stage in plan.stages)
         parts = {stage.worker: stage.decode_ms if known else len(stage.layers) for stage in plan.stages}
         shares |= {worker: part / sum(parts.values()) for worker, part in parts.items()}
-    return LoadedModel(name, {}, shares)
+    ranges = [stage.layers for plan in plans for stage in plan.stages] if shape else []
+    return LoadedModel(name, {}, shares, stage_bytes=_largest_stage(shape, ranges) if shape else 0)
+
+
+def _largest_stage(shape: ModelShape, ranges: Iterable[LayerRange]) -> int:
+    """Return the bytes of the largest of some stages, with one full context."""
+    return max((shape.stage_bytes(own) + shape.stage_cache_bytes(own) for own in ranges), default=0)
 
 
 def plan_beside(
@@ -97,10 +105,30 @@ def plan_beside(
     plan = build_plan(number, shape, proposal, order, shares)
     plan = replace(plan, reasons=(*explain_model(placement, place), *plan.reasons))
     whole = {w.name: w.memory.usable for w in place.demand.candidates.workers}
-    if order.cached_contexts is None and any(nbytes < whole[name] for name, nbytes in shares.items()):
-        contexts = full_contexts(plan.stages, shape)
-        plan, order = limit_caches(plan, shape, contexts), replace(order, cached_contexts=contexts)
+    if order.cached_contexts is None:
+        contexts = min(_count_contexts(stage, shape, _list_movable(placement, place)) for stage in plan.stages)
+        is_shared = any(nbytes < whole[name] for name, nbytes in shares.items())
+        if is_shared or contexts < full_contexts(plan.stages, shape):
+            plan, order = limit_caches(plan, shape, contexts), replace(order, cached_contexts=contexts)
     return leave_room(plan, shape, order, unknown)
+
+
+def _list_movable(placement: JointPlacement, own: ModelPlace) -> list[tuple[Collection[str], int]]:
+    """Return the Macs of each model but ``own``, with the bytes that another Mac needs if it takes one's stage."""
+    found: list[tuple[Collection[str], int]] = [(one.step_shares.keys(), one.stage_bytes) for one in placement.loaded]
+    found += [(one.macs, _largest_stage(one.demand.shape, one.ranges)) for one in placement.placed if one is not own]
+    return found
+
+
+def _count_contexts(stage: PlannedStage, shape: ModelShape, others: Iterable[tuple[Collection[str], int]]) -> int:
+    """Return how many full contexts a stage's caches may hold, so that its Mac has room for a stage of any model.
+
+    A Mac that is lost leaves its stages to the others. One that has no such room beside one full context keeps it all.
+    """
+    most = max((nbytes for macs, nbytes in others if stage.worker not in macs), default=0)
+    context_bytes = max(shape.stage_cache_bytes(stage.layers), 1)
+    beside = (stage.cache_bytes - most) // context_bytes
+    return beside if beside >= 1 else stage.cache_bytes // context_bytes
 
 
 def _rank(

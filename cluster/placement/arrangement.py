@@ -60,13 +60,14 @@ class LoadedModel:
     """A model that is loaded and stays where it is.
 
     ``taken`` are the bytes that it may use of each Mac. ``step_shares`` is the share of its step's time that each Mac
-    computes.
+    computes. ``stage_bytes`` is the least memory of the largest of its stages, which another Mac would need for it.
     """
 
     name: str
     taken: Mapping[str, int]
     step_shares: Mapping[str, float]
     pinned: bool = False
+    stage_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

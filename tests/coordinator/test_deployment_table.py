@@ -92,9 +92,13 @@ def test_neighbours_are_described_by_their_plans_and_drafts() -> None:
     table.load("small", "org/Small")
     stages = [SimpleNamespace(worker=name, decode_ms=ms, layers=range(2)) for name, ms in (("ada", 1.0), ("bob", 3.0))]
     deployment: Any = table["small"]
-    deployment.services = [SimpleNamespace(plan=SimpleNamespace(stages=stages), draft_worker="cyd")]
+    shape: Any = SimpleNamespace(stage_bytes=lambda own: 10 * len(own), stage_cache_bytes=len)
+    service = SimpleNamespace(plan=SimpleNamespace(stages=stages), model_info=SimpleNamespace(placed_shape=shape))
+    service.draft_worker = "cyd"
+    deployment.services = [service]
     described, draft = table.find_neighbours("big").loaded
     assert (described.name, described.step_shares) == ("small", {"ada": 0.25, "bob": 0.75})
+    assert described.stage_bytes == 22, "two layers, and their caches"
     assert (draft.name, draft.step_shares) == ("draft of small", {"cyd": 1.0})
     assert table.find_neighbours("small").loaded == (), "it is planned in place of itself"
     stages[0].decode_ms = 0.0

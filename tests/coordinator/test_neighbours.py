@@ -38,7 +38,7 @@ def beside(
     order: LoadOrder = ENTRY.order,
     everyone: Sequence[WorkerInfo] | None = None,
 ) -> tuple[Plan, LoadOrder]:
-    neighbours = Neighbours("own", tuple(describe_loaded("loaded", [one]) for one in loaded), (*coming, ENTRY))
+    neighbours = Neighbours("own", tuple(describe_loaded("loaded", [one], SHAPE) for one in loaded), (*coming, ENTRY))
     known = {entry.name: SHAPE for entry in coming} if shapes is None else shapes
     return plan_beside(3, SHAPE, workers, order, {}, everyone or workers, neighbours, known)
 
@@ -75,12 +75,17 @@ def test_its_caches_leave_room_for_what_comes_to_the_same_mac() -> None:
     assert chosen.stages[0].cache_bytes == 200
 
 
-def test_what_comes_to_another_mac_costs_it_nothing() -> None:
+def test_it_leaves_room_for_a_stage_of_a_model_on_another_mac_that_may_be_lost() -> None:
     plan, order = beside(macs(2000, 900), NEXT)
-    assert (where(plan), order.cached_contexts) == (["a"], None)
-    assert plan.stages[0].cache_bytes == make_plan(3, SHAPE, macs(2000), ENTRY.order, {}).stages[0].cache_bytes
+    assert (where(plan), order.cached_contexts) == (["a"], 5)
+    assert plan.stages[0].cache_bytes == 2000 - 400 - 600, "the other needs 400 for its weights and 200 for a context"
     adopted, order = beside(macs(2000), NEXT, everyone=macs(2000, 900))
-    assert (where(adopted), order.cached_contexts) == (["a"], None), "it may use one of the Macs, the other both"
+    assert (where(adopted), order.cached_contexts) == (["a"], 5), "it may use one of the Macs, the other both"
+    held = make_plan(1, SHAPE, macs(900), LoadOrder("loaded"), {})
+    plan, order = beside(macs(900, 2000), loaded=[held])
+    assert (where(plan), order.cached_contexts) == (["b"], 5), "what is loaded on a may have to move here, too"
+    small, order = beside(macs(2000, 700), loaded=[make_plan(1, SHAPE, macs(2000), LoadOrder("loaded"), {})])
+    assert (where(small), order.cached_contexts) == (["b"], None), "it has no such room"
 
 
 @pytest.mark.parametrize(("pin", "expected"), [(False, ["a"]), (True, ["b"])])
