@@ -54,14 +54,14 @@ class Outcome:
 class Campaign:
     """``expected`` tokens are asked of the undisturbed fleet first."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, asked: tuple[Asked, ...] | None = None) -> None:
         self.fleet = fleet
-        self.asked = pool(VOCABULARY)
+        self.asked = asked or pool(VOCABULARY)
         self.expected = [self._ask(a) for a in self.asked]
 
     def _ask(self, asked: Asked) -> tuple[int, ...]:
         return self.fleet.client.generate(
-            list(asked.prompt), max_tokens=asked.max_tokens, ignore_eos=True, **dict(asked.sampling)
+            list(asked.prompt), max_tokens=asked.max_tokens, ignore_eos=True, model=asked.model, **dict(asked.sampling)
         ).tokens
 
     def run(self, seed: int) -> Outcome:
@@ -131,6 +131,7 @@ class _Run:
             max_tokens=asked.max_tokens,
             ignore_eos=True,
             request_id=name,
+            model=asked.model,
             **dict(asked.sampling),
         )
         stream.wait_accepted()

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from faults.campaign import Campaign, Summary, complaint
+from faults.deployment_fleet import DeploymentFleet, deployment_pool, process_scenario
 from faults.fleet import NAMES, Fleet
 from faults.scenario import Scenario, kill, scenario
 
@@ -27,8 +28,17 @@ class Game:
     names: tuple[str, ...] = NAMES
     minutes: float | None = None
     speculate: bool = False
+    deployments: int = 1
+
+    def campaign(self, folder: Path) -> Campaign:
+        if self.deployments > 1:
+            fleet = DeploymentFleet(folder, self.deployments)
+            return Campaign(fleet, deployment_pool(fleet))
+        return Campaign(Fleet(folder, names=self.names, speculate=self.speculate))
 
     def scenario(self, seed: int, campaign: Campaign) -> Scenario:
+        if self.deployments > 1:
+            return process_scenario(seed, campaign)
         return (kill if self.kills else scenario)(seed, campaign.asked, campaign.fleet.stages)
 
 
@@ -57,9 +67,8 @@ def in_blocks(scenarios: Sequence[Scenario]) -> list[Scenario]:
 
 def run(folder: Path, seeds: Sequence[int], game: Game) -> Summary:
     folder.mkdir(parents=True, exist_ok=True)
-    fleet, summary, began = Fleet(folder, names=game.names, speculate=game.speculate), Summary(), time.monotonic()
+    campaign, summary, began = game.campaign(folder), Summary(), time.monotonic()
     try:
-        campaign = Campaign(fleet)
         for done, played in enumerate(in_blocks([game.scenario(seed, campaign) for seed in seeds]), 1):
             if game.minutes and time.monotonic() - began > 60 * game.minutes:
                 break
@@ -73,5 +82,5 @@ def run(folder: Path, seeds: Sequence[int], game: Game) -> Summary:
                 rate = (time.monotonic() - began) / done
                 print(f"{done} of {len(seeds)} seeds, {rate:.1f} s each", file=sys.stderr, flush=True)
     finally:
-        fleet.close()
+        campaign.fleet.close()
     return summary

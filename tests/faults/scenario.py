@@ -61,11 +61,12 @@ class Moment(StrEnum):
 
 @dataclass(frozen=True)
 class Asked:
-    """One request of the pool: its prompt, length and sampling."""
+    """One request of the pool: its prompt, length and sampling, and the model that it names; "" for none."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: tuple[tuple[str, Any], ...] = ()
+    model: str = ""
 
 
 @dataclass(frozen=True)
