@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 import pytest
 
 from cluster.client import AsyncClient, Client
 from cluster.client.streams import Stream
+from cluster.coordinator.identity import state_folder
 from cluster.core.errors import MacpipeError, RequestNotFound
 from faults.fleet import Fleet
 
@@ -77,6 +79,13 @@ def resumed(address: str, name: str, offsets: list[int]) -> list[list[int]]:
     return rest
 
 
+def wait_recorded(small: Fleet, answers: Mapping[str, Answer]) -> None:
+    """Wait until the journal has what has not ended: its own thread writes it, perhaps after the first tokens."""
+    path = state_folder(small.cluster.folder / "coordinator", small.cluster.name) / "journal"
+    while not all(a.stream.finish or request.encode() in path.read_bytes() for request, a in answers.items()):
+        time.sleep(0.01)
+
+
 def survives(small: Fleet, number: int, expected: dict[str, list[list[int]]]) -> None:
     """Kill the coordinator while an answer of every kind is under way, start it again, and resume them all."""
     kill_at = 3 + (9 * number) % 50
@@ -86,6 +95,7 @@ def survives(small: Fleet, number: int, expected: dict[str, list[list[int]]]) ->
     def struck(count: int) -> None:
         if count == kill_at:
             assert all(answer.begun.wait(60) for answer in answers.values())  # what was not accepted cannot be resumed
+            wait_recorded(small, {f"{kind}-{number}": answer for kind, answer in answers.items()})
             small.serve.process.kill()
 
     readers = [threading.Thread(target=a.follow) for kind, a in answers.items() if kind != "greedy"]
