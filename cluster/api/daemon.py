@@ -111,6 +111,7 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         coordinator.prefix_owners = partial(prefix_owners, http_port_settings.keys, trust)
         key_usage = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
         on_demand = OnDemand(coordinator, settings.load_wait_s)
+        coordinator.make_way = on_demand.make_way
         service = RequestService(coordinator, Metrics(), key_usage, on_demand=on_demand, strict=settings.strict)
         checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 
 import anyio
@@ -81,6 +81,8 @@ class Coordinator:
         """Records live requests so that a restarted coordinator can resume them. Set it before the first load."""
         self.catalog_problem = ""
         """Why the models file is not in effect as it stands; "" if it is."""
+        self.make_way: Callable[[str], Awaitable[bool]] | None = None
+        """Unloads idle models so that the one with this own name can recover. Returns whether one left."""
         self.prefix_owners: OwnersOf = PrefixOwners
         """Tells who may have prefixes on the workers' disks. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
@@ -178,7 +180,16 @@ class Coordinator:
 
     def _create_ring_deps(self, holder: str, avoids: Callable[[str], bool]) -> ServiceDeps:
         deps = self._create_deps(RosterView(self._roster, holder, self._claims, avoids))
-        return replace(deps, take_back=lambda: self._copies.give_up_one(holder))
+        return replace(deps, take_back=lambda: self._free_memory(holder))
+
+    async def _free_memory(self, holder: str) -> bool:
+        """Take back a copy, or unload idle models, for a ring that has no plan. Return whether there was any."""
+        if await self._copies.give_up_one(holder):
+            return True
+        own = self._deployments.find_holder(holder)
+        if self.make_way is None or own is None or own.state is ServingState.SERVING:
+            return False
+        return await self.make_way(own.name)
 
     def _create_deps(self, roster: RosterView) -> ServiceDeps:
         return ServiceDeps(

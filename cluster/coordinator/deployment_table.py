@@ -54,6 +54,11 @@ class DeploymentTable:
         """Return the deployment of a model by its own name; None if it was never loaded."""
         return self._deployments.get(self.own_name(name))
 
+    def find_holder(self, holder: str) -> Deployment | None:
+        """Return the deployment of the replica that holds slices under this name; None if it is gone."""
+        found = (one for one in self.values() if any(replica.holder == holder for replica in one.replicas))
+        return next(found, None)
+
     def own_name(self, name: str) -> str:
         """Return the own name of a model; only ``DEFAULT`` may be another name of one."""
         entries = self.catalog.entries

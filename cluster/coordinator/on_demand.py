@@ -205,6 +205,25 @@ class OnDemand:
             await self._evict(room.victims, entry)
             await self._host.load(order, follower, name=name)
 
+    async def make_way(self, name: str) -> bool:
+        """Unload idle models so that a loaded one that has lost a worker fits on those that are left.
+
+        It takes as few workers as it needs. Return whether a model left: none does if that would not suffice, or while
+        another model makes room for itself.
+        """
+        catalog = self._host.deployments.catalog
+        entry = catalog.get(name)
+        if not self.enabled or entry is None or self._turn.locked():
+            return False
+        order = replace(entry.order, worker_count=None, layers=None, cached_contexts=1)
+        async with self._turn:
+            try:
+                room = await self._find_room(replace(entry, order=order), patient=False)
+            except MacpipeError as e:
+                log.info("on demand: nothing leaves for a recovery reason=%s model=%s", e.sentence, name)
+                return False
+            return bool(room.victims) and await self._evict(room.victims, entry)
+
     async def run(self) -> None:
         """Unload models that nobody has used for their ``idle_unload_s``. Never returns."""
         while True:

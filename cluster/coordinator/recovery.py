@@ -11,6 +11,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 
 EXCUSES = 3
 """Up to this many overdue frames in a row may be caused by an overloaded machine."""
+MAX_PAUSES = 10
+"""A recovery without a plan waits up to this many times ``RECOVERY_PAUSE_S`` until it tries again."""
 Failures = asyncio.Queue[MacpipeError]
 
 
@@ -72,7 +75,7 @@ class ServiceDeps:
     prefix_owners: OwnersOf = PrefixOwners
     timeline: Timeline = field(default_factory=Timeline)
     take_back: Callable[[], Awaitable[bool]] = _take_nothing
-    """Takes a copy of another model back to free its workers. Returns whether there was one."""
+    """Frees memory that another model can do without. Returns whether there was any."""
 
     def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker as the last heartbeats found it, with the service's own slices."""
@@ -219,6 +222,9 @@ class Recovery(EpochChange):
         """Whether ``notify`` was told that no plan fits, or that an engine restarts."""
         self._lost = 0
         """Number of the plan's workers that no longer hold their stage."""
+        self._changed = asyncio.Event()
+        self._without_plan = 0
+        """Number of tries in a row for which there was no plan, up to ``MAX_PAUSES``."""
         self._unreachable_once: set[str] = set()
         """Workers whose data port could not be reached once. After a second failure, they get no layers."""
 
@@ -243,11 +249,30 @@ class Recovery(EpochChange):
                 if await self._context.deps.take_back():
                     continue
                 self._on_no_plan(e)
+                await self._wait_for_change()
+                continue
             except _EngineRestarting as e:
                 self._wait_for(e.sentence)
             except MacpipeError as e:
                 self._on_failed_try(e)
             await asyncio.sleep(RECOVERY_PAUSE_S)
+
+    def notice_change(self) -> None:
+        """Try again at once if no plan fitted: a worker is back, or gone."""
+        self._changed.set()
+
+    @property
+    def pause_s(self) -> float:
+        """How long the next try waits for a change if there was no plan: longer each time."""
+        return RECOVERY_PAUSE_S * min(1 << self._without_plan, MAX_PAUSES)
+
+    async def _wait_for_change(self) -> None:
+        """Wait until a worker is back or gone, or a while: nothing tells when memory becomes free."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.pause_s):
+                await self._changed.wait()
+        self._without_plan = 0 if self._changed.is_set() else min(self._without_plan + 1, MAX_PAUSES)
+        self._changed.clear()
 
     def _describe_loads(self, missing: Sequence[PlannedStage]) -> str:
         whose = {0: "", 1: "its "}.get(self._lost, "their ")

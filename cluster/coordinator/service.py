@@ -245,6 +245,8 @@ class ModelService:
 
     def on_belief(self, belief: Belief) -> None:
         """Handle a changed belief: if a worker that holds a stage is gone, treat the ring as lost."""
+        if self.recovery:
+            self.recovery.notice_change()
         if belief.worker in self._stage_workers() and belief.standing is Standing.GONE:
             cause = WorkerLost(f"worker {belief.worker}: {belief.why}", worker=belief.worker)
             self.loop.suspect(cause)

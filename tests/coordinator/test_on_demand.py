@@ -286,6 +286,19 @@ async def test_a_load_of_an_operator_makes_room_at_once_but_ends_no_request() ->
     assert cluster.begun == ["code", "code"], "it is replaced"
 
 
+async def test_an_idle_model_leaves_for_one_that_recovers_but_only_if_that_suffices() -> None:
+    cluster = three()
+    cluster.put("code")
+    chat, title = cluster.put("chat", used_ago=2), cluster.put("title", used_ago=1)
+    chat.has_requests = title.has_requests = True
+    assert not await cluster.demand.make_way("code")
+    chat.has_requests = title.has_requests = False
+    assert await cluster.demand.make_way("code")
+    assert (cluster.unloaded, cluster.begun) == (["chat"], [])
+    assert not await cluster.demand.make_way("code"), "there is room"
+    assert not await cluster.demand.make_way("gone")
+
+
 async def test_idle_models_leave_after_their_time_unless_they_are_pinned_or_used() -> None:
     cluster = MemoryCluster(
         entry("chat", idle_unload_s=60.0, pin=True), entry("title", idle_unload_s=60.0), entry("code")

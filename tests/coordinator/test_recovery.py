@@ -1,0 +1,55 @@
+"""How a recovery waits if there is no plan."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.coordinator import recovery as module
+from cluster.coordinator.recovery import MAX_PAUSES, Recovery
+from cluster.core.errors import NoPlan, WorkerLost
+
+pytestmark = pytest.mark.anyio
+
+
+def create_recovery(without_plan: int) -> tuple[Recovery, list[int]]:
+    """Return a recovery whose first tries find no plan, and the tries so far."""
+    tries = list[int]()
+
+    class ScriptedRecovery(Recovery):
+        async def _find_cause(self) -> None: ...
+
+        async def _try_once(self) -> Any:
+            tries.append(self.attempts)
+            if self.attempts <= without_plan:
+                raise NoPlan("it does not fit")
+            return "the next epoch"
+
+    async def nothing() -> bool:
+        return False
+
+    loop = SimpleNamespace(hold=lambda: None, refuse=lambda error: None)
+    context: Any = SimpleNamespace(loop=loop, failures=asyncio.Queue(), deps=SimpleNamespace(take_back=nothing))
+    return ScriptedRecovery(context, None, WorkerLost("a is gone"), lambda sentence: None), tries  # type: ignore[arg-type]
+
+
+async def test_a_recovery_without_a_plan_tries_again_once_a_worker_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RECOVERY_PAUSE_S", 1000.0)
+    recovery, tries = create_recovery(without_plan=1)
+    running = asyncio.create_task(recovery.run())
+    while not tries:
+        await asyncio.sleep(0)
+    recovery.notice_change()
+    assert await running == "the next epoch"
+    assert (tries, recovery.pause_s) == ([1, 2], 1000.0)
+
+
+async def test_a_recovery_without_a_plan_pauses_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RECOVERY_PAUSE_S", 0.001)
+    recovery, tries = create_recovery(without_plan=6)
+    assert await recovery.run() == "the next epoch"
+    assert len(tries) == 7
+    assert recovery.pause_s == pytest.approx(MAX_PAUSES * 0.001)
