@@ -103,13 +103,15 @@ class ModelCatalog:
         ``order.model`` is a source, or a name of a configured model; "" with only ``name``. An order without options,
         which equals ``plain``, means the options of a model with a name. A model without a name takes the place of a
         single one that has none either, and is beside others called by its public id. Raises ModelNotFound, and
-        InvalidOption for a name that cannot be.
+        InvalidOption for a name that cannot be, or that is one of several configured models with another source.
         """
         entry = self._find_exact(name or order.model)
         if entry is None and (name or order.model) == DEFAULT:
             entry = self.default
         if entry is None and name and not order.model:
             raise self._not_found(name)
+        if entry and name and order.model and len(self.entries) > 1 and entry in self.entries:
+            self._require_source(name, entry, order.model)
         if entry and (not order.model or not name):
             configured = order == plain and entry.name != DEFAULT
             order = entry.order if configured else replace(order, model=entry.order.model)
@@ -118,6 +120,15 @@ class ModelCatalog:
         if not name and all(entry.name == DEFAULT for entry in self):
             return DEFAULT, order
         return require_model_name(name or public_id(order.model)), order
+
+    def _require_source(self, name: str, entry: ModelEntry, model: str) -> None:
+        """Raise InvalidOption unless ``model`` means this very model: its clients would get another one's answers."""
+        source = entry.order.model
+        folder = Path(source).expanduser().absolute()
+        if self._find_exact(model) is not entry and Path(model).expanduser().absolute() != folder:
+            raise InvalidOption(
+                f"{name} is the name of a configured model, {source}; choose another name for {model}", field="name"
+            )
 
     def with_guest(self, entry: ModelEntry) -> ModelCatalog:
         """Return a catalog that serves this model besides."""

@@ -182,7 +182,7 @@ def plain(model: str) -> LoadOrder:
         ("", "/models/Third", "Third", "/models/Third"),
         ("small", "", "small", SMALL.order.model),
         ("default", "", "big", BIG.order.model),
-        ("small", "org/Third", "small", "org/Third"),
+        ("small", "/models/Small-1B", "small", SMALL.order.model),
         ("third", "org/Third", "third", "org/Third"),
         ("third", "small", "third", "small"),
     ],
@@ -190,6 +190,18 @@ def plain(model: str) -> LoadOrder:
 def test_a_load_means_a_configured_model_or_another_one(name: str, model: str, loaded: str, source: str) -> None:
     chosen, order = CATALOG.choose_load(name, plain(model), plain(model))
     assert (chosen, order.model) == (loaded, source)
+
+
+@pytest.mark.parametrize("name", ["small", "titles", "default"])
+def test_a_load_gives_no_other_model_the_name_of_a_configured_one(name: str) -> None:
+    with pytest.raises(
+        InvalidOption, match=f"{name} is the name of a configured model.*choose another name"
+    ) as refusal:
+        CATALOG.choose_load(name, plain("org/Third"), plain("org/Third"))
+    assert refusal.value.field == "name"
+    guest = ModelEntry("guest", LoadOrder("org/guest"))
+    assert CATALOG.with_guest(guest).choose_load("guest", plain("org/Third"), plain(""))[1].model == "org/Third"
+    assert ModelCatalog([SMALL]).choose_load("small", plain("org/Third"), plain(""))[1].model == "org/Third"
 
 
 def test_options_of_a_load_replace_those_that_are_configured() -> None:
