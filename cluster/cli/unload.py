@@ -34,6 +34,6 @@ def unload(
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json({"unloaded": unloaded[0] if len(unloaded) == 1 else unloaded or None})
+            print_json({"unloaded": unloaded if every else next(iter(unloaded), None)})
             return
         sys.stdout.write(f"unloaded {', '.join(unloaded)}\n" if unloaded else "nothing was loaded\n")

@@ -414,6 +414,7 @@ def test_load_tells_its_progress_in_lines(macpipe: Macpipe, coordinator: Coordin
 def test_unload(macpipe: Macpipe, coordinator: Coordinator) -> None:
     assert macpipe("unload", to=coordinator).stdout == "unloaded faq\n"
     assert json.loads(macpipe("unload", "--json", to=coordinator).stdout) == {"unloaded": "faq"}
+    assert json.loads(macpipe("unload", "--all", "--json", to=coordinator).stdout) == {"unloaded": ["faq"]}
 
 
 def test_chat_from_a_pipe_remembers(macpipe: Macpipe, coordinator: Coordinator) -> None:
