@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -78,16 +79,28 @@ def plan(
         defaults = {"max_context": context, "wait_s": max(wait, SETTLE_S), **order_options(options)}
         if models or len(model or ()) > 1:
             entries = read_models(models, defaults) if models else name_models(model or (), defaults, ())
-            show_joint_plan(plan_together(entries, assume, coordinator, cluster or "", tuple(peer or ())), json)
+            made = plan_together(entries, assume, coordinator, cluster or "", tuple(peer or ()))
+            show_joint_plan(replace(made, reasons=(*made.reasons, *describe_copies(entries))), json)
             return
         order = LoadOrder(model=(model or [""])[0], **defaults)
         if assume is not None:
-            made = plan_assumed(order, assume)
+            plan = plan_assumed(order, assume)
         else:
-            made = coordinators_plan(order, coordinator, cluster or "") or plan_found(
+            plan = coordinators_plan(order, coordinator, cluster or "") or plan_found(
                 order, cluster or "", tuple(peer or ())
             )
-        show_plan(made, json)
+        show_plan(plan, json)
+
+
+def describe_copies(entries: Sequence[ModelEntry]) -> list[str]:
+    """Return a sentence about each model with more than one replica: the plan has the first one alone."""
+    several = {entry.name: entry.replicas for entry in entries if entry.replicas != 1}
+    return [
+        f"{name}: the plan has one replica; "
+        + (f"the other {count - 1} are" if count and count > 2 else "the second is" if count else "more are")
+        + " loaded later, on Macs that then hold no layers"
+        for name, count in several.items()
+    ]
 
 
 def read_models(path: Path, defaults: dict[str, Any]) -> tuple[ModelEntry, ...]:

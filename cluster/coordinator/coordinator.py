@@ -476,9 +476,8 @@ class Coordinator:
 
     def _warnings(self) -> tuple[str, ...]:
         journal = self.journal.problem if self.journal else ""
-        return tuple(
-            filter(None, (self.catalog_problem, journal, *(service.draft_problem for service in self._services())))
-        )
+        drafts = (service.draft_problem for service in self._services())
+        return tuple(filter(None, (self.catalog_problem, journal, *drafts, *self._copies.problems())))
 
     async def plan_and_view(self) -> tuple[Plan | None, LoopView | None]:
         """Return the served plan and the engine loop's view. Ask no worker."""

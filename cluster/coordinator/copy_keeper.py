@@ -27,6 +27,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError, NoPlan, NoWorkers
 from cluster.core.plan import ModelShape
+from cluster.core.text import count_in_words
 from cluster.placement.arrangement import LoadedModel
 from cluster.placement.copies import choose_copies_to_drop
 from cluster.placement.memory_split import memory_for
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S: Final = 60.0
 """Macs on which a copy could not be loaded are left alone for this long, unless they are drained or restarted."""
+
+NO_IDLE: Final = "no Mac without layers is free for it; start one more worker, or unload another model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class CopyKeeper:
         self._task: asyncio.Task[None] | None = None
         self._avoided: dict[str, float] = {}
         """Until when each worker is left alone, by its name."""
+        self._why_missing: dict[str, str] = {}
+        """Why a model got no further copy when one was looked for last, by its own name."""
 
     def wake(self) -> None:
         """Look again at what is wanted, soon. Does nothing while no copy is wanted, or there."""
@@ -91,6 +96,25 @@ class CopyKeeper:
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         self._wake.set()
+
+    def problems(self) -> tuple[str, ...]:
+        """Return a sentence about each model that has fewer replicas than its operator asks for by number."""
+        return tuple(filter(None, map(self._describe_missing, self._goals())))
+
+    def _describe_missing(self, goal: CopyGoal) -> str:
+        """Return how many replicas a model has of how many, and why; "" if none is missing, or nothing was tried."""
+        deployment = goal.deployment
+        why = self._why_missing.get(deployment.name, "")
+        if goal.is_auto or goal.is_met or not why:
+            return ""
+        return f"{deployment.name} has {len(deployment.replicas)} of {count_in_words(goal.most or 0, 'replica')}: {why}"
+
+    def _note_missing(self, goal: CopyGoal, why: str) -> None:
+        """Note why a model got no copy. Tell people the first time only."""
+        told = self._describe_missing(goal)
+        self._why_missing[goal.deployment.name] = why
+        if not told and (sentence := self._describe_missing(goal)):
+            self._notify(sentence)
 
     async def stop_loading(self) -> None:
         """End a load that is under way, and wait until its workers are freed. ``wake`` may begin another one."""
@@ -159,7 +183,10 @@ class CopyKeeper:
 
     async def _drop_surplus(self) -> None:
         """Take back copies that nobody wants any more, since the catalog has changed."""
-        for goal in self._goals():
+        goals = self._goals()
+        missing = {goal.deployment.name for goal in goals if not goal.is_met}
+        self._why_missing = {name: why for name, why in self._why_missing.items() if name in missing}
+        for goal in goals:
             while goal.most is not None and len(goal.deployment.replicas) > max(goal.most, 1):
                 await goal.deployment.remove_copy(goal.deployment.copies[-1])
 
@@ -171,7 +198,9 @@ class CopyKeeper:
             return False
         idle = await self._find_idle()
         for goal in sorted(wanted, key=lambda one: (one.is_auto, len(one.deployment.replicas), -one.priority)):
-            if idle and not self._is_blocked() and await self._load(goal.deployment, idle):
+            if not idle:
+                self._note_missing(goal, NO_IDLE)
+            elif not self._is_blocked() and await self._load(goal, idle):
                 return True
         return False
 
@@ -187,8 +216,9 @@ class CopyKeeper:
             return set()
         return {worker.name for worker in found} - self._avoided.keys()
 
-    async def _load(self, deployment: Deployment, macs: Collection[str]) -> bool:
+    async def _load(self, goal: CopyGoal, macs: Collection[str]) -> bool:
         """Load a copy, unless another load wants its turn. Return whether it serves."""
+        deployment = goal.deployment
         name = deployment.model_info.shape.model.name if deployment.model_info else deployment.name
         watch = LoadWatch(name, "loading a copy of {}")
         self._loading = loading = asyncio.create_task(self._take_turn(deployment, macs, watch))
@@ -204,6 +234,7 @@ class CopyKeeper:
             if not isinstance(error, MacpipeError):
                 raise error
             self._avoid(deployment, macs, error)
+            self._note_missing(goal, error.sentence)
             return False
         workers = ", ".join(worker for copy in deployment.copies[-1:] for worker in copy.workers)
         self._notify(f"{name} is served by {len(deployment.replicas)} replicas now; the new one is on {workers}")

@@ -10,6 +10,8 @@ import pytest
 
 from checkpoints import make
 from client.scripted import Coordinator
+from cluster.cli.plan import describe_copies
+from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.v1 import cluster_pb2
 
 Macpipe = Any
@@ -147,4 +149,14 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
     assert [(one.name, one.order.model, one.order.quantize) for one in (first, second)] == [
         ("faq", "faq", 4),
         ("org/b", "org/b", 4),
+    ]
+
+
+def test_a_plan_says_that_further_replicas_are_loaded_later() -> None:
+    order = LoadOrder("faq")
+    counts = {"one": 1, "two": 2, "three": 3, "auto": None}
+    assert describe_copies([ModelEntry(name, order, replicas=count) for name, count in counts.items()]) == [
+        "two: the plan has one replica; the second is loaded later, on Macs that then hold no layers",
+        "three: the plan has one replica; the other 2 are loaded later, on Macs that then hold no layers",
+        "auto: the plan has one replica; more are loaded later, on Macs that then hold no layers",
     ]
