@@ -219,7 +219,8 @@ class CopyKeeper:
     async def _load(self, goal: CopyGoal, macs: Collection[str]) -> bool:
         """Load a copy, unless another load wants its turn. Return whether it serves."""
         deployment = goal.deployment
-        name = deployment.model_info.shape.model.name if deployment.model_info else deployment.name
+        source = deployment.model_info.shape.model.name if deployment.model_info else ""
+        name = deployment.title(source)
         watch = LoadWatch(name, "loading a copy of {}")
         self._loading = loading = asyncio.create_task(self._take_turn(deployment, macs, watch))
         try:

@@ -16,6 +16,7 @@ from cluster.coordinator.draft_assignment import read_draft
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.journal import JournaledRequest
 from cluster.coordinator.loop_view import LoopView
+from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replica import DeploymentHost, Placement, Replica
 from cluster.coordinator.replica_set import ReplicaSet
@@ -111,6 +112,10 @@ class Deployment:
         """The order that loads again what is served, with the adapters of now; None if nothing is."""
         return self.service.adapters.adjust_order(self._order) if self.service and self._order else self._order
 
+    def title(self, source: str) -> str:
+        """Return how people hear of the model: by the name that they gave it, else by its source."""
+        return source if self.name == DEFAULT else self.name
+
     def alive(self) -> Collection[str]:
         """Return the workers that a frame passed a moment ago."""
         return {worker for service in self.services for worker in service.alive()}
@@ -125,7 +130,9 @@ class Deployment:
         it asks for. Raises ``MacpipeError``.
         """
         async with self._loading:
-            self.watch = LoadWatch(order.model, "loading {} again after the training" if again else "loading {}")
+            self.watch = LoadWatch(
+                self.title(order.model), "loading {} again after the training" if again else "loading {}"
+            )
             self._host.changed()
             try:
                 await self._replace(order, BothReporters(report, self.watch), again=again)
@@ -153,7 +160,7 @@ class Deployment:
         self.loaded_at = time.monotonic()
         self._asked = order, draft_info
         self._adapters = AdapterChanges(model_info, lambda: [service.adapters for service in self.services])
-        self._host.timeline.add(EventKind.LOAD, f"loaded {model_info.shape.model.name}", began=began)
+        self._host.timeline.add(EventKind.LOAD, f"loaded {self.title(model_info.shape.model.name)}", began=began)
 
     async def _open_first(
         self,
@@ -191,11 +198,11 @@ class Deployment:
             model_info = self.model_info
             if not may_unload():
                 return False
-            self.watch = LoadWatch(self._order.model if self._order else "", "unloading {}")
+            self.watch = LoadWatch(self.title(self._order.model) if self._order else "", "unloading {}")
             await self.close(NotServing("the model was unloaded"))
             self._order = None
         if model_info:
-            self._host.timeline.add(EventKind.UNLOAD, f"unloaded {model_info.shape.model.name}")
+            self._host.timeline.add(EventKind.UNLOAD, f"unloaded {self.title(model_info.shape.model.name)}")
         self._host.changed()
         return model_info is not None
 
@@ -209,7 +216,7 @@ class Deployment:
 
         Raises as ``ModelReader.read_shape`` and ``RosterView.usable``.
         """
-        self.watch = LoadWatch(order.model, "waiting to load {}")
+        self.watch = LoadWatch(self.title(order.model), "waiting to load {}")
         shape = await self._host.reader.read_shape(order)
         roster = self.first.deps.roster
         workers = await roster.usable(order.stage_count, order.wait_s, self.watch)
@@ -240,7 +247,7 @@ class Deployment:
         if self.model_info is not model_info:
             await replica.close(NotServing("the model was unloaded"))
             raise NotServing("the model was unloaded")
-        what = f"loaded a copy of {model_info.shape.model.name} on {', '.join(replica.workers)}"
+        what = f"loaded a copy of {self.title(model_info.shape.model.name)} on {', '.join(replica.workers)}"
         self._host.timeline.add(EventKind.LOAD, what, began=began)
 
     def can_lose(self, replica: Replica) -> bool:

@@ -36,8 +36,11 @@ def test_models_of_a_file_are_served_and_changed_while_they_answer(tmp_path: Pat
             until(lambda: [one.id for one in client.models() if one.loaded] == ["big", "small"])
             layers = {one.name: one.stages[0].layers.end for one in client.cluster().deployments}
             assert layers == {"big": 8, "small": 2}
-            for name in ("", "big", "small", "claude-haiku-4-5"):
-                assert client.generate("Hi", max_tokens=2, model=name).tokens
+            assert [one.sentence for one in client.cluster().events] == ["loaded big", "loaded small"]
+            for name, answers in (("", "big"), ("big", "big"), ("small", "small"), ("claude-haiku-4-5", "small")):
+                answer = client.generate("Hi", max_tokens=2, model=name)
+                assert answer.tokens
+                assert answer.model == answers
             file.write_text(FILE.replace("claude-haiku-*", "title"))
             until(lambda: client.cluster().deployments[1].aliases == ("title",))
             with pytest.raises(ModelNotFound, match="use big, small, title"):

@@ -51,14 +51,14 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async with self._answer(request, generate_params, request_validation.generate_request, context) as running:
-            for reply in _yield_opening(running):
+            for reply in _yield_opening(running, self._name(running)):
                 yield reply
             async for event in running.all_events:
                 yield _encode_generated(event, running)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
         async with self._answer(request, chat_params, request_validation.chat_request, context) as running:
-            yield pb.ChatResponse(prompt=_prompt_info(running))
+            yield pb.ChatResponse(prompt=_prompt_info(running, self._name(running)))
             async for event in running.events:
                 yield _encode_event(pb.ChatResponse, event, running)
 
@@ -128,7 +128,7 @@ class InferenceServicer(InferenceServiceServicer):
             offsets = tuple(request.offsets) or (request.offset,)
             running = await self._service.resume(request.request_id, offsets, self._caller(context).client)
             async with aclosing(running.all_events):
-                for reply in _yield_opening(running):
+                for reply in _yield_opening(running, self._name(running)):
                     yield reply
                 async for event in running.all_events:
                     yield _encode_generated(event, running)
@@ -146,6 +146,9 @@ class InferenceServicer(InferenceServiceServicer):
         models = [model for info in self._coordinator.deployments.loaded_models() for model in self._list_model(info)]
         waiting = [pb.Model(id=name, unloaded=True) for name in self._coordinator.deployments.unloaded_names()]
         return pb.ListModelsResponse(models=(*models, *waiting))
+
+    def _name(self, running: RunningRequest) -> str:
+        return self._coordinator.deployments.given_name(running.model_info)
 
     def _list_model(self, model_info: ModelInfo) -> list[pb.Model]:
         """Return a loaded model, and it with each of its adapters."""
@@ -180,15 +183,14 @@ async def _errors_sent(context: Context) -> AsyncIterator[None]:
         await abort(context, e)
 
 
-def _prompt_info(running: RunningRequest) -> pb.PromptInfo:
-    name = running.model_info.shape.model.name
+def _prompt_info(running: RunningRequest, name: str) -> pb.PromptInfo:
     shown = join_model_name(name, name_of_key(running.request.adapter))
     return proto_encoding.prompt_info(running.request, shown)
 
 
-def _yield_opening(running: RunningRequest) -> Iterator[pb.GenerateResponse]:
-    """Yield the prompt, and its first token if its log-probabilities follow."""
-    yield pb.GenerateResponse(prompt=_prompt_info(running))
+def _yield_opening(running: RunningRequest, name: str) -> Iterator[pb.GenerateResponse]:
+    """Yield the prompt for the model of this name, and its first token if its log-probabilities follow."""
+    yield pb.GenerateResponse(prompt=_prompt_info(running, name))
     if running.request.prompt_logprobs is not None:
         first = proto_encoding.first_prompt_token(running.request, running.model_info.tokenizer)
         yield pb.GenerateResponse(prompt_logprobs=first)
