@@ -13,7 +13,7 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.help import Command
-from cluster.cli.models_toml import HEADER, parse_models
+from cluster.cli.models_toml import HEADER, describe_models, parse_models
 from cluster.cli.options import Json
 from cluster.coordinator.models_file import ModelsFile
 from cluster.core.errors import InvalidOption, ModelNotFound
@@ -30,16 +30,16 @@ def list_models(file: File = DEFAULT_FILE, json: Json = False) -> None:
     `macpipe status` shows which of them are loaded.
     """
     with errors_in_json(json):
-        entries = parse_models(file, {}, (), _open(file).read_text())
+        text = _open(file).read_text()
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json({"models": entries})
+            print_json({"models": describe_models(file, text)})
             return
         from cluster.cli.screen import console, printable, table
 
         shown = table("model", "source", "aliases", "pinned", "replicas", "fallback")
-        for entry in entries:
+        for entry in parse_models(file, {}, (), text):
             shown.add_row(
                 printable(entry.name),
                 printable(entry.order.model),

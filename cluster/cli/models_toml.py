@@ -73,6 +73,28 @@ def parse_models(path: Path, options: Mapping[str, Any], aliases: Sequence[str],
         raise InvalidOption(f"{lines.place(about[-1]) if about else path}: {e.sentence}", field=e.field) from None
 
 
+def describe_models(path: Path, text: str) -> list[dict[str, Any]]:
+    """Return the models of a file by its keys, each written with _: a model's own keys, and the options that it sets.
+
+    Sources are resolved. Raise InvalidOption as ``parse_models``.
+    """
+    described = []
+    for entry, table in zip(parse_models(path, {}, (), text), _read_tables(path, text), strict=True):
+        given = {key.replace("-", "_"): value for key, value in table.items()}
+        own = {
+            "name": entry.name,
+            "source": entry.order.model,
+            "aliases": entry.aliases,
+            "pin": entry.pin,
+            "idle_unload": given.get("idle_unload"),
+            "replicas": entry.replicas or AUTO,
+            "priority": entry.priority,
+            "fallback": entry.fallback,
+        }
+        described.append({**own, **{key: value for key, value in given.items() if key not in own}})
+    return described
+
+
 def _read_tables(path: Path, text: str) -> list[dict[str, Any]]:
     try:
         found = tomllib.loads(text)

@@ -224,7 +224,14 @@ def test_models_are_added_and_removed_with_their_comments(tmp_path: Path) -> Non
     assert (small.name, small.aliases, small.idle_unload_s, small.fallback) == ("small", ("a*", "b"), 900.0, "faq")
     assert small.order.layers == (LayerRange(0, 4), LayerRange(4, 8))
     listed = json.loads(run("list", "--json", *file).stdout)["models"]
-    assert [one["name"] for one in listed] == ["faq", "small"]
+    assert [(one["name"], one["pin"], one["idle_unload"]) for one in listed] == [
+        ("faq", True, None),
+        ("small", False, "15m"),
+    ]
+    assert listed[1] == {
+        **{"name": "small", "source": "org/Small", "aliases": ["a*", "b"], "pin": False, "idle_unload": "15m"},
+        **{"replicas": 1, "priority": 0, "fallback": "faq", "layers": "0-3,4-7"},
+    }
     assert "small  org/Small  a*, b" in run("list", *file).stdout
     assert run("add", "org/Third", *file).exit_code == 0
     assert run("remove", "org/Third", *file).exit_code == 0
