@@ -125,7 +125,7 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
         stack.push_async_callback(on_demand.close)
         await stack.enter_async_context(_join_port(settings, report, tasks))
-        tasks.start_soon(_update_health, coordinator, checks)
+        tasks.start_soon(_update_health, coordinator, checks, on_demand)
         tasks.start_soon(on_demand.run)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
         tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
@@ -273,10 +273,14 @@ def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
     return tuple(dict.fromkeys((LOOPBACK, best_address(interfaces()))))
 
 
-async def _update_health(coordinator: Coordinator, checks: health.HealthServicer) -> None:
-    """Keep grpc.health.v1 up to date: SERVING only once a token has passed through every stage of the default model."""
+async def _update_health(coordinator: Coordinator, checks: health.HealthServicer, on_demand: OnDemand) -> None:
+    """Keep grpc.health.v1 up to date: SERVING only once a token has passed through every stage of the default model.
+
+    A model that left later, and that a request would load, counts as served.
+    """
     while True:
-        serving = coordinator.default_state is ServingState.SERVING
+        state = coordinator.default_state
+        serving = state is ServingState.SERVING or (state is ServingState.IDLE and on_demand.would_load(None))
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", *SERVICES):
             await checks.set(service, status)

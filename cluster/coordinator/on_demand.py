@@ -121,6 +121,13 @@ class OnDemand:
         self._host.served_model(requested or "")
         return True
 
+    def would_load(self, requested: str | None) -> bool:
+        """Return whether a model is not loaded, and a request would load it now. Raises ``ModelNotFound``."""
+        if not self.enabled:
+            return False
+        entry, _ = self._host.deployments.catalog.resolve(requested)
+        return not self._is_served(entry.name) and self._recent_failure(entry) is None
+
     async def await_ready(self, requested: str | None, seconds: float) -> bool:
         """Begin to load this model if it is not loaded. Return whether a request need not wait, after so many seconds.
 
@@ -311,11 +318,15 @@ class OnDemand:
         """Return the load of a model that is not served, which begins unless it runs; None so soon after a failure."""
         if load := self._loads.get(entry.name):
             return load
-        failure = self._failures.get(entry.name)
-        if failure and failure.order == entry.order and self._clock() < failure.until:
+        if self._recent_failure(entry):
             return None
         load = self._loads[entry.name] = asyncio.create_task(self._load(entry))
         return load
+
+    def _recent_failure(self, entry: ModelEntry) -> _Failure | None:
+        """Return why a model is not loaded now, though it is asked for; None if a load may begin."""
+        failure = self._failures.get(entry.name)
+        return failure if failure and failure.order == entry.order and self._clock() < failure.until else None
 
     def _is_replaced(self, entry: ModelEntry) -> bool:
         """Return whether the fallback of a loaded model answers, since that one cannot recover."""

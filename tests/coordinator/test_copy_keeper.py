@@ -25,7 +25,13 @@ class Cluster:
         self.told = list[str]()
         self.looked = asyncio.Event()
         self.deployment: Any = SimpleNamespace(
-            name="rev", model_info=None, is_loading=False, replicas=[SERVING], copies=[], add_copy=self.add_copy, title=str
+            name="rev",
+            model_info=None,
+            is_loading=False,
+            replicas=[SERVING],
+            copies=[],
+            add_copy=self.add_copy,
+            title=str,
         )
         self.deployment.model_info = SimpleNamespace(shape=SimpleNamespace(model=SimpleNamespace(name="rev")))
         self.keeper = CopyKeeper(self.goals, lambda: False, LoadTurns(), self, self.told.append)  # type: ignore[arg-type]

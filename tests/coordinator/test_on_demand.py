@@ -156,6 +156,21 @@ def three(**more: Any) -> MemoryCluster:
     return MemoryCluster(entry("chat"), entry("title"), entry("code", **more))
 
 
+async def test_a_model_that_left_is_ready_to_be_asked_for_unless_its_load_has_just_failed() -> None:
+    assert not MemoryCluster(entry("chat")).demand.would_load(None), "people alone load it"
+    cluster = MemoryCluster(entry("chat", idle_unload_s=60.0))
+    assert cluster.demand.would_load(None)
+    cluster.failing["chat"] = BadCheckpoint("the files are damaged")
+    with pytest.raises(BadCheckpoint):
+        await cluster.ask("chat")
+    assert not cluster.demand.would_load("chat")
+    cluster.failing.clear()
+    cluster.now += FAILED_RETRY_S
+    assert cluster.demand.would_load("chat")
+    assert await cluster.ask("chat") == "info of chat"
+    assert not cluster.demand.would_load("chat"), "it is loaded"
+
+
 async def test_requests_for_one_model_share_its_load_and_the_least_recently_used_model_leaves_for_it() -> None:
     cluster = three()
     cluster.put("chat", used_ago=50, loaded_ago=OLD_S)

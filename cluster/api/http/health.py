@@ -33,11 +33,13 @@ class Health:
     async def ready(self, request: Request) -> Json:
         """Return 200 while a token can pass through every stage of the default model, else 503 and the reason.
 
-        Callers without a valid key get the status only.
+        Also return 200 while that model is not loaded, if a request would load it. Callers without a valid key get the
+        status only.
         """
         state = self.service.coordinator.default_state
+        ready = state is ServingState.SERVING or (state is ServingState.IDLE and self.names.would_load(None))
         if not request.scope.get(TRUSTED):
-            return _ready(state, {"status": state.value if state is ServingState.SERVING else "not serving"})
+            return _ready(ready, {"status": state.value if ready else "not serving"})
         facts: dict[str, Any] = {"status": state.value, "version": __version__}
         try:
             model_info = self.names.resolve(None)
@@ -45,7 +47,7 @@ class Health:
             facts["message"] = e.sentence
         else:
             facts |= {"model": self.names.id_of(model_info), "context_length": model_info.shape.max_context}
-        return _ready(state, facts)
+        return _ready(ready, facts)
 
     async def live(self, request: Request) -> Json:
         """Return 200 as long as this process answers."""
@@ -82,6 +84,5 @@ class Health:
         )
 
 
-def _ready(state: ServingState, facts: dict[str, Any]) -> Json:
-    serving = state is ServingState.SERVING
-    return Json(facts, 200 if serving else 503, None if serving else {"retry-after": f"{UNAVAILABLE_S:.0f}"})
+def _ready(ready: bool, facts: dict[str, Any]) -> Json:
+    return Json(facts, 200 if ready else 503, None if ready else {"retry-after": f"{UNAVAILABLE_S:.0f}"})

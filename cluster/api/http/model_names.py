@@ -63,6 +63,10 @@ class ModelNames:
         self.resolve(requested)
         return True
 
+    def would_load(self, requested: str | None) -> bool:
+        """Return whether a model is not loaded, and a request would load it now. Raises ``ModelNotFound``."""
+        return self._on_demand is not None and self._on_demand.would_load(requested)
+
     async def await_ready(self, requested: str | None, seconds: float) -> bool:
         """Return whether a request need not wait for its model, or not any more after so many seconds."""
         return self._on_demand is None or await self._on_demand.await_ready(requested, seconds)

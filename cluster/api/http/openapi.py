@@ -35,7 +35,10 @@ BODIES: Final[tuple[tuple[str, type[Form], str], ...]] = (
 READINGS: Final[tuple[tuple[str, str], ...]] = (
     ("/v1/models", "Lists the served model under each of its names."),
     ("/v1/models/{model}", "Returns one model."),
-    ("/health", "200 while a token can pass through every stage, else 503 and the reason."),
+    (
+        "/health",
+        "200 while a token can pass through every stage, or a request would load the model; else 503 and the reason.",
+    ),
     ("/ready", "The same as /health."),
     ("/live", "200 as long as the coordinator's process answers."),
     ("/api/hello", "200 without content as long as the coordinator's process answers."),
