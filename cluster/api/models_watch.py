@@ -6,6 +6,9 @@ After a restart, also load those that workers still hold, so that their answers 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import anyio
@@ -15,11 +18,22 @@ from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.models_file import ModelsFile
 from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import Reporter
+from cluster.coordinator.settings import ModelEntry
 from cluster.core.errors import InvalidOption, MacpipeError, NotServing
+from cluster.core.load_limits import FAILED_RETRY_S, MAX_FAILED_RETRY_S
 
 log = logging.getLogger(__name__)
 POLL_S: Final = 2.0
 """How often the file is read: a person who saves it sees the effect before looking."""
+
+
+@dataclass(frozen=True, slots=True)
+class _FailedPin:
+    """Why a pinned model was not loaded, and until when that is not tried again."""
+
+    error: MacpipeError
+    retry_s: float
+    until: float
 
 
 class ModelsWatch:
@@ -30,12 +44,20 @@ class ModelsWatch:
     """
 
     def __init__(
-        self, coordinator: Coordinator, file: ModelsFile | None, report: Reporter, on_demand: OnDemand
+        self,
+        coordinator: Coordinator,
+        file: ModelsFile | None,
+        report: Reporter,
+        on_demand: OnDemand,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._make_room_and_load = on_demand.load
         self._coordinator, self._file, self._report = coordinator, file, report
         self._pinned: list[str] = []
         """Models that are still to be loaded."""
+        self._clock = clock
+        self._failures: dict[str, _FailedPin] = {}
+        """Of pinned models, which are loaded again later."""
 
     async def load_pinned(self) -> None:
         """Load the pinned models, and those that workers still hold, one after the other. Report what cannot be."""
@@ -73,6 +95,7 @@ class ModelsWatch:
     def _note_pinned(self) -> None:
         heirs = self._coordinator.inherited.heirs
         wanted = (entry.name for entry in self._coordinator.catalog if entry.pin or entry.name in heirs)
+        self._failures.clear()
         self._pinned = [name for name in wanted if not self._is_loaded(name)]
 
     def _is_loaded(self, name: str) -> bool:
@@ -80,17 +103,34 @@ class ModelsWatch:
         return deployment is not None and deployment.model_info is not None
 
     async def _load_noted(self) -> None:
-        """Load what was noted. What must wait for another load stays noted."""
+        """Load what was noted. What must wait for another load, or has failed, stays noted if it is pinned."""
         for name in tuple(self._pinned):
             entry = self._coordinator.catalog.get(name)
-            try:
-                if entry and not self._is_loaded(name):
-                    # what workers hold from before a restart needs no room
-                    inherited = name in self._coordinator.inherited.heirs
-                    load = self._coordinator.load if inherited else self._make_room_and_load
-                    await load(entry.order, name=name)
-            except NotServing:
-                return
-            except MacpipeError as e:
-                self._report.problem(f"the model {name} is not loaded: {e.sentence}")
+            if entry and not self._is_loaded(name):
+                failure = self._failures.get(name)
+                if failure and self._clock() < failure.until:
+                    continue
+                try:
+                    await self._load(entry)
+                except NotServing:
+                    return
+                except MacpipeError as e:
+                    self._note_failure(name, e)
+                    if entry.pin:
+                        continue
+            self._failures.pop(name, None)
             self._pinned.remove(name)
+
+    async def _load(self, entry: ModelEntry) -> None:
+        """Load a model. What workers hold from before a restart needs no room."""
+        inherited = entry.name in self._coordinator.inherited.heirs
+        load = self._coordinator.load if inherited else self._make_room_and_load
+        await load(entry.order, name=entry.name)
+
+    def _note_failure(self, name: str, error: MacpipeError) -> None:
+        """Wait twice as long after each further failure. Report each kind of error once."""
+        before = self._failures.get(name)
+        retry_s = min(2 * before.retry_s, MAX_FAILED_RETRY_S) if before else FAILED_RETRY_S
+        self._failures[name] = _FailedPin(error, retry_s, self._clock() + retry_s)
+        if before is None or type(before.error) is not type(error):
+            self._report.problem(f"the model {name} is not loaded: {error.sentence}")

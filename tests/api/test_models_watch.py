@@ -1,0 +1,64 @@
+"""Pinned models that cannot be loaded at first."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.api.models_watch import ModelsWatch
+from cluster.coordinator.model_catalog import ModelCatalog
+from cluster.coordinator.settings import LoadOrder, ModelEntry
+from cluster.core.errors import BadCheckpoint, DoesNotFit, MacpipeError
+from cluster.core.load_limits import FAILED_RETRY_S
+
+pytestmark = pytest.mark.anyio
+
+
+class PinnedModel:
+    """A coordinator with one pinned model, which is not loaded while there is an error."""
+
+    def __init__(self) -> None:
+        self.now, self.tries, self.loaded = 100.0, 0, False
+        self.error: MacpipeError | None = None
+        self.told = list[str]()
+        coordinator: Any = SimpleNamespace(
+            catalog=ModelCatalog([ModelEntry("big", LoadOrder("org/big"), pin=True)]),
+            deployments=self,
+            inherited=SimpleNamespace(heirs=()),
+        )
+        report: Any = SimpleNamespace(problem=self.told.append)
+        self.watch = ModelsWatch(coordinator, None, report, self, lambda: self.now)  # type: ignore[arg-type]
+
+    def get(self, name: str) -> Any:
+        return SimpleNamespace(model_info="big" if self.loaded else None)
+
+    async def load(self, order: LoadOrder, *, name: str) -> None:
+        self.tries += 1
+        if self.error:
+            raise self.error
+        self.loaded = True
+
+
+async def test_a_pinned_model_that_failed_is_loaded_later_and_people_hear_of_each_kind_of_error_once() -> None:
+    model = PinnedModel()
+    model.error = DoesNotFit("it lacks 9 bytes")
+    await model.watch.load_pinned()
+    await model.watch._load_noted()
+    assert model.tries == 1, "not so soon"
+    model.now += FAILED_RETRY_S
+    await model.watch._load_noted()
+    model.now += FAILED_RETRY_S
+    await model.watch._load_noted()
+    assert model.tries == 2, "later and later"
+    model.error = BadCheckpoint("the files are damaged")
+    model.now += FAILED_RETRY_S
+    await model.watch._load_noted()
+    assert model.told == [
+        f"the model big is not loaded: {why}" for why in ("it lacks 9 bytes", "the files are damaged")
+    ]
+    model.error = None
+    model.now += 4 * FAILED_RETRY_S
+    await model.watch._load_noted()
+    assert (model.loaded, model.tries) == (True, 4)
