@@ -16,6 +16,8 @@ from cluster.scheduler.prefixes import MIN_HIT
 _NEAR: Final = 1.1
 """Predictions that differ by less than this factor are equal: measured costs vary as much."""
 _NEAR_S: Final = 1e-3
+_ALIKE: Final = 1.5
+"""Replicas whose measured costs differ by less than this factor count as equally fast, as equal Macs are."""
 _FEW_TOKENS: Final = 256.0
 """A replica that has measured fewer tokens read than this counts more like the others than like itself."""
 _FEW_STEPS: Final = 10.0
@@ -84,8 +86,8 @@ def predict_s(offers: Sequence[Offer]) -> list[float]:
     """
     if not any(offer.read.weight for offer in offers):
         return [float(offer.unread + offer.live) for offer in offers]
-    reads = _blend([offer.read for offer in offers], _FEW_TOKENS)
-    steps = _blend([offer.step for offer in offers], _FEW_STEPS)
+    reads = _even_out(_blend([offer.read for offer in offers], _FEW_TOKENS), _FEW_TOKENS)
+    steps = _even_out(_blend([offer.step for offer in offers], _FEW_STEPS), 1.0)
     return [
         (read.us(offer.unread) + offer.steps * step.us(offer.rows)) / 1e6
         for offer, read, step in zip(offers, reads, steps, strict=True)
@@ -106,6 +108,15 @@ def _blend(costs: Sequence[LinearCost], few: float) -> list[LinearCost]:
         )
         for cost in costs
     ]
+
+
+def _even_out(costs: Sequence[LinearCost], units: float) -> Sequence[LinearCost]:
+    """Return the mean for all if no cost of so many units is much higher than another, else each as it is."""
+    spent = [cost.us(units) for cost in costs]
+    if max(spent) > min(spent) * _ALIKE:
+        return costs
+    fixed, unit = (sum(parts) / len(costs) for parts in zip(*((c.fixed_us, c.unit_us) for c in costs), strict=True))
+    return [LinearCost(fixed, unit)] * len(costs)
 
 
 def _useful(kept: int) -> int:

@@ -62,6 +62,14 @@ def test_equal_replicas_share_the_requests() -> None:
     assert choose_replica([replace(IDLE, kept=3), IDLE]) == 0
 
 
+def test_no_equal_replica_idles_while_one_that_was_measured_a_little_faster_has_all_requests() -> None:
+    free_rows = LinearCost(4000.0, 0.0, 20.0)
+    faster = replace(IDLE, read=LinearCost(0.0, 800.0, 2000.0), step=LinearCost(3000.0, 0.0, 20.0))
+    slower = replace(IDLE, step=free_rows)
+    assert choose_replica([replace(faster, live=1, rows=2.0), slower]) == 1
+    assert choose_replica([replace(faster, live=1, rows=2.0), replace(slower, step=LinearCost(9000.0, 0.0, 20.0))]) == 0
+
+
 def test_unmeasured_replicas_count_as_fast_as_the_others() -> None:
     new = Offer(0, 100, 0, 1.0, 100.0)
     assert choose_replica([replace(new, live=1), new]) == 1
