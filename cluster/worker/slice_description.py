@@ -15,12 +15,12 @@ def describe_slices(reports: Sequence[SlotReport]) -> tuple[HeldSlice, ...]:
 
 
 def find_problem(reports: Sequence[SlotReport]) -> str:
-    """Return why the worker cannot be used; "" if the first engine answers, or another one that holds a slice.
+    """Return why the worker cannot be used; "" if the first engine answers, or another one that has or loads a slice.
 
     What is wrong with one engine of several is a problem of its slice alone.
     """
     first, *further = reports
-    return "" if any(report.slot.held and not report.problem for report in further) else first.problem
+    return "" if any(report.slot.requests and not report.problem for report in further) else first.problem
 
 
 def _describe_slice(answer: SlotReport) -> HeldSlice:

@@ -173,6 +173,16 @@ async def test_the_end_of_an_engine_takes_its_own_slice_alone(monkeypatch: pytes
         assert find_problem(await slots.report()) == "the engine crashed"
 
 
+async def test_a_worker_whose_first_engine_ends_while_another_loads_can_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(monkeypatch) as slots:
+        await load(slots, request(1, "a"))
+        async with slots.load(request(2, "b", keep=(1,))):
+            Engine.started[0].problem = "the engine crashed"
+            assert find_problem(await slots.report()) == ""
+
+
 async def test_an_engine_whose_load_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(monkeypatch) as slots:
         await load(slots, request(1, "a"))
