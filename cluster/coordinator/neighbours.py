@@ -106,9 +106,11 @@ def plan_beside(
     plan = replace(plan, reasons=(*explain_model(placement, place), *plan.reasons))
     whole = {w.name: w.memory.usable for w in place.demand.candidates.workers}
     if order.cached_contexts is None:
-        contexts = min(_count_contexts(stage, shape, _list_movable(placement, place)) for stage in plan.stages)
+        movable = _list_movable(placement, place)
+        limits = [most for stage in plan.stages if (most := _count_contexts(stage, shape, movable))]
         is_shared = any(nbytes < whole[name] for name, nbytes in shares.items())
-        if is_shared or contexts < full_contexts(plan.stages, shape):
+        if is_shared or limits:
+            contexts = min([*limits, full_contexts(plan.stages, shape)])
             plan, order = limit_caches(plan, shape, contexts), replace(order, cached_contexts=contexts)
     return leave_room(plan, shape, order, unknown)
 
@@ -123,12 +125,11 @@ def _list_movable(placement: JointPlacement, own: ModelPlace) -> list[tuple[Coll
 def _count_contexts(stage: PlannedStage, shape: ModelShape, others: Iterable[tuple[Collection[str], int]]) -> int:
     """Return how many full contexts a stage's caches may hold, so that its Mac has room for a stage of any model.
 
-    A Mac that is lost leaves its stages to the others. One that has no such room beside one full context keeps it all.
+    A Mac that is lost leaves its stages to the others. Return 0 if the stage keeps all: there are no others, or no such
+    room beside one full context.
     """
     most = max((nbytes for macs, nbytes in others if stage.worker not in macs), default=0)
-    context_bytes = max(shape.stage_cache_bytes(stage.layers), 1)
-    beside = (stage.cache_bytes - most) // context_bytes
-    return beside if beside >= 1 else stage.cache_bytes // context_bytes
+    return max(stage.cache_bytes - most, 0) // max(shape.stage_cache_bytes(stage.layers), 1) if most else 0
 
 
 def _rank(

@@ -14,6 +14,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit
 from cluster.core.plan import ModelShape, Plan, Profile
 from cluster.core.worker import WorkerInfo
+from cluster.placement.arrangement import LoadedModel
 from cluster.placement.memory_split import memory_for
 from coordinator.test_planner import SHAPE, worker
 
@@ -84,6 +85,11 @@ def test_it_leaves_room_for_a_stage_of_a_model_on_another_mac_that_may_be_lost()
     held = make_plan(1, SHAPE, macs(900), LoadOrder("loaded"), {})
     plan, order = beside(macs(900, 2000), loaded=[held])
     assert (where(plan), order.cached_contexts) == (["b"], 5), "what is loaded on a may have to move here, too"
+    tiny = LoadedModel("tiny", {}, {"a": 1.0}, stage_bytes=100)
+    workers = macs(900, 2150)
+    plan, order = plan_beside(3, SHAPE, workers, ENTRY.order, {}, workers, Neighbours("own", (tiny,), (ENTRY,)), {})
+    assert (where(plan), order.cached_contexts) == (["b"], 8), "the room is less than a context"
+    assert plan.stages[0].cache_bytes == 8 * 200 <= 2150 - 400 - 100
     small, order = beside(macs(2000, 700), loaded=[make_plan(1, SHAPE, macs(2000), LoadOrder("loaded"), {})])
     assert (where(small), order.cached_contexts) == (["b"], None), "it has no such room"
 
