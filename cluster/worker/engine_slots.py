@@ -158,7 +158,8 @@ class EngineSlots:
     def _choose(self, request: pb.LoadStageRequest) -> tuple[EngineSlot, list[EngineSlot]]:
         """Return the engine that loads a slice, and those that have to free theirs.
 
-        It is the one that holds the slice already, else the first one that is not kept, else a new one.
+        It is the one that holds the slice already, else the first one that is not kept, else a new one. Beside other
+        slices, no load waits for an engine that is down: another model's recovery may need that one.
         """
         kept = [slot for slot in self if any(r.epoch in request.keep for r in slot.requests)]
         for held in (slot.held for slot in kept):
@@ -170,7 +171,9 @@ class EngineSlots:
             why = f"asked to load epoch {request.epoch}, but epoch {newest} is loaded"
             raise StaleEpoch(why, epoch=str(newest))
         self._require_room(request, kept)
-        usable = (slot for slot in others if not slot.scope.cancel_called)
+        usable = [slot for slot in others if not slot.scope.cancel_called]
+        if request.keep:
+            usable = [slot for slot in usable if not slot.supervisor.problem]
         chosen = min(usable, key=lambda slot: (not slot.holds_like(request), slot.number), default=None)
         chosen = chosen or self._start()
         chosen.hold(None)

@@ -183,6 +183,15 @@ async def test_a_worker_whose_first_engine_ends_while_another_loads_can_be_used(
             assert find_problem(await slots.report()) == ""
 
 
+async def test_a_load_beside_others_needs_no_engine_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(monkeypatch) as slots:
+        Engine.started[0].problem = "the engine crashed"
+        await load(slots, request(2, "b", keep=(1,)))
+        assert held(slots) == {1: 2}
+        await load(slots, request(3, "a"))
+        assert held(slots) == {0: 3}, "alone it needs the first engine, as ever"
+
+
 async def test_an_engine_whose_load_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(monkeypatch) as slots:
         await load(slots, request(1, "a"))
