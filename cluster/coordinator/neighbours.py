@@ -21,7 +21,7 @@ from cluster.coordinator.planner import (
     offer_workers,
 )
 from cluster.coordinator.settings import LoadOrder, ModelEntry
-from cluster.core.plan import LayerRange, ModelShape, Plan, PlannedStage
+from cluster.core.plan import ModelShape, Plan, PlannedStage
 from cluster.core.worker import WorkerInfo
 from cluster.placement.arrangement import LoadedModel, ModelPlace
 from cluster.placement.explain_several import explain_model, explain_place
@@ -63,13 +63,9 @@ def describe_loaded(name: str, plans: Collection[Plan], shape: ModelShape | None
         known = all(stage.decode_ms for stage in plan.stages)
         parts = {stage.worker: stage.decode_ms if known else len(stage.layers) for stage in plan.stages}
         shares |= {worker: part / sum(parts.values()) for worker, part in parts.items()}
-    ranges = [stage.layers for plan in plans for stage in plan.stages] if shape else []
-    return LoadedModel(name, {}, shares, stage_bytes=_largest_stage(shape, ranges) if shape else 0)
-
-
-def _largest_stage(shape: ModelShape, ranges: Iterable[LayerRange]) -> int:
-    """Return the bytes of the largest of some stages, with one full context."""
-    return max((shape.stage_bytes(own) + shape.stage_cache_bytes(own) for own in ranges), default=0)
+    ranges = {stage.layers for plan in plans for stage in plan.stages} if shape else ()
+    needs = (shape.stage_bytes(own) + shape.stage_cache_bytes(own) for own in ranges if shape)
+    return LoadedModel(name, {}, shares, stage_bytes=max(needs, default=0))
 
 
 def plan_beside(
@@ -118,7 +114,7 @@ def plan_beside(
 def _list_movable(placement: JointPlacement, own: ModelPlace) -> list[tuple[Collection[str], int]]:
     """Return the Macs of each model but ``own``, with the bytes that another Mac needs if it takes one's stage."""
     found: list[tuple[Collection[str], int]] = [(one.step_shares.keys(), one.stage_bytes) for one in placement.loaded]
-    found += [(one.macs, _largest_stage(one.demand.shape, one.ranges)) for one in placement.placed if one is not own]
+    found += [(one.macs, max(need.least for need in one.needs.values())) for one in placement.placed if one is not own]
     return found
 
 

@@ -25,6 +25,7 @@ from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.eviction import Resident, Room, find_room
 from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.replica import Replica
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.cluster_state import ServingState
@@ -420,7 +421,7 @@ class OnDemand:
         order = entry.order if patient else replace(entry.order, wait_s=0.0)
         question = await self._host.deployments[entry.name].ask_room(order)
         loaded = [one for one in self._host.deployments.values() if one.model_info and one.name != entry.name]
-        copies = {copy.holder: copy for _, copy in newest_first(self._host.deployments.copy_goals())}
+        copies = self._list_copies()
         holders = {one.name: [replica.holder for replica in one.replicas] for one in loaded}
         holders |= {holder: [holder] for holder in copies}
 
@@ -448,7 +449,7 @@ class OnDemand:
 
         The requests of a copy go on elsewhere.
         """
-        copies = {copy.holder: (model, copy) for model, copy in newest_first(self._host.deployments.copy_goals())}
+        copies = self._list_copies()
         for name in names:
             log.info("on demand: evicting a model model=%s for=%s", name, entry.name)
             if name in copies:
@@ -459,6 +460,10 @@ class OnDemand:
             if not await deployment.unload(partial(self._is_idle, deployment)):
                 return False
         return True
+
+    def _list_copies(self) -> dict[str, tuple[Deployment, Replica]]:
+        """Return the copies that may be taken back, with their models, by their holders; as ``newest_first``."""
+        return {copy.holder: (model, copy) for model, copy in newest_first(self._host.deployments.copy_goals())}
 
     def _used_at(self, deployment: Deployment) -> float:
         return max(deployment.used_at, self._held_at.get(deployment.name, 0.0))
