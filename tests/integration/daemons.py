@@ -203,6 +203,15 @@ def serve_model(client: Client, model: Path | str, workers: int, **options: obje
     assert len(state.stages) == workers
 
 
+def start_workers(cluster: Cluster, *names: str, options: tuple[str, ...] = ()) -> tuple[list[int], dict[str, Daemon]]:
+    """Start workers for a coordinator in this process. Return their ports and daemons once they run."""
+    ports = [free_port() for _ in names]
+    daemons = {n: cluster.worker(n, "--port", str(port), *options) for n, port in zip(names, ports, strict=True)}
+    for name, daemon in daemons.items():
+        daemon.wait_for(f"worker {name} of cluster")
+    return ports, daemons
+
+
 def children(pid: int) -> list[int]:
     """Processes whose parent is ``pid``, the oldest first: a worker's engine before its standby."""
     found = []

@@ -19,7 +19,7 @@ from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.cluster_state import ServingState
 from cluster.core.request import Request, SamplingParams, TokenEvent
-from integration.daemons import Cluster, Daemon, free_port
+from integration.daemons import Cluster, Daemon, free_port, start_workers
 from integration.reference import greedy
 from integration.test_several_models import coordinating
 
@@ -65,19 +65,11 @@ async def replicated(
         yield coordinator, coordinator.deployments["small"]
 
 
-def start(cluster: Cluster, *names: str) -> tuple[list[int], dict[str, Daemon]]:
-    ports = [free_port() for _ in names]
-    daemons = {name: cluster.worker(name, "--port", str(port)) for name, port in zip(names, ports, strict=True)}
-    for name, daemon in daemons.items():
-        daemon.wait_for(f"worker {name} of cluster")
-    return ports, daemons
-
-
 @pytest.mark.timeout(120)
 def test_answers_go_on_at_the_other_replica_when_one_is_killed(tmp_path: Path) -> None:
     folder, cluster = make("llama", tmp_path / "llama"), Cluster(tmp_path, mtls=False)
     try:
-        ports, daemons = start(cluster, "ada", "bob")
+        ports, daemons = start_workers(cluster, "ada", "bob")
         anyio.run(_lose_one, cluster, tmp_path / "coordinator", ports, folder, daemons)
     finally:
         cluster.close()
@@ -114,7 +106,7 @@ async def _read_rest(stream: AsyncIterator[int], tokens: list[int]) -> None:
 def test_copies_come_with_workers_and_go_for_other_models_and_drains(tmp_path: Path) -> None:
     folders, cluster = [make(kind, tmp_path / kind) for kind in ("llama", "qwen3")], Cluster(tmp_path, mtls=False)
     try:
-        ports, _ = start(cluster, "ada", "bob")
+        ports, _ = start_workers(cluster, "ada", "bob")
         late = free_port()
         anyio.run(_come_and_go, cluster, tmp_path / "coordinator", [*ports, late], folders)
     finally:

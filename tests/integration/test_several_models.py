@@ -27,7 +27,7 @@ from cluster.discovery.static import static_source
 from cluster.security.credentials import LocalTrust
 from cluster.store.store import Store
 from cluster.transport.grpc_streams import GrpcDialer
-from integration.daemons import Cluster, Daemon, alive, children, free_port, wait_serving
+from integration.daemons import Cluster, Daemon, alive, children, free_port, start_workers, wait_serving
 from integration.reference import greedy
 
 PROMPT = [(i * 37 + 11) % 250 for i in range(40)]
@@ -89,12 +89,10 @@ class Asking:
 @pytest.mark.timeout(240)
 def test_two_models_share_two_workers_and_each_outlives_the_loss_of_an_engine_and_of_a_worker(tmp_path: Path) -> None:
     folders = {"first": make("llama", tmp_path / "llama"), "second": make("qwen3", tmp_path / "qwen3")}
-    cluster, ports = Cluster(tmp_path, mtls=False), [free_port(), free_port()]
+    cluster = Cluster(tmp_path, mtls=False)
     try:
-        daemons = [cluster.worker(n, "--port", str(p)) for n, p in zip(("ada", "bob"), ports, strict=True)]
-        for daemon, name in zip(daemons, ("ada", "bob"), strict=True):
-            daemon.wait_for(f"worker {name} of cluster")
-        anyio.run(_share_two_workers, cluster, tmp_path / "coordinator", ports, folders, daemons)
+        ports, daemons = start_workers(cluster, "ada", "bob")
+        anyio.run(_share_two_workers, cluster, tmp_path / "coordinator", ports, folders, list(daemons.values()))
     finally:
         cluster.close()
 
@@ -153,12 +151,10 @@ async def _share_two_workers(
 @pytest.mark.timeout(240)
 def test_a_model_recovers_while_another_one_loads_and_two_loads_take_turns(tmp_path: Path) -> None:
     folders = {name: make("llama", tmp_path / name) for name in ("a", "b", "c")}
-    cluster, ports = Cluster(tmp_path, mtls=False), [free_port(), free_port()]
+    cluster = Cluster(tmp_path, mtls=False)
     try:
-        daemons = [cluster.worker(n, "--port", str(p)) for n, p in zip(("ada", "bob"), ports, strict=True)]
-        for daemon, name in zip(daemons, ("ada", "bob"), strict=True):
-            daemon.wait_for(f"worker {name} of cluster")
-        anyio.run(_recover_while_loading, cluster, tmp_path / "coordinator", ports, folders, daemons)
+        ports, daemons = start_workers(cluster, "ada", "bob")
+        anyio.run(_recover_while_loading, cluster, tmp_path / "coordinator", ports, folders, list(daemons.values()))
     finally:
         cluster.close()
 
@@ -281,10 +277,9 @@ async def _crash_again_and_again(
 @pytest.mark.timeout(240)
 def test_models_keep_apart_where_they_can_and_leave_each_other_room(tmp_path: Path) -> None:
     folders = {name: make("llama", tmp_path / name) for name in ("a", "b", "c")}
-    cluster, ports = Cluster(tmp_path, mtls=False), [free_port(), free_port()]
+    cluster = Cluster(tmp_path, mtls=False)
     try:
-        for name, port in zip(("ada", "bob"), ports, strict=True):
-            cluster.worker(name, "--port", str(port), "--memory-limit", "3MiB").wait_for(f"worker {name} of cluster")
+        ports, _ = start_workers(cluster, "ada", "bob", options=("--memory-limit", "3MiB"))
         anyio.run(_keep_apart, cluster, tmp_path / "coordinator", ports, folders)
     finally:
         cluster.close()
