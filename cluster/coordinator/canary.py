@@ -49,4 +49,4 @@ async def run_canary(
 
 def _create_request(plan: Plan, model_info: ModelInfo) -> Request:
     ids = (model_info.tokenizer.encode("Hello") or (0,))[:2]
-    return Request(f"canary-{plan.epoch}", ids, SamplingParams(), max_tokens=1)
+    return Request(f"canary-{plan.epoch}", ids, SamplingParams(), max_tokens=1, is_canary=True)

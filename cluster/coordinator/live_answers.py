@@ -57,8 +57,8 @@ class LiveAnswers:
         """Requests that are not scheduled yet."""
         self._samples: dict[str, ActiveSample] = {}
         self.ended_at = clock()
-        """When a request ended last. Any thread may ask."""
-        self.totals = LoopTotals()  # replaced after the canary, so the canary's tokens are not counted
+        """When a client's request ended last. Any thread may ask."""
+        self.totals = LoopTotals()
         self.journal: AnswerRecorder | None = None
 
     def __len__(self) -> int:
@@ -122,10 +122,13 @@ class LiveAnswers:
             self._history.accept(sample.id, request.client, len(request.prompt), began)
             self._samples[sample.id] = ActiveSample(active, sample, i, resumed.texts[i], timings, now, resumed.skip[i])
         answer.put(Accepted())
-        if self.journal and not request.embeds:  # there is nothing to resume: it ends with its first token
-            self.journal.record_opened(request, resumed.tokens)
+        self._record_opened(request, resumed.tokens)
         if known := tuple(chain.from_iterable(resumed.events)):
             answer.put_uncounted(*known)
+
+    def _record_opened(self, request: Request, tokens: AnswerTokens) -> None:
+        if self.journal and not (request.embeds or request.is_canary):  # these end with their first token
+            self.journal.record_opened(request, tokens)
 
     def end(self, request_id: str, error: MacpipeError) -> bool:
         """End a request and all its samples. ``request_id`` may be the id of a sample. Return whether it was live."""
@@ -136,8 +139,7 @@ class LiveAnswers:
         active = live.parent if live else self._requests.get(request_id)
         if active is None:
             return False
-        del self._requests[active.request.id]
-        self.ended_at = self._clock()
+        self._remove(active)
         for sample in sorted(active.live):
             del self._samples[sample]
             self._history.end(sample, self._clock())
@@ -151,6 +153,12 @@ class LiveAnswers:
             self.journal.record_ended(active.request.id)
         return True
 
+    def _remove(self, active: ActiveRequest) -> None:
+        """Remove a request that has ended."""
+        del self._requests[active.request.id]
+        if not active.request.is_canary:
+            self.ended_at = self._clock()
+
     def end_all(self, error: MacpipeError) -> None:
         """End every live request with ``error``."""
         for request_id in (*self._requests, *self._resumed):
@@ -162,8 +170,11 @@ class LiveAnswers:
         return sum(self.end(request.id, error) for request in live if request.adapter == adapter)
 
     def hand_over(self, ids: Collection[str] | None) -> list[MovedRequest]:
-        """Give up the requests with these ids, all of them if None, so that another loop can go on with them."""
-        given = [live for i, live in self._requests.items() if ids is None or i in ids]
+        """Give up the requests with these ids, all of them if None, so that another loop can go on with them.
+
+        A canary stays: it proves the stages of this loop.
+        """
+        given = [live for live in self._requests.values() if _may_move(live.request, ids)]
         leaving = {s: self._samples.pop(s) for active in given for s in sorted(active.live)}
         states = {moved.request.id: moved for moved in self._scheduler.hand_over(list(leaving))}
         found = []
@@ -171,7 +182,7 @@ class LiveAnswers:
             del self._requests[active.request.id]
             samples = [(leaving[s], states[s]) for s in sorted(active.live) if s in states]
             found.append(MovedRequest(active.request, active.answer, tuple(samples)))
-        for resumed in [r for i, r in self._resumed.items() if ids is None or i in ids]:
+        for resumed in [one for one in self._resumed.values() if _may_move(one.request, ids)]:
             del self._resumed[resumed.request.id]
             found.append(MovedRequest(resumed.request, resumed.answer, (), resumed.tokens, resumed.skip))
         for sample in leaving:
@@ -209,8 +220,7 @@ class LiveAnswers:
             self._samples[live.request.id] = live
             self._history.accept(live.request.id, request.client, len(request.prompt), now)
             answers[live.sample] = state.answer
-        if self.journal:
-            self.journal.record_opened(request, tuple(answers))
+        self._record_opened(request, tuple(answers))
         for live, _ in moved.samples:
             self._begin_epoch(live, stages)
 
@@ -274,7 +284,8 @@ class LiveAnswers:
         live.replays = 0
         live.guesses.add(produced)
         if produced.counts:
-            self.totals.count_token(produced.index, live.sample, len(live.request.prompt), produced.cached)
+            if not live.request.is_canary:
+                self.totals.count_token(produced.index, live.sample, len(live.request.prompt), produced.cached)
             if self.journal:
                 self.journal.record_token(live.parent.request.id, produced.sample.token, live.sample)
             if not live.send_token(produced):
@@ -303,12 +314,15 @@ class LiveAnswers:
         self._history.end(live.request.id, self._clock())
         live.parent.live.remove(live.request.id)
         if not live.parent.live:
-            del self._requests[live.parent.request.id]
-            self.ended_at = self._clock()
-        self.totals.finished += 1
+            self._remove(live.parent)
+        self.totals.finished += not live.request.is_canary
         live.parent.answer.put(last)
         if self.journal and not live.parent.live:
             self.journal.record_ended(live.parent.request.id)
+
+
+def _may_move(request: Request, ids: Collection[str] | None) -> bool:
+    return not request.is_canary and (ids is None or request.id in ids)
 
 
 def _end_token(live: ActiveSample, produced: Produced) -> TokenEvent | None:

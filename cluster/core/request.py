@@ -206,7 +206,8 @@ class Request:
     ``prompt_logprobs`` is the number of alternatives to report with each prompt token's log-probability; None reports
     no log-probability of the prompt. ``max_tokens`` may be 0 only with ``prompt_logprobs``. ``adapter`` is the key of
     the adapter that answers, "" for the model alone. ``embeds``: the answer is one token, which comes with the hidden
-    state of the prompt's end.
+    state of the prompt's end. ``is_canary``: the coordinator sends it to prove the stages of one engine loop, so it is
+    neither counted, nor journalled, nor moved to another loop.
     """
 
     id: str
@@ -228,6 +229,7 @@ class Request:
     speculate: bool = True
     adapter: str = ""
     embeds: bool = False
+    is_canary: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,6 +125,26 @@ def test_what_cannot_be_answered_there_goes_back() -> None:
             bench.replace_ring()
         assert (await read(same))[0] == list(range(2, 11))
         assert (await read(other))[0] == list(range(22, 31))
+
+    run(body)
+
+
+def test_a_canary_stays_and_is_no_answer_that_counts() -> None:
+    async def body(source: Bench, target: Bench) -> None:
+        for bench in (source, target):
+            stall(bench, -1)
+        canary = AnswerQueue(source.loop.post)
+        source.ask("a", max_tokens=9)
+        source.loop.submit(Request("canary-6", (1,), SamplingParams(), 1, is_canary=True), canary)
+        assert await move(source, target) == []
+        assert (len(source.loop.answers), len(target.loop.answers)) == (1, 1)
+        totals, ended_at = replace(source.loop.answers.totals), source.loop.answers.ended_at
+        source.keep_waiting = True
+        source.loop.hold()
+        source.replace_ring()
+        assert (await read(canary))[0] == [2]
+        assert source.loop.proven == source.epoch
+        assert (source.loop.answers.totals, source.loop.answers.ended_at) == (totals, ended_at)
 
     run(body)
 
