@@ -209,15 +209,20 @@ class EpochChange(ABC):
 class Recovery(EpochChange):
     """One recovery from the loss of a stage. ``cause`` is the loss.
 
-    ``notify`` hears of each plan that is chosen, and that none can be.
+    ``notify`` hears of each plan that is chosen, and that none can be. ``retire`` is as in ``ModelService``.
     """
 
     def __init__(
-        self, context: RecoveryContext, epoch: Epoch, cause: MacpipeError, notify: Callable[[str], None]
+        self,
+        context: RecoveryContext,
+        epoch: Epoch,
+        cause: MacpipeError,
+        notify: Callable[[str], None],
+        retire: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(context, epoch)
         self.cause = cause
-        self._notify = notify
+        self._notify, self._retire = notify, retire
         self._waits = False
         """Whether ``notify`` was told that no plan fits, or that an engine restarts."""
         self._lost = 0
@@ -248,7 +253,10 @@ class Recovery(EpochChange):
             except (NoPlan, NoWorkers) as e:
                 if await self._context.deps.take_back():
                     continue
-                self._on_no_plan(e)
+                if self._give_up():
+                    self._wait_for("other copies of the model go on without it")
+                else:
+                    self._on_no_plan(e)
                 await self._wait_for_change()
                 continue
             except _EngineRestarting as e:
@@ -373,6 +381,13 @@ class Recovery(EpochChange):
         if not self.refused and self.attempts >= RECOVERY_TRIES and self._elapsed > RECOVERY_WAIT_S:
             self.refused = True
             self._context.loop.refuse(unservable(self.cause, why))
+
+    def _give_up(self) -> bool:
+        """Return whether the service is about to be closed, since other copies of the model go on.
+
+        One whose engine keeps crashing is not given up: a copy that is loaded anew would crash as often.
+        """
+        return not self._context.losses.crashing() and self._retire()
 
     def _on_no_plan(self, why: MacpipeError) -> None:
         """Handle that no plan fits. Requests wait up to ``RECOVERY_WAIT_S`` and then end; the recovery continues."""

@@ -112,7 +112,7 @@ class ReplicaSet:
         self._host.changed()
 
     def _retire(self, replica: Replica) -> bool:
-        """End a replica whose worker stops, if another one goes on with its requests. Return whether one does."""
+        """End a replica whose worker stops or is lost, if another one goes on with its requests. Return whether."""
         if not self.router.serves_without(replica):
             return False
         if replica in self.all:

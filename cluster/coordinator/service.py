@@ -68,8 +68,8 @@ Notify = Callable[[str], None]
 class ModelService:
     """A model that is loaded and served. ``notify`` is called with a sentence about each event for people.
 
-    ``changed`` is called when a recovery begins, and when it has ended. ``retire`` is called once a worker stops whose
-    layers fit nowhere else; it returns whether the service is closed for that, since another one goes on.
+    ``changed`` is called when a recovery begins, and when it has ended. ``retire`` is called once a worker stops, or
+    is lost, whose layers fit nowhere else. It returns whether the service is closed for that: another one goes on.
     ``recovery`` is the recovery that is running after a loss; None while the model is served. ``move`` is a planned
     move, for a worker that drains or comes back; requests continue during a move.
     """
@@ -308,7 +308,7 @@ class ModelService:
         assert self._epoch
         if self._draft:
             self._draft.stop_loading()
-        self.recovery = recovery = Recovery(self._context, self._epoch, cause, self._notify)
+        self.recovery = recovery = Recovery(self._context, self._epoch, cause, self._notify, self._retire)
         self._changed()
         self._epoch = await recovery.run()
         self.recovery = None

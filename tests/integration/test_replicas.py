@@ -14,6 +14,7 @@ import pytest
 
 from checkpoints import make
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.copy_keeper import NO_IDLE
 from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
 from cluster.coordinator.settings import LoadOrder
@@ -95,6 +96,11 @@ async def _lose_one(cluster: Cluster, home: Path, ports: list[int], folder: Path
         assert deployment.state is ServingState.SERVING
         assert await asking.answer(PROMPTS[0], 24) == expected[0][:24]
         assert coordinator.totals.tokens == 4 * 400 + 24
+        await until(coordinator, lambda: lost not in deployment.replicas)
+        with anyio.fail_after(WAIT_S):
+            while not (warnings := (await coordinator.snapshot(ask=False)).warnings):
+                await coordinator.changed.wait()
+        assert warnings == (f"small has 1 of 2 replicas: {NO_IDLE}",), "nothing tries to load it until a Mac comes"
 
 
 async def _read_rest(stream: AsyncIterator[int], tokens: list[int]) -> None:
