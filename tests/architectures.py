@@ -20,6 +20,14 @@ from checkpoints import EXPERTS
 FOLDER = Path(__file__).parent / "model" / "architectures"
 FAMILIES = ("dense", "experts", "latent", "recurrent", "wrapped")
 """In the order in which people read of them; a wrapped model may name one of an earlier family as its text half."""
+WIDTHS = {
+    *("intermediate_size", "moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size"),
+    *("dense_intermediate_size", "share_expert_dim", "ffn_hidden_size", "expert_ffn_hidden_size"),
+}
+HEADS = {
+    *("num_attention_heads", "num_key_value_heads", "num_attention_groups", "index_n_heads", "o_groups", "num_heads"),
+    *("linear_num_key_heads", "linear_num_value_heads"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,15 @@ def not_models() -> dict[str, str]:
 def modules() -> list[str]:
     """Return the names of all modules of the installed ``mlx_lm.models``, without importing any."""
     return sorted(module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))
+
+
+def divisible(config: Any, size: int) -> Any:
+    """Return the configuration with heads and widths that ``size`` ranks can share, also if quantized by 32."""
+    if not isinstance(config, dict):
+        return config
+    changed = {key: divisible(value, size) for key, value in config.items()}
+    changed |= dict.fromkeys(changed.keys() & WIDTHS, 32 * size)
+    return changed | {key: config[key] * size // 2 for key in changed.keys() & HEADS if size > 2}
 
 
 def _table(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ trees of modules, nothing of what they compute.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = [
     "module_arrays",
     "named_modules",
     "parameters",
+    "replace_parameters",
     "trainable_parameters",
     "tree_arrays",
     "tree_bytes",
@@ -76,18 +77,17 @@ def layer_prefixes(model: Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def zero_parameters(model: Module) -> Iterator[None]:
-    """Replace every parameter, inside the block, by an evaluated broadcast zero of its shape and dtype (four bytes).
+def replace_parameters(model: Module, replace: Callable[[mx.array], mx.array]) -> Iterator[None]:
+    """Replace every parameter, inside the block, by what ``replace`` returns for it, and evaluate these.
 
-    The graph of a run then has evaluated leaves, and a forward pass that evaluates an intermediate value (a router's
-    choice) works. Models store derived arrays as attributes while they run; at the end all attributes are restored.
+    Models store derived arrays as attributes while they run, or replace modules; at the end everything is restored.
     """
     saved = [(module, dict(module), dict(vars(module))) for _, module in named_modules(model)]
     try:
         for module, items, _ in saved:
             for key, value in items.items():
                 if isinstance(value, mx.array) and not key.startswith("_"):
-                    dict.__setitem__(module, key, mx.broadcast_to(mx.zeros((), value.dtype), value.shape))
+                    dict.__setitem__(module, key, replace(value))
         mx.eval(parameters(model))
         yield
     finally:
@@ -96,3 +96,14 @@ def zero_parameters(model: Module) -> Iterator[None]:
             dict.update(module, items)
             vars(module).clear()
             vars(module).update(attributes)
+
+
+@contextmanager
+def zero_parameters(model: Module) -> Iterator[None]:
+    """Replace every parameter, inside the block, by an evaluated broadcast zero of its shape and dtype (four bytes).
+
+    The graph of a run then has evaluated leaves, and a forward pass that evaluates an intermediate value (a router's
+    choice) works.
+    """
+    with replace_parameters(model, lambda value: mx.broadcast_to(mx.zeros((), value.dtype), value.shape)):
+        yield

@@ -10,7 +10,7 @@ It knows layers and arrays, nothing of frames, sequence ids or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ class ModelSlice:
         self.batchable = quantization is None and batchable(model, traced)
         self._model = model
         self._adapter: LoraLayers | None = None
-        self._prefixes = traced.prefixes[layers.start : layers.end]
-        self._outside = {name for name, readers in traced.shared.items() if _any_in(readers, layers)}
+        self._traced = traced
+        self._outside = traced.outside(layers)
         self._layout = CacheLayout.of(model, traced, layers, quantization)
         self._incoming: Any = None
         self._keeps_state = False
@@ -74,6 +74,13 @@ class ModelSlice:
     def outside_arrays(self) -> list[mx.array]:
         """Return the arrays outside the local layers that this slice reads: embedding, norm, head."""
         return [array for name, m in named_modules(self._model) if name in self._outside for array in module_arrays(m)]
+
+    def set_arrays(self, arrays: Iterable[tuple[str, mx.array]]) -> None:
+        """Replace arrays, given with their paths, by others of the same shapes and types."""
+        modules = dict(named_modules(self._model))
+        for path, array in arrays:
+            module, _, key = path.rpartition(".")
+            modules[module][key] = array
 
     def load_adapter(self, folder: Path, fingerprint: str) -> LoraLayers:
         """Load the part of an adapter that is for this slice. Raises as ``adapters.load_adapter``."""
@@ -91,8 +98,7 @@ class ModelSlice:
         self._adapter = adapter
 
     def _is_local(self, path: str) -> bool:
-        """Return whether the module at ``path`` is in a local layer, or outside the layers and read by this slice."""
-        return path in self._outside or any(path == p or path.startswith(p + ".") for p in self._prefixes)
+        return self._traced.is_local(path, self.layers)
 
     def new_caches(self) -> SequenceCaches:
         """Create empty caches for one sequence."""
@@ -165,7 +171,7 @@ class ModelSlice:
 
     def _body(self) -> Module | None:
         """Return the module that holds the layers and the norm after them; None if the model itself does."""
-        path = self._prefixes[-1].rpartition(".")[0].rpartition(".")[0]
+        path = self._traced.prefixes[self.layers.end - 1].rpartition(".")[0].rpartition(".")[0]
         return dict(named_modules(self._model)).get(path) if path else None
 
     def _keep_state(self, value: Any) -> Any:
@@ -217,10 +223,6 @@ def _rebuild_input(inlet: Boundary, incoming: Sequence[mx.array]) -> Any:
 def _logits(out: Any) -> mx.array:
     logits: mx.array = out[0] if isinstance(out, tuple) else out
     return logits
-
-
-def _any_in(readers: frozenset[int], layers: LayerRange) -> bool:
-    return any(layers.start <= layer < layers.end for layer in readers)
 
 
 def _require_clean(traced: Trace, layers: LayerRange) -> None:

@@ -27,6 +27,7 @@ from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.loading import load_slice
 from cluster.model.prompt_scoring import require_valid_scoring, score_prompt
 from cluster.model.sequences import LiveSequence, PrefixStore, SequenceTable
+from cluster.model.sharding import Group
 from cluster.model.slice import ModelSlice
 from cluster.model.tensor_codec import pack, unpack
 from cluster.model.tokenizer import load_tokenizer
@@ -50,17 +51,22 @@ class _Result:
 
 
 def load_stage(
-    spec: StageSpec, path: Path, progress: Callable[[int, int], None], store: PrefixStore | None = None
+    spec: StageSpec,
+    path: Path,
+    progress: Callable[[int, int], None],
+    store: PrefixStore | None = None,
+    group: Group | None = None,
 ) -> Stage:
     """Load the stage that ``spec`` describes from the checkpoint in ``path``, reading only the stage's own tensors.
 
     ``progress(done_bytes, total_bytes)`` is called before the first tensor and after each layer. ``store`` keeps
-    prefixes on disk; None if none does. Raises ModelDiffers, NoPlan (a cut that is not clean), ModelNotFound,
-    BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
+    prefixes on disk; None if none does. In a ``group``, the stage is the part of its rank, and every rank has to be
+    given the same frames in the same order. Raises ModelDiffers, NoPlan (a cut that is not clean, ranks that cannot
+    share the layers), ModelNotFound, BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
     """
     grammars = GrammarCompiler(lambda: load_tokenizer(path).grammars()) if spec.last else None
     try:
-        return Stage(spec, *load_slice(spec, path, progress), grammars, store)
+        return Stage(spec, *load_slice(spec, path, progress, group), grammars, store)
     except BaseException:
         if grammars:
             grammars.close()

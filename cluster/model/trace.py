@@ -14,6 +14,7 @@ from typing import Any, Final
 import mlx.core as mx
 
 from cluster.core.errors import MacpipeError, ModelUnsupported
+from cluster.core.plan import LayerRange
 from cluster.model.lazy_graph import LazyGraph
 from cluster.model.module_tree import Module, layer_prefixes, parameters, tree_arrays, zero_parameters
 from cluster.model.symbolic_run import Recording, record
@@ -79,6 +80,17 @@ class Trace:
     def clean(self) -> tuple[int, ...]:
         """Return the cuts that may be used."""
         return tuple(cut for cut in range(1, self.layers) if cut not in self.unclean)
+
+    def outside(self, layers: LayerRange) -> frozenset[str]:
+        """Return the paths of the modules outside the layers whose weights a stage with ``layers`` reads."""
+        return frozenset(
+            name for name, readers in self.shared.items() if any(i in readers for i in range(layers.start, layers.end))
+        )
+
+    def is_local(self, path: str, layers: LayerRange) -> bool:
+        """Return whether a stage with ``layers`` reads the weights of the module at ``path``."""
+        own = self.prefixes[layers.start : layers.end]
+        return path in self.outside(layers) or any(path == prefix or path.startswith(f"{prefix}.") for prefix in own)
 
 
 def trace(model: Module) -> Trace:

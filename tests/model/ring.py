@@ -16,6 +16,7 @@ from cluster.core.frames import Compute, Edit, Frame, Join, Leave, Sample, Step
 from cluster.core.plan import LayerRange, ModelShape, StageSpec
 from cluster.core.request import SamplingParams
 from cluster.model.checkpoint import open_checkpoint
+from cluster.model.sharding import Group
 from cluster.model.stage import Stage, load_stage
 from cluster.wire.frame_codec import decode, encode
 
@@ -45,9 +46,10 @@ def open_stage(
     count: int,
     kv_bits: int = 0,
     weight_bits: int = 0,
+    group: Group | None = None,
 ) -> Stage:
     spec = StageSpec(1, index, count, shape.model, layers, shape.max_context, kv_bits, weight_bits)
-    return load_stage(spec, path, nothing)
+    return load_stage(spec, path, nothing, group=group)
 
 
 def edited(shape: ModelShape, copy: Path) -> ModelShape:
