@@ -1,0 +1,74 @@
+"""Ranks of a group, as processes, compute what mlx-lm computes sharded alike: bit for bit, and alike on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from architectures import architectures, divisible
+from checkpoints import mixed_quantization, write
+from cluster.core.frames import Compute, Drop, Join, Leave, Restore, Save, Step
+from cluster.core.request import SamplingParams
+from model.proof import GREEDY, require_lanes
+from model.ranks import ANSWER, group_ring, run_group
+from model.ring import CHUNKS, PROMPT, tokens
+from model.test_shard_map import SHARDED
+
+FEW = SamplingParams(logprobs=True, top_logprobs=5)
+"""Greedy; answers have so many log-probabilities that ranks which differ are noticed."""
+ROUNDING = {"deepseek_v41": 0.05}
+"""The largest difference of a logit from one process's, where it is not 1e-3: this one rounds its keys to 8 bits."""
+
+
+def require_same(names: Sequence[str], size: int, bits: str, folder: Path, **more: Any) -> None:
+    """Compare these in one group, since a process takes longer to start than to compare one."""
+    how = {} if bits == "float32" else {"quantize": mixed_quantization}
+    configs = {name: {**divisible(architectures()[name].config, size), **more} for name in names}
+    paths = [str(write(config, folder / name, **how)) for name, config in configs.items()]
+    ranks = run_group(size, folder / "group", "compare", *paths)
+    for name, path in zip(names, paths, strict=True):
+        found = [rank[path] for rank in ranks]
+        assert all(rank["finite"] for rank in found), name
+        assert [rank["same"] for rank in found] == [[True, True]] * size, name
+        assert len({rank["digest"] for rank in found}) == 1, name
+        assert found[0]["difference"] < ROUNDING.get(name, 1e-3), name
+        assert found[0]["tokens"] == found[0]["whole"], name
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_say_what_mlx_lm_says(tmp_path: Path) -> None:
+    """The limit is for a busy machine: a rank that waits keeps a core busy, maybe the one that the other needs."""
+    require_same(["llama"], 2, "4+8 bit", tmp_path, num_hidden_layers=2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("bits", ["float32", "4+8 bit"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_architecture_that_divides(size: int, bits: str, tmp_path: Path) -> None:
+    """In 2 ranks all do. Packs in groups of 128 are too coarse for 3."""
+    packed = [name for name in SHARDED if "quantization" in architectures()[name].config]
+    names = [name for name in SHARDED if name not in packed or (size == 2 and bits == "float32")]
+    require_same(names, size, bits, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_two_groups_of_two_as_two_stages(tmp_path: Path) -> None:
+    """Four processes: answers, lanes of several sequences, and prefixes, with frames as bytes between the stages."""
+    path = write(divisible(architectures()["qwen3_5"].config, 2), tmp_path / "m", quantize=mixed_quantization)
+    with group_ring(path, tmp_path, (2, 2)) as ring:
+        assert tokens(ring.answer(FEW, ANSWER)) == ring.own
+        require_lanes(ring, batchable=True)
+        border = CHUNKS[0]
+        ring.send(Join(1, len(PROMPT), GREEDY))
+        ring.send(step=Step(Compute.PREFILL, (1,), (PROMPT[:border],)))
+        ring.send(Save(1, prefix=2))
+        ring.send(Leave(1))
+        ring.send(Join(2, len(PROMPT), FEW), Restore(2, 2, border))
+        ring.prefill(2, PROMPT[border:-1], CHUNKS[1:])
+        assert tokens(ring.go_on(2, PROMPT[-1], ANSWER)) == ring.own
+        ring.send(Leave(2), Drop(2))
