@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 import mlx.core as mx
 
 from cluster.core.adapter import AdapterRef
-from cluster.core.errors import BadFrame, MacpipeError, StageFailed, StaleEpoch
+from cluster.core.errors import BadFrame, InvalidOption, MacpipeError, StageFailed, StaleEpoch
 from cluster.core.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
 from cluster.core.limits import LATE_ROWS, MAX_VERIFIED
 from cluster.core.plan import StageSpec
@@ -66,7 +66,7 @@ def load_stage(
     """
     grammars = GrammarCompiler(lambda: load_tokenizer(path).grammars()) if spec.last else None
     try:
-        return Stage(spec, *load_slice(spec, path, progress, group), grammars, store)
+        return Stage(spec, *load_slice(spec, path, progress, group), grammars, store, is_grouped=group is not None)
     except BaseException:
         if grammars:
             grammars.close()
@@ -77,7 +77,8 @@ class Stage:
     """A loaded stage. Not thread-safe: only the thread that loaded it may use it.
 
     ``weight_bytes`` is the size of its weights. ``grammars`` compiles the grammars of answers on the last stage; the
-    stage closes it.
+    stage closes it. ``is_grouped``: its slice is the part of one rank of a group. Ranks wait for each other within a
+    step, so what a grouped stage computes depends on the frames alone, not on what it has sampled or when.
     """
 
     def __init__(
@@ -88,8 +89,11 @@ class Stage:
         weight_bytes: int,
         grammars: GrammarCompiler | None = None,
         store: PrefixStore | None = None,
+        *,
+        is_grouped: bool = False,
     ) -> None:
         self.spec = spec
+        self._is_grouped = is_grouped
         self._store = store
         self._grammars = grammars
         self.weight_bytes = weight_bytes
@@ -165,9 +169,12 @@ class Stage:
         """Load those of the adapters, by key, that are not loaded, and drop all others.
 
         ``path`` of each is its folder on this machine. A live sequence keeps an adapter that is dropped until it
-        leaves. Raises as ``ModelSlice.load_adapter``; the adapters that were loaded before then stay.
+        leaves. Raises as ``ModelSlice.load_adapter``, and InvalidOption if Macs share the layers; the adapters that
+        were loaded before then stay.
         """
         part = self._require_loaded()
+        if wanted and self._is_grouped:
+            raise InvalidOption("adapters cannot be used where several Macs share layers", field="adapter")
         more = {
             key: part.load_adapter(Path(ref.path), ref.fingerprint)
             for key, ref in wanted.items()
@@ -192,7 +199,8 @@ class Stage:
 
         The last stage returns the reply (samples, failures and log-probabilities of the prompt; no edits, no step). A
         frame that carries an error, or is void, is passed on with its edits applied and its step not computed. A step
-        of guesses is void here if what it continues was void, or if the last stage has sampled another token.
+        of guesses is void here if what it continues was void, or if the last stage, not grouped, has sampled another
+        token.
 
         A row whose grammar is not compiled yet is not sampled: it has neither sample nor failure in this reply. Its
         sample is in the reply to a later frame, whatever this frame is for.
@@ -233,7 +241,8 @@ class Stage:
         if not step.guessed:
             return False
         follows_void = (step.start or 0) > len(live.tokens)
-        return follows_void or (self.spec.last and live.sampled != (step.start, step.tokens[0][0]))
+        knows_sample = self.spec.last and not self._is_grouped
+        return follows_void or (knows_sample and live.sampled != (step.start, step.tokens[0][0]))
 
     def _onward(self, frame: Frame, result: _Result) -> Frame:
         if self.spec.last:
@@ -287,7 +296,8 @@ class Stage:
         if low < 0 or high >= self._vocabulary:
             raise BadFrame(f"the step has tokens {low} to {high}, but the model has 0 to {self._vocabulary - 1}")
         require_valid_scoring(step, self._vocabulary)
-        if step.drafts > 1 and (len(step.sequences) > 1 or not (self.spec.first and self.spec.last)):
+        is_whole = self.spec.first and self.spec.last and not self._is_grouped
+        if step.drafts > 1 and (len(step.sequences) > 1 or not is_whole):
             raise BadFrame("only a stage that holds the whole model can draft, and for one sequence at a time")
         rows = [self._table.usable(sequence) for sequence in step.sequences]
         for live in rows:
@@ -340,7 +350,9 @@ class Stage:
         """Evaluate the step and sample its tokens. For a prefill, compute the head only if it has a ``scoring``."""
         if step.compute is Compute.PREFILL:
             return _evaluate_prefill(rows[0], step, logits, states)
-        if any(live.sampler.bound for live in rows):
+        if self._is_grouped:
+            mx.eval(logits, states)  # the same on all ranks, whatever can be sampled on one of them by now
+        elif any(live.sampler.bound for live in rows):
             mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # computes while the masks are made
         ready = _defer(rows, logits, step.sampled)
         deferred = [live.deferred for live in rows if live.deferred is not None]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from architectures import architectures, divisible
 from checkpoints import mixed_quantization, write
-from cluster.core.frames import Compute, Drop, Join, Leave, Restore, Save, Step
+from cluster.core.adapter import AdapterRef
+from cluster.core.errors import BadFrame, InvalidOption
+from cluster.core.frames import Compute, Drop, Join, Leave, Restore, Save, Step, Trim
+from cluster.core.plan import ModelShape
 from cluster.core.request import SamplingParams
 from model.proof import GREEDY, require_lanes
 from model.ranks import ANSWER, group_ring, run_group
-from model.ring import CHUNKS, PROMPT, tokens
+from model.ring import CHUNKS, PROMPT, Ring, cuts, open_stage, reference, tokens
 from model.test_shard_map import SHARDED
 
 FEW = SamplingParams(logprobs=True, top_logprobs=5)
@@ -36,6 +40,44 @@ def require_same(names: Sequence[str], size: int, bits: str, folder: Path, **mor
         assert len({rank["digest"] for rank in found}) == 1, name
         assert found[0]["difference"] < ROUNDING.get(name, 1e-3), name
         assert found[0]["tokens"] == found[0]["whole"], name
+
+
+@pytest.fixture
+def ring(checkpoint: Callable[[str], Path], shape: Callable[[str], ModelShape]) -> Ring:
+    """Two stages, each a group of one rank, which needs no other process."""
+    found = Ring(shape("llama"), checkpoint("llama"), 1)
+    group = mx.distributed.init()
+    layers = cuts(shape("llama"), 2)
+    found.stages = [
+        open_stage(shape("llama"), checkpoint("llama"), own, i, 2, group=group) for i, own in enumerate(layers)
+    ]
+    return found
+
+
+def test_a_guess_is_computed_whatever_was_sampled(ring: Ring, checkpoint: Callable[[str], Path]) -> None:
+    """Its sample may be known on one rank before it is on another. The answer is the same after the trim."""
+    want = reference(checkpoint("llama"), 3)[0]
+    ring.send(Join(1, len(PROMPT), GREEDY))
+    ring.prefill(1, PROMPT[:-1])
+    assert ring.decode(1, PROMPT[-1]).token == want[0]
+    wrong = Step(Compute.DECODE, (1,), ((want[0] + 1,),), guesses=1, start=len(PROMPT))
+    reply = ring.send(step=wrong)
+    assert (reply.void, len(reply.samples)) == (False, 1)
+    behind_void = Step(Compute.DECODE, (1,), ((0,),), guesses=3, start=len(PROMPT) + 2)
+    assert ring.send_alone(step=behind_void).void
+    right = Step(Compute.DECODE, (1,), ((want[0],),), start=len(PROMPT))
+    assert tokens(ring.send(Trim(1, len(PROMPT)), step=right).samples) == want[1:2]
+    assert tokens(ring.go_on(1, want[1], 1)) == want[2:]
+
+
+def test_what_a_group_cannot_do_is_refused(ring: Ring) -> None:
+    ring.send(Join(1, len(PROMPT), GREEDY))
+    with pytest.raises(BadFrame, match="holds the whole model"):
+        ring.send(step=Step(Compute.DECODE, (1,), ((1,),), drafts=2))
+    adapter = AdapterRef("style", "nowhere", "0" * 64)
+    with pytest.raises(InvalidOption, match="several Macs share layers"):
+        ring.stages[0].set_adapters({adapter.key: adapter})
+    ring.stages[0].set_adapters({})
 
 
 @pytest.mark.timeout(300)
