@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cluster.core.errors import BadFrame
 from cluster.core.frames import Frame
 from cluster.core.limits import MAX_BODIES_WAITING, MAX_WAITING_BYTES
+from cluster.scheduler.frame_order import FrameOrder
 from cluster.scheduler.reordering import ReorderBuffer
 from cluster.wire.frame_codec import with_body
 from cluster.wire.message_split import FrameBody, FrameHead, unpack
@@ -33,12 +34,12 @@ class Arrival:
 
 
 class Inbox:
-    """The waiting frames of one epoch."""
+    """The waiting frames of one epoch. ``in_order``: none overtakes another, as a group's ranks need it."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, *, in_order: bool = False) -> None:
         self._epoch = epoch
         self._lock = threading.Lock()
-        self._turns = ReorderBuffer()
+        self._turns: FrameOrder | ReorderBuffer = FrameOrder() if in_order else ReorderBuffer()
         self._arrived: dict[int, int] = {}
         self._bodies: dict[int, FrameBody] = {}
         """Bodies that arrived before their heads."""
