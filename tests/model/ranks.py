@@ -41,7 +41,7 @@ ATTEMPTS = 5
 BUSY = 75
 """The exit code of a rank that cannot join its group."""
 LIMIT_S = 900.0
-
+"""How long a group lives at most: a rank waits for a lost one for ever."""
 
 _PORTS = itertools.count(20_000 + os.getpid() % 1000 * 10)
 
@@ -68,11 +68,28 @@ def group_of(size: int, folder: Path, task: str, *arguments: str) -> Iterator[li
             environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
             pipe = subprocess.PIPE
             ranks.append(subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe))
-        yield ranks
+        with _ended_after(LIMIT_S, ranks):
+            yield ranks
     finally:
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+@contextmanager
+def _ended_after(limit_s: float, ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """End the ranks, and with them whoever reads from them, if the block takes longer."""
+
+    def end() -> None:
+        for process in ranks:
+            process.kill()
+
+    timer = threading.Timer(limit_s, end)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def run_group(size: int, folder: Path, task: str, *arguments: str) -> list[Any]:
@@ -92,8 +109,7 @@ def _outputs(ranks: Sequence[subprocess.Popen[bytes]]) -> list[tuple[bytes, byte
     printed: list[tuple[bytes, bytes]] = [(b"", b"")] * len(ranks)
 
     def follow(rank: int) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            printed[rank] = ranks[rank].communicate(timeout=LIMIT_S)
+        printed[rank] = ranks[rank].communicate()
         if ranks[rank].returncode != 0:
             for process in ranks:
                 process.kill()

@@ -80,7 +80,8 @@ def test_what_a_group_cannot_do_is_refused(ring: Ring) -> None:
     ring.stages[0].set_adapters({})
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_two_ranks_say_what_mlx_lm_says(tmp_path: Path) -> None:
     """The limit is for a busy machine: a rank that waits keeps a core busy, maybe the one that the other needs."""
     require_same(["llama"], 2, "4+8 bit", tmp_path, num_hidden_layers=2)
