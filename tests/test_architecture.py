@@ -27,6 +27,7 @@ FLOORS = (
     {"discovery", "transport"},
     {"doctor", "joining", "sandbox", "store"},
     {"conversion", "coordinator", "worker"},
+    {"standby"},
     {"api", "client"},
     {"cli"},
     {"__main__"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from cluster.codec.answer import decode_figures, encode_figures
+from cluster.codec.leadership import decode_leadership, encode_leadership
 from cluster.codec.plan import (
     ROUTES,
     SPECULATIONS,
@@ -103,6 +104,7 @@ def encode_cluster_state(state: ClusterState) -> pb.GetClusterResponse:
         draft_worker=state.draft_worker,
         adapters=map(encode_adapter, state.adapters),
         deployments=map(_encode_deployment, state.deployments),
+        leadership=encode_leadership(state.leadership) if state.leadership else None,
     )
     encode_explanation(reply, state.objective, state.forecast, state.spares, state.reasons)
     return reply
@@ -153,6 +155,7 @@ def decode_cluster_state(reply: pb.GetClusterResponse) -> ClusterState:
         guesses_without_room=reply.guesses_without_room,
         draft_worker=reply.draft_worker,
         deployments=tuple(map(_decode_deployment, reply.deployments)),
+        leadership=decode_leadership(reply.leadership) if reply.HasField("leadership") else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cluster.core.leadership import LeadershipState
 from cluster.core.plan import Forecast, LayerRange, Objective, Route, Spare, Speculation
 from cluster.core.request import StageFigures
 from cluster.core.worker import WorkerState
@@ -281,6 +282,8 @@ class ClusterState:
     deployments: tuple[DeploymentState, ...] = ()
     """All models if there are several models or replicas, the default one first; the fields above are those of its
     first replica, but workers, events and totals are those of all."""
+    leadership: LeadershipState | None = None
+    """Who leads, if this coordinator has or is a standby; None if there never was one."""
 
     @property
     def rings(self) -> tuple[tuple[str, ReplicaState], ...]:

@@ -66,6 +66,7 @@ class Reason(StrEnum):
     BAD_FRAME = "BAD_FRAME"
     STALE_EPOCH = "STALE_EPOCH"
     STALE_TERM = "STALE_TERM"
+    NOT_LEADER = "NOT_LEADER"
 
     @classmethod
     def parse(cls, text: str) -> Reason:
@@ -409,3 +410,9 @@ class StaleTerm(MacpipeError):
     """A coordinator's call is of another term than the one that the worker has granted."""
 
     reason, grpc_status, http_status = Reason.STALE_TERM, "FAILED_PRECONDITION", 409
+
+
+class NotLeader(MacpipeError):
+    """The coordinator does not lead (any more). ``details["leader"]`` has the gRPC addresses of who does, by commas."""
+
+    reason, grpc_status, http_status = Reason.NOT_LEADER, "UNAVAILABLE", 503

@@ -708,6 +708,7 @@ class GetClusterResponse(_message.Message):
     ACTIVITY_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     DEPLOYMENTS_FIELD_NUMBER: _builtins.int
+    LEADERSHIP_FIELD_NUMBER: _builtins.int
     LAG_SECONDS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     version: _builtins.str
@@ -800,6 +801,10 @@ class GetClusterResponse(_message.Message):
         replica.
         """
 
+    @_builtins.property
+    def leadership(self) -> Global___Leadership:
+        """Who leads; absent if no coordinator ever stood by."""
+
     def __init__(
         self,
         *,
@@ -844,15 +849,177 @@ class GetClusterResponse(_message.Message):
         activity: _builtins.str = ...,
         training: Global___TrainingProgress | None = ...,
         deployments: _abc.Iterable[Global___Deployment] | None = ...,
+        leadership: Global___Leadership | None = ...,
         lag_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "move", b"move", "repair", b"repair", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "leadership", b"leadership", "move", b"move", "repair", b"repair", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "adapters", b"adapters", "cached_tokens", b"cached_tokens", "cluster", b"cluster", "deployments", b"deployments", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "events", b"events", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "training", b"training", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "adapters", b"adapters", "cached_tokens", b"cached_tokens", "cluster", b"cluster", "deployments", b"deployments", "disk_hits", b"disk_hits", "disk_misses", b"disk_misses", "disk_tokens", b"disk_tokens", "draft_worker", b"draft_worker", "epoch", b"epoch", "events", b"events", "forecast", b"forecast", "guesses", b"guesses", "guesses_without_room", b"guesses_without_room", "lag_seconds", b"lag_seconds", "lane_sizes", b"lane_sizes", "layers", b"layers", "leadership", b"leadership", "max_context", b"max_context", "max_sequences", b"max_sequences", "model", b"model", "move", b"move", "objective", b"objective", "prefixes", b"prefixes", "problem", b"problem", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "reasons", b"reasons", "recoveries", b"recoveries", "repair", b"repair", "requests", b"requests", "requests_finished", b"requests_finished", "route", b"route", "spares", b"spares", "speculation", b"speculation", "stages", b"stages", "state", b"state", "tokens_generated", b"tokens_generated", "training", b"training", "uptime_seconds", b"uptime_seconds", "version", b"version", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterResponse: _TypeAlias = GetClusterResponse  # noqa: Y015
+
+@_typing.final
+class Leadership(_message.Message):
+    """Who leads, as the coordinator that was asked knows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Role:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Leadership._Role.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ROLE_UNSPECIFIED: Leadership._Role.ValueType  # 0
+        ROLE_LEADER: Leadership._Role.ValueType  # 1
+        """It serves."""
+        ROLE_STANDBY: Leadership._Role.ValueType  # 2
+        """It keeps a replica of the leader's state, and takes its place if it is lost."""
+
+    class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+        """What a coordinator does."""
+
+    ROLE_UNSPECIFIED: Leadership.Role.ValueType  # 0
+    ROLE_LEADER: Leadership.Role.ValueType  # 1
+    """It serves."""
+    ROLE_STANDBY: Leadership.Role.ValueType  # 2
+    """It keeps a replica of the leader's state, and takes its place if it is lost."""
+
+    class _Replication:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ReplicationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Leadership._Replication.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        REPLICATION_UNSPECIFIED: Leadership._Replication.ValueType  # 0
+        """No journal is replicated."""
+        REPLICATION_SYNC: Leadership._Replication.ValueType  # 1
+        """Once every standby in sync has its record."""
+        REPLICATION_ASYNC: Leadership._Replication.ValueType  # 2
+        """At once; standbys get its record soon."""
+
+    class Replication(_Replication, metaclass=_ReplicationEnumTypeWrapper):
+        """When a token may leave."""
+
+    REPLICATION_UNSPECIFIED: Leadership.Replication.ValueType  # 0
+    """No journal is replicated."""
+    REPLICATION_SYNC: Leadership.Replication.ValueType  # 1
+    """Once every standby in sync has its record."""
+    REPLICATION_ASYNC: Leadership.Replication.ValueType  # 2
+    """At once; standbys get its record soon."""
+
+    @_typing.final
+    class Coordinator(_message.Message):
+        """A coordinator as others know it."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        INSTANCE_FIELD_NUMBER: _builtins.int
+        ADDRESSES_FIELD_NUMBER: _builtins.int
+        HTTP_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """The name of its Mac."""
+        instance: _builtins.str
+        """Its process."""
+        @_builtins.property
+        def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """HOST:PORT of gRPC, and URLs of HTTP; the best ones first."""
+
+        @_builtins.property
+        def http(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            instance: _builtins.str = ...,
+            addresses: _abc.Iterable[_builtins.str] | None = ...,
+            http: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "http", b"http", "instance", b"instance", "name", b"name"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Standby(_message.Message):
+        """A standby of the leader."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        ADDRESSES_FIELD_NUMBER: _builtins.int
+        IN_SYNC_FIELD_NUMBER: _builtins.int
+        BEHIND_FIELD_NUMBER: _builtins.int
+        PROBLEM_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        in_sync: _builtins.bool
+        """It has every record that left, so it may resume answers."""
+        behind: _builtins.int
+        """Updates that it has not stored yet."""
+        problem: _builtins.str
+        """Why it is not in sync; empty if it is."""
+        @_builtins.property
+        def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            addresses: _abc.Iterable[_builtins.str] | None = ...,
+            in_sync: _builtins.bool = ...,
+            behind: _builtins.int = ...,
+            problem: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "behind", b"behind", "in_sync", b"in_sync", "name", b"name", "problem", b"problem"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    LEADER_FIELD_NUMBER: _builtins.int
+    SINCE_SECONDS_FIELD_NUMBER: _builtins.int
+    REPLICATE_FIELD_NUMBER: _builtins.int
+    STANDBYS_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
+    role: Global___Leadership.Role.ValueType
+    """The role of the coordinator that was asked."""
+    term: _builtins.int
+    since_seconds: _builtins.float
+    """Seconds since the term began."""
+    replicate: Global___Leadership.Replication.ValueType
+    @_builtins.property
+    def leader(self) -> Global___Leadership.Coordinator:
+        """Absent while nobody leads."""
+
+    @_builtins.property
+    def standbys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Leadership.Standby]: ...
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___Leadership.Coordinator]:
+        """Further leaders of this cluster, as on the other side of a cut."""
+
+    def __init__(
+        self,
+        *,
+        role: Global___Leadership.Role.ValueType = ...,
+        term: _builtins.int = ...,
+        leader: Global___Leadership.Coordinator | None = ...,
+        since_seconds: _builtins.float = ...,
+        replicate: Global___Leadership.Replication.ValueType = ...,
+        standbys: _abc.Iterable[Global___Leadership.Standby] | None = ...,
+        others: _abc.Iterable[Global___Leadership.Coordinator] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["leader", b"leader"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leader", b"leader", "others", b"others", "replicate", b"replicate", "role", b"role", "since_seconds", b"since_seconds", "standbys", b"standbys", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leadership: _TypeAlias = Leadership  # noqa: Y015
 
 @_typing.final
 class Deployment(_message.Message):

@@ -1,0 +1,73 @@
+"""Encode and decode who leads a cluster."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, Replicate, StandbyState
+from cluster.v1 import cluster_pb2 as pb
+
+__all__ = ["decode_coordinator", "decode_leadership", "encode_coordinator", "encode_leadership"]
+
+_ROLES: Final = {
+    CoordinatorRole.LEADER: pb.Leadership.ROLE_LEADER,
+    CoordinatorRole.STANDBY: pb.Leadership.ROLE_STANDBY,
+    CoordinatorRole.UNKNOWN: pb.Leadership.ROLE_UNSPECIFIED,
+}
+_MODES: Final = {
+    None: pb.Leadership.REPLICATION_UNSPECIFIED,
+    Replicate.SYNC: pb.Leadership.REPLICATION_SYNC,
+    Replicate.ASYNC: pb.Leadership.REPLICATION_ASYNC,
+}
+_ROLE_OF: Final = {number: role for role, number in _ROLES.items()}
+_MODE_OF: Final = {number: mode for mode, number in _MODES.items()}
+
+
+def encode_leadership(state: LeadershipState) -> pb.Leadership:
+    """Encode who leads."""
+    return pb.Leadership(
+        role=_ROLES[state.role],
+        term=state.term,
+        leader=encode_coordinator(state.leader) if state.leader else None,
+        since_seconds=state.since_seconds,
+        replicate=_MODES[state.replicate],
+        standbys=map(_encode_standby, state.standbys),
+        others=map(encode_coordinator, state.others),
+    )
+
+
+def decode_leadership(message: pb.Leadership) -> LeadershipState:
+    """Decode who leads."""
+    return LeadershipState(
+        role=_ROLE_OF.get(message.role, CoordinatorRole.UNKNOWN),
+        term=message.term,
+        leader=decode_coordinator(message.leader) if message.HasField("leader") else None,
+        since_seconds=message.since_seconds,
+        replicate=_MODE_OF.get(message.replicate),
+        standbys=tuple(map(_decode_standby, message.standbys)),
+        others=tuple(map(decode_coordinator, message.others)),
+    )
+
+
+def encode_coordinator(name: CoordinatorName) -> pb.Leadership.Coordinator:
+    """Encode a coordinator's name and addresses."""
+    return pb.Leadership.Coordinator(name=name.name, instance=name.instance, addresses=name.addresses, http=name.http)
+
+
+def decode_coordinator(message: pb.Leadership.Coordinator) -> CoordinatorName:
+    """Decode a coordinator's name and addresses."""
+    return CoordinatorName(message.name, message.instance, tuple(message.addresses), tuple(message.http))
+
+
+def _encode_standby(standby: StandbyState) -> pb.Leadership.Standby:
+    return pb.Leadership.Standby(
+        name=standby.name,
+        addresses=standby.addresses,
+        in_sync=standby.in_sync,
+        behind=standby.behind,
+        problem=standby.problem,
+    )
+
+
+def _decode_standby(message: pb.Leadership.Standby) -> StandbyState:
+    return StandbyState(message.name, tuple(message.addresses), message.in_sync, message.behind, message.problem)

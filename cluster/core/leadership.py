@@ -1,0 +1,64 @@
+"""Who leads a cluster, and which coordinators stand by to take its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class CoordinatorRole(StrEnum):
+    """What a coordinator does: it serves, or it keeps a replica of the one that does."""
+
+    LEADER = "leader"
+    STANDBY = "standby"
+    UNKNOWN = "unknown"
+    """A role that this client's version does not know."""
+
+
+class Replicate(StrEnum):
+    """When a token may leave: once every standby in sync has its record, or at once."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorName:
+    """A coordinator as others know it: its Mac's name, its process, its gRPC addresses and HTTP URLs, best first."""
+
+    name: str
+    instance: str
+    addresses: tuple[str, ...] = ()
+    http: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyState:
+    """A standby of the leader. ``behind`` is how many updates it has not stored yet.
+
+    One in sync has every record that left; only it may resume answers. ``problem`` says why it is not; "" if it is.
+    """
+
+    name: str
+    addresses: tuple[str, ...] = ()
+    in_sync: bool = False
+    behind: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LeadershipState:
+    """Who leads, as the coordinator that was asked knows it.
+
+    ``role`` is its own. ``leader`` is None while nobody leads. ``since_seconds`` is how long ago the term began.
+    ``replicate`` is None if no journal is replicated. ``others`` are further leaders of the same cluster, as on the
+    other side of a cut.
+    """
+
+    role: CoordinatorRole
+    term: int = 0
+    leader: CoordinatorName | None = None
+    since_seconds: float = 0.0
+    replicate: Replicate | None = None
+    standbys: tuple[StandbyState, ...] = ()
+    others: tuple[CoordinatorName, ...] = ()
