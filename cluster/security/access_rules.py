@@ -56,6 +56,11 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "ListTensors": _MACS,
         "ReadTensors": _MACS,
     },
+    "cluster.v1.LeaderService": {
+        "Follow": _COORDINATORS,
+        "Leads": _COORDINATORS,
+        "PassHttp": _COORDINATORS,
+    },
     "cluster.v1.InferenceService": {
         "Generate": _SENDERS,
         "Chat": _SENDERS,
