@@ -39,6 +39,7 @@ NOT_QUICK = frozenset(
         "model/test_edits.py",
         "model/test_grammar_compiler.py",
         "model/test_grammars.py",
+        "model/test_groups.py",
         "model/test_guessed_answers.py",
         "model/test_guesses.py",
         "model/test_hidden_states.py",
