@@ -26,7 +26,7 @@ from cluster.store.limits import (
     PEER_CALL_TIMEOUT_S,
 )
 from cluster.store.model_files import ModelFiles, StoredFile, is_stored
-from cluster.transport.grpc_setup import data_channel
+from cluster.transport.grpc_setup import store_channel
 from cluster.transport.rich_errors import from_rpc_error
 from cluster.v1 import store_pb2 as pb
 from cluster.v1.store_pb2_grpc import StoreServiceStub
@@ -57,7 +57,7 @@ class Peer:
 
     def __init__(self, trust: Trust, name: str, address: str, fingerprint: str, party: str = WORKER) -> None:
         self.address, self.label, self._fingerprint = address, name, fingerprint
-        self._channel = data_channel(trust, address, party, MAX_STORE_ANSWER_BYTES)
+        self._channel = store_channel(trust, address, party, MAX_STORE_ANSWER_BYTES)
         self._stub = StoreServiceStub(self._channel)
 
     def __enter__(self) -> Self:

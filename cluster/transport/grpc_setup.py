@@ -79,9 +79,12 @@ _PUBLIC_OPTIONS: ChannelOptions = [
     *_options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS),
     *_IDLE,
 ]
-_ONE_THREAD: ChannelOptions = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
+ONE_THREAD: ChannelOptions = [(grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
 """The thread that iterates over a stream reads from the connection itself. Otherwise one of gRPC's threads reads and
-wakes the reader, which is half of a hop's wake-ups and a quarter of its time."""
+wakes the reader, which is half of a hop's wake-ups and a quarter of its time.
+
+Such a call must be read to its end. One that is cancelled, or dropped before, keeps its connection and 100 KiB for
+ever, since nobody reads its status. Close its channel instead: then the reader gets the status."""
 
 
 def _data_options(receive_bytes: int) -> ChannelOptions:
@@ -169,17 +172,22 @@ def bind(server: grpc.Server | aio.Server, trust: Trust, host: str, port: int) -
 
 
 def data_channel(trust: Trust, address: str, peer: str, receive_bytes: int = MAX_FRAME_BYTES) -> grpc.Channel:
-    """Return a channel to the data port or store of ``peer`` (see ``Trust.channel``), on its own connection.
+    """Return a channel to the data port of ``peer`` (see ``Trust.channel``), on its own connection.
 
     A received message may have ``receive_bytes``. Raises ``InvalidOption`` if the address is invalid, or if this
     process has no credentials for it.
     """
-    return _dial(trust, address, peer, [*_data_options(receive_bytes), *_ONE_THREAD], grpc.secure_channel)
+    return _dial(trust, address, peer, [*_data_options(receive_bytes), *ONE_THREAD], grpc.secure_channel)
+
+
+def store_channel(trust: Trust, address: str, peer: str, receive_bytes: int) -> grpc.Channel:
+    """Return a channel to the store of ``peer``, whose streams may be cancelled. Otherwise as ``data_channel``."""
+    return _dial(trust, address, peer, _data_options(receive_bytes), grpc.secure_channel)
 
 
 def liveness_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_S) -> grpc.Channel:
     """Return a channel to a data port that carries only pings, with timeout ``ping_s``, on its own connection."""
-    own_connection: ChannelOptions = [*_ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
+    own_connection: ChannelOptions = [*ONE_THREAD, ("grpc.use_local_subchannel_pool", 1)]
     return _dial(trust, address, peer, [*_ping_options(ping_s), *own_connection], grpc.secure_channel)
 
 

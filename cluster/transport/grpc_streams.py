@@ -249,5 +249,4 @@ class _Stream:
         if self._liveness:
             self._liveness.close()
         self._outbox.close()
-        self._call.cancel()
-        self._channel.close()
+        self._channel.close()  # ends the call too; a cancelled one would leak (see ``grpc_setup.ONE_THREAD``)

@@ -93,7 +93,7 @@ class LivenessStream:
         Pings start with the connection, so a link that is cut before that is silent for as long as connecting may take.
         """
         first = threading.Event()
-        limit = threading.Timer(CONNECT_TIMEOUT_S + self._granted_s - PING_S, self._call.cancel)
+        limit = threading.Timer(CONNECT_TIMEOUT_S + self._granted_s - PING_S, self._channel.close)
         limit.daemon = True
         limit.start()
         try:
@@ -123,5 +123,4 @@ class LivenessStream:
     def close(self) -> None:
         with self._closing:
             self._closed = True
-            self._call.cancel()
             self._channel.close()

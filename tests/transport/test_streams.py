@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import pytest
@@ -246,14 +247,21 @@ def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
     server.stop()
 
 
-def test_streams_leave_no_thread_behind(port: Port) -> None:
+def test_streams_leave_no_thread_and_no_connection_behind(port: Port) -> None:
+    def count_files() -> int:
+        return len(list(Path("/dev/fd").iterdir()))
+
     ear = Ear()
-    before = threading.active_count()
+    threads, files = threading.active_count(), count_files()
     for _ in range(3):
+        port.stage.box = Outbox(EPOCH)  # an outbox has one reader
+        pull = port.dialer.pull(port.address, EPOCH, ear.heard.put, ear.lost.put)
         feed = port.dialer.feed(port.address, EPOCH, ear.lost.put)
         feed.close()
+        pull.close()
     deadline = time.monotonic() + WAIT_S
-    while threading.active_count() > before + 4:  # the data port keeps its own pool
-        assert time.monotonic() < deadline, [t.name for t in threading.enumerate()]
+    while threading.active_count() > threads + 4 or count_files() > files + 4:
+        # the data port keeps its own pool of threads, and gRPC the files of its pollers
+        assert time.monotonic() < deadline, (count_files() - files, [t.name for t in threading.enumerate()])
         time.sleep(0.05)
     assert ear.lost.empty()
