@@ -16,7 +16,6 @@ import httpx
 from checkpoints import make
 from cluster.client import Client
 from cluster.model.tokenizer import load_tokenizer
-from faults.soak import is_flat
 from integration.daemons import Cluster, Footprint, children, free_port, until
 from integration.reference import greedy
 
@@ -31,7 +30,20 @@ TURN_S = 40.0
 """One of the models has a rest for so long, which is longer than a model stays at least: then it may leave."""
 LEAVES = 0.2
 """Share of the requests whose client hangs up, most of them while the model is loaded."""
+GROWTH = 1.03
+"""The median of a process's memory in the last quarter of a run may be so much that of the second quarter: the first
+fills pools, caches and the history of frames."""
+SLACK = {"files": 8, "threads": 8, "processes": 1}
+"""What one more loaded model needs: by chance, fewer may be loaded at once in one quarter than in another."""
 PROMPT = [(i * 37 + 11) % 250 for i in range(40)]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One look at a process: its resources, and the number of its own processes."""
+
+    footprint: Footprint
+    processes: int = 0
 
 
 @dataclass
@@ -44,47 +56,64 @@ class ModelsFound:
     evictions: int = 0
     differing: int = 0
     failed: list[str] = field(default_factory=list)
-    footprints: dict[str, list[Footprint]] = field(default_factory=dict)
+    seen: dict[str, list[Seen]] = field(default_factory=dict)
 
-    @property
-    def flat(self) -> bool:
-        """Whether no process typically had more in the last quarter than in the one before.
+    def grown(self, growth: float = GROWTH) -> list[str]:
+        """Return what grew between the second and the last quarter of the run: processes, and of what.
 
-        Engines come and go with models, so single samples tell little.
+        ``growth`` is the ratio that memory may reach, see ``GROWTH``.
         """
-        quarters = (
-            (seen[len(seen) // 2 : -len(seen) // 4], seen[-len(seen) // 4 :]) for seen in self.footprints.values()
-        )
-        return all(is_flat([_typical(third), _typical(last)]) for third, last in quarters)
+        found = []
+        for name, seen in self.seen.items():
+            before, last = (_Quarter.of(seen, number) for number in (1, 3))
+            if last.resident > before.resident * growth:
+                found.append(f"{name}: memory")
+            found += [f"{name}: {what}" for what, n in SLACK.items() if getattr(last, what) > getattr(before, what) + n]
+        return found
 
     @property
     def good(self) -> bool:
-        return self.flat and not self.differing and not self.failed
+        return not (self.grown() or self.differing or self.failed)
 
     def facts(self) -> dict[str, object]:
+        counts = {name: getattr(self, name) for name in ("answers", "left", "refused", "evictions", "differing")}
+        return {**counts, "failed": self.failed[:10], "grown": self.grown(), "quarters": self._quarters()}
+
+    def _quarters(self) -> dict[str, dict[str, list[float]]]:
+        """Return each process's resources by quarter."""
         return {
-            "answers": self.answers,
-            "left": self.left,
-            "refused": self.refused,
-            "evictions": self.evictions,
-            "differing": self.differing,
-            "failed": self.failed[:10],
-            "flat": self.flat,
-            "mib": {
-                name: [round(f.resident / 2**20, 1) for f in seen[:: max(1, len(seen) // 10)]]
-                for name, seen in self.footprints.items()
-            },
-            "files": {name: [seen[len(seen) // 2].files, seen[-1].files] for name, seen in self.footprints.items()},
-            "threads": {
-                name: [seen[len(seen) // 2].threads, seen[-1].threads] for name, seen in self.footprints.items()
-            },
+            name: {
+                "mib": [round(one.resident / 2**20, 1) for one in quarters],
+                "files": [one.files for one in quarters],
+                "threads": [one.threads for one in quarters],
+                "processes": [one.processes for one in quarters],
+            }
+            for name, seen in self.seen.items()
+            if (quarters := [_Quarter.of(seen, number) for number in range(4)])
         }
 
 
-def _typical(seen: list[Footprint]) -> Footprint:
-    """Return the median of each resource."""
-    columns = ([f.resident for f in seen], [f.threads for f in seen], [f.files for f in seen])
-    return Footprint(*(round(median(column)) for column in columns))
+@dataclass(frozen=True)
+class _Quarter:
+    """A process in a quarter of the run: the median of its memory in bytes, and the least of everything else.
+
+    Files, threads and processes follow the models that are loaded at the moment, so only their least tells of a leak.
+    """
+
+    resident: float
+    files: int
+    threads: int
+    processes: int
+
+    @classmethod
+    def of(cls, seen: list[Seen], number: int) -> _Quarter:
+        own = seen[len(seen) * number // 4 : len(seen) * (number + 1) // 4]
+        return cls(
+            median(one.footprint.resident for one in own),
+            min(one.footprint.files for one in own),
+            min(one.footprint.threads for one in own),
+            min(one.processes for one in own),
+        )
 
 
 class ModelsSoak:
@@ -161,14 +190,9 @@ class ModelsSoak:
             time.sleep(rng.random())
 
     def _look(self, found: ModelsFound) -> None:
-        """Take a footprint of each daemon, and one of all its other processes together."""
+        """Look at each daemon, and at the first engine of each worker, which stays while others come and go."""
         for daemon in self._cluster.daemons:
-            found.footprints.setdefault(daemon.name, []).append(Footprint.of(daemon.process.pid))
-            others = []
-            for pid in children(daemon.process.pid):
-                try:
-                    others.append(Footprint.of(pid))
-                except (OSError, ValueError):  # it has just ended
-                    continue
-            total = Footprint(*(sum(getattr(one, name) for one in others) for name in ("resident", "threads", "files")))
-            found.footprints.setdefault(f"{daemon.name}'s processes", []).append(total)
+            pid, own = daemon.process.pid, children(daemon.process.pid)
+            found.seen.setdefault(daemon.name, []).append(Seen(Footprint.of(pid), len(own)))
+            if daemon is not self._serve:
+                found.seen.setdefault(f"{daemon.name}'s engine", []).append(Seen(Footprint.of(own[0])))

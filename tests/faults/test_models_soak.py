@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from faults.models_soak import ModelsFound, ModelsSoak
+from faults.models_soak import ModelsFound, ModelsSoak, Seen
 from integration.daemons import Footprint
 
 
-def test_growth_is_told_from_engines_that_come_and_go() -> None:
-    def found(*mebibytes: int, differing: int = 0) -> ModelsFound:
-        seen = [Footprint(size * 2**20, 9, 40) for size in mebibytes]
-        return ModelsFound(footprints={"hal": seen}, differing=differing)
+def found(*mebibytes: int, files: Sequence[int] = (40,), differing: int = 0) -> ModelsFound:
+    seen = [Seen(Footprint(size * 2**20, 9, files[i % len(files)]), 2) for i, size in enumerate(mebibytes)]
+    return ModelsFound(seen={"hal": seen}, differing=differing)
 
-    steady = (100, 200, *(120, 240) * 7)
-    assert found(*steady).good
+
+def test_growth_is_told_from_models_that_come_and_go() -> None:
+    steady = (100, 160, *(120, 140) * 7)
+    assert found(*steady, files=(40, 44)).good
     assert not found(*steady, differing=1).good
-    assert not found(*steady[:12], 400, 500, 600, 600).good
+    assert found(*steady[:12], 400, 500, 600, 600).grown() == ["hal: memory"]
+    assert found(*steady, files=range(0, 32, 2)).grown() == ["hal: files"]
 
 
 @pytest.mark.long
@@ -33,5 +36,6 @@ def test_models_come_and_go(tmp_path: Path) -> None:
     finally:
         soak.close()
     print(json.dumps(found.facts()))
-    assert found.good, found.facts()
+    assert not found.grown(1.1), found.facts()  # 3 % only in a longer run: caches still fill
+    assert not found.differing + len(found.failed), found.facts()
     assert min(found.answers, found.left, found.evictions) > 0
