@@ -38,25 +38,27 @@ class ClusterPlanner:
         self._shapes: dict[LoadOrder, ModelShape] = {}
         """The shapes of models that are yet to be loaded."""
 
-    async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
+    async def plan(self, order: LoadOrder, *, wait: bool = False, given_name: str = "") -> Plan:
         """Return the plan for an order with the workers present now. Change nothing.
 
-        With ``wait``, wait for workers as a load does. Raises ``MacpipeError``.
+        With ``wait``, wait for workers as a load does. An error calls the model by ``given_name``. Raises
+        ``MacpipeError``.
         """
-        shape = await self._reader.read_shape(order)
+        shape = replace(await self._reader.read_shape(order), given_name=given_name)
         if wait:
             found = await gather_workers(self._roster, order, shape, self._report)
         else:
             found = await self._roster.present(order.stage_count)
         return await self.make_plan(0, shape, found, order)
 
-    async def require_room(self, order: LoadOrder) -> None:
+    async def require_room(self, order: LoadOrder, given_name: str) -> None:
         """Raise ``DoesNotFit`` if a model whose tokenizer cannot be used is also too large for the workers.
 
         That comes first: nobody mends a model that then does not fit.
         """
         try:
-            await self.plan(replace(order, wait_s=min(order.wait_s, ROOM_WAIT_S)), wait=True)
+            soon = replace(order, wait_s=min(order.wait_s, ROOM_WAIT_S))
+            await self.plan(soon, wait=True, given_name=given_name)
         except DoesNotFit:
             raise
         except MacpipeError:  # it cannot be planned now, which says nothing about its size

@@ -114,7 +114,11 @@ class Deployment:
 
     def title(self, source: str) -> str:
         """Return how people hear of the model: by the name that they gave it, else by its source."""
-        return source if self.name == DEFAULT else self.name
+        return self._given_name or source
+
+    @property
+    def _given_name(self) -> str:
+        return "" if self.name == DEFAULT else self.name
 
     def alive(self) -> Collection[str]:
         """Return the workers that a frame passed a moment ago."""
@@ -145,8 +149,9 @@ class Deployment:
         try:
             model_info = await self._host.reader.read(order)
         except (BadCheckpoint, ModelUnsupported):
-            await self._host.planner.require_room(order)
+            await self._host.planner.require_room(order, self._given_name)
             raise
+        model_info = replace(model_info, shape=replace(model_info.shape, given_name=self._given_name))
         try:
             draft_info = await read_draft(self._host.reader, model_info, order)
             placement = await self._open_first(model_info, order, report, draft_info, again=again)
@@ -217,10 +222,11 @@ class Deployment:
         Raises as ``ModelReader.read_shape`` and ``RosterView.usable``.
         """
         self.watch = LoadWatch(self.title(order.model), "waiting to load {}")
-        shape = await self._host.reader.read_shape(order)
-        roster = self.first.deps.roster
-        workers = await roster.usable(order.stage_count, order.wait_s, self.watch)
-        return RoomQuestion(shape, order, workers, roster.without(()), self._host.planner.links)
+        shape = replace(await self._host.reader.read_shape(order), given_name=self._given_name)
+        deps = self.first.deps
+        workers = await deps.roster.usable(order.stage_count, order.wait_s, self.watch)
+        lacks_macs = any(member.problem and not member.outside for member in deps.heartbeat.members())
+        return RoomQuestion(shape, order, workers, deps.roster.without(()), self._host.planner.links, lacks_macs)
 
     async def read(self, order: LoadOrder) -> ModelInfo:
         """Read a model with its tokenizer, which the caller closes. Load nothing. Raises as ``ModelReader.read``."""

@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-from cluster.core.errors import DoesNotFit
+from cluster.core.errors import DoesNotFit, ModelTooLarge
 from cluster.core.load_limits import BUSY_RETRY_S, MIN_RESIDENT_S
 from cluster.core.text import gib_in_words, names_in_words
 
@@ -53,11 +53,14 @@ class Room:
     wait_s: float = 0.0
 
 
-def find_room(model: str, residents: Sequence[Resident], refusal: Refusal, now: float) -> Room:
+def find_room(
+    model: str, residents: Sequence[Resident], refusal: Refusal, now: float, lacks_macs: bool = False
+) -> Room:
     """Return how ``model`` gets its memory, at the cost of few models, and of those that were used least recently.
 
-    None of the victims could stay. Raises ``DoesNotFit`` if it would not fit even alone, with the planner's sentence,
-    or if it does not fit beside what is pinned or busy, with the names of these.
+    None of the victims could stay. Raises ``ModelTooLarge`` if it would not fit even alone, with the planner's
+    sentence, or if it does not fit beside what is pinned, and ``DoesNotFit`` if it does not fit beside what is busy,
+    with the names of these. ``lacks_macs``: Macs are away that may come back, so nothing is too large for now.
     """
     why = refusal(frozenset())
     if why is None:
@@ -70,9 +73,14 @@ def find_room(model: str, residents: Sequence[Resident], refusal: Refusal, now: 
     why = refusal({one.name for one in evictable})
     if why is None:
         return Room(wait_s=_wait_for_young(evictable, refusal, now))
+    for_good = DoesNotFit if lacks_macs else ModelTooLarge
     if alone := refusal({one.name for one in ordered}):
-        raise alone
-    raise _no_room(model, [one for one in ordered if one.busy or one.pinned], why)
+        raise for_good(alone.sentence, missing_bytes=alone.details.get("missing_bytes", "0"))
+    pinned = [one.name for one in ordered if one.pinned]
+    if why_pinned := refusal({one.name for one in ordered if not one.pinned}):
+        raise _no_room(for_good, model, [], pinned, why_pinned)
+    busy = [one.name for one in ordered if one.busy]
+    raise _no_room(DoesNotFit, model, busy, [name for name in pinned if name not in busy], why)
 
 
 def _choose_victims(names: Sequence[str], refusal: Refusal) -> tuple[str, ...]:
@@ -96,16 +104,16 @@ def _wait_for_young(evictable: Sequence[Resident], refusal: Refusal, now: float)
     return waits[-1]
 
 
-def _no_room(model: str, staying: Sequence[Resident], why: DoesNotFit) -> DoesNotFit:
+def _no_room(
+    kind: type[DoesNotFit], model: str, busy: Sequence[str], pinned: Sequence[str], why: DoesNotFit
+) -> DoesNotFit:
     """Return the refusal of a model that does not fit beside these."""
-    busy = [one.name for one in staying if one.busy]
-    pinned = [one.name for one in staying if one.pinned and not one.busy]
     parts = [f"{names_in_words(busy)}, which {_are(busy)} busy"] if busy else []
     parts += [f"{names_in_words(pinned)}, which {_are(pinned)} pinned"] if pinned else []
     missing = int(why.details.get("missing_bytes", "0"))
     amount = f"it needs {gib_in_words(missing)} more" if missing else "there is not enough memory"
     remedy = "try again in a moment" if busy else f"unload {pinned[0]} first"
-    return DoesNotFit(
+    return kind(
         f"{model} does not fit beside {', and '.join(parts)}: {amount}; {remedy}",
         retry_after_s=BUSY_RETRY_S if busy else None,
         missing_bytes=str(missing),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from cluster.coordinator.planner import Links, build_plan, plan_request
@@ -38,7 +38,7 @@ class ModelToPlace:
     @classmethod
     def of(cls, entry: ModelEntry, shape: ModelShape) -> Self:
         """Return an entry of a catalog with the shape of its model."""
-        return cls(entry.name, entry.order, shape, entry.pin, entry.priority)
+        return cls(entry.name, entry.order, replace(shape, given_name=entry.name), entry.pin, entry.priority)
 
 
 def require_models(names: Sequence[str]) -> None:

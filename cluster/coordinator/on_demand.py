@@ -431,7 +431,7 @@ class OnDemand:
         residents = [self._describe(one) for one in loaded]
         residents += [Resident.of_copy(holder, i) for i, holder in enumerate(copies)]
         now = self._clock() + (0.0 if patient else MIN_RESIDENT_S)
-        return await anyio.to_thread.run_sync(find_room, entry.name, residents, refusal, now)
+        return await anyio.to_thread.run_sync(find_room, entry.name, residents, refusal, now, question.lacks_macs)
 
     def _describe(self, deployment: Deployment) -> Resident:
         name, entry = deployment.name, self._host.deployments.catalog.get(deployment.name)

@@ -132,7 +132,7 @@ def _why_unbatchable(shape: ModelShape, order: LoadOrder) -> tuple[str, ...]:
     """Return the reason why requests cannot decode in one batch; () if they can."""
     if shape.batchable:
         return ()
-    subject = f"caches of {order.kv_bits} bits" if order.kv_bits else f"requests to {shape.model.name}"
+    subject = f"caches of {order.kv_bits} bits" if order.kv_bits else f"requests to {shape.title}"
     return (f"{subject} cannot share a batch in mlx-lm: every lane takes one request at a time; --lanes makes more",)
 
 

@@ -201,7 +201,7 @@ class Replica:
             except NoPlan as e:
                 if needs_draft:
                     raise
-                self._host.notify(f"{plan.model.name} is served without a draft model: {e.sentence}")
+                self._host.notify(f"{shape.title} is served without a draft model: {e.sentence}")
         return Placement(Assignment(plan, workers), order, draft, others)
 
     async def _plan_over(

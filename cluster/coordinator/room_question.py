@@ -17,7 +17,8 @@ from cluster.core.worker import WorkerInfo
 class RoomQuestion:
     """The workers and what is held on them at one moment. Any thread may ask, since nothing of it changes.
 
-    ``view`` is the model's own, and ``workers`` have all their memory.
+    ``view`` is the model's own, and ``workers`` have all their memory. ``lacks_macs``: others are away that may come
+    back.
     """
 
     shape: ModelShape
@@ -25,6 +26,7 @@ class RoomQuestion:
     workers: Sequence[WorkerInfo]
     view: RosterView
     links: Links
+    lacks_macs: bool
 
     def refusal(self, leaving: Collection[str]) -> DoesNotFit | None:
         """Return why there is no room once these holders of slices have left; None if there is.

@@ -41,6 +41,7 @@ class Reason(StrEnum):
     PREFIX_MISSING = "PREFIX_MISSING"
     NO_PLAN = "NO_PLAN"
     DOES_NOT_FIT = "DOES_NOT_FIT"
+    MODEL_TOO_LARGE = "MODEL_TOO_LARGE"
     NO_WORKERS = "NO_WORKERS"
     DUPLICATE_NAME = "DUPLICATE_NAME"
     DUPLICATE_ID = "DUPLICATE_ID"
@@ -260,6 +261,15 @@ class DoesNotFit(NoPlan):
     """There is not enough memory; the sentence says how many GiB are missing."""
 
     reason, grpc_status = Reason.DOES_NOT_FIT, "RESOURCE_EXHAUSTED"
+
+
+class ModelTooLarge(DoesNotFit):
+    """A model fits on no Macs that there are, or not beside what is pinned: a request that is sent again fails again.
+
+    That changes when a Mac joins, or when the operator unloads what is pinned.
+    """
+
+    reason, grpc_status, http_status = Reason.MODEL_TOO_LARGE, "FAILED_PRECONDITION", 400
 
 
 class NoWorkers(MacpipeError):

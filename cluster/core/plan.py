@@ -97,6 +97,13 @@ class ModelShape:
     """Attention heads of a layer; 0 if unknown."""
     max_chunk: int = PREFILL_CHUNK
     """Tokens of the longest prompt chunk for which the sizes of caches hold."""
+    given_name: str = ""
+    """What people call the model; "" if they call it by its source."""
+
+    @property
+    def title(self) -> str:
+        """The model's name for people."""
+        return self.given_name or self.model.name
 
     def stage_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage with these layers holds."""

@@ -131,14 +131,12 @@ def require_pieces(shape: ModelShape, count: int) -> None:
 def check_cuts(shape: ModelShape, ranges: Sequence[LayerRange]) -> None:
     """Raise ``NoPlan`` unless the model has these layers and may be cut between the ranges."""
     if ranges[-1].end != shape.layers:
-        raise NoPlan(
-            f"{shape.model.name} has layers 0-{shape.layers - 1}, but the ranges end at layer {ranges[-1].end - 1}"
-        )
+        raise NoPlan(f"{shape.title} has layers 0-{shape.layers - 1}, but the ranges end at layer {ranges[-1].end - 1}")
     reasons = dict(shape.unclean)
     for layers in ranges[1:]:
         if layers.start in reasons:
             raise NoPlan(
-                f"{shape.model.name} cannot be cut before layer {layers.start}: {reasons[layers.start]}; "
+                f"{shape.title} cannot be cut before layer {layers.start}: {reasons[layers.start]}; "
                 f"it can be cut before {_join_numbers(shape.clean_cuts)}"
             )
 
@@ -159,7 +157,7 @@ def _join_numbers(numbers: Sequence[int]) -> str:
 def _too_few_cuts(shape: ModelShape, workers: int) -> str:
     most = len(shape.clean_cuts) + 1
     return (
-        f"{shape.model.name} has {shape.layers} layers and can be cut into {count_in_words(most, 'stage')} at most, "
+        f"{shape.title} has {shape.layers} layers and can be cut into {count_in_words(most, 'stage')} at most, "
         f"not {workers}; use --workers {most} or fewer"
     )
 
@@ -182,6 +180,6 @@ def _does_not_fit(
     if sum(shape.stage_bytes(layers) for layers in ranges) <= sum(memory.usable for memory in memories):
         remedies.append("lower --max-context")
     return (
-        f"{shape.model.name} does not fit: it needs {gib_in_words(total)} with {sequences} x {shape.max_context} "
+        f"{shape.title} does not fit: it needs {gib_in_words(total)} with {sequences} x {shape.max_context} "
         f"tokens of context, the workers offer {offered}; {names}; {_join_remedies(remedies)}"
     )

@@ -30,7 +30,7 @@ from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.on_demand import HeldModel
 from cluster.coordinator.settings import LoadOrder, ModelEntry
-from cluster.core.errors import DoesNotFit, MacpipeError
+from cluster.core.errors import DoesNotFit, MacpipeError, ModelTooLarge
 from cluster.core.limits import MAX_MESSAGES
 from cluster.core.request import Accepted, ChatMessage, FinishEvent, FinishReason, Request, TokenEvent, Usage
 from cluster.security.credentials import LocalTrust
@@ -286,6 +286,10 @@ async def test_an_error_of_a_load_ends_the_stream_that_waits_for_it(path: str, m
     refused = await stream(path, service, LOADING[path], -1, load.end)
     assert refused[0] == b"503", "nothing was sent yet"
     assert b"it needs 5 GiB more" in b"".join(refused)
+    load, service = on_demand(ModelTooLarge("it needs 5 GiB more"))
+    load.end()
+    refused = await stream(path, service, LOADING[path], -1, load.end)
+    assert refused[0] == b"400", "clients do not send it again"
 
 
 @pytest.mark.parametrize("path", LOADING)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.coordinator.eviction import Resident, Room, find_room
-from cluster.core.errors import DoesNotFit
+from cluster.core.errors import DoesNotFit, ModelTooLarge
 from cluster.core.load_limits import MIN_RESIDENT_S
 
 NOW = 1000.0
@@ -63,21 +63,36 @@ def test_what_was_just_loaded_stays_for_a_while() -> None:
 
 def test_a_model_is_refused_beside_what_is_busy_or_pinned_with_names_and_gib() -> None:
     residents = [resident("chat", 0, busy=True), resident("title", 90, pinned=True), resident("idle", 90)]
-    refusal = needs({"new": 6 * GIB}, {"chat": 4 * GIB, "title": GIB, "idle": GIB})
+    held = {"chat": 4 * GIB, "title": GIB, "idle": GIB}
     with pytest.raises(DoesNotFit) as refused:
-        find_room("new", residents, refusal, NOW)
+        find_room("new", residents, needs({"new": 5 * GIB}, held), NOW)
     assert refused.value.sentence == (
-        "new does not fit beside chat, which is busy, and title, which is pinned: it needs 5 GiB more; "
+        "new does not fit beside chat, which is busy, and title, which is pinned: it needs 4 GiB more; "
         "try again in a moment"
     )
     assert refused.value.retry_after_s
-    with pytest.raises(DoesNotFit, match=r"beside title, which is pinned: it needs 1 GiB more; unload title first"):
-        find_room("new", residents[1:], needs({"new": 2 * GIB}, {"title": GIB, "idle": GIB}), NOW)
+    assert not isinstance(refused.value, ModelTooLarge)
 
 
-def test_a_model_that_can_never_fit_has_the_planners_sentence() -> None:
-    with pytest.raises(DoesNotFit, match=r"^new lacks 3$"):
-        find_room("new", [resident("chat", 0, busy=True)], needs({"new": 5}, {"chat": 2}), NOW)
+def test_trying_again_is_no_use_beside_what_is_pinned() -> None:
+    residents = [resident("chat", 0, busy=True), resident("title", 90, pinned=True), resident("idle", 90)]
+    refusal = needs({"new": 6 * GIB}, {"chat": 4 * GIB, "title": GIB, "idle": GIB})
+    with pytest.raises(
+        ModelTooLarge, match=r"beside title, which is pinned: it needs 1 GiB more; unload title first"
+    ) as refused:
+        find_room("new", residents, refusal, NOW)
+    assert refused.value.retry_after_s is None
+    with pytest.raises(DoesNotFit) as awaited:
+        find_room("new", residents, refusal, NOW, lacks_macs=True)
+    assert type(awaited.value) is DoesNotFit
+
+
+@pytest.mark.parametrize(("lacks_macs", "kind"), [(False, ModelTooLarge), (True, DoesNotFit)])
+def test_a_model_that_can_never_fit_has_the_planners_sentence(lacks_macs: bool, kind: type[DoesNotFit]) -> None:
+    with pytest.raises(DoesNotFit, match=r"^new lacks 3$") as refused:
+        find_room("new", [resident("chat", 0, busy=True)], needs({"new": 5}, {"chat": 2}), NOW, lacks_macs)
+    assert type(refused.value) is kind
+    assert refused.value.details["missing_bytes"] == "3"
 
 
 residents_strategy = st.lists(

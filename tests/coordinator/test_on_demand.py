@@ -16,7 +16,15 @@ from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import LoadWatch
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import BadCheckpoint, DoesNotFit, MacpipeError, ModelNotFound, NotServing, WorkerLost
+from cluster.core.errors import (
+    BadCheckpoint,
+    DoesNotFit,
+    MacpipeError,
+    ModelNotFound,
+    ModelTooLarge,
+    NotServing,
+    WorkerLost,
+)
 from cluster.core.load_limits import FAILED_RETRY_S, LOAD_TRIES, MIN_RESIDENT_S, REFUSED_RETRY_S
 
 pytestmark = pytest.mark.anyio
@@ -51,6 +59,8 @@ class MemoryDeployment:
 
     async def wait_loaded(self) -> None: ...
 
+    lacks_macs = False
+
     async def ask_room(self, order: LoadOrder) -> MemoryDeployment:
         self.cluster.asked += 1
         return self
@@ -58,7 +68,7 @@ class MemoryDeployment:
     def refusal(self, leaving: Collection[str]) -> DoesNotFit | None:
         others = [one for one in self.cluster.loaded() if one is not self]
         held = sum(SIZES[one.name] for one in others for copy in one.replicas if copy.holder not in leaving)
-        missing = held + SIZES[self.name] - MEMORY
+        missing = held + SIZES[self.name] - self.cluster.memory
         return DoesNotFit(f"{self.name} lacks {missing}", missing_bytes=str(missing)) if missing > 0 else None
 
     async def unload(self, may_unload: Callable[[], bool]) -> bool:
@@ -108,6 +118,7 @@ class MemoryCluster:
     def __init__(self, *entries: ModelEntry) -> None:
         self.deployments = MemoryTable(self, ModelCatalog(entries))
         self.state = ServingState.SERVING
+        self.memory = MEMORY
         self.now = 1000.0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -226,22 +237,25 @@ async def test_a_model_that_can_never_fit_evicts_nothing_and_is_not_planned_for_
             await cluster.ask("vast")
     assert (cluster.asked, cluster.unloaded, cluster.begun) == (1, [], [])
     cluster.now += REFUSED_RETRY_S
-    with pytest.raises(DoesNotFit):
+    with pytest.raises(ModelTooLarge):
         await cluster.ask("vast")
     assert cluster.asked == 2
+    cluster.now += REFUSED_RETRY_S
+    cluster.memory = SIZES["vast"] + SIZES["chat"]
+    assert await cluster.ask("vast") == "info of vast", "a Mac has joined"
 
 
 async def test_what_is_busy_held_or_pinned_stays() -> None:
-    cluster = MemoryCluster(entry("chat", pin=True), entry("title"), entry("code"))
-    cluster.put("chat", loaded_ago=OLD_S, used_ago=OLD_S)
-    title = cluster.put("title", loaded_ago=OLD_S, used_ago=OLD_S)
-    title.has_requests = True
-    with pytest.raises(DoesNotFit, match="beside title, which is busy, and chat, which is pinned"):
+    cluster = MemoryCluster(entry("chat"), entry("title", pin=True), entry("code"))
+    chat = cluster.put("chat", loaded_ago=OLD_S, used_ago=OLD_S)
+    cluster.put("title", loaded_ago=OLD_S, used_ago=OLD_S)
+    chat.has_requests = True
+    with pytest.raises(DoesNotFit, match="beside chat, which is busy, and title, which is pinned"):
         await cluster.ask("code")
-    title.has_requests = False
+    chat.has_requests = False
     cluster.now += REFUSED_RETRY_S
-    async with cluster.demand.hold("title"):
-        with pytest.raises(DoesNotFit, match="title, which is busy"):
+    async with cluster.demand.hold("chat"):
+        with pytest.raises(DoesNotFit, match="chat, which is busy"):
             await cluster.ask("code")
     assert cluster.unloaded == []
 
