@@ -5,7 +5,8 @@ undo that, and the import fails if the limit is lower already. The command that 
 it may open.
 
 ``transformers.utils.import_utils`` reads the files of all models, and remembers 128 folders of some 500. They are asked
-for twice, so without a larger memory all are read twice: a fifth of the time that an engine takes to start.
+for twice, so without a larger memory all are read twice: a fifth of the time that an engine takes to start. In each
+file it looks for ``__all__`` line by line, for which it takes a tenth of that time; a search of the text is faster.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ def change_imports() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
+def exported_part(text: str) -> str:
+    """Return a Python file's text from its last line that begins with ``__all__``, or all of it if there is none."""
+    return text[text.rfind("\n__all__") + 1 :]
+
+
 class _KeepsLimits(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         """Run the module's code while ``setrlimit`` does nothing."""
@@ -34,16 +40,18 @@ class _KeepsLimits(SourceFileLoader):
             super().exec_module(module)
 
 
-class _RemembersFolders(SourceFileLoader):
+class _ReadsModelsFast(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module's code, then let its function that reads folders remember all of them."""
+        """Run the module's code, then let it remember all folders and read the end of each file alone."""
         super().exec_module(module)
+        if fetch := getattr(module, "fetch__all__", None):
+            module.fetch__all__ = lambda text: fetch(exported_part(text))  # type: ignore[attr-defined]
         read = getattr(module, "create_import_structure_from_path", None)
         if unbounded := getattr(read, "__wrapped__", None):
             module.create_import_structure_from_path = cache(unbounded)  # type: ignore[attr-defined]
 
 
-_LOADERS: Final = {"mlx_lm.utils": _KeepsLimits, "transformers.utils.import_utils": _RemembersFolders}
+_LOADERS: Final = {"mlx_lm.utils": _KeepsLimits, "transformers.utils.import_utils": _ReadsModelsFast}
 
 
 class _Finder(MetaPathFinder):

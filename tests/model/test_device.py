@@ -13,6 +13,7 @@ import pytest
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import ModelShape
 from cluster.model import device
+from cluster.model.import_changes import exported_part
 
 THREADED = """
 import sys, threading
@@ -148,3 +149,22 @@ def test_transformers_reads_the_folders_of_its_models_once_at_import() -> None:
     read = import_utils.create_import_structure_from_path.cache_info()
     assert read.misses == read.currsize > 400
     assert read.hits > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "exported"),
+    [
+        ('import os\n\n__all__ = ["A", "B"]\n', ["A", "B"]),
+        ('__all__ = ["A"]', ["A"]),
+        ('__all__ = ["A"]\n__all__ = [\n    "B",\n    "C",\n]\nmore = ["D"]\n', ["B", "C"]),
+        ('def f():\n    __all__ = ["A"]\n', []),
+        ("import os\n", []),
+    ],
+)
+def test_transformers_finds_what_a_file_exports_at_once(text: str, exported: list[str]) -> None:
+    from transformers.utils import import_utils
+
+    assert import_utils.fetch__all__(text) == exported
+    assert import_utils.fetch__all__("x = 1\n" * 9 + text) == exported
+    shown = exported_part("x = 1\n" * 9 + text)
+    assert shown.startswith("__all__") == bool(exported), "what is before it was read for nothing"
