@@ -38,10 +38,12 @@ from cluster.core.link_limits import MAX_SHARED_HOSTS, PROBE_TIMEOUT_S
 from cluster.core.plan import FetchOrder, LayerRange, Link, LoadedStage, LoadProgress, StageSpec, StorePlace
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
+from cluster.core.replication_limits import MAX_COPIES
 from cluster.core.stored_models import STORE_S, MacStore
 from cluster.core.term_limits import FENCE_S, MAX_TERM
 from cluster.core.text import HIGHEST_PORT, format_address, parse_address
 from cluster.core.worker import WorkerInfo
+from cluster.membership.in_sync import InSyncSet
 from cluster.membership.terms import Denial, Process, Term, TermAnswer, TermCall, TermRequest
 from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED
@@ -179,8 +181,20 @@ class WorkerClient:
         if answer.denial not in _DENIALS or answer.term > MAX_TERM:
             raise WorkerLost(f"worker {self.name} answers to a term in a way that is not macpipe's", worker=self.name)
         granted = Term(answer.term, Process(answer.coordinator, answer.instance))
+        named = InSyncSet(answer.in_sync.term, answer.in_sync.version, tuple(answer.in_sync.replicas[:MAX_COPIES]))
         problem = answer.problem if answer.problem.isprintable() else ""
-        return TermAnswer(call, _DENIALS[answer.denial], granted), cut(problem, MAX_SENTENCE_BYTES)
+        found = TermAnswer(call, _DENIALS[answer.denial], granted, named, answer.newest_epoch)
+        return found, cut(problem, MAX_SENTENCE_BYTES)
+
+    async def name_in_sync(self, process: Process, in_sync: InSyncSet) -> None:
+        """Have the worker store which copies are in sync with this process. Raises the worker's error."""
+        request = pb.NameInSyncRequest(
+            coordinator=process.leader,
+            instance=process.instance,
+            in_sync=pb.InSyncSet(term=in_sync.term, version=in_sync.version, replicas=in_sync.replicas),
+        )
+        async with self._map_errors():
+            await self._stub.NameInSync(request, timeout=self._deadline())
 
     async def load(
         self, spec: StageSpec, order: FetchOrder, keep: Sequence[int] = (), memory_limit: int = 0

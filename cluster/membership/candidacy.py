@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from cluster.core.limits import HEARTBEAT_S
 from cluster.core.term_limits import LEASE_S, MAX_BACK_OFF
+from cluster.membership.in_sync import NOT_NAMED
 from cluster.membership.leadership import Fits, Leadership
 from cluster.membership.terms import NO_TERM, Process, Term, TermAnswer, TermCall, TermRequest
 
@@ -46,6 +47,10 @@ class LeaderCandidate:
         self.leadership: Leadership | None = None
         self.denials: dict[str, TermAnswer] = {}
         """The last refusals, by worker, of the present round or of the one before."""
+        self.in_sync = NOT_NAMED
+        """The latest set that a worker named with a grant of the present term, or of the last one."""
+        self.newest_epoch = 0
+        """The largest number of an epoch that any worker named with its grant."""
         self._term = NO_TERM
         self._seen = 0
         """The highest number that any worker has granted."""
@@ -118,6 +123,7 @@ class LeaderCandidate:
         self.phase, self._until = CandidatePhase.GATHERING, now + LEASE_S
         self._term = Term(self._seen + 1, self._process)
         self._granted.clear()
+        self.in_sync = NOT_NAMED
         self.denials.clear()
         return [TermCall(TermRequest.GRANT, willing, self._term, now) for willing in sorted(self._willing)]
 
@@ -127,6 +133,8 @@ class LeaderCandidate:
             self._willing.discard(worker)
             return [] if self._fits(frozenset(self._willing)) else self._give_back(now)
         self._granted[worker] = answer.call.sent_at
+        self.in_sync = max(self.in_sync, answer.in_sync)
+        self.newest_epoch = max(self.newest_epoch, answer.newest_epoch)
         if self._fits(frozenset(self._granted)):
             self.phase, self._tries = CandidatePhase.LEADING, 0
             self.leadership = Leadership(self._term, self._granted, self._fits, self._clock)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from cluster.membership.in_sync import NOT_NAMED, InSyncSet
+
 __all__ = ["NO_TERM", "Denial", "Process", "Term", "TermAnswer", "TermCall", "TermRequest"]
 
 
@@ -67,8 +69,14 @@ class TermCall:
 
 @dataclass(frozen=True, slots=True)
 class TermAnswer:
-    """A worker's answer to ``call``: None as ``denial`` if it did what was asked, and the term that it has granted."""
+    """A worker's answer to ``call``: None as ``denial`` if it did what was asked, and the term that it has granted.
+
+    ``in_sync`` is the set that it was told last, in any term; ``newest_epoch`` is the largest number of an epoch that
+    it was asked to load.
+    """
 
     call: TermCall
     denial: Denial | None
     granted: Term
+    in_sync: InSyncSet = NOT_NAMED
+    newest_epoch: int = 0

@@ -28,6 +28,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     "cluster.v1.WorkerService": {
         "Describe": _INSPECTORS,
         "GrantTerm": _COORDINATORS,
+        "NameInSync": _COORDINATORS,
         "LoadStage": _COORDINATORS,
         "LinkStage": _COORDINATORS,
         "SetAdapters": _COORDINATORS,

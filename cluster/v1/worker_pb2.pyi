@@ -346,6 +346,8 @@ class GrantTermResponse(_message.Message):
     COORDINATOR_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    IN_SYNC_FIELD_NUMBER: _builtins.int
+    NEWEST_EPOCH_FIELD_NUMBER: _builtins.int
     denial: Global___TermDenial.ValueType
     """Unspecified if it did what was asked."""
     term: _builtins.int
@@ -354,6 +356,12 @@ class GrantTermResponse(_message.Message):
     instance: _builtins.str
     problem: _builtins.str
     """Why not, for people; empty if it did what was asked."""
+    newest_epoch: _builtins.int
+    """The largest number of an epoch that the worker was asked to load; 0 since it started."""
+    @_builtins.property
+    def in_sync(self) -> Global___InSyncSet:
+        """What NameInSync stored last, in whichever term."""
+
     def __init__(
         self,
         *,
@@ -362,14 +370,92 @@ class GrantTermResponse(_message.Message):
         coordinator: _builtins.str = ...,
         instance: _builtins.str = ...,
         problem: _builtins.str = ...,
+        in_sync: Global___InSyncSet | None = ...,
+        newest_epoch: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["in_sync", b"in_sync"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "denial", b"denial", "instance", b"instance", "problem", b"problem", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "denial", b"denial", "in_sync", b"in_sync", "instance", b"instance", "newest_epoch", b"newest_epoch", "problem", b"problem", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GrantTermResponse: _TypeAlias = GrantTermResponse  # noqa: Y015
+
+@_typing.final
+class InSyncSet(_message.Message):
+    """The copies of a leader's state from which an answer may be resumed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    """The term of the leader that named them; 0 if nobody ever did."""
+    version: _builtins.int
+    """Counts the sets of one term."""
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the copies (see FollowHello.replica in leader.proto), the leader's own included."""
+
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        version: _builtins.int = ...,
+        replicas: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InSyncSet: _TypeAlias = InSyncSet  # noqa: Y015
+
+@_typing.final
+class NameInSyncRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    IN_SYNC_FIELD_NUMBER: _builtins.int
+    coordinator: _builtins.str
+    """Id of the calling coordinator, and random id of its process."""
+    instance: _builtins.str
+    @_builtins.property
+    def in_sync(self) -> Global___InSyncSet:
+        """Its term is the caller's, which the worker must have granted."""
+
+    def __init__(
+        self,
+        *,
+        coordinator: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        in_sync: Global___InSyncSet | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["in_sync", b"in_sync"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "in_sync", b"in_sync", "instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NameInSyncRequest: _TypeAlias = NameInSyncRequest  # noqa: Y015
+
+@_typing.final
+class NameInSyncResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NameInSyncResponse: _TypeAlias = NameInSyncResponse  # noqa: Y015
 
 @_typing.final
 class HeldSlice(_message.Message):

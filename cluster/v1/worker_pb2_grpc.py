@@ -44,6 +44,11 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.GrantTermRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.GrantTermResponse.FromString,
                 _registered_method=True)
+        self.NameInSync = channel.unary_unary(
+                '/cluster.v1.WorkerService/NameInSync',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.NameInSyncRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.NameInSyncResponse.FromString,
+                _registered_method=True)
         self.LoadStage = channel.unary_stream(
                 '/cluster.v1.WorkerService/LoadStage',
                 request_serializer=cluster_dot_v1_dot_worker__pb2.LoadStageRequest.SerializeToString,
@@ -134,6 +139,14 @@ class WorkerServiceServicer:
     def GrantTerm(self, request, context):
         """GrantTerm asks for, takes, keeps or gives back the worker. Once a term is granted, it is on the worker's disk and no
         engine computes for an earlier one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def NameInSync(self, request, context):
+        """NameInSync stores which copies of the leader's state are complete. Once it returns, the names are on the worker's
+        disk. A new leader reads them with its grant: only one that is named may resume answers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,6 +272,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GrantTerm,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.GrantTermRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.GrantTermResponse.SerializeToString,
+            ),
+            'NameInSync': grpc.unary_unary_rpc_method_handler(
+                    servicer.NameInSync,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.NameInSyncRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.NameInSyncResponse.SerializeToString,
             ),
             'LoadStage': grpc.unary_stream_rpc_method_handler(
                     servicer.LoadStage,
@@ -390,6 +408,33 @@ class WorkerService:
             '/cluster.v1.WorkerService/GrantTerm',
             cluster_dot_v1_dot_worker__pb2.GrantTermRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.GrantTermResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NameInSync(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/NameInSync',
+            cluster_dot_v1_dot_worker__pb2.NameInSyncRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.NameInSyncResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class WorkerServiceStub:
     """GrantTerm asks for, takes, keeps or gives back the worker. Once a term is granted, it is on the worker's disk and no
     engine computes for an earlier one.
     """
+    NameInSync: _grpc.UnaryUnaryMultiCallable[_worker_pb2.NameInSyncRequest, _worker_pb2.NameInSyncResponse]
+    """NameInSync stores which copies of the leader's state are complete. Once it returns, the names are on the worker's
+    disk. A new leader reads them with its grant: only one that is named may resume answers.
+    """
     LoadStage: _grpc.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]
     """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
     LinkStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]
@@ -86,6 +90,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GrantTerm: _aio.UnaryUnaryMultiCallable[_worker_pb2.GrantTermRequest, _worker_pb2.GrantTermResponse]  # type: ignore[assignment]
     """GrantTerm asks for, takes, keeps or gives back the worker. Once a term is granted, it is on the worker's disk and no
     engine computes for an earlier one.
+    """
+    NameInSync: _aio.UnaryUnaryMultiCallable[_worker_pb2.NameInSyncRequest, _worker_pb2.NameInSyncResponse]  # type: ignore[assignment]
+    """NameInSync stores which copies of the leader's state are complete. Once it returns, the names are on the worker's
+    disk. A new leader reads them with its grant: only one that is named may resume answers.
     """
     LoadStage: _aio.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]  # type: ignore[assignment]
     """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
@@ -141,6 +149,16 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_worker_pb2.GrantTermResponse, _abc.Awaitable[_worker_pb2.GrantTermResponse]]:
         """GrantTerm asks for, takes, keeps or gives back the worker. Once a term is granted, it is on the worker's disk and no
         engine computes for an earlier one.
+        """
+
+    @_abc_1.abstractmethod
+    def NameInSync(
+        self,
+        request: _worker_pb2.NameInSyncRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.NameInSyncResponse, _abc.Awaitable[_worker_pb2.NameInSyncResponse]]:
+        """NameInSync stores which copies of the leader's state are complete. Once it returns, the names are on the worker's
+        disk. A new leader reads them with its grant: only one that is named may resume answers.
         """
 
     @_abc_1.abstractmethod

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias, TypeVar
 
 import anyio.to_thread
 
 from cluster.core.errors import InvalidRequest, StaleEpoch, StaleTerm, WorkerTaken
+from cluster.core.replication_limits import MAX_COPIES
 from cluster.core.term_limits import MAX_TERM, RELEASE_S
+from cluster.membership.in_sync import InSyncSet
 from cluster.membership.term_record import TermRecord
 from cluster.membership.terms import Denial, Process, Term
 from cluster.platform.continuous_clock import continuous_seconds
@@ -28,6 +30,7 @@ __all__ = ["CoordinatorRequest", "TermKeeper"]
 CoordinatorRequest: TypeAlias = (
     pb.LoadStageRequest | pb.SetAdaptersRequest | pb.UnloadStageRequest | pb.DrainWorkerRequest | pb.ResetEngineRequest
 )
+T = TypeVar("T")
 _OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
 _SAME_ID = (
     "another coordinator of the same id, since a state folder was copied; stop one of the two, or start "
@@ -54,14 +57,16 @@ class TermKeeper:
         clock: Callable[[], float] = continuous_seconds,
     ) -> None:
         self._file, self._slots, self._lag, self._engines_gone = file, slots, lag, engines_gone
-        self._record = TermRecord(file.read(), clock)
+        stored, self._in_sync = file.read()
+        self._record = TermRecord(stored, clock)
+        self._writing = asyncio.Lock()
         self._served = self._record.term.number
         """The number of the term that engines may compute for: the granted one, once its fence is complete."""
         self._fences: asyncio.Task[None] | None = None
         self._newest = self._floor = 0
         """The newest epoch, and the newest one of earlier terms. So an epoch number belongs to one term."""
         self._heard_at = -RELEASE_S
-        self._grants: set[asyncio.Task[Denial | None]] = set()
+        self._writes: set[asyncio.Task[Any]] = set()
 
     @property
     def number(self) -> int:
@@ -96,15 +101,12 @@ class TermKeeper:
 
     async def answer(self, request: pb.GrantTermRequest) -> pb.GrantTermResponse:
         """Do what a coordinator asks for. Raises ``InvalidRequest``, and the error of a term that cannot be stored."""
-        term = _read_term(request)
+        term = _read_term(request.coordinator, request.instance, request.term)
         match request.request:
             case pb.TERM_REQUEST_ASK:
                 denial = self._record.why_not(term.process, self._lag())
             case pb.TERM_REQUEST_GRANT:
-                grant = asyncio.create_task(self._grant(term))
-                self._grants.add(grant)
-                grant.add_done_callback(self._grants.discard)
-                denial = await asyncio.shield(grant)  # a caller that goes away must not end it half-way
+                denial = await self._shield(self._grant(term))
             case pb.TERM_REQUEST_RENEW:
                 denial = self._record.renew(term) or await self._end_fence(term)
             case pb.TERM_REQUEST_RETURN:
@@ -114,6 +116,13 @@ class TermKeeper:
                 raise InvalidRequest("an unknown request for a term", field="request")
         return self._encode(denial, request.coordinator)
 
+    async def _shield(self, write: Coroutine[Any, Any, T]) -> T:
+        """Run a write to its end, even if the caller goes away."""
+        task = asyncio.create_task(write)
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        return await asyncio.shield(task)
+
     async def _grant(self, term: Term) -> Denial | None:
         if term != self._record.term and not self._engines_gone():
             return Denial.BUSY
@@ -121,12 +130,13 @@ class TermKeeper:
             return denial
         if term == self._record.term:
             return self._record.finish(written=True) or await self._end_fence(term)
-        written = False
-        try:
-            await anyio.to_thread.run_sync(self._file.write, term)
-            written = True
-        finally:
-            denial = self._record.finish(written=written)
+        async with self._writing:
+            written = False
+            try:
+                await anyio.to_thread.run_sync(self._file.write, term, self._in_sync)
+                written = True
+            finally:
+                denial = self._record.finish(written=written)
         self._floor = self._newest
         self._fences = asyncio.create_task(self._fence(term.number))
         return denial or await self._end_fence(term)
@@ -140,6 +150,26 @@ class TermKeeper:
         while self._served < self.number and self._fences:
             await asyncio.shield(self._fences)
         return None if term == self._record.term else Denial.OLD
+
+    async def name_in_sync(self, request: pb.NameInSyncRequest) -> None:
+        """Store a leader's set on disk. One that is older than the stored set changes nothing.
+
+        Raises ``InvalidRequest``, ``StaleTerm`` if this worker has granted another term, and the error of a set that
+        cannot be stored.
+        """
+        named = request.in_sync
+        term = _read_term(request.coordinator, request.instance, named.term)
+        if not named.version or len(named.replicas) > MAX_COPIES or not all(map(_is_id, named.replicas)):
+            raise InvalidRequest("a set of copies in sync has a version and their ids", field="in_sync")
+        await self._shield(self._store_in_sync(term, InSyncSet(named.term, named.version, tuple(named.replicas))))
+
+    async def _store_in_sync(self, term: Term, in_sync: InSyncSet) -> None:
+        async with self._writing:
+            if term != self._record.term:
+                raise self._stale(term.number)
+            if in_sync > self._in_sync:
+                await anyio.to_thread.run_sync(self._file.write, term, in_sync)
+                self._in_sync = in_sync
 
     def refuse_others(self, request: CoordinatorRequest) -> None:
         """Raise ``WorkerTaken`` while this worker is kept for another coordinator, or another process of the same."""
@@ -191,12 +221,19 @@ class TermKeeper:
             coordinator=granted.process.leader,
             instance=granted.process.instance,
             problem=problem,
+            in_sync=pb.InSyncSet(
+                term=self._in_sync.term, version=self._in_sync.version, replicas=self._in_sync.replicas
+            ),
+            newest_epoch=max(self._newest, self._floor),
         )
 
 
-def _read_term(request: pb.GrantTermRequest) -> Term:
+def _read_term(coordinator: str, instance: str, number: int) -> Term:
     """Return the term that a request names. Raises ``InvalidRequest``."""
-    ids = (request.coordinator, request.instance)
-    if not all(0 < len(one) <= MAX_ID_CHARS and one.isprintable() for one in ids) or request.term > MAX_TERM:
+    if not _is_id(coordinator) or not _is_id(instance) or number > MAX_TERM:
         raise InvalidRequest("a term has a number, a coordinator and a process", field="term")
-    return Term(request.term, Process(*ids))
+    return Term(number, Process(coordinator, instance))
+
+
+def _is_id(value: str) -> bool:
+    return 0 < len(value) <= MAX_ID_CHARS and value.isprintable()

@@ -186,6 +186,13 @@ class WorkerServicer(WorkerServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
 
+    async def NameInSync(self, request: pb.NameInSyncRequest, context: Context) -> pb.NameInSyncResponse:
+        try:
+            await self.terms.name_in_sync(request)
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.NameInSyncResponse()
+
     async def LoadStage(self, request: pb.LoadStageRequest, context: Context) -> AsyncIterator[pb.LoadStageResponse]:
         await _require_names(context, request.model, request.path, request.fingerprint, request.repo, request.commit)
         await _require_names(context, request.coordinator, request.instance)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cluster.core.limits import HEARTBEAT_S, LAG_STEPS
 from cluster.core.term_limits import LEASE_MARGIN_S, LEASE_S
 from cluster.membership.candidacy import CandidatePhase, LeaderCandidate
+from cluster.membership.in_sync import InSyncSet
 from cluster.membership.leadership import Leadership
 from cluster.membership.term_record import TermRecord
 from cluster.membership.terms import NO_TERM, Denial, Process, Term, TermAnswer, TermCall, TermRequest
@@ -114,11 +115,13 @@ def test_a_candidate_takes_nothing_before_enough_workers_would_grant_it() -> Non
     assert [(call.request, call.worker, call.term) for call in taken] == [
         (TermRequest.GRANT, name, Term(8, ADA)) for name in "ac"
     ]
-    for call in taken:
+    older, newer = InSyncSet(6, 9, ("r1", "r2")), InSyncSet(7, 1, ("r2",))
+    for call, named in zip(taken, (newer, older), strict=True):
         assert one.leadership is None
-        one.on_answer(answer(call, call.term))
+        one.on_answer(replace(answer(call, call.term), in_sync=named, newest_epoch=named.term))
     assert one.leadership
     assert one.leadership.held == {"a", "c"}
+    assert (one.in_sync, one.newest_epoch) == (newer, 7), "the set of the highest term, among all its grants"
 
 
 def test_a_candidate_without_a_full_ring_gives_all_back_even_what_comes_late() -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import DiskFull, InvalidOption, InvalidRequest, StaleEpoch, StaleTerm, WorkerTaken
+from cluster.core.replication_limits import MAX_COPIES
 from cluster.core.term_limits import LEASE_S, MAX_TERM
+from cluster.membership.in_sync import NOT_NAMED, InSyncSet
 from cluster.membership.terms import Process, Term
 from cluster.v1 import worker_pb2 as pb
 from cluster.worker.term_file import TermFile, term_file
@@ -199,13 +201,70 @@ async def test_impossible_terms_are_refused(worker: Worker) -> None:
     assert not worker.path.exists()
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2, 3]", "[0, 'a', 'b']", '[1, "a"]', "[" * 5000, '[true, "a", "b"]'])
+def naming(term: int, version: int, *replicas: str, **caller: str) -> pb.NameInSyncRequest:
+    return pb.NameInSyncRequest(in_sync=pb.InSyncSet(term=term, version=version, replicas=replicas), **caller)
+
+
+@pytest.mark.anyio
+async def test_a_new_leader_reads_whose_copy_was_in_sync_also_after_a_restart_of_the_worker(worker: Worker) -> None:
+    await worker.grant(1, ADA)
+    await worker.keeper.name_in_sync(naming(1, 2, "r1", "r2", **ADA))
+    await worker.keeper.name_in_sync(naming(1, 1, "r3", **ADA))
+    worker.keeper.accept_epoch(50)
+    for _ in range(2):
+        answer = await worker.ask(pb.TERM_REQUEST_ASK, 0, BOB)
+        assert answer.in_sync == pb.InSyncSet(term=1, version=2, replicas=["r1", "r2"])
+        assert answer.newest_epoch in (50, 0)
+        worker.start()
+    worker.now += LEASE_S
+    await worker.grant(2, BOB)
+    worker.start()
+    assert (await worker.ask(pb.TERM_REQUEST_RENEW, 2, BOB)).in_sync.replicas == ["r1", "r2"]
+    with pytest.raises(StaleTerm):
+        await worker.keeper.name_in_sync(naming(1, 3, "r1", **ADA))
+    await worker.keeper.name_in_sync(naming(2, 1, "r2", **BOB))
+    assert (await worker.ask(pb.TERM_REQUEST_RENEW, 2, BOB)).in_sync.replicas == ["r2"]
+
+
+@pytest.mark.anyio
+async def test_a_set_is_stored_even_if_its_caller_goes_and_a_grant_meanwhile_keeps_it(worker: Worker) -> None:
+    await worker.grant(1, ADA)
+    task = asyncio.create_task(worker.keeper.name_in_sync(naming(1, 1, "r1", **ADA)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    assert not await worker.grant(2, ADA)
+    worker.start()
+    answer = await worker.ask(pb.TERM_REQUEST_RENEW, 2, ADA)
+    assert (answer.denial, answer.in_sync.replicas) == (pb.TERM_DENIAL_UNSPECIFIED, ["r1"])
+
+
+@pytest.mark.anyio
+async def test_impossible_sets_are_refused(worker: Worker) -> None:
+    await worker.grant(1, ADA)
+    for request in (
+        naming(1, 0, "r1", **ADA),
+        naming(1, 1, *("r" for _ in range(MAX_COPIES + 1)), **ADA),
+        naming(1, 1, "", **ADA),
+        naming(1, 1, "r" * 65, **ADA),
+        naming(1, 1, "r1"),
+    ):
+        with pytest.raises(InvalidRequest):
+            await worker.keeper.name_in_sync(request)
+    assert (await worker.ask(pb.TERM_REQUEST_RENEW, 1, ADA)).in_sync.term == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1, 2, 3]", "[0, 'a', 'b']", '[1, "a"]', "[" * 5000, '[true, "a", "b"]', '[1, "a", "b", [1, 0, []]]'],
+)
 def test_a_damaged_file_stops_the_worker_and_says_what_to_do(tmp_path: Path, content: str) -> None:
     path = tmp_path / "term"
     path.write_text(content)
     with pytest.raises(InvalidOption, match="delete the file"):
         TermFile(path).read()
     path.unlink()
-    assert TermFile(path).read() is None
-    TermFile(path).write(Term(7, Process("ada", "a1")))
-    assert TermFile(path).read() == Term(7, Process("ada", "a1"))
+    assert TermFile(path).read() == (None, NOT_NAMED)
+    for in_sync in (NOT_NAMED, InSyncSet(7, 2, ("r1", "r2"))):
+        TermFile(path).write(Term(7, Process("ada", "a1")), in_sync)
+        assert TermFile(path).read() == (Term(7, Process("ada", "a1")), in_sync)
