@@ -22,55 +22,46 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from cluster.v1 import cluster_pb2 as cluster_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/leader.proto\x12\ncluster.v1\"\\\n\x0f\x43oordinatorName\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\t\x12\x16\n\x0ehttp_addresses\x18\x04 \x03(\t\"S\n\rFollowRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.cluster.v1.FollowHelloH\x00\x12\x10\n\x06stored\x18\x02 \x01(\x04H\x00\x42\x06\n\x04part\"Z\n\x0b\x46ollowHello\x12,\n\x07standby\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.CoordinatorName\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x0f\n\x07replica\x18\x03 \x01(\t\"\xc7\x02\n\x0e\x46ollowResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12,\n\x06leader\x18\x02 \x01(\x0b\x32\x1a.cluster.v1.FollowedLeaderH\x00\x12*\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.ReplicatedFileH\x00\x12\x11\n\x07records\x18\x04 \x01(\x0cH\x00\x12+\n\x07journal\x18\x05 \x01(\x0b\x32\x18.cluster.v1.JournalPieceH\x00\x12/\n\x08\x63omplete\x18\x06 \x01(\x0b\x32\x1b.cluster.v1.ReplicaCompleteH\x00\x12 \n\x04\x62\x65\x61t\x18\x07 \x01(\x0b\x32\x10.cluster.v1.BeatH\x00\x12.\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.cluster.v1.LeaderStoppingH\x00\x42\x08\n\x06update\"\xb5\x01\n\x0e\x46ollowedLeader\x12+\n\x06leader\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.CoordinatorName\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\r\n\x05since\x18\x03 \x01(\x01\x12)\n\x04mode\x18\x04 \x01(\x0e\x32\x1b.cluster.v1.ReplicationMode\x12.\n\x08standbys\x18\x05 \x03(\x0b\x32\x1c.cluster.v1.FollowingStandby\"r\n\x10\x46ollowingStandby\x12,\n\x07standby\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.CoordinatorName\x12\x0f\n\x07in_sync\x18\x02 \x01(\x08\x12\x0e\n\x06\x62\x65hind\x18\x03 \x01(\x04\x12\x0f\n\x07problem\x18\x04 \x01(\t\"@\n\x0eReplicatedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x0f\n\x07missing\x18\x03 \x01(\x08\"<\n\x0cJournalPiece\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\x08\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x11\n\x0fReplicaComplete\"\x06\n\x04\x42\x65\x61t\"\"\n\x0eLeaderStopping\x12\x10\n\x08handover\x18\x01 \x01(\t\"y\n\x0cLeadsRequest\x12\x30\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.CoordinatorName\x12)\n\x04role\x18\x02 \x01(\x0e\x32\x1b.cluster.v1.CoordinatorRole\x12\x0c\n\x04term\x18\x03 \x01(\x04\"\xa7\x01\n\rLeadsResponse\x12\x30\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.CoordinatorName\x12)\n\x04role\x18\x02 \x01(\x0e\x32\x1b.cluster.v1.CoordinatorRole\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12+\n\x06leader\x18\x04 \x01(\x0b\x32\x1b.cluster.v1.CoordinatorName\"V\n\x0fPassHttpRequest\x12+\n\x04head\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.HttpRequestHeadH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\")\n\nHttpHeader\x12\x0c\n\x04name\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"\xbc\x01\n\x0fHttpRequestHead\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05query\x18\x03 \x01(\x0c\x12\'\n\x07headers\x18\x04 \x03(\x0b\x32\x16.cluster.v1.HttpHeader\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x01\x12\x0e\n\x06\x65vents\x18\x08 \x01(\x04\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\"X\n\x10PassHttpResponse\x12,\n\x04head\x18\x01 \x01(\x0b\x32\x1c.cluster.v1.HttpResponseHeadH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"K\n\x10HttpResponseHead\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\'\n\x07headers\x18\x02 \x03(\x0b\x32\x16.cluster.v1.HttpHeader*n\n\x0f\x43oordinatorRole\x12 \n\x1c\x43OORDINATOR_ROLE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OORDINATOR_ROLE_LEADER\x10\x01\x12\x1c\n\x18\x43OORDINATOR_ROLE_STANDBY\x10\x02*j\n\x0fReplicationMode\x12 \n\x1cREPLICATION_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICATION_MODE_SYNC\x10\x01\x12\x1a\n\x16REPLICATION_MODE_ASYNC\x10\x02\x32\xdd\x01\n\rLeaderService\x12\x43\n\x06\x46ollow\x12\x19.cluster.v1.FollowRequest\x1a\x1a.cluster.v1.FollowResponse(\x01\x30\x01\x12<\n\x05Leads\x12\x18.cluster.v1.LeadsRequest\x1a\x19.cluster.v1.LeadsResponse\x12I\n\x08PassHttp\x12\x1b.cluster.v1.PassHttpRequest\x1a\x1c.cluster.v1.PassHttpResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/leader.proto\x12\ncluster.v1\x1a\x18\x63luster/v1/cluster.proto\"S\n\rFollowRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.cluster.v1.FollowHelloH\x00\x12\x10\n\x06stored\x18\x02 \x01(\x04H\x00\x42\x06\n\x04part\"a\n\x0b\x46ollowHello\x12\x33\n\x07standby\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x0f\n\x07replica\x18\x03 \x01(\t\"\xc7\x02\n\x0e\x46ollowResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12,\n\nleadership\x18\x02 \x01(\x0b\x32\x16.cluster.v1.LeadershipH\x00\x12*\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.ReplicatedFileH\x00\x12\x11\n\x07records\x18\x04 \x01(\x0cH\x00\x12+\n\x07journal\x18\x05 \x01(\x0b\x32\x18.cluster.v1.JournalPieceH\x00\x12/\n\x08\x63omplete\x18\x06 \x01(\x0b\x32\x1b.cluster.v1.ReplicaCompleteH\x00\x12 \n\x04\x62\x65\x61t\x18\x07 \x01(\x0b\x32\x10.cluster.v1.BeatH\x00\x12.\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.cluster.v1.LeaderStoppingH\x00\x42\x08\n\x06update\"@\n\x0eReplicatedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x0f\n\x07missing\x18\x03 \x01(\x08\"<\n\x0cJournalPiece\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\x08\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x11\n\x0fReplicaComplete\"\x06\n\x04\x42\x65\x61t\"\"\n\x0eLeaderStopping\x12\x10\n\x08handover\x18\x01 \x01(\t\"\x80\x01\n\x0cLeadsRequest\x12\x37\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12)\n\x04role\x18\x02 \x01(\x0e\x32\x1b.cluster.v1.Leadership.Role\x12\x0c\n\x04term\x18\x03 \x01(\x04\"\xb5\x01\n\rLeadsResponse\x12\x37\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12)\n\x04role\x18\x02 \x01(\x0e\x32\x1b.cluster.v1.Leadership.Role\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x32\n\x06leader\x18\x04 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\"V\n\x0fPassHttpRequest\x12+\n\x04head\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.HttpRequestHeadH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\")\n\nHttpHeader\x12\x0c\n\x04name\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"\xbc\x01\n\x0fHttpRequestHead\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05query\x18\x03 \x01(\x0c\x12\'\n\x07headers\x18\x04 \x03(\x0b\x32\x16.cluster.v1.HttpHeader\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x01\x12\x0e\n\x06\x65vents\x18\x08 \x01(\x04\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\"X\n\x10PassHttpResponse\x12,\n\x04head\x18\x01 \x01(\x0b\x32\x1c.cluster.v1.HttpResponseHeadH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"K\n\x10HttpResponseHead\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\'\n\x07headers\x18\x02 \x03(\x0b\x32\x16.cluster.v1.HttpHeader2\xdd\x01\n\rLeaderService\x12\x43\n\x06\x46ollow\x12\x19.cluster.v1.FollowRequest\x1a\x1a.cluster.v1.FollowResponse(\x01\x30\x01\x12<\n\x05Leads\x12\x18.cluster.v1.LeadsRequest\x1a\x19.cluster.v1.LeadsResponse\x12I\n\x08PassHttp\x12\x1b.cluster.v1.PassHttpRequest\x1a\x1c.cluster.v1.PassHttpResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.leader_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COORDINATORROLE']._serialized_start=1913
-  _globals['_COORDINATORROLE']._serialized_end=2023
-  _globals['_REPLICATIONMODE']._serialized_start=2025
-  _globals['_REPLICATIONMODE']._serialized_end=2131
-  _globals['_COORDINATORNAME']._serialized_start=39
-  _globals['_COORDINATORNAME']._serialized_end=131
-  _globals['_FOLLOWREQUEST']._serialized_start=133
-  _globals['_FOLLOWREQUEST']._serialized_end=216
-  _globals['_FOLLOWHELLO']._serialized_start=218
-  _globals['_FOLLOWHELLO']._serialized_end=308
-  _globals['_FOLLOWRESPONSE']._serialized_start=311
-  _globals['_FOLLOWRESPONSE']._serialized_end=638
-  _globals['_FOLLOWEDLEADER']._serialized_start=641
-  _globals['_FOLLOWEDLEADER']._serialized_end=822
-  _globals['_FOLLOWINGSTANDBY']._serialized_start=824
-  _globals['_FOLLOWINGSTANDBY']._serialized_end=938
-  _globals['_REPLICATEDFILE']._serialized_start=940
-  _globals['_REPLICATEDFILE']._serialized_end=1004
-  _globals['_JOURNALPIECE']._serialized_start=1006
-  _globals['_JOURNALPIECE']._serialized_end=1066
-  _globals['_REPLICACOMPLETE']._serialized_start=1068
-  _globals['_REPLICACOMPLETE']._serialized_end=1085
-  _globals['_BEAT']._serialized_start=1087
-  _globals['_BEAT']._serialized_end=1093
-  _globals['_LEADERSTOPPING']._serialized_start=1095
-  _globals['_LEADERSTOPPING']._serialized_end=1129
-  _globals['_LEADSREQUEST']._serialized_start=1131
-  _globals['_LEADSREQUEST']._serialized_end=1252
-  _globals['_LEADSRESPONSE']._serialized_start=1255
-  _globals['_LEADSRESPONSE']._serialized_end=1422
-  _globals['_PASSHTTPREQUEST']._serialized_start=1424
-  _globals['_PASSHTTPREQUEST']._serialized_end=1510
-  _globals['_HTTPHEADER']._serialized_start=1512
-  _globals['_HTTPHEADER']._serialized_end=1553
-  _globals['_HTTPREQUESTHEAD']._serialized_start=1556
-  _globals['_HTTPREQUESTHEAD']._serialized_end=1744
-  _globals['_PASSHTTPRESPONSE']._serialized_start=1746
-  _globals['_PASSHTTPRESPONSE']._serialized_end=1834
-  _globals['_HTTPRESPONSEHEAD']._serialized_start=1836
-  _globals['_HTTPRESPONSEHEAD']._serialized_end=1911
-  _globals['_LEADERSERVICE']._serialized_start=2134
-  _globals['_LEADERSERVICE']._serialized_end=2355
+  _globals['_FOLLOWREQUEST']._serialized_start=65
+  _globals['_FOLLOWREQUEST']._serialized_end=148
+  _globals['_FOLLOWHELLO']._serialized_start=150
+  _globals['_FOLLOWHELLO']._serialized_end=247
+  _globals['_FOLLOWRESPONSE']._serialized_start=250
+  _globals['_FOLLOWRESPONSE']._serialized_end=577
+  _globals['_REPLICATEDFILE']._serialized_start=579
+  _globals['_REPLICATEDFILE']._serialized_end=643
+  _globals['_JOURNALPIECE']._serialized_start=645
+  _globals['_JOURNALPIECE']._serialized_end=705
+  _globals['_REPLICACOMPLETE']._serialized_start=707
+  _globals['_REPLICACOMPLETE']._serialized_end=724
+  _globals['_BEAT']._serialized_start=726
+  _globals['_BEAT']._serialized_end=732
+  _globals['_LEADERSTOPPING']._serialized_start=734
+  _globals['_LEADERSTOPPING']._serialized_end=768
+  _globals['_LEADSREQUEST']._serialized_start=771
+  _globals['_LEADSREQUEST']._serialized_end=899
+  _globals['_LEADSRESPONSE']._serialized_start=902
+  _globals['_LEADSRESPONSE']._serialized_end=1083
+  _globals['_PASSHTTPREQUEST']._serialized_start=1085
+  _globals['_PASSHTTPREQUEST']._serialized_end=1171
+  _globals['_HTTPHEADER']._serialized_start=1173
+  _globals['_HTTPHEADER']._serialized_end=1214
+  _globals['_HTTPREQUESTHEAD']._serialized_start=1217
+  _globals['_HTTPREQUESTHEAD']._serialized_end=1405
+  _globals['_PASSHTTPRESPONSE']._serialized_start=1407
+  _globals['_PASSHTTPRESPONSE']._serialized_end=1495
+  _globals['_HTTPRESPONSEHEAD']._serialized_start=1497
+  _globals['_HTTPRESPONSEHEAD']._serialized_end=1572
+  _globals['_LEADERSERVICE']._serialized_start=1575
+  _globals['_LEADERSERVICE']._serialized_end=1796
 # @@protoc_insertion_point(module_scope)

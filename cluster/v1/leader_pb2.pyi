@@ -5,11 +5,11 @@ Between the coordinators of one cluster: how a standby follows the leader. Not p
 version. Only a coordinator's certificate may call it.
 """
 
+from cluster.v1 import cluster_pb2 as _cluster_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,84 +20,6 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class _CoordinatorRole:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _CoordinatorRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CoordinatorRole.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    COORDINATOR_ROLE_UNSPECIFIED: _CoordinatorRole.ValueType  # 0
-    COORDINATOR_ROLE_LEADER: _CoordinatorRole.ValueType  # 1
-    COORDINATOR_ROLE_STANDBY: _CoordinatorRole.ValueType  # 2
-
-class CoordinatorRole(_CoordinatorRole, metaclass=_CoordinatorRoleEnumTypeWrapper): ...
-
-COORDINATOR_ROLE_UNSPECIFIED: CoordinatorRole.ValueType  # 0
-COORDINATOR_ROLE_LEADER: CoordinatorRole.ValueType  # 1
-COORDINATOR_ROLE_STANDBY: CoordinatorRole.ValueType  # 2
-Global___CoordinatorRole: _TypeAlias = CoordinatorRole  # noqa: Y015
-
-class _ReplicationMode:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _ReplicationModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicationMode.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    REPLICATION_MODE_UNSPECIFIED: _ReplicationMode.ValueType  # 0
-    """The journal is not replicated."""
-    REPLICATION_MODE_SYNC: _ReplicationMode.ValueType  # 1
-    """A request is accepted, and a token leaves, once each standby in sync has its record."""
-    REPLICATION_MODE_ASYNC: _ReplicationMode.ValueType  # 2
-    """Records follow as fast as they can."""
-
-class ReplicationMode(_ReplicationMode, metaclass=_ReplicationModeEnumTypeWrapper): ...
-
-REPLICATION_MODE_UNSPECIFIED: ReplicationMode.ValueType  # 0
-"""The journal is not replicated."""
-REPLICATION_MODE_SYNC: ReplicationMode.ValueType  # 1
-"""A request is accepted, and a token leaves, once each standby in sync has its record."""
-REPLICATION_MODE_ASYNC: ReplicationMode.ValueType  # 2
-"""Records follow as fast as they can."""
-Global___ReplicationMode: _TypeAlias = ReplicationMode  # noqa: Y015
-
-@_typing.final
-class CoordinatorName(_message.Message):
-    """A coordinator's process on one Mac."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    INSTANCE_FIELD_NUMBER: _builtins.int
-    ADDRESSES_FIELD_NUMBER: _builtins.int
-    HTTP_ADDRESSES_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """Name of its Mac, for people."""
-    instance: _builtins.str
-    """Random id of the process."""
-    @_builtins.property
-    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """HOST:PORT at which it answers gRPC."""
-
-    @_builtins.property
-    def http_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Its HTTP ports, as URLs."""
-
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        instance: _builtins.str = ...,
-        addresses: _abc.Iterable[_builtins.str] | None = ...,
-        http_addresses: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "http_addresses", b"http_addresses", "instance", b"instance", "name", b"name"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CoordinatorName: _TypeAlias = CoordinatorName  # noqa: Y015
 
 @_typing.final
 class FollowRequest(_message.Message):
@@ -139,11 +61,11 @@ class FollowHello(_message.Message):
     replica: _builtins.str
     """Random id of its copy of the leader's state. It stays on the standby's disk."""
     @_builtins.property
-    def standby(self) -> Global___CoordinatorName: ...
+    def standby(self) -> _cluster_pb2.Leadership.Coordinator: ...
     def __init__(
         self,
         *,
-        standby: Global___CoordinatorName | None = ...,
+        standby: _cluster_pb2.Leadership.Coordinator | None = ...,
         term: _builtins.int = ...,
         replica: _builtins.str = ...,
     ) -> None: ...
@@ -160,7 +82,7 @@ class FollowResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: _builtins.int
-    LEADER_FIELD_NUMBER: _builtins.int
+    LEADERSHIP_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
     JOURNAL_FIELD_NUMBER: _builtins.int
@@ -172,7 +94,9 @@ class FollowResponse(_message.Message):
     records: _builtins.bytes
     """Records of the journal, as they are in its file."""
     @_builtins.property
-    def leader(self) -> Global___FollowedLeader: ...
+    def leadership(self) -> _cluster_pb2.Leadership:
+        """Who leads, and what the leader knows of its standbys."""
+
     @_builtins.property
     def file(self) -> Global___ReplicatedFile: ...
     @_builtins.property
@@ -195,7 +119,7 @@ class FollowResponse(_message.Message):
         self,
         *,
         number: _builtins.int = ...,
-        leader: Global___FollowedLeader | None = ...,
+        leadership: _cluster_pb2.Leadership | None = ...,
         file: Global___ReplicatedFile | None = ...,
         records: _builtins.bytes = ...,
         journal: Global___JournalPiece | None = ...,
@@ -203,82 +127,15 @@ class FollowResponse(_message.Message):
         beat: Global___Beat | None = ...,
         stopping: Global___LeaderStopping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "complete", b"complete", "file", b"file", "journal", b"journal", "leader", b"leader", "records", b"records", "stopping", b"stopping", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "complete", b"complete", "file", b"file", "journal", b"journal", "leadership", b"leadership", "records", b"records", "stopping", b"stopping", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "complete", b"complete", "file", b"file", "journal", b"journal", "leader", b"leader", "number", b"number", "records", b"records", "stopping", b"stopping", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beat", b"beat", "complete", b"complete", "file", b"file", "journal", b"journal", "leadership", b"leadership", "number", b"number", "records", b"records", "stopping", b"stopping", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["leader", "file", "records", "journal", "complete", "beat", "stopping"]  # noqa: Y015
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["leadership", "file", "records", "journal", "complete", "beat", "stopping"]  # noqa: Y015
     _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
 Global___FollowResponse: _TypeAlias = FollowResponse  # noqa: Y015
-
-@_typing.final
-class FollowedLeader(_message.Message):
-    """Who leads, and what the leader knows of its standbys."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LEADER_FIELD_NUMBER: _builtins.int
-    TERM_FIELD_NUMBER: _builtins.int
-    SINCE_FIELD_NUMBER: _builtins.int
-    MODE_FIELD_NUMBER: _builtins.int
-    STANDBYS_FIELD_NUMBER: _builtins.int
-    term: _builtins.int
-    since: _builtins.float
-    """When it began to lead, in seconds since 1970."""
-    mode: Global___ReplicationMode.ValueType
-    @_builtins.property
-    def leader(self) -> Global___CoordinatorName: ...
-    @_builtins.property
-    def standbys(self) -> _containers.RepeatedCompositeFieldContainer[Global___FollowingStandby]: ...
-    def __init__(
-        self,
-        *,
-        leader: Global___CoordinatorName | None = ...,
-        term: _builtins.int = ...,
-        since: _builtins.float = ...,
-        mode: Global___ReplicationMode.ValueType = ...,
-        standbys: _abc.Iterable[Global___FollowingStandby] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["leader", b"leader"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leader", b"leader", "mode", b"mode", "since", b"since", "standbys", b"standbys", "term", b"term"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FollowedLeader: _TypeAlias = FollowedLeader  # noqa: Y015
-
-@_typing.final
-class FollowingStandby(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STANDBY_FIELD_NUMBER: _builtins.int
-    IN_SYNC_FIELD_NUMBER: _builtins.int
-    BEHIND_FIELD_NUMBER: _builtins.int
-    PROBLEM_FIELD_NUMBER: _builtins.int
-    in_sync: _builtins.bool
-    behind: _builtins.int
-    """How many updates it has not stored yet."""
-    problem: _builtins.str
-    """Why it is not in sync, as a sentence; empty if it is."""
-    @_builtins.property
-    def standby(self) -> Global___CoordinatorName: ...
-    def __init__(
-        self,
-        *,
-        standby: Global___CoordinatorName | None = ...,
-        in_sync: _builtins.bool = ...,
-        behind: _builtins.int = ...,
-        problem: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["standby", b"standby"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind", b"behind", "in_sync", b"in_sync", "problem", b"problem", "standby", b"standby"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FollowingStandby: _TypeAlias = FollowingStandby  # noqa: Y015
 
 @_typing.final
 class ReplicatedFile(_message.Message):
@@ -392,16 +249,16 @@ class LeadsRequest(_message.Message):
     COORDINATOR_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
-    role: Global___CoordinatorRole.ValueType
+    role: _cluster_pb2.Leadership.Role.ValueType
     term: _builtins.int
     """The term by which it leads; a standby's is that of its leader. 0 if there is none."""
     @_builtins.property
-    def coordinator(self) -> Global___CoordinatorName: ...
+    def coordinator(self) -> _cluster_pb2.Leadership.Coordinator: ...
     def __init__(
         self,
         *,
-        coordinator: Global___CoordinatorName | None = ...,
-        role: Global___CoordinatorRole.ValueType = ...,
+        coordinator: _cluster_pb2.Leadership.Coordinator | None = ...,
+        role: _cluster_pb2.Leadership.Role.ValueType = ...,
         term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator"]  # noqa: Y015
@@ -420,21 +277,21 @@ class LeadsResponse(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
     LEADER_FIELD_NUMBER: _builtins.int
-    role: Global___CoordinatorRole.ValueType
+    role: _cluster_pb2.Leadership.Role.ValueType
     term: _builtins.int
     @_builtins.property
-    def coordinator(self) -> Global___CoordinatorName: ...
+    def coordinator(self) -> _cluster_pb2.Leadership.Coordinator: ...
     @_builtins.property
-    def leader(self) -> Global___CoordinatorName:
+    def leader(self) -> _cluster_pb2.Leadership.Coordinator:
         """Who leads, as far as it knows; a leader names itself."""
 
     def __init__(
         self,
         *,
-        coordinator: Global___CoordinatorName | None = ...,
-        role: Global___CoordinatorRole.ValueType = ...,
+        coordinator: _cluster_pb2.Leadership.Coordinator | None = ...,
+        role: _cluster_pb2.Leadership.Role.ValueType = ...,
         term: _builtins.int = ...,
-        leader: Global___CoordinatorName | None = ...,
+        leader: _cluster_pb2.Leadership.Coordinator | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "leader", b"leader"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
