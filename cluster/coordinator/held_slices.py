@@ -77,9 +77,10 @@ class InheritedSlices:
     def keep_for(self, coming: Sequence[ModelEntry]) -> None:
         """Keep the slices of models that are yet to be loaded."""
         for entry in self._roster.members:
-            if not entry.problem and self._roster.holds_from_before(entry.info):
+            if not entry.problem:
                 for held in sorted(entry.info.slices, key=lambda held: -held.epoch):
-                    self._keep(entry.info.control_address, held, coming)
+                    if self._roster.holds_from_before(entry.info, held.epoch):
+                        self._keep(entry.info.control_address, held, coming)
 
     def _keep(self, address: str, held: HeldSlice, coming: Sequence[ModelEntry]) -> None:
         key = held.model, held.kv_bits, held.weight_bits

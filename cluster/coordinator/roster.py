@@ -52,11 +52,16 @@ class RosterEntry:
 
 
 class Roster:
-    """The workers of one cluster, found through ``source``. ``trust`` holds the admitted members."""
+    """The workers of one cluster, found through ``source``. ``trust`` holds the admitted members.
+
+    ``coordinator`` is the id of the service, which a standby has from its leader.
+    """
 
     def __init__(self, source: Source, cluster: str, coordinator: str, trust: Trust) -> None:
         self._source, self._cluster, self._coordinator = source, cluster, coordinator
         self.instance = secrets.token_hex(8)
+        self.inherited_epoch = 0
+        """Slices up to this epoch are from the leader before this one, although the workers are led by this one now."""
         self.terms = TermHolder(Process(coordinator, self.instance))
         """The term by which this process leads the workers that it loads."""
         self.trust = trust
@@ -151,9 +156,13 @@ class Roster:
         """Return whether the worker holds a slice from this coordinator or a predecessor with the same id."""
         return bool(info.epoch) and info.owner == self._coordinator
 
-    def holds_from_before(self, info: WorkerInfo) -> bool:
-        """Return whether the worker's slice is from a predecessor with the same id, not from this process."""
-        return self.owns(info) and info.live_owner_process != self.instance
+    def holds_from_before(self, info: WorkerInfo, epoch: int | None = None) -> bool:
+        """Return whether the worker's slice of this epoch is from a predecessor with the same id.
+
+        Without an epoch, its first slice.
+        """
+        before = info.live_owner_process != self.instance
+        return self.owns(info) and (before or (info.epoch if epoch is None else epoch) <= self.inherited_epoch)
 
     def control(self, address: str) -> WorkerClient:
         """Return the client of the worker at an address; create it on first use."""

@@ -1,6 +1,7 @@
 """Hold the term by which this process leads its workers: take it before a load, raise it if a worker has gone on.
 
-The rules are those of ``cluster.membership``; this module sends their calls. Heartbeats renew the leases.
+The rules are those of ``cluster.membership``; this module sends their calls. Heartbeats renew the leases of workers
+that hold or load a slice. With standbys, ``renew`` keeps the others too, so that no standby leads on them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from cluster.core.errors import StaleTerm, WorkerTaken
+from cluster.core.errors import MacpipeError, NotLeader, StaleTerm, WorkerTaken
 from cluster.core.limits import GONE_S, HEARTBEAT_S, MAX_ROSTER
-from cluster.core.term_limits import GRANT_TRIES
+from cluster.core.term_limits import FENCE_S, GRANT_TRIES
 from cluster.membership.candidacy import LeaderCandidate
+from cluster.membership.leadership import Leadership
 from cluster.membership.terms import Denial, Process, TermAnswer, TermCall, TermRequest
 from cluster.platform.continuous_clock import continuous_seconds
 
@@ -40,27 +42,42 @@ class TermHolder:
         clock: Callable[[], float] = continuous_seconds,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        self._process, self._clock, self._draw = process, clock, draw
-        self._candidate: LeaderCandidate | None = None
+        self.process = process
+        self._clock, self._draw = clock, draw
+        self._leadership: Leadership | None = None
         self._led: dict[str, TermWorker] = {}
         """The workers that granted a term so far, by address."""
         self._problem = ""
         """Why a worker refused last."""
         self._taking = asyncio.Lock()
+        self._ended = False
+        """Whether everything was given back."""
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        """What ``renew`` waits for, by the workers' addresses."""
 
     @property
     def number(self) -> int:
-        leadership = self._candidate.leadership if self._candidate else None
-        return leadership.term.number if leadership else 0
+        return self._leadership.term.number if self._leadership else 0
+
+    def begin(self, leadership: Leadership, workers: Sequence[TermWorker]) -> None:
+        """Go on with the term that an election took. These workers granted it."""
+        self._leadership = self._without_goal(leadership)
+        self._remember({worker.address: worker for worker in workers})
+
+    def _without_goal(self, leadership: Leadership) -> Leadership:
+        """Return the same leadership without a ring that it must hold: a ring that is lost here is recovered."""
+        return Leadership(leadership.term, leadership.grants, lambda workers: True, self._clock)
 
     async def take(self, workers: Sequence[TermWorker]) -> None:
         """Return once all these workers have granted this process one term, renewed just now.
 
         A higher term is taken only if one of them has granted another process one: it interrupts every ring. Raises
-        ``WorkerTaken`` if another coordinator holds one, ``StaleTerm`` if one refuses for another reason, and the
-        errors of ``TermWorker``.
+        ``WorkerTaken`` if another coordinator holds one, ``StaleTerm`` if one refuses for another reason, ``NotLeader``
+        after ``give_back``, and the errors of ``TermWorker``.
         """
         async with self._taking:
+            if self._ended:
+                raise NotLeader("this coordinator has given its workers to another one")
             by_address = {worker.address: worker for worker in workers}
             if not await self._keep(by_address):
                 await self._raise(by_address)
@@ -71,12 +88,12 @@ class TermHolder:
         """Note who is led. Addresses that were not loaded for the longest time are forgotten first."""
         others = [(address, worker) for address, worker in self._led.items() if address not in workers]
         self._led = dict([*others, *workers.items()][-MAX_ROSTER:])
-        if self._candidate and self._candidate.leadership:
-            self._candidate.leadership.retain(self._led)
+        if self._leadership:
+            self._leadership.retain(self._led)
 
     async def _keep(self, workers: Mapping[str, TermWorker]) -> bool:
         """Renew the present term, and have further workers join it. Return False if one of them is beyond it."""
-        leadership = self._candidate.leadership if self._candidate else None
+        leadership = self._leadership
         if leadership is None:
             return False
         now = self._clock()
@@ -89,14 +106,14 @@ class TermHolder:
         """Take a term that is higher than those of all these workers, in their present state."""
         for _ in range(GRANT_TRIES):
             candidate = LeaderCandidate(
-                self._process, workers.keys(), lambda found: found >= workers.keys(), self._clock, self._draw
+                self.process, workers.keys(), lambda found: found >= workers.keys(), self._clock, self._draw
             )
             calls = candidate.step()
             while calls:
                 answers = await self._send_all(calls, workers)
                 calls = [following for answer in answers for following in candidate.on_answer(answer)]
             if candidate.leadership:
-                self._candidate = candidate
+                self._leadership = self._without_goal(candidate.leadership)
                 return
             await asyncio.sleep(self._draw() * HEARTBEAT_S)
         raise StaleTerm(f"{self._problem}; try again")
@@ -104,7 +121,7 @@ class TermHolder:
     async def _rejoin(self, taken: Collection[str]) -> None:
         """Raise the term at the other workers, too, so that heartbeats keep them. Those that do not answer are left."""
         self._led = {address: worker for address, worker in self._led.items() if address not in taken}
-        leadership = self._candidate.leadership if self._candidate else None
+        leadership = self._leadership
         assert leadership
         now, joining = self._clock(), self._led
         calls = [TermCall(TermRequest.GRANT, address, leadership.term, now) for address in joining]
@@ -113,6 +130,49 @@ class TermHolder:
                 await asyncio.gather(
                     *(self._send(call, joining[call.worker]) for call in calls), return_exceptions=True
                 )
+
+    # Beside standbys
+
+    async def renew(self, workers: Sequence[TermWorker]) -> None:
+        """Renew the leases of all led workers, and have those of ``workers`` join that would. Call it each heartbeat.
+
+        Returns at once: answers are awaited by tasks of their own, one for each worker at a time.
+        """
+        leadership = self._leadership
+        if leadership is None or self._taking.locked():
+            return
+        known = {**self._led, **{worker.address: worker for worker in workers}}
+        for call in leadership.step(known.keys()):
+            if call.worker in known and call.worker not in self._asking:
+                task = asyncio.create_task(self._converse(call, known[call.worker], leadership))
+                self._asking[call.worker] = task
+                task.add_done_callback(lambda _, worker=call.worker: self._asking.pop(worker, None))
+
+    async def _converse(self, call: TermCall, worker: TermWorker, leadership: Leadership) -> None:
+        """Send a call and those that follow from its answer. A worker that does not answer is asked again later."""
+        calls = [call]
+        with suppress(MacpipeError):
+            async with asyncio.timeout(GONE_S + FENCE_S):
+                while calls and self._leadership is leadership:
+                    answer, _ = await worker.request_term(calls.pop())
+                    calls += leadership.on_answer(answer)
+                    if call.worker in leadership.workers:
+                        self._led.setdefault(worker.address, worker)
+
+    async def give_back(self) -> None:
+        """End the leases of all led workers, and take no term any more. They refuse this process's calls from now on.
+
+        What they hold stays there for the next leader. Wait at most ``GONE_S``.
+        """
+        self._ended = True
+        leadership, self._leadership = self._leadership, None
+        if leadership is None:
+            return
+        led, self._led = self._led, {}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GONE_S):
+                calls = [call for call in leadership.step_down() if call.worker in led]
+                await asyncio.gather(*(self._send(call, led[call.worker]) for call in calls), return_exceptions=True)
 
     async def _send_all(self, calls: Sequence[TermCall], workers: Mapping[str, TermWorker]) -> list[TermAnswer]:
         """Send calls at once and return the answers. Raises the first error, once all have been answered."""

@@ -36,6 +36,11 @@ class Leadership:
         return frozenset(self._granted)
 
     @property
+    def grants(self) -> Mapping[str, float]:
+        """When the call was sent that each of ``workers`` granted last."""
+        return dict(self._granted)
+
+    @property
     def held(self) -> frozenset[str]:
         """The workers that nobody else can have been granted yet."""
         if self.ended:

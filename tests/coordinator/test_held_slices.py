@@ -108,6 +108,19 @@ def test_only_slices_from_before_of_the_same_precision_are_kept() -> None:
         assert not inherited.heirs
 
 
+def test_a_leader_that_was_elected_keeps_what_its_predecessor_loaded_and_nothing_else() -> None:
+    claims = SliceClaims()
+    roster = Looks()
+    led = replace(holding_two("ada", FIRST, SECOND), live_owner="me", live_owner_process=roster.instance)
+    roster.members = (RosterEntry(led),)
+    inherited = InheritedSlices(roster, claims)
+    inherited.keep_for([A, M])
+    assert not inherited.heirs, "this process loaded both"
+    roster.inherited_epoch = FIRST.epoch
+    inherited.keep_for([A, M])
+    assert inherited.heirs == {"first"}
+
+
 class Looks(Roster):
     """A roster whose members are given, and which counts how often it is refreshed."""
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from cluster.coordinator.term_holder import TermHolder
-from cluster.core.errors import StaleTerm, WorkerLost, WorkerTaken
+from cluster.core.errors import NotLeader, StaleTerm, WorkerLost, WorkerTaken
+from cluster.core.limits import HEARTBEAT_S
 from cluster.core.term_limits import LEASE_S
+from cluster.membership.leadership import Leadership
 from cluster.membership.term_record import TermRecord
 from cluster.membership.terms import Denial, Process, Term, TermAnswer, TermCall, TermRequest
 
@@ -148,3 +150,69 @@ async def test_two_loads_at_once_take_one_term(workers: list[Worker]) -> None:
     mine = holder(workers)
     await asyncio.gather(mine.take(workers[:2]), mine.take(workers[1:]))
     assert numbers(workers) == [1, 1, 1]
+
+
+async def settle() -> None:
+    """Let everything run that needs no more than the event loop's next turns."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.anyio
+async def test_with_standbys_spares_are_renewed_and_asked_before_they_are_taken(workers: list[Worker]) -> None:
+    ada, bob, cyd = workers
+    mine = holder(workers)
+    await mine.renew(workers)
+    assert numbers(workers) == [0, 0, 0], "without a term there is nothing to renew"
+    await mine.take([ada])
+    cyd.grant(Term(9, OTHER))
+    for worker in workers:
+        worker.asked.clear()
+    for _ in range(5):
+        ada.clock.now += HEARTBEAT_S
+        cyd.record.renew(Term(9, OTHER))
+        await mine.renew(workers)
+        await settle()
+    assert [ada.asked, bob.asked[:2]] == [[TermRequest.RENEW] * 5, [TermRequest.ASK, TermRequest.GRANT]]
+    assert bob.asked[2:] == [TermRequest.RENEW] * 4
+    assert set(cyd.asked) == {TermRequest.ASK}, "who is led by another is left alone"
+    assert numbers(workers) == [1, 1, 9]
+    assert bob.record.has_lease()
+
+
+@pytest.mark.anyio
+async def test_who_gave_its_workers_back_takes_none_any_more(workers: list[Worker]) -> None:
+    ada, bob, cyd = workers
+    mine = holder(workers)
+    await mine.take([ada, bob])
+    cyd.gone = True
+    await mine.give_back()
+    assert mine.number == 0
+    assert not ada.record.has_lease()
+    assert not bob.record.has_lease()
+    assert ada.record.why_not(OTHER) is None
+    with pytest.raises(NotLeader):
+        await mine.take([ada])
+    await mine.renew(workers)
+    await settle()
+    assert numbers(workers) == [1, 1, 0]
+
+
+@pytest.mark.anyio
+async def test_a_term_that_an_election_took_is_the_one_of_the_first_load(workers: list[Worker]) -> None:
+    ada, bob, _ = workers
+    term = Term(4, ME)
+    for worker in (ada, bob):
+        worker.grant(term)
+    mine = holder(workers)
+    now = ada.clock.now
+    mine.begin(Leadership(term, {"ada:1": now, "bob:1": now}, lambda found: len(found) > 1, ada.clock), [ada, bob])
+    assert mine.number == 4
+    await mine.take(workers)
+    assert numbers(workers) == [4, 4, 4]
+    bob.gone = True
+    for _ in range(10):  # its recovery decides what follows, not the election's ring
+        ada.clock.now += LEASE_S
+        await mine.renew(workers)
+        await settle()
+    assert mine.number == 4
