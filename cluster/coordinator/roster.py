@@ -136,10 +136,8 @@ class Roster:
 
     def why_unusable(self, info: WorkerInfo) -> str:
         """Return why a worker that answered cannot be used; "" if it can."""
-        if info.cluster != self._cluster:
-            return _other_cluster([info.name], info.cluster, self._cluster)
-        if differs := _version_difference(info):
-            return _other_version([info.name], *differs)
+        if why := self._why_other(info):
+            return why
         if info.live_owner and info.live_owner != self._coordinator:
             return f"{_serving(info)} for another coordinator"
         if self.is_held_by_other_process(info):
@@ -147,6 +145,16 @@ class Roster:
                 f"{_serving(info)} for another coordinator that has the id of this one, {self._coordinator}: {COPIED}"
             )
         return ""
+
+    def why_foreign(self, info: WorkerInfo) -> str:
+        """Return why a worker that answered can be led by no coordinator of this cluster; "" if it can."""
+        return self.why_not_member(info) or self._why_other(info)
+
+    def _why_other(self, info: WorkerInfo) -> str:
+        if info.cluster != self._cluster:
+            return _other_cluster([info.name], info.cluster, self._cluster)
+        differs = _version_difference(info)
+        return _other_version([info.name], *differs) if differs else ""
 
     def is_held_by_other_process(self, info: WorkerInfo) -> bool:
         """Return whether another process with this coordinator's id owns the worker, or did until a moment ago."""

@@ -1,0 +1,139 @@
+"""Try to become the leader of workers whose leader is lost. The rules are those of ``cluster.membership``."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol, TypeAlias
+
+import anyio
+
+from cluster.coordinator.term_holder import TermWorker
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import GONE_S, HEARTBEAT_S
+from cluster.core.worker import WorkerInfo
+from cluster.membership.candidacy import LeaderCandidate
+from cluster.membership.leadership import Leadership
+from cluster.membership.terms import NO_TERM, Process, TermAnswer, TermCall, TermRequest
+from cluster.platform.continuous_clock import continuous_seconds
+
+__all__ = ["CandidateWorker", "Election", "FitsWorkers"]
+
+FitsWorkers: TypeAlias = Callable[[Sequence[WorkerInfo]], bool]
+"""Whether these workers can hold what is to be served."""
+
+
+class CandidateWorker(TermWorker, Protocol):
+    """A worker's client, as far as an election is concerned."""
+
+    async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
+        """Return the worker's description, and its problem. Raises ``WorkerLost``, and the worker's error."""
+
+
+class CandidateRoster(Protocol):
+    """The workers that may be led."""
+
+    def addresses(self) -> set[str]:
+        """Return the control addresses of all workers that are known."""
+
+    def control(self, address: str) -> CandidateWorker:
+        """Return the client of the worker at an address."""
+
+    def why_foreign(self, info: WorkerInfo) -> str:
+        """Return why a worker that answered cannot be led by any coordinator of this version; "" if it can."""
+
+
+class Election:
+    """One candidate for the workers of ``roster``. Nobody waits for a worker that does not answer."""
+
+    def __init__(
+        self,
+        process: Process,
+        roster: CandidateRoster,
+        fits: FitsWorkers,
+        clock: Callable[[], float] = continuous_seconds,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._roster, self._fits_workers = roster, fits
+        self._candidate = LeaderCandidate(process, (), self._fits, clock, draw)
+        self._found: dict[str, WorkerInfo] = {}
+        """What each worker said of itself last, by address."""
+        self.newest_epoch = 0
+        """The newest epoch that any worker holds a slice of, or was asked to load."""
+        self._led = asyncio.Event()
+        self._asking: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> Leadership:
+        """Return the leadership once it is won, which may be never. If cancelled, give back what was granted."""
+        try:
+            while not self._led.is_set():
+                self._candidate.workers = frozenset(self._roster.addresses())
+                self._start(self._candidate.step())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(HEARTBEAT_S / 2):
+                        await self._led.wait()
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                await self._withdraw()
+            raise
+        finally:
+            for task in self._tasks:
+                task.cancel()
+        leadership = self._candidate.leadership
+        assert leadership
+        return leadership
+
+    @property
+    def denials(self) -> Mapping[str, TermAnswer]:
+        """Why workers refused last, by address."""
+        return self._candidate.denials
+
+    def _fits(self, addresses: frozenset[str]) -> bool:
+        return self._fits_workers([self._found[address] for address in sorted(addresses) if address in self._found])
+
+    def _start(self, calls: Sequence[TermCall]) -> None:
+        """Send calls, each in a task of its own. A worker that has not answered a question is not asked again."""
+        for call in calls:
+            asks = call.request is TermRequest.ASK
+            if not (asks and call.worker in self._asking):
+                self._asking |= {call.worker} if asks else set()
+                task = asyncio.create_task(self._send(call))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _send(self, call: TermCall) -> None:
+        worker, asks = self._roster.control(call.worker), call.request is TermRequest.ASK
+        try:
+            if asks and not await self._describe(worker):
+                return
+            answer, _ = await worker.request_term(call)
+        except MacpipeError:
+            return  # it is asked again in the next round
+        finally:
+            if asks:
+                self._asking.discard(call.worker)
+        self._start(self._candidate.on_answer(answer))
+        if self._candidate.leadership:
+            self._led.set()
+
+    async def _describe(self, worker: CandidateWorker) -> bool:
+        """Ask a worker what it is. Return whether it may be led. Raises as ``describe``."""
+        info, _ = await worker.describe(GONE_S)
+        if info.draining or self._roster.why_foreign(info):
+            self._found.pop(worker.address, None)
+            return False
+        self._found[worker.address] = info
+        self.newest_epoch = max(self.newest_epoch, info.epoch, *(held.epoch for held in info.slices))
+        return True
+
+    async def _withdraw(self) -> None:
+        """Give back what was granted, or may have been."""
+        leadership = self._candidate.leadership
+        calls = leadership.step_down() if leadership else self._candidate.see(NO_TERM)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GONE_S):
+                sent = (self._roster.control(call.worker).request_term(call) for call in calls)
+                await asyncio.gather(*sent, return_exceptions=True)

@@ -1,0 +1,160 @@
+"""A candidate asks real records of workers: it takes a full ring, and nothing while the leader lives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from cluster.core.errors import WorkerLost
+from cluster.core.term_limits import LEASE_S
+from cluster.core.worker import HeldSlice, WorkerInfo
+from cluster.membership.term_record import TermRecord
+from cluster.membership.terms import Process, Term, TermAnswer, TermCall, TermRequest
+from cluster.standby.election import Election
+
+LEADER, STANDBY = Process("service", "1"), Process("service", "2")
+
+
+@dataclass
+class Clock:
+    now: float = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Worker:
+    """A worker with a record of its own. It does not answer while ``gone``."""
+
+    name: str
+    clock: Clock
+    gone: bool = False
+    info: WorkerInfo = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.address = f"{self.name}:1"
+        self.record = TermRecord(None, self.clock)
+        self.info = WorkerInfo(f"id-{self.name}", self.name, "", self.address, "", "", "", "", 0, 10)
+
+    def grant(self, term: Term) -> None:
+        assert self.record.begin(term) is self.record.finish(written=True) is None
+
+    async def describe(self, timeout_s: float) -> tuple[WorkerInfo, str]:
+        await asyncio.sleep(0)
+        if self.gone:
+            raise WorkerLost(f"worker {self.name} does not answer", worker=self.name)
+        return self.info, ""
+
+    async def request_term(self, call: TermCall) -> tuple[TermAnswer, str]:
+        await self.describe(1.0)
+        match call.request:
+            case TermRequest.ASK:
+                denial = self.record.why_not(call.term.process)
+            case TermRequest.GRANT:
+                denial = self.record.begin(call.term) or self.record.finish(written=True)
+            case _:
+                denial = None
+                self.record.give_back(call.term)
+        return TermAnswer(call, denial, self.record.term), ""
+
+
+class Workers:
+    """A roster of these workers. One of another version is foreign."""
+
+    def __init__(self, *names: str) -> None:
+        self.clock = Clock()
+        self.all = [Worker(name, self.clock) for name in names]
+        for worker in self.all:
+            worker.grant(Term(5, LEADER))
+
+    def addresses(self) -> set[str]:
+        return {worker.address for worker in self.all}
+
+    def control(self, address: str) -> Worker:
+        return next(worker for worker in self.all if worker.address == address)
+
+    def why_foreign(self, info: WorkerInfo) -> str:
+        return info.version
+
+    @property
+    def terms(self) -> list[int]:
+        return [worker.record.term.number for worker in self.all]
+
+    def election(self, least: int) -> Election:
+        return Election(STANDBY, self, lambda found: len(found) >= least, self.clock, lambda: 0.0)
+
+
+async def until(seen: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not seen():
+            await asyncio.sleep(0.01)
+
+
+async def pass_time(workers: Workers, seconds: Sequence[float]) -> None:
+    """Let the candidate step at each of these times."""
+    for one in seconds:
+        workers.clock.now += one
+        await asyncio.sleep(0.3)
+
+
+@pytest.mark.anyio
+async def test_a_candidate_takes_all_that_answer_once_the_leases_are_over_and_knows_the_newest_epoch() -> None:
+    workers = Workers("ada", "bob", "cyd", "dee")
+    ada, bob, cyd, _ = workers.all
+    cyd.gone = True
+    ada.info = replace(ada.info, epoch=7, slices=(HeldSlice(7), HeldSlice(9)))
+    bob.info = replace(bob.info, epoch=8, slices=(HeldSlice(8),))
+    election = workers.election(3)
+    running = asyncio.create_task(election.run())
+    await pass_time(workers, [0.0])
+    assert workers.terms == [5] * 4, "the leader's leases last"
+    assert {answer.granted for answer in election.denials.values()} == {Term(5, LEADER)}
+    workers.clock.now += LEASE_S
+    async with asyncio.timeout(10):
+        leadership = await running
+    assert leadership.term == Term(6, STANDBY)
+    assert leadership.workers == {"ada:1", "bob:1", "dee:1"}
+    assert workers.terms == [6, 6, 5, 6]
+    assert election.newest_epoch == 9
+
+
+@pytest.mark.anyio
+async def test_a_candidate_that_reaches_too_few_changes_nothing() -> None:
+    workers = Workers("ada", "bob", "cyd")
+    workers.clock.now += LEASE_S
+    ada, bob, _ = workers.all
+    bob.gone = True
+    ada.info = replace(ada.info, version="of another version")
+    running = asyncio.create_task(workers.election(2).run())
+    await pass_time(workers, [1.0, 1.0])
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert workers.terms == [5, 5, 5]
+
+
+@pytest.mark.anyio
+async def test_an_election_that_is_given_up_gives_back_what_was_granted() -> None:
+    workers = Workers("ada", "bob")
+    workers.clock.now += LEASE_S
+    ada, bob = workers.all
+    request_term = bob.request_term
+
+    async def hang_before_a_grant(call: TermCall) -> tuple[TermAnswer, str]:
+        if call.request is TermRequest.GRANT:
+            await asyncio.Event().wait()
+        return await request_term(call)
+
+    bob.request_term = hang_before_a_grant  # type: ignore[method-assign]
+    running = asyncio.create_task(workers.election(2).run())
+    await until(lambda: ada.record.term.number == 6)
+    assert ada.record.has_lease()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not ada.record.has_lease()
+    assert ada.record.why_not(LEADER) is None
