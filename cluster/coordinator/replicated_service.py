@@ -1,0 +1,58 @@
+"""What a coordinator serves, as its standbys keep it: models, which of them are loaded, and on which workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from cluster.coordinator.journal import Fsync
+from cluster.coordinator.settings import ModelEntry
+from cluster.core.errors import InvalidOption
+from cluster.core.leadership import Replicate
+from cluster.core.limits import MAX_SCHEMA_BYTES
+from cluster.core.load_limits import LOAD_WAIT_S
+
+__all__ = ["SERVICE_FILE", "ReplicatedService"]
+
+SERVICE_FILE: Final = "service.json"
+"""The name of its file, in the coordinator's state folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicatedService:
+    """The service of one coordinator. Its models' folders must be at the same paths on a standby's Mac.
+
+    ``models`` are all that may be served, the default one first. ``loaded`` are the names of those that are loaded, in
+    the order in which another leader loads them. ``workers`` are control addresses. The other fields are as in
+    ``ServeSettings``.
+    """
+
+    models: tuple[ModelEntry, ...]
+    loaded: tuple[str, ...] = ()
+    workers: tuple[str, ...] = ()
+    journal: Fsync | None = None
+    replicate: Replicate | None = None
+    max_schema_bytes: int = MAX_SCHEMA_BYTES
+    load_wait_s: float = LOAD_WAIT_S
+    strict: bool = False
+
+    def encode(self) -> bytes:
+        """Return it as JSON."""
+        return _JSON.dump_json(self)
+
+    @staticmethod
+    def decode(content: bytes) -> ReplicatedService:
+        """Return what ``encode`` wrote. Raises ``InvalidOption`` if it is of another version or damaged."""
+        try:
+            return _JSON.validate_json(content)
+        except ValidationError as e:
+            where = ".".join(map(str, e.errors()[0]["loc"]))
+            raise InvalidOption(
+                f"the leader's settings cannot be read ({where or 'not JSON'}); install the same version of macpipe on"
+                " both Macs"
+            ) from e
+
+
+_JSON: Final = TypeAdapter(ReplicatedService)
