@@ -15,6 +15,7 @@ from cluster.core.errors import MacpipeError
 from cluster.core.limits import GONE_S, HEARTBEAT_S
 from cluster.core.worker import WorkerInfo
 from cluster.membership.candidacy import LeaderCandidate
+from cluster.membership.in_sync import NOT_NAMED
 from cluster.membership.leadership import Leadership
 from cluster.membership.terms import NO_TERM, Process, TermAnswer, TermCall, TermRequest
 from cluster.platform.continuous_clock import continuous_seconds
@@ -62,12 +63,17 @@ class Election:
         """What each worker said of itself last, by address."""
         self.newest_epoch = 0
         """The newest epoch that any worker holds a slice of, or was asked to load."""
+        self.in_sync = NOT_NAMED
+        """The latest set of copies in sync that any worker was told."""
         self._led = asyncio.Event()
         self._asking: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> Leadership:
-        """Return the leadership once it is won, which may be never. If cancelled, give back what was granted."""
+        """Return the leadership once it is won, which may be never. If cancelled, give back what was granted.
+
+        The other workers have one more heartbeat's time to answer: ``in_sync`` is then what all of them know.
+        """
         try:
             while not self._led.is_set():
                 self._candidate.workers = frozenset(self._roster.addresses())
@@ -75,6 +81,8 @@ class Election:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(HEARTBEAT_S / 2):
                         await self._led.wait()
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=HEARTBEAT_S)
         except asyncio.CancelledError:
             with anyio.CancelScope(shield=True):
                 await self._withdraw()
@@ -115,6 +123,8 @@ class Election:
         finally:
             if asks:
                 self._asking.discard(call.worker)
+        self.in_sync = max(self.in_sync, answer.in_sync)
+        self.newest_epoch = max(self.newest_epoch, answer.newest_epoch)
         self._start(self._candidate.on_answer(answer))
         if self._candidate.leadership:
             self._led.set()

@@ -11,6 +11,7 @@ import pytest
 from cluster.core.errors import WorkerLost
 from cluster.core.term_limits import LEASE_S
 from cluster.core.worker import HeldSlice, WorkerInfo
+from cluster.membership.in_sync import NOT_NAMED, InSyncSet
 from cluster.membership.term_record import TermRecord
 from cluster.membership.terms import Process, Term, TermAnswer, TermCall, TermRequest
 from cluster.standby.election import Election
@@ -33,6 +34,8 @@ class Worker:
     name: str
     clock: Clock
     gone: bool = False
+    in_sync: InSyncSet = NOT_NAMED
+    newest_epoch: int = 0
     info: WorkerInfo = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class Worker:
             case _:
                 denial = None
                 self.record.give_back(call.term)
-        return TermAnswer(call, denial, self.record.term), ""
+        return TermAnswer(call, denial, self.record.term, self.in_sync, self.newest_epoch), ""
 
 
 class Workers:
@@ -104,11 +107,13 @@ async def pass_time(workers: Workers, seconds: Sequence[float]) -> None:
 @pytest.mark.anyio
 async def test_a_candidate_takes_all_that_answer_once_the_leases_are_over_and_knows_the_newest_epoch() -> None:
     workers = Workers("ada", "bob", "cyd", "dee")
-    ada, bob, cyd, _ = workers.all
+    ada, bob, cyd, dee = workers.all
     cyd.gone = True
+    dee.in_sync, dee.newest_epoch = InSyncSet(5, 2, ("b",)), 11
+    bob.in_sync = InSyncSet(5, 1, ("a", "b"))
     ada.info = replace(ada.info, epoch=7, slices=(HeldSlice(7), HeldSlice(9)))
     bob.info = replace(bob.info, epoch=8, slices=(HeldSlice(8),))
-    election = workers.election(3)
+    election = workers.election(2)
     running = asyncio.create_task(election.run())
     await pass_time(workers, [0.0])
     assert workers.terms == [5] * 4, "the leader's leases last"
@@ -119,7 +124,8 @@ async def test_a_candidate_takes_all_that_answer_once_the_leases_are_over_and_kn
     assert leadership.term == Term(6, STANDBY)
     assert leadership.workers == {"ada:1", "bob:1", "dee:1"}
     assert workers.terms == [6, 6, 5, 6]
-    assert election.newest_epoch == 9
+    assert election.newest_epoch == 11
+    assert election.in_sync == dee.in_sync, "all have answered, although two of them are enough"
 
 
 @pytest.mark.anyio
