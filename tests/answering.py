@@ -11,6 +11,7 @@ from cluster.coordinator.frame_history import FrameHistory
 from cluster.coordinator.live_answers import LiveAnswers
 from cluster.core.errors import MacpipeError
 from cluster.core.frames import Sample
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.plan import LayerRange, ModelRef, PlannedStage, StageSpec
 from cluster.core.request import FinishReason, Request, TopLogprob
 from cluster.scheduler.outcome import Outcome, Produced
@@ -39,13 +40,13 @@ class Generation:
         self._ids = [request.id, *(f"{request.id}#{i}" for i in range(1, request.samples))]
         self._counts = [0] * request.samples
 
-    def begin(self, known: Sequence[Sequence[int]] = (), skip: tuple[int, ...] = ()) -> Iterator[None]:
+    def begin(self, said: Sequence[Sequence[int]] = (), known: tuple[KnownTokens, ...] = ()) -> Iterator[None]:
         """Accept the request, step by step.
 
-        An earlier coordinator has produced ``known`` tokens; ``skip`` of each sample were read.
+        An earlier coordinator has produced the tokens ``said``; those in ``known`` were read.
         """
-        self._live.open(self._request, self.answer, tuple(map(tuple, known)), skip, lambda: STAGES)
-        for sample, tokens in enumerate(known):
+        self._live.open(self._request, self.answer, tuple(map(tuple, said)), known, lambda: STAGES)
+        for sample, tokens in enumerate(said):
             self._counts[sample] = len(tokens)
         while self._steps:
             yield

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ from cluster.coordinator.frame_history import trace_request
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.on_demand import OnDemand
 from cluster.core.errors import ClusterDamaged, InvalidGrammar, MacpipeError, RequestNotFound
+from cluster.core.known_tokens import KnownAnswer
 from cluster.core.limits import KEY_CHECK_S, PROMPT_PIECE_TOKENS
 from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, Request, SkippedText, TokenEvent
 from cluster.core.request_trace import RequestTrace
@@ -100,14 +101,14 @@ class RequestService:
                 raise await find_invalid_tool(e, request, model_info, self.coordinator) from None
         return await self._wait_accepted(request, answer, model_info)
 
-    async def resume(self, request_id: str, offsets: Sequence[int], client: str) -> RunningRequest:
-        """Resume an answer from the journal at ``offsets``, one for each sample.
+    async def resume(self, request_id: str, known: KnownAnswer, client: str) -> RunningRequest:
+        """Resume an answer from the journal behind the tokens of each sample that the client has.
 
         Its model is loaded first, if it may be loaded on demand. Raises the errors of the load and the coordinator.
         """
         with self._count_errors():
             async with self._hold_answerer(request_id, client):
-                request, model_info, answer = self.coordinator.resume(request_id, offsets, client)
+                request, model_info, answer = self.coordinator.resume(request_id, known, client)
         return await self._wait_accepted(request, answer, model_info)
 
     @asynccontextmanager

@@ -12,6 +12,7 @@ from cluster.coordinator.answer_text import Decoder, TextStream
 from cluster.coordinator.journal import AnswerTokens
 from cluster.coordinator.loop_view import AnswerProgress
 from cluster.coordinator.request_timings import RequestTimings
+from cluster.core.known_tokens import KnownTokens, KnownTokensCheck
 from cluster.core.limits import RESUMED_TOKENS
 from cluster.core.request import FinishEvent, FinishReason, Request, SkippedText, TokenEvent, Usage
 from cluster.scheduler.guessing import GuessSource
@@ -70,8 +71,8 @@ class ActiveSample:
     text: TextStream
     timings: RequestTimings
     accepted_at: float
-    skip: int = 0
-    """Number of tokens that the reader already has, and that are not sent again."""
+    known: KnownTokensCheck
+    """The tokens that the reader already has, and that are not sent again."""
     replays: int = 0
     """Number of rings lost since its last token."""
     guesses: GuessedTokens = field(default_factory=GuessedTokens)
@@ -84,10 +85,13 @@ class ActiveSample:
         )
 
     def send_token(self, produced: Produced) -> bool:
-        """Send a token to the reader, unless it already has it. Return False if the reader is too far behind."""
+        """Send a token to the reader, unless it already has it. Return False if the reader is too far behind.
+
+        Raises ``AnswerDiffers`` if the reader has other tokens.
+        """
         index, sampled = produced.index, produced.sample
         text = self.text.add(sampled.token)
-        if index < self.skip:
+        if self.known.is_known(sampled.token):
             if skipped := skipped_text(self.request, self.sample, text):
                 self.parent.answer.put_uncounted(skipped)
             return True
@@ -125,7 +129,7 @@ def skipped_text(request: Request, sample: int, text: str) -> SkippedText | None
 class MovedRequest:
     """A live request on its way to another engine loop.
 
-    ``samples`` are its live ones, each with what the scheduler of that loop needs. ``tokens`` and ``skip`` are as in
+    ``samples`` are its live ones, each with what the scheduler of that loop needs. ``tokens`` and ``known`` are as in
     ``EngineLoop.submit``, for a request that has no live sample yet.
     """
 
@@ -133,14 +137,14 @@ class MovedRequest:
     answer: AnswerQueue
     samples: tuple[tuple[ActiveSample, MovedSample], ...] = ()
     tokens: AnswerTokens = ()
-    skip: tuple[int, ...] = ()
+    known: tuple[KnownTokens, ...] = ()
 
 
 class ResumedRequest:
     """A resumed request while the tokens of an earlier coordinator are decoded, ``RESUMED_TOKENS`` in each step.
 
-    ``tokens`` and ``skip`` are as in ``EngineLoop.submit``. ``texts`` and ``events`` are for the live samples: the
-    state of their decoders, and the tokens that their reader does not have.
+    ``tokens`` and ``known`` are as in ``EngineLoop.submit``. ``texts``, ``checks`` and ``events`` are for the live
+    samples: the state of their decoders and of the comparison with what their reader has, and the tokens that it lacks.
     """
 
     def __init__(
@@ -148,10 +152,11 @@ class ResumedRequest:
         request: Request,
         answer: AnswerQueue,
         tokens: AnswerTokens,
-        skip: tuple[int, ...],
+        known: tuple[KnownTokens, ...],
         decoder: Callable[[], Decoder],
     ) -> None:
-        self.request, self.answer, self.tokens, self.skip = request, answer, tokens, skip
+        self.request, self.answer, self.tokens, self.known = request, answer, tokens, known
+        self.checks = [KnownTokensCheck(one) for one in known or (KnownTokens(0),) * request.samples]
         self.texts = [TextStream(decoder(), request.stop) for _ in range(request.samples)]
         self.events: list[list[TokenEvent | SkippedText]] = [[] for _ in range(request.samples)]
         self._left = chain.from_iterable(
@@ -159,11 +164,11 @@ class ResumedRequest:
         )
 
     def decode(self) -> bool:
-        """Decode the next tokens. Return whether there are more."""
+        """Decode the next tokens. Return whether there are more. Raises ``AnswerDiffers`` if the reader has others."""
         few = list(islice(self._left, RESUMED_TOKENS))
         for sample, index, token in few:
             text = self.texts[sample].add(token)
-            if index >= self.skip[sample]:
+            if not self.checks[sample].is_known(token):
                 self.events[sample].append(TokenEvent(index, token, text, sample=sample))
             elif skipped := skipped_text(self.request, sample, text):
                 self.events[sample].append(skipped)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from cluster.coordinator.journal import AnswerTokens, JournaledRequest
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.core.errors import InvalidRequest, RequestNotFound
+from cluster.core.known_tokens import KnownAnswer, KnownTokens
 from cluster.core.request import Request
 
 
@@ -23,17 +24,17 @@ def take_request(journal: JournalWriter | None, request_id: str, client: str) ->
     return kept
 
 
-def resume_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Request, AnswerTokens, tuple[int, ...]]:
-    """Return the request that goes on, with the tokens of each sample, and how many of them the client already has.
+def resume_request(kept: JournaledRequest, known: KnownAnswer) -> tuple[Request, AnswerTokens, tuple[KnownTokens, ...]]:
+    """Return the request that goes on, with the tokens of each sample, and those of them that the client already has.
 
-    ``offsets`` are the numbers of tokens that the client has: one per sample, or one for all samples. Raises
-    ``InvalidRequest`` for other numbers of offsets.
+    ``known`` are the tokens that the client has: of each sample, or the same of all samples. Raises ``InvalidRequest``
+    for another number of samples.
     """
-    tokens, skip = continue_request(kept, offsets)
+    tokens, skip = continue_request(kept, [sample.count for sample in known])
     request = kept.request
     if skip[0]:  # the client has tokens, and so the prompt's log-probabilities, which come first
         request = replace(request, prompt_logprobs=None)
-    return request, tokens, skip
+    return request, tokens, tuple(known) * (request.samples if len(known) == 1 else 1)
 
 
 def continue_request(kept: JournaledRequest, offsets: Sequence[int]) -> tuple[AnswerTokens, tuple[int, ...]]:

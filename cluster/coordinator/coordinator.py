@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 
 import anyio
@@ -48,6 +48,7 @@ from cluster.coordinator.weight_distribution import WeightDistribution
 from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, NotServing, RequestNotFound, WorkerLost
+from cluster.core.known_tokens import KnownAnswer
 from cluster.core.limits import MAX_SCHEMA_BYTES, OVERLOADED_S
 from cluster.core.load_limits import LOADED_RETRY_S
 from cluster.core.plan import Plan
@@ -382,14 +383,14 @@ class Coordinator:
         serving = next((d for d in self._deployments.values() if d.serves(model_info)), None)
         return serving or self._default()
 
-    def resume(self, request_id: str, offsets: Sequence[int], client: str) -> tuple[Request, ModelInfo, AnswerQueue]:
+    def resume(self, request_id: str, known: KnownAnswer, client: str) -> tuple[Request, ModelInfo, AnswerQueue]:
         """Resume an answer that a previous coordinator began, on the model that gave it.
 
         Raises as ``take_request`` and ``Deployment.resume``, and ``NotServing`` while that model is not loaded.
         """
         kept = take_request(self.journal, request_id, client)
         deployment = self._deployments.find_answerer(kept)
-        request, answer = deployment.resume(kept, offsets)
+        request, answer = deployment.resume(kept, known)
         return request, deployment.require_service().model_info, answer
 
     async def add_adapter(self, name: str, folder: str, model: str = "") -> Adapter:

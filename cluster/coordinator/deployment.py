@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import anyio
@@ -27,6 +27,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import EventKind, ServingState
 from cluster.core.errors import BadCheckpoint, MacpipeError, ModelUnsupported, NotServing
+from cluster.core.known_tokens import KnownAnswer
 from cluster.core.request import Request
 
 __all__ = ["Deployment", "DeploymentHost"]
@@ -295,11 +296,11 @@ class Deployment:
         if not self.serves(model_info):
             raise NotServing("another model was loaded while the prompt was tokenized; send the request again")
 
-    def resume(self, kept: JournaledRequest, offsets: Sequence[int]) -> tuple[Request, AnswerQueue]:
+    def resume(self, kept: JournaledRequest, known: KnownAnswer) -> tuple[Request, AnswerQueue]:
         """Resume an answer that a previous coordinator began. Raises as ``resume_request``, and ``NotServing``."""
         self.require_service()
-        request, tokens, skip = resume_request(kept, offsets)
-        return request, self._replicas.router.least_loaded().submit(request, tokens, skip)
+        request, tokens, known = resume_request(kept, known)
+        return request, self._replicas.router.least_loaded().submit(request, tokens, known)
 
     async def add_adapter(self, name: str, folder: str) -> Adapter:
         """Serve the adapter in ``folder``. Raises as ``ModelReader.read_adapter`` and ``AdapterChanges.add``."""

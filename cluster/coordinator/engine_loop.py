@@ -33,6 +33,7 @@ from cluster.core.errors import (
     NotServing,
     WorkerLost,
 )
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.limits import GRAMMAR_WAIT_S, LOOP_STOP_S, SUSPECT_S
 from cluster.core.plan import Plan
 from cluster.core.request import Grammar, Request
@@ -117,14 +118,14 @@ class EngineLoop:
         self._inbox.put(self._close_ring)
 
     def submit(
-        self, request: Request, answer: AnswerQueue, tokens: AnswerTokens = (), skip: tuple[int, ...] = ()
+        self, request: Request, answer: AnswerQueue, tokens: AnswerTokens = (), known: tuple[KnownTokens, ...] = ()
     ) -> None:
         """Queue a request. All its events, including a refusal, go to ``answer``.
 
-        For a resumed request, ``tokens`` holds the tokens of each sample so far, and ``skip`` the number of them that
-        the reader already has. Raises ``NotServing`` after ``stop``.
+        For a resumed request, ``tokens`` holds the tokens of each sample so far, and ``known`` those of them that the
+        reader already has. Raises ``NotServing`` after ``stop``.
         """
-        if not self._inbox.put(lambda: self._submit(request, answer, tokens, skip)):
+        if not self._inbox.put(lambda: self._submit(request, answer, tokens, known)):
             raise NotServing("the model is no longer served; send the request again once a model is loaded")
 
     def make_offer(self, request: Request) -> Future[Offer]:
@@ -155,7 +156,7 @@ class EngineLoop:
             return list(moved)
         for one in moved:
             if not one.samples:
-                self.answers.open(one.request, one.answer, one.tokens, one.skip, lambda: self._plan.stages)
+                self.answers.open(one.request, one.answer, one.tokens, one.known, lambda: self._plan.stages)
         return self.answers.take_over([one for one in moved if one.samples], self._plan.stages)
 
     def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
@@ -325,11 +326,13 @@ class EngineLoop:
         self._scheduler.disk.finish(order, outcome, seconds)
         self._flush()
 
-    def _submit(self, request: Request, answer: AnswerQueue, tokens: AnswerTokens, skip: tuple[int, ...]) -> None:
+    def _submit(
+        self, request: Request, answer: AnswerQueue, tokens: AnswerTokens, known: tuple[KnownTokens, ...]
+    ) -> None:
         if self._refusal:
             answer.put(self._refusal)
         else:
-            self.answers.open(request, answer, tokens, skip, lambda: self._plan.stages)
+            self.answers.open(request, answer, tokens, known, lambda: self._plan.stages)
 
     def _on_frame(self, message: bytes) -> None:
         if not self._ring:

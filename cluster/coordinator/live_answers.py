@@ -24,6 +24,7 @@ from cluster.coordinator.journal import AnswerRecorder, AnswerTokens
 from cluster.coordinator.loop_view import AnswerProgress
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
 from cluster.core.errors import Busy, InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.limits import MAX_REPLAYS, RETRY_AFTER_S
 from cluster.core.plan import PlannedStage
 from cluster.core.request import Accepted, FinishReason, Request, TokenEvent, Usage
@@ -70,18 +71,18 @@ class LiveAnswers:
         request: Request,
         answer: AnswerQueue,
         tokens: AnswerTokens,
-        skip: tuple[int, ...],
+        known: tuple[KnownTokens, ...],
         stages: Callable[[], Sequence[PlannedStage]],
     ) -> None:
         """Schedule a request. A refusal goes to ``answer``, as all its events do. End the requests that it displaces.
 
-        ``tokens`` and ``skip`` are as in ``EngineLoop.submit``; ``stages`` returns those of the current epoch. A
+        ``tokens`` and ``known`` are as in ``EngineLoop.submit``; ``stages`` returns those of the current epoch. A
         resumed request is scheduled once its tokens are decoded, a few at a time: no other request waits for that.
         """
         if request.id in self._requests or request.id in self._resumed:
             answer.put(InvalidRequest(f"a request with the id {request.id} is already live", field="request_id"))
             return
-        resumed = ResumedRequest(request, answer, tokens, skip or (0,) * request.samples, self._decoder)
+        resumed = ResumedRequest(request, answer, tokens, known, self._decoder)
         self._resumed[request.id] = resumed
         self._continue(resumed, stages)
 
@@ -91,6 +92,9 @@ class LiveAnswers:
             return  # it has ended
         try:
             more = resumed.decode()
+        except MacpipeError as e:
+            self.end(resumed.request.id, e)
+            return
         except Exception as e:  # a tokenizer may raise anything; only this request ends
             log.exception("answers: tokens not decoded request=%s", resumed.request.id)
             self.end(resumed.request.id, MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
@@ -120,7 +124,8 @@ class LiveAnswers:
             active.live.add(sample.id)
             timings = RequestTimings(now, stages)
             self._history.accept(sample.id, request.client, len(request.prompt), began)
-            self._samples[sample.id] = ActiveSample(active, sample, i, resumed.texts[i], timings, now, resumed.skip[i])
+            text, check = resumed.texts[i], resumed.checks[i]
+            self._samples[sample.id] = ActiveSample(active, sample, i, text, timings, now, check)
         answer.put(Accepted())
         self._record_opened(request, resumed.tokens)
         if known := tuple(chain.from_iterable(resumed.events)):
@@ -184,7 +189,7 @@ class LiveAnswers:
             found.append(MovedRequest(active.request, active.answer, tuple(samples)))
         for resumed in [one for one in self._resumed.values() if _may_move(one.request, ids)]:
             del self._resumed[resumed.request.id]
-            found.append(MovedRequest(resumed.request, resumed.answer, (), resumed.tokens, resumed.skip))
+            found.append(MovedRequest(resumed.request, resumed.answer, (), resumed.tokens, resumed.known))
         for sample in leaving:
             self._history.end(sample, self._clock())
         self._flush()
@@ -275,6 +280,8 @@ class LiveAnswers:
                 return
             worker = stages[event.stage].worker if event.stage < len(stages) else "a stage"
             self.end(live.request.id, MacpipeError.of(event.reason, f"{worker}: {event.sentence}", worker=worker))
+        except MacpipeError as e:
+            self.end(live.request.id, e)
         except Exception as e:  # a tokenizer may raise anything; only this request ends
             log.exception("answers: event failed request=%s", live.request.id)
             self.end(live.request.id, MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
@@ -309,6 +316,7 @@ class LiveAnswers:
         self._flush()
 
     def _finish(self, live: ActiveSample, reason: FinishReason, usage: Usage, end: TokenEvent | None) -> None:
+        live.known.close()
         last = replace(live.finish(reason, usage), end=end)
         del self._samples[live.request.id]
         self._history.end(live.request.id, self._clock())

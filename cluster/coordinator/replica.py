@@ -45,6 +45,7 @@ from cluster.core.errors import (
     StaleEpoch,
     WorkerLost,
 )
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.limits import CONTROL_TIMEOUT_S, EPOCH_TRIES, STATUS_VIEW_S
 from cluster.core.plan import ModelShape
 from cluster.core.request import Request
@@ -297,11 +298,11 @@ class Replica:
 
     # Requests
 
-    def submit(self, request: Request, tokens: AnswerTokens = (), skip: tuple[int, ...] = ()) -> AnswerQueue:
+    def submit(self, request: Request, tokens: AnswerTokens = (), known: tuple[KnownTokens, ...] = ()) -> AnswerQueue:
         """Queue a request, see ``EngineLoop.submit``. Raises ``NotServing``, and as ``ModelService.create_answer``."""
         service = self.require_service()
         answer = service.create_answer(request)
-        service.loop.submit(request, answer, tokens, skip)
+        service.loop.submit(request, answer, tokens, known)
         return answer
 
     async def abort(self, request_id: str) -> bool:

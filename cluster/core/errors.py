@@ -64,6 +64,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     ABORTED = "ABORTED"
     REQUEST_NOT_FOUND = "REQUEST_NOT_FOUND"
+    ANSWER_DIFFERS = "ANSWER_DIFFERS"
     BAD_FRAME = "BAD_FRAME"
     STALE_EPOCH = "STALE_EPOCH"
     STALE_TERM = "STALE_TERM"
@@ -402,6 +403,12 @@ class RequestNotFound(MacpipeError):
     """No live request has this id."""
 
     reason, grpc_status, http_status = Reason.REQUEST_NOT_FOUND, "NOT_FOUND", 404
+
+
+class AnswerDiffers(MacpipeError):
+    """An answer cannot be continued where its reader is: the reader has other tokens than the answer."""
+
+    reason, grpc_status, http_status = Reason.ANSWER_DIFFERS, "FAILED_PRECONDITION", 409
 
 
 class BadFrame(MacpipeError):

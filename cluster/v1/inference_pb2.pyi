@@ -1157,6 +1157,7 @@ class ResumeRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     OFFSETS_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     offset: _builtins.int
     """Tokens that the client already has."""
@@ -1164,16 +1165,24 @@ class ResumeRequest(_message.Message):
     def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The same for each of several samples, instead of `offset`."""
 
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Of the tokens that the client has, one per offset: the SHA-256 of their ids, each as an unsigned little-endian
+        32-bit integer. If the answer has other tokens there, the call ends with FAILED_PRECONDITION, ANSWER_DIFFERS.
+        Empty: they are not compared.
+        """
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         offset: _builtins.int = ...,
         offsets: _abc.Iterable[_builtins.int] | None = ...,
+        digests: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "offsets", b"offsets", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "offset", b"offset", "offsets", b"offsets", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import pytest
 
 from cluster.api.grpc.inference_service import InferenceServicer
+from cluster.api.grpc.proto_decoding import known_tokens
 from cluster.api.http.body import Form, parse
 from cluster.api.http.openapi import BODIES
 from cluster.api.metrics import Metrics
@@ -23,7 +24,8 @@ from cluster.api.requests import (
     rename_fields,
 )
 from cluster.core.errors import InvalidGrammar, InvalidRequest, MacpipeError
-from cluster.core.limits import MAX_PROMPT_BYTES
+from cluster.core.known_tokens import KnownTokens
+from cluster.core.limits import MAX_PROMPT_BYTES, MAX_SAMPLES
 from cluster.core.request import ChatOptions, GrammarKind
 from cluster.sandbox.sandboxed_tokenizer import Tokenized
 from cluster.security.credentials import LocalTrust
@@ -138,3 +140,24 @@ async def test_grpc_names_its_own_fields(request_sent: Any, field: str, monkeypa
     with pytest.raises(Refused):
         await (anext(answer) if isinstance(answer, AsyncIterator) else answer)
     assert [error.field for error in told] == [field]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"offsets": [0] * (MAX_SAMPLES + 1)}, "offsets"),
+        ({"offset": 3, "digests": [b"short"]}, "digests"),
+        ({"offsets": [1, 2], "digests": [bytes(32)]}, "digests"),
+        ({"digests": [bytes(32), bytes(32)]}, "digests"),
+    ],
+)
+async def test_tokens_that_a_client_has_are_one_digest_for_each_offset(wrong: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        known_tokens(pb.ResumeRequest(**wrong))
+    assert refused.value.field == field
+
+
+async def test_tokens_that_a_client_has_may_come_without_digests() -> None:
+    assert known_tokens(pb.ResumeRequest(offset=3)) == (KnownTokens(3),)
+    both = pb.ResumeRequest(offsets=[1, 0], digests=[bytes(32), b""])
+    assert known_tokens(both) == (KnownTokens(1, bytes(32)), KnownTokens(0))

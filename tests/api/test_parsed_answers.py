@@ -15,6 +15,7 @@ from cluster.api.request_service import RequestService
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import Aborted
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.limits import RESUMED_TOKENS, SMALL_CALL_CHARS
 from cluster.core.request import (
     FinishEvent,
@@ -87,13 +88,13 @@ class Answering:
         self.request = Request("r", (1,), SamplingParams(), 10**6, parsing=Parsing(TOOLS))
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
-        return self.resume("r", (0,), "")[2]
+        return self.resume("r", (KnownTokens(0),), "")[2]
 
     def resume(
-        self, request_id: str, offsets: tuple[int, ...], client: str
+        self, request_id: str, known: tuple[KnownTokens, ...], client: str
     ) -> tuple[Request, ModelInfo | None, AnswerQueue]:
         generation = Generation(self.request, Letters)
-        for _ in generation.begin((self._tokens[: self._known],), offsets):
+        for _ in generation.begin((self._tokens[: self._known],), known):
             pass
         for token in self._tokens[self._known :]:
             generation.say(token)
@@ -107,7 +108,7 @@ async def read(
 ) -> list[PromptLogprobs | TokenEvent | FinishEvent]:
     answering.model = model
     service = RequestService(answering, Metrics())  # type: ignore[arg-type]
-    running = await service.resume("r", (offset,), "")
+    running = await service.resume("r", (KnownTokens(offset),), "")
     return [event async for event in running.all_events]
 
 

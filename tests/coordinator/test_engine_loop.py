@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cluster.coordinator.journal import Journal
 from cluster.coordinator.ring import Ring, RingStage
 from cluster.core.errors import (
     Aborted,
+    AnswerDiffers,
     BadFrame,
     DeadlineExceeded,
     FrameOverdue,
@@ -32,6 +34,7 @@ from cluster.core.errors import (
     WorkerLost,
 )
 from cluster.core.frames import Compute, Failure, Frame, Join, Leave, Sample
+from cluster.core.known_tokens import KnownTokens, TokenDigest
 from cluster.core.lap_times import LapTimes
 from cluster.core.limits import MAX_REPLAYS, MAX_UNREAD_EVENTS
 from cluster.core.plan import LayerRange, ModelRef, Plan, PlannedStage, Route, StageSpec
@@ -536,10 +539,44 @@ def test_an_answer_goes_on_however_much_of_it_was_said_before(said: int, skip: i
     async def body(bench: Bench) -> None:
         answer = AnswerQueue(bench.loop.post)
         request = Request("a", (1,), SamplingParams(), said + 3)
-        bench.loop.submit(request, answer, (tuple(range(2, said + 2)),), (skip,))
+        bench.loop.submit(request, answer, (tuple(range(2, said + 2)),), (KnownTokens(skip),))
         events: list[Event] = []
         await asyncio.wait_for(collect(answer, events), 10)
         assert [e.token for e in events if isinstance(e, TokenEvent)] == list(range(skip + 2, said + 5))
+
+    run(body)
+
+
+def known(*tokens: int) -> KnownTokens:
+    digest = TokenDigest()
+    for token in tokens:
+        digest.add(token)
+    return KnownTokens(len(tokens), digest.digest())
+
+
+@pytest.mark.parametrize("count", [2, 3, 5], ids=["of the journal", "the last of the journal", "computed again"])
+@pytest.mark.parametrize("differs", [False, True])
+def test_an_answer_goes_on_only_behind_the_tokens_that_its_reader_has(count: int, differs: bool) -> None:
+    async def body(bench: Bench) -> None:
+        answer = AnswerQueue(bench.loop.post)
+        has = known(*range(2, count + 1), 99 if differs else count + 1)
+        bench.loop.submit(Request("a", (1,), SamplingParams(), 6), answer, ((2, 3, 4),), (has,))
+        events: list[Event] = []
+        with pytest.raises(AnswerDiffers, match=f"first {count} tokens") if differs else nullcontext():
+            await asyncio.wait_for(collect(answer, events), 10)
+        expected = [] if differs else list(range(count + 2, 8))
+        assert [e.token for e in events if isinstance(e, TokenEvent)] == expected
+        assert (await read(bench.ask("b")))[0] == [2, 3, 4]
+
+    run(body)
+
+
+def test_an_answer_that_ends_before_its_readers_tokens_is_another() -> None:
+    async def body(bench: Bench) -> None:
+        answer = AnswerQueue(bench.loop.post)
+        bench.loop.submit(Request("a", (1,), SamplingParams(), 4), answer, ((2,),), (known(*range(2, 8)),))
+        with pytest.raises(AnswerDiffers, match="has 4 tokens, and the client has 6"):
+            await asyncio.wait_for(collect(answer, []), 10)
 
     run(body)
 

@@ -14,15 +14,20 @@ import grpc
 
 from cluster.api import request_validation
 from cluster.api.grpc import proto_encoding
-from cluster.api.grpc.proto_decoding import chat_params, field_names, generate_params, tokenize_prompt
+from cluster.api.grpc.proto_decoding import (
+    chat_params,
+    field_names,
+    generate_params,
+    known_tokens,
+    tokenize_prompt,
+)
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.requests import AnswerParams, Caller, PreparedRequest, rename_fields
 from cluster.codec.request_trace import encode_trace
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.on_demand import HeldModel
 from cluster.core.adapter import join_model_name, name_of_key
-from cluster.core.errors import InvalidRequest, MacpipeError
-from cluster.core.limits import MAX_SAMPLES
+from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent
 from cluster.security.roles import Role
 from cluster.security.trust import Trust
@@ -121,12 +126,8 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         async with _errors_sent(context):
-            if len(request.offsets) > MAX_SAMPLES:
-                raise InvalidRequest(
-                    f"{len(request.offsets)} offsets were given; send at most {MAX_SAMPLES}", field="offsets"
-                )
-            offsets = tuple(request.offsets) or (request.offset,)
-            running = await self._service.resume(request.request_id, offsets, self._caller(context).client)
+            known = known_tokens(request)
+            running = await self._service.resume(request.request_id, known, self._caller(context).client)
             async with aclosing(running.all_events):
                 for reply in _yield_opening(running, self._name(running)):
                     yield reply

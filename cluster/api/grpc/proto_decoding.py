@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from cluster.api.requests import ChatParams, Conversation, GenerateParams, SamplingOptions, grammar_names
 from cluster.codec.conversation import decode_message, decode_tool_choice
 from cluster.core.errors import InvalidRequest
-from cluster.core.limits import MAX_MESSAGES, MAX_TOOLS
+from cluster.core.known_tokens import DIGEST_BYTES, KnownTokens
+from cluster.core.limits import MAX_MESSAGES, MAX_SAMPLES, MAX_TOOLS
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Tool
 from cluster.v1 import inference_pb2 as pb
 
@@ -35,6 +36,19 @@ def tokenize_prompt(message: pb.TokenizeRequest) -> str | Conversation:
     if message.messages:
         return Conversation(messages(message.messages), template_options(message.template))
     return message.text
+
+
+def known_tokens(message: pb.ResumeRequest) -> tuple[KnownTokens, ...]:
+    """Decode the tokens that the client has, of each sample or of all. Raises ``InvalidRequest``."""
+    offsets = tuple(message.offsets) or (message.offset,)
+    if len(offsets) > MAX_SAMPLES:
+        raise InvalidRequest(f"{len(offsets)} offsets were given; send at most {MAX_SAMPLES}", field="offsets")
+    digests = tuple(message.digests) or (b"",) * len(offsets)
+    if len(digests) != len(offsets):
+        raise InvalidRequest(f"{len(digests)} digests for {len(offsets)} offsets; send one each", field="digests")
+    if any(len(digest) not in (0, DIGEST_BYTES) for digest in digests):
+        raise InvalidRequest(f"a digest is not {DIGEST_BYTES} bytes long; send a SHA-256", field="digests")
+    return tuple(map(KnownTokens, offsets, digests))
 
 
 def field_names(message: Answerable) -> dict[str, str]:

@@ -31,6 +31,7 @@ from cluster.api.sampling_validation import stop_strings
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import MacpipeError
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.limits import KIB, MAX_READ_CALLS, MAX_SAMPLES, MAX_TOP_LOGPROBS, MAX_UNREAD_EVENTS
 from cluster.core.request import Parsing, Request, SamplingParams, Tool, ToolCall, TopLogprob
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
@@ -95,7 +96,7 @@ class _Answers(Coordinator):
         self._spawn(self._speak(generation, request))
         return generation.answer
 
-    def resume(self, request_id: str, offsets: tuple[int, ...], client: str) -> tuple[Request, AnswerQueue]:
+    def resume(self, request_id: str, known: tuple[KnownTokens, ...], client: str) -> tuple[Request, AnswerQueue]:
         assert self.late
         generation = Generation(self.late, self.model.tokenizer.decoder)
         self._spawn(self._repeat(generation, self.late.samples))

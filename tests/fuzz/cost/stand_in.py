@@ -15,6 +15,7 @@ from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import Busy, MacpipeError, RequestNotFound
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.limits import MAX_SCHEMA_BYTES
 from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind, Request, Tool, ToolCall
 from cluster.model.checkpoint import BUNDLED
@@ -66,7 +67,7 @@ class Coordinator(WorkerlessCoordinator):
             await self.check_grammar(request.sampling.grammar, model_info)
         raise Passed(PASSED)
 
-    def resume(self, request_id: str, offsets: tuple[int, ...], client: str) -> NoReturn:
+    def resume(self, request_id: str, known: tuple[KnownTokens, ...], client: str) -> NoReturn:
         raise RequestNotFound(f"no request has the id {request_id[:64]}")
 
     async def abort(self, request_id: str) -> NoReturn:
