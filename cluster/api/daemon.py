@@ -54,11 +54,12 @@ from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
 from cluster.platform.sleep import stay_awake
-from cluster.security.authority import Authority
 from cluster.security.cluster_choice import remember_coordinator
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
 from cluster.security.limits import DEFAULT_JOIN_PORT
+from cluster.security.members import require_roster
+from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.store.store import Store
 from cluster.transport.grpc_setup import bind, public_server
@@ -97,6 +98,7 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         if not settings.peers_only:
             source = merge_sources(source, await stack.enter_async_context(browse(settings.cluster)))
         trust = open_trust(settings.home, settings.cluster, COORDINATOR)
+        require_roster(trust.members, settings.cluster)
         own_id = stack.enter_context(hold_identity(settings.home, settings.cluster))
         roster = Roster(source, settings.cluster, own_id, trust)
         store = Store(settings.home)
@@ -198,7 +200,7 @@ async def _join_port(settings: ServeSettings, report: Reporter, tasks: TaskGroup
     port.
     """
     folder = ClusterFolder(settings.home, settings.cluster)
-    if not folder.leads:
+    if not folder.holds_authority:
         yield
         return
     host, port = settings.host or EVERYWHERE, settings.join_port
@@ -261,7 +263,9 @@ async def _announced(settings: ServeSettings, trust: Trust, host: str, port: int
     if not trust.me:
         yield
         return
-    cluster_id = Authority.load(ClusterFolder(settings.home, settings.cluster)).cluster_id
+    ring = ClusterFolder(settings.home, settings.cluster).keyring(Role.COORDINATOR)
+    assert ring is not None  # ``trust`` was opened with it
+    cluster_id = ring.party.cluster_id
     async with announce_coordinator(cluster_id=cluster_id, host=host, port=port):
         yield
 

@@ -127,7 +127,7 @@ def keys_of(cluster: str | None, home: Path | None) -> KeyStore:
     from cluster.security.keys import KeyStore
 
     folder = open_folder(home, cluster)
-    if not folder.leads:
+    if not folder.holds_authority:
         raise NoCluster(
             f"this Mac does not lead a cluster named {folder.cluster}, so it has no API keys: create one with"
             " `macpipe init`, or run this on the Mac that leads it. Without a cluster, HTTP needs no key but"

@@ -143,7 +143,7 @@ def fetch_with_key(address: str, key: str, cluster: str | None) -> Served:
         from cluster.security.launch_key import ensure_launch_key
 
         folder = open_folder(None, cluster)
-        if key or not folder.leads or not is_own_address(address):
+        if key or not folder.holds_authority or not is_own_address(address):
             raise
         return fetch_served(address, ensure_launch_key(folder), find_authority(cluster))
 

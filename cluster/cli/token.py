@@ -32,7 +32,8 @@ def create(
     role: Annotated[
         str,
         typer.Option(
-            metavar="ROLE", help="The Mac's role: worker, client (sends requests) or admin (also loads models)."
+            metavar="ROLE",
+            help="The Mac's role: worker, client (sends requests), admin (also loads models) or coordinator.",
         ),
     ] = "worker",
     ttl: Annotated[str, typer.Option(metavar="DURATION", help="Lifetime, like 30m, 2h or 1d.")] = "1h",

@@ -16,13 +16,14 @@ _COORDINATORS: Final = frozenset({Role.COORDINATOR})
 _INSPECTORS: Final = frozenset({Role.COORDINATOR, Role.ADMIN})
 """Admins, because ``macpipe plan`` asks workers itself where no coordinator runs."""
 _MACS: Final = frozenset({Role.COORDINATOR, Role.WORKER})
-_CALLERS: Final = frozenset({Role.CLIENT, Role.ADMIN})
+_CALLERS: Final = frozenset({Role.CLIENT, Role.ADMIN, Role.COORDINATOR})
+"""A coordinator may all that an admin may: it may lead, and then it decides about everything."""
 _SENDERS: Final = _CALLERS | {Role.WORKER}
 """Workers too: whoever sits at one of the cluster's Macs may send requests from there and see the cluster's state.
 
 A worker's Mac reads what passes through it anyway. It may change nothing: no model, no worker, no other's request.
 """
-_ADMINS: Final = frozenset({Role.ADMIN})
+_ADMINS: Final = _INSPECTORS
 
 _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     "cluster.v1.WorkerService": {
@@ -81,7 +82,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "Train": _ADMINS,
         "AddAdapter": _ADMINS,
         "RemoveAdapter": _ADMINS,
-        "RenewCertificate": _CALLERS,  # the coordinator renews those of its workers itself
+        "RenewCertificate": _CALLERS,  # the leader renews those of its workers itself
         "ExamineCluster": _ADMINS,
         "ListStores": _ADMINS,
         "RemoveFromStores": _ADMINS,

@@ -67,7 +67,7 @@ class Authority:
     @classmethod
     def load(cls, folder: ClusterFolder) -> Authority:
         """Read the authority of ``folder``. Raises ``NoCluster`` if this machine does not hold its key."""
-        if not folder.leads:
+        if not folder.holds_authority:
             if folder.exists:
                 raise NoCluster(
                     f"this Mac is a member of the cluster {folder.cluster}, but does not lead it; run this command on"

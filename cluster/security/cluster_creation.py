@@ -63,7 +63,7 @@ def name_for_role(role: Role, machine: str) -> str:
 
 
 def _check_free(folder: ClusterFolder) -> None:
-    if folder.leads:
+    if folder.holds_authority:
         raise InvalidOption(
             f"this Mac already leads a cluster named {folder.cluster}; `macpipe token create` admits another Mac"
         )

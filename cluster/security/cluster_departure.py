@@ -20,7 +20,7 @@ def leave_cluster(folder: ClusterFolder, *, disband: bool = False) -> tuple[str,
     """
     if not folder.exists:
         raise NoCluster(f"this Mac is in no cluster named {folder.cluster}; nothing was changed")
-    if folder.leads and not disband:
+    if folder.holds_authority and not disband:
         raise InvalidOption(
             f"this Mac leads the cluster {folder.cluster}, and without it no other Mac can use the cluster; to end the"
             " cluster for all, add --disband",

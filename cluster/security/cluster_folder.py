@@ -45,9 +45,14 @@ class ClusterFolder:
         return self.authority.is_file()
 
     @property
-    def leads(self) -> bool:
-        """Whether this machine admits members: it holds the authority's key."""
+    def holds_authority(self) -> bool:
+        """Whether this machine has the authority's key, with which members are admitted."""
         return self.authority_key.is_file()
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether this machine may run a coordinator of the cluster: it has a coordinator's certificate."""
+        return self.exists and (self.party(Role.COORDINATOR) / "certificate.pem").is_file()
 
     @property
     def authority(self) -> Path:

@@ -14,7 +14,7 @@ from cluster.core.errors import InvalidOption
 from cluster.core.text import is_loopback
 from cluster.security.cluster_choice import is_member, worker_names
 from cluster.security.name_check import check_name
-from cluster.security.trust import ADMIN, CLIENT, WORKER, AuthContext, ChannelOptions, Trust
+from cluster.security.trust import ADMIN, CLIENT, COORDINATOR, WORKER, AuthContext, ChannelOptions, Trust
 
 if TYPE_CHECKING:
     from cluster.security.roles import Party
@@ -34,11 +34,11 @@ def open_trust(home: Path, cluster: str, *roles: str, name: str = "") -> Trust:
 
 
 def open_caller_trust(home: Path, cluster: str) -> Trust:
-    """Open the trust with which this machine calls coordinators: as an admin, a client or a worker of ``cluster``.
+    """Open the trust with which this machine calls coordinators: as admin, client, coordinator or worker.
 
     A Mac with several workers calls as the first by name. Raises as ``open_trust`` does.
     """
-    trust = open_trust(home, cluster, ADMIN, CLIENT)
+    trust = open_trust(home, cluster, ADMIN, CLIENT, COORDINATOR)
     if trust.me or not is_member(home, cluster):
         return trust
     names = worker_names(home, cluster)

@@ -1,6 +1,6 @@
 """The roster of a cluster: its members, their certificates, and who was removed.
 
-It is kept on the coordinator's machine. It signs nothing; it says who may get a certificate and whose are revoked.
+It is kept on the machines of coordinators. It signs nothing; it says who may get a certificate and whose are revoked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.core.errors import Busy, DuplicateName, InvalidOption, MemberNotFound
+from cluster.core.errors import Busy, DuplicateName, InvalidOption, MemberNotFound, NoCluster
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.limits import MAX_MEMBERS, MAX_SERIALS
 from cluster.security.name_check import check_name
@@ -28,7 +28,10 @@ class Issued:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member, admitted at ``since``. ``removed`` is the time of its removal, None while it belongs."""
+    """A member, admitted at ``since``. ``removed`` is the time of its removal, None while it belongs.
+
+    ``authority``: the authority's key was moved to this coordinator's machine.
+    """
 
     id: str
     role: Role
@@ -36,13 +39,14 @@ class Member:
     since: float
     issued: tuple[Issued, ...] = ()
     removed: float | None = None
+    authority: bool = False
 
 
 class Members:
     """The roster in ``folder``. Other processes may edit it."""
 
     def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+        self._folder, self._clock = folder, clock
         self._file = StateFile(folder, folder.members, _pack, _unpack)
 
     def all_members(self) -> tuple[Member, ...]:
@@ -52,6 +56,19 @@ class Members:
     def current(self) -> tuple[Member, ...]:
         """Return the members that were not removed."""
         return tuple(member for member in self.all_members() if member.removed is None)
+
+    def authority_holder(self) -> Member | None:
+        """Return the coordinator on whose machine the authority's key is; None if the roster has no coordinator."""
+        return _authority_holder(self.all_members())
+
+    def first_end(self) -> float | None:
+        """Return when the first current member's certificate expires unless it is renewed; None without members.
+
+        Those that have expired are left out: their holders have left, or must join again in any case.
+        """
+        now = self._clock()
+        ends = (max((one.not_after for one in member.issued), default=0.0) for member in self.current())
+        return min((end for end in ends if end > now), default=None)
 
     def revoked(self) -> frozenset[int]:
         """Return the serials of removed members' certificates that have not expired."""
@@ -99,26 +116,52 @@ class Members:
     def remove(self, name: str) -> Member:
         """Remove the member ``name``, revoke its certificates and return it.
 
-        Raises ``MemberNotFound``, and ``InvalidOption`` for a coordinator.
+        Raises ``MemberNotFound``, and ``InvalidOption`` for this Mac's coordinator and the authority's.
         """
         with self._file.edit() as edit:
             rows = self._drop_expired(edit.rows)
             at = _position(rows, lambda m: m.removed is None and m.name == name)
             if at is None:
                 raise MemberNotFound(f"no member of this cluster is named {name}; `macpipe members` shows them")
-            if rows[at].role is Role.COORDINATOR:
-                raise InvalidOption(f"{name} is the cluster's coordinator, which cannot be removed")
+            self._require_removable(rows, rows[at])
             gone = replace(rows[at], removed=self._clock())
             edit.rows = (*rows[:at], gone, *rows[at + 1 :])
             return gone
 
+    def _require_removable(self, rows: tuple[Member, ...], member: Member) -> None:
+        if member.role is not Role.COORDINATOR:
+            return
+        if member == _authority_holder(rows):
+            raise InvalidOption(f"{member.name} holds the cluster's authority, and cannot be removed")
+        own = self._folder.keyring(Role.COORDINATOR)
+        if own is not None and own.party.id == member.id:
+            raise InvalidOption(f"{member.name} is this Mac's own coordinator; remove it on another coordinator's Mac")
+
     def _drop_expired(self, rows: tuple[Member, ...]) -> tuple[Member, ...]:
         """Drop members whose last certificate has expired: they cannot connect, and may join again by the same name.
 
-        The coordinator stays, since it certifies itself.
+        The coordinator that holds the authority stays, since it certifies itself.
         """
-        now = self._clock()
-        return tuple(m for m in rows if m.role is Role.COORDINATOR or any(one.not_after > now for one in m.issued))
+        now, holder = self._clock(), _authority_holder(rows)
+        return tuple(m for m in rows if m is holder or any(one.not_after > now for one in m.issued))
+
+
+def _authority_holder(rows: tuple[Member, ...]) -> Member | None:
+    """Return the coordinator to which the authority was moved, else the first one, which made the cluster."""
+    coordinators = [m for m in rows if m.role is Role.COORDINATOR and m.removed is None]
+    return next((m for m in coordinators if m.authority), coordinators[0] if coordinators else None)
+
+
+def require_roster(members: Members | None, cluster: str) -> None:
+    """Raise ``NoCluster`` if a coordinator has no copy of its cluster's roster.
+
+    It would refuse every worker, and could not tell them which certificates are revoked. None: no cluster.
+    """
+    if members is not None and members.authority_holder() is None:
+        raise NoCluster(
+            f"this Mac's coordinator has no list of the members of cluster {cluster} yet; serve on the Mac that"
+            " made the cluster"
+        )
 
 
 def _check_room(rows: tuple[Member, ...], role: Role, id: str, name: str) -> None:  # noqa: A002
@@ -149,9 +192,18 @@ def _pack(member: Member) -> dict[str, Any]:
         "since": member.since,
         "issued": [[f"{one.serial:x}", one.not_after] for one in member.issued],
         "removed": member.removed,
-    }
+    } | ({"authority": True} if member.authority else {})
 
 
-def _unpack(id: str, role: str, name: str, since: float, issued: list[Any], removed: float | None) -> Member:  # noqa: A002
+def _unpack(
+    id: str,  # noqa: A002
+    role: str,
+    name: str,
+    since: float,
+    issued: list[Any],
+    removed: float | None,
+    authority: bool = False,
+) -> Member:
     known = tuple(Issued(int(serial, 16), float(ends)) for serial, ends in issued)
-    return Member(str(id), Role(role), str(name), float(since), known, None if removed is None else float(removed))
+    gone = None if removed is None else float(removed)
+    return Member(str(id), Role(role), str(name), float(since), known, gone, authority is True)

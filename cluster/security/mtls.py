@@ -43,7 +43,7 @@ class ClusterTrust:
         self._role, self._worker = keyring.party.role, worker
         self._certificate = folder.party(self._role, worker) / "certificate.pem"
         self._stamp = _stamp(self._certificate)
-        self.members = Members(folder) if folder.leads else None
+        self.members = Members(folder) if self._role is Role.COORDINATOR else None
         self.renewal = Renewal(folder, self._role, worker)
         self.revocations = Revocations(folder, worker) if self._role is Role.WORKER else None
         self._parties: dict[bytes, tuple[Party, float]] = {}

@@ -24,7 +24,7 @@ from cluster.security.roles import Role
 from cluster.security.state_file import StateFile, bytes_of
 
 PREFIX: Final = "mpj1."
-JOINERS: Final = (Role.WORKER, Role.CLIENT, Role.ADMIN)
+JOINERS: Final = (Role.WORKER, Role.CLIENT, Role.ADMIN, Role.COORDINATOR)
 """Roles that a token can grant. The index of a role is its number in the token's text."""
 _ALPHABET: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 """Base58: no character is mistaken for another, and a double click selects the whole word."""
@@ -123,7 +123,7 @@ class TokenStore:
         """Create a token that admits one Mac as ``role``. Only the result has its secret. Raises ``InvalidOption``."""
         if role not in JOINERS:
             raise InvalidOption(
-                f"no token admits a {role}; a token is for a worker, a client or an admin", field="role"
+                f"no token admits a {role}; a token is for a worker, a client, an admin or a coordinator", field="role"
             )
         if not MIN_TOKEN_S <= ttl_s <= MAX_TOKEN_S:
             raise InvalidOption(f"a join token cannot last {ttl_s:.0f} s; choose from 1 minute to 7 days", field="ttl")

@@ -66,7 +66,7 @@ class Trust(Protocol):
 
     @property
     def members(self) -> Members | None:
-        """The cluster's roster, if this machine keeps it; else None."""
+        """The cluster's roster, which every coordinator keeps; None for every other role."""
 
     @property
     def revocations(self) -> Revocations | None:

@@ -198,7 +198,7 @@ def test_the_mac_that_leads_leaves_only_with_the_whole_cluster(
     refused(here("leave", MACPIPE_HOME=home), 2, "this Mac leads the cluster default", "--disband")
     with hold_id(state_folder(folder.home, "default")):
         refused(here("leave", "--disband", MACPIPE_HOME=home), 1, "coordinator still runs")
-    assert folder.leads
+    assert folder.holds_authority
     done = here("leave", "--disband", "--json", MACPIPE_HOME=home)
     assert json.loads(done.stdout) == {"cluster": "default", "members": ["mac-1", "mac-1-admin"], "disbanded": True}
     assert [one.name for one in folder.path.parent.iterdir()] == []
@@ -256,7 +256,7 @@ def test_ctrl_c_ends_the_wait_and_no_token(home: str, environment: dict[str, str
         assert started.wait(10) == 0
         assert started.stderr is not None
         assert "one Mac may still join while `macpipe serve` runs" in started.stderr.read()
-    assert ClusterFolder(Path(home), "default").leads
+    assert ClusterFolder(Path(home), "default").holds_authority
     assert JoinToken.parse(token)
 
 

@@ -111,7 +111,7 @@ def test_a_client_asks_and_does_not_command(
     monkeypatch.setenv("MACPIPE_HOME", str(tmp_path))
     with Client(address, cluster=cluster.name, timeout_s=30) as guest:
         assert guest.generate("x", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
-        with pytest.raises(Forbidden, match="UnloadModel is for admin, and guest is a client"):
+        with pytest.raises(Forbidden, match="UnloadModel is for admin or coordinator, and guest is a client"):
             guest.unload()
         events = iter(guest.stream("x", max_tokens=2000, ignore_eos=True))
         next(events)

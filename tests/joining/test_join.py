@@ -23,6 +23,7 @@ from cluster.core.errors import (
     ForeignAuthority,
     InvalidOption,
     InvalidRequest,
+    NoCluster,
     TokenRefused,
     Unreachable,
 )
@@ -36,8 +37,10 @@ from cluster.joining.join_service import GuessLimiter
 from cluster.security.admission import Admission
 from cluster.security.cluster_creation import create_cluster
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.credentials import open_caller_trust
 from cluster.security.keyring import make_request
 from cluster.security.limits import MAX_JOIN_VALUES, MAX_JOINS
+from cluster.security.members import require_roster
 from cluster.security.roles import Role
 
 pytestmark = pytest.mark.anyio
@@ -58,7 +61,7 @@ async def test_a_mac_joins_and_keeps_its_key_to_itself(
     assert ring is not None
     assert ring.party == joined.party
     assert admission.members.admits(ring.party)
-    assert not folder.leads
+    assert not folder.holds_authority
     for path in folder.path.parent.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     assert list((mac.home / "clusters" / ".joining").iterdir()) == []
@@ -73,6 +76,27 @@ async def test_a_mac_joins_to_ask(address: str, admission: Admission, mac: Mac, 
     caller = ClusterFolder(mac.home, "lab").caller()
     assert caller is not None
     assert caller.party.role is role
+
+
+async def test_a_mac_joins_to_coordinate(address: str, admission: Admission, folder: ClusterFolder, mac: Mac) -> None:
+    joined = await join(replace(mac.order(admission, address, Role.COORDINATOR), name="mac-2-coordinator"))
+    own = ClusterFolder(mac.home, "lab")
+    assert (own.coordinates, own.holds_authority) == (True, False)
+    trust = open_caller_trust(mac.home, "lab")
+    assert trust.me == f"coordinator.{joined.party.id}"
+    with pytest.raises(NoCluster, match="has no list of the members"):
+        require_roster(trust.members, "lab")
+    own.write(own.members, folder.members.read_bytes())
+    require_roster(trust.members, "lab")
+    assert trust.members is not None
+    assert trust.members.admits(joined.party)
+    with pytest.raises(InvalidOption, match="holds the cluster's authority"):
+        admission.members.remove("mac-1-coordinator")
+    with pytest.raises(InvalidOption, match="this Mac's own coordinator"):
+        trust.members.remove("mac-2-coordinator")
+    admission.members.remove("mac-2-coordinator")
+    own.write(own.members, folder.members.read_bytes())
+    assert trust.revoked(joined.party.serial)
 
 
 async def test_a_cluster_may_have_another_name_here(address: str, admission: Admission, mac: Mac) -> None:

@@ -126,6 +126,21 @@ def test_who_cannot_be_removed(members: Members) -> None:
         members.remove("ghost")
 
 
+def test_the_coordinator_that_made_the_cluster_holds_its_authority(members: Members, clock: Clock) -> None:
+    assert members.authority_holder() is None
+    members.admit(party(1, Role.COORDINATOR, name="mac-1-coordinator"), 1500.0)
+    members.admit(party(2), 3000.0)
+    members.admit(party(3, Role.COORDINATOR, name="mac-3-coordinator"), 2000.0)
+    assert members.first_end() == 1500.0
+    clock.now = 2500.0
+    assert members.first_end() == 3000.0, "an expired certificate ends no more"
+    members.admit(party(4), 9000.0)
+    assert names(members) == ["mac-1-coordinator", "mac-2", "mac-4"], "another coordinator's certificate expires"
+    holder = members.authority_holder()
+    assert holder is not None
+    assert holder.name == "mac-1-coordinator"
+
+
 def test_the_roster_has_a_bound(members: Members, folder: ClusterFolder) -> None:
     from cluster.security.members import Issued, _pack, _unpack
     from cluster.security.state_file import StateFile
