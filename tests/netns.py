@@ -131,6 +131,46 @@ def remove(namespace: str) -> None:
     ip("netns", "del", namespace, check=False)
 
 
+AVAHI = """
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run
+mkdir /run/avahi-daemon
+echo "hosts: files mdns4_minimal [NOTFOUND=return] dns" > /run/nsswitch.conf
+mount --bind /run/nsswitch.conf /etc/nsswitch.conf
+printf '[server]\\nuse-ipv6=no\\nenable-dbus=no\\n[publish]\\npublish-workstation=no\\n' > /run/avahi.conf
+exec avahi-daemon --file /run/avahi.conf --no-drop-root --no-chroot --no-rlimits
+"""
+"""A host's own avahi-daemon, in a mount namespace whose resolver asks it for names in .local. It needs no D-Bus."""
+
+
+@dataclass(frozen=True)
+class MdnsHost:
+    """A host with avahi-daemon (``pid``) and libnss-mdns: programs there resolve names in .local as a desktop does."""
+
+    pid: int
+
+    def run(self, *argv: str, timeout: float = WAIT_S) -> subprocess.CompletedProcess[str]:
+        inside = ["nsenter", "--target", str(self.pid), "--mount", "--net", *argv]
+        return subprocess.run(inside, timeout=timeout, capture_output=True, text=True)
+
+    def addresses_of(self, name: str) -> list[str]:
+        """Return what ``getaddrinfo`` says; nothing if it knows no address."""
+        found = self.run("getent", "ahostsv4", name).stdout.splitlines()
+        return sorted({line.split()[0] for line in found})
+
+
+@contextlib.contextmanager
+def mdns(host: Host) -> Iterator[MdnsHost]:
+    """Run avahi-daemon on a host during the block. Skips where avahi-daemon or libnss-mdns is missing."""
+    if not (shutil.which("avahi-daemon") and list(Path("/").glob("lib/*/libnss_mdns4_minimal.so.2"))):
+        pytest.skip("resolving CLUSTER.local as a desktop does needs avahi-daemon and libnss-mdns")
+    with host.start("unshare", "--mount", "sh", "-c", AVAHI, stderr=subprocess.DEVNULL) as daemon:
+        try:
+            yield MdnsHost(daemon.pid)
+        finally:
+            daemon.kill()
+
+
 @pytest.fixture
 def three_hosts() -> Iterator[tuple[Host, ...]]:
     """Three hosts on one Ethernet; mark what uses it ``netns``."""

@@ -44,8 +44,9 @@ from cluster.coordinator.settings import ServeSettings
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError, PortInUse
 from cluster.core.limits import JOIN_RETRY_S, SHUTDOWN_GRACE_S
-from cluster.core.text import format_address
+from cluster.core.text import format_address, is_loopback
 from cluster.discovery.browse import browse
+from cluster.discovery.cluster_name import announce_cluster_name
 from cluster.discovery.coordinator_announcement import announce_coordinator
 from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
 from cluster.discovery.static import merge_sources, static_source
@@ -54,6 +55,7 @@ from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
 from cluster.platform.sleep import stay_awake
+from cluster.security.authority import read_authority
 from cluster.security.cluster_choice import remember_coordinator
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
@@ -259,15 +261,24 @@ async def _public_port(
 
 @asynccontextmanager
 async def _announced(settings: ServeSettings, trust: Trust, host: str, port: int) -> AsyncIterator[None]:
-    """Announce the port to the clients of this cluster, if there is one."""
+    """Announce the port to the clients of this cluster, if there is one, and the cluster's own host name."""
     if not trust.me:
         yield
         return
     ring = ClusterFolder(settings.home, settings.cluster).keyring(Role.COORDINATOR)
     assert ring is not None  # ``trust`` was opened with it
-    cluster_id = ring.party.cluster_id
-    async with announce_coordinator(cluster_id=cluster_id, host=host, port=port):
+    name = read_authority(ring.authority).cluster
+    async with (
+        announce_coordinator(cluster_id=ring.party.cluster_id, host=host, port=port),
+        announce_cluster_name(name, _host_of_name(settings, host), port),
+    ):
         yield
+
+
+def _host_of_name(settings: ServeSettings, host: str) -> str:
+    """Return the host to which the cluster's name leads: that of HTTP if it is on the network, else gRPC's ``host``."""
+    http = settings.http.address[0] if settings.http.address else LOOPBACK
+    return host if is_loopback(http) else http
 
 
 def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -560,8 +561,14 @@ def test_with_a_cluster_there_are_keys_everywhere_and_tls_on_the_network(
     assert inside.certificate is None
     assert outside.keys is not None
     assert outside.certificate is not None
-    assert "192.0.2.7" in outside.sites.hosts
+    assert {"192.0.2.7", "lab.local"} <= outside.sites.hosts
+    assert "lab.local" in certified_names(folder.path / "http" / "certificate.pem")
     assert "192.0.2.7" not in inside.sites.hosts
+
+
+def certified_names(certificate: Path) -> list[str]:
+    names = x509.load_pem_x509_certificate(certificate.read_bytes()).extensions
+    return names.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
 
 
 def test_a_mac_that_does_not_lead_the_cluster_needs_a_certificate_of_its_own(

@@ -10,8 +10,11 @@ from typing import Final
 from cluster.api.http.origin_policy import OriginPolicy, check_host, check_origin
 from cluster.api.http.server import unprotected_port_error
 from cluster.coordinator.settings import ServeSettings
+from cluster.core.errors import ClusterDamaged
 from cluster.core.text import is_loopback
+from cluster.discovery.cluster_name import cluster_host_name
 from cluster.discovery.interfaces import interfaces
+from cluster.security.authority import read_authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
 from cluster.security.keys import KeyStore
@@ -39,9 +42,17 @@ def http_port(settings: ServeSettings) -> HttpPort:
     if network and not folder.exists:
         raise unprotected_port_error(host)
     named = tuple(check_host(name) for name in settings.http.hosts)
-    hosts = (*names_of_this_mac(host), *named) if network else named
+    hosts = (*names_of_this_mac(host), _cluster_name(folder), *named) if network else named
     sites = OriginPolicy(frozenset(hosts), frozenset(check_origin(one) for one in settings.http.origins))
     return HttpPort(sites, KeyStore(folder) if folder.exists else None, _certificate(settings, folder, hosts, network))
+
+
+def _cluster_name(folder: ClusterFolder) -> str:
+    """Return the host name of the cluster's leader, which this Mac may be. Raises ``ClusterDamaged``."""
+    try:
+        return cluster_host_name(read_authority(folder.authority.read_bytes()).cluster)
+    except (OSError, ValueError) as e:
+        raise ClusterDamaged(f"cannot use {folder.authority}: {e}; put back a copy of it, or join again") from e
 
 
 def _certificate(
