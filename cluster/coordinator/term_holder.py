@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 from cluster.core.errors import MacpipeError, NotLeader, StaleTerm, WorkerTaken
@@ -146,7 +147,10 @@ class TermHolder:
             if call.worker in known and call.worker not in self._asking:
                 task = asyncio.create_task(self._converse(call, known[call.worker], leadership))
                 self._asking[call.worker] = task
-                task.add_done_callback(lambda _, worker=call.worker: self._asking.pop(worker, None))
+                task.add_done_callback(partial(self._forget_call, call.worker))
+
+    def _forget_call(self, worker: str, _: asyncio.Task[None]) -> None:
+        del self._asking[worker]
 
     async def _converse(self, call: TermCall, worker: TermWorker, leadership: Leadership) -> None:
         """Send a call and those that follow from its answer. A worker that does not answer is asked again later."""
