@@ -31,6 +31,10 @@ PATIENCE_MS: Final = f"{PATIENCE_S}000"
 LEAST_CONTEXT: Final = MappingProxyType({"claude": 49_152, "codex": 32_768, "opencode": 32_768, "qwen": 32_768})
 """Tokens of context that a coding agent needs. Claude Code's first prompt has 20,500, more with a small vocabulary, and
 it keeps thousands of tokens free to compact."""
+ANSWER_S: Final = 10.0
+"""The headers of a model that is not loaded may have to be read for an answer."""
+SMALL_MODELS: Final = ("claude-haiku-4-5", "claude-3-5-haiku-latest")
+"""Names of Claude Code's own small models, for which a cluster may have an alias such as ``claude-haiku-*``."""
 AUTHORITIES: Final = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 """Variables for a CA certificate. The first two replace Python clients' CAs; the last adds to those of Node."""
 
@@ -110,6 +114,8 @@ def launch(
     if small_model:
         require_model(served, small_model, find_authority(cluster))
         served = replace(served, small=small_model)
+    elif client == "claude":
+        served = replace(served, small=find_small_model(served, find_authority(cluster)))
     if warning := short_context(client, served):
         typer.echo(warning, err=True)
     found = write_settings(add_authority(CLIENTS[client], served), client)
@@ -165,48 +171,84 @@ def find_authority(cluster: str | None) -> Path | None:
 
 
 def fetch_served(given: str, key: str = "", authority: Path | None = None) -> Served:
-    """Ask the coordinator for the served model. Raise Unreachable, Unauthenticated, or MacpipeError if it has none."""
-    from http.client import HTTPException
+    """Ask the coordinator for the default model, which need not be loaded if a request would load it.
 
+    Raise Unreachable, Unauthenticated, or MacpipeError if it has none.
+    """
     secure = given.startswith("https://")
     address = _without_scheme(given)
-    connection = _connection(address, secure, authority)
-    try:
-        connection.request("GET", "/health", headers={"authorization": f"Bearer {key}"} if key else {})
-        facts: dict[str, Any] = json.loads(connection.getresponse().read(65_536))
-    except (OSError, HTTPException, ValueError) as error:
-        raise Unreachable(
-            f"no coordinator answers HTTP at {given} ({str(error)[:200] or type(error).__name__}); start one with "
-            "`macpipe serve MODEL`, or name it with --http"
-        ) from error
-    finally:
-        connection.close()
-    if facts.keys() == {"status"}:
-        raise Unauthenticated(f"the coordinator at {given} requires an API key: set {KEY_VARIABLE} to a valid one")
-    if "model" not in facts:
-        raise MacpipeError(str(facts.get("message", f"the server at {given} is not a coordinator")))
     base = f"{'https' if secure else 'http'}://{address}"
     ca_path = str(authority) if secure and authority else ""
+    served = Served(base, "", 0, key, ca_path)
+    try:
+        _, facts = _fetch(served, "/health", authority)
+    except _Unreadable as error:
+        raise Unreachable(
+            f"no coordinator answers HTTP at {given} ({error}); start one with `macpipe serve MODEL`, or name it with "
+            "--http"
+        ) from error
+    if facts.keys() == {"status"}:
+        raise Unauthenticated(f"the coordinator at {given} requires an API key: set {KEY_VARIABLE} to a valid one")
+    if "model" in facts and "context_length" not in facts:
+        facts = {**facts, **(_describe_model(served, facts["model"], authority) or {})}
+    if "context_length" not in facts:
+        raise MacpipeError(str(facts.get("message", f"the server at {given} is not a coordinator")))
     return Served(base, str(facts["model"]), int(facts["context_length"]), key or ANY_KEY, ca_path)
 
 
 def require_model(served: Served, name: str, authority: Path | None = None) -> None:
     """Raise ModelNotFound if the coordinator has no model of this name, with the names that it has."""
-    from http.client import HTTPException
+    status, body = _fetch_model(served, name, authority)
+    if status != 200:
+        raise ModelNotFound(str(body.get("error", {}).get("message", f"no model {name[:64]}")), field="small_model")
+
+
+def find_small_model(served: Served, authority: Path | None = None) -> str:
+    """Return the model that the cluster serves under the name of a small one of Anthropic's.
+
+    Return "" if there is none, or if it is the default model.
+    """
+    found = (_describe_model(served, name, authority) for name in SMALL_MODELS)
+    name = next((str(body["id"]) for body in found if body and "id" in body), "")
+    return "" if name == served.model else name
+
+
+def _describe_model(served: Served, name: str, authority: Path | None) -> dict[str, Any] | None:
+    """Return what the coordinator says of a model; None if it has no model of this name."""
+    status, body = _fetch_model(served, name, authority)
+    return body if status == 200 else None
+
+
+def _fetch_model(served: Served, name: str, authority: Path | None) -> tuple[int, dict[str, Any]]:
+    """Return the status and the body of a model's route. Raise Unreachable."""
     from urllib.parse import quote
+
+    try:
+        return _fetch(served, f"/v1/models/{quote(name, safe='/')}", authority)
+    except _Unreadable as error:
+        raise Unreachable(f"{served.base} does not tell of its models ({error}); try again") from error
+
+
+def _fetch(served: Served, path: str, authority: Path | None) -> tuple[int, dict[str, Any]]:
+    """Return the status and the JSON of a route. Raise ``_Unreadable``."""
+    from http.client import HTTPException
 
     connection = _connection(_without_scheme(served.base), served.base.startswith("https://"), authority)
     try:
-        path = f"/v1/models/{quote(name, safe='/')}"
-        connection.request("GET", path, headers={"authorization": f"Bearer {served.key}"})
+        connection.connect()
+        connection.sock.settimeout(ANSWER_S)
+        connection.request("GET", path, headers={"authorization": f"Bearer {served.key}"} if served.key else {})
         reply = connection.getresponse()
         body: dict[str, Any] = json.loads(reply.read(65_536))
     except (OSError, HTTPException, ValueError) as error:
-        raise Unreachable(f"{served.base} does not tell of its models ({str(error)[:200]}); try again") from error
+        raise _Unreadable(str(error)[:200] or type(error).__name__) from error
     finally:
         connection.close()
-    if reply.status != 200:
-        raise ModelNotFound(str(body.get("error", {}).get("message", f"no model {name[:64]}")), field="small_model")
+    return reply.status, body
+
+
+class _Unreadable(Exception):
+    """A route does not answer, or not in JSON."""
 
 
 def _connection(address: str, secure: bool, authority: Path | None) -> HTTPConnection:

@@ -229,6 +229,10 @@ class Deployment:
         lacks_macs = any(member.problem and not member.outside for member in deps.heartbeat.members())
         return RoomQuestion(shape, order, workers, deps.roster.without(()), self._host.planner.links, lacks_macs)
 
+    async def read_context(self, order: LoadOrder) -> int:
+        """Return how many tokens of context a load would promise. Raises as ``ModelReader.read_shape``."""
+        return (await self._host.reader.read_shape(order)).max_context
+
     async def read(self, order: LoadOrder) -> ModelInfo:
         """Read a model with its tokenizer, which the caller closes. Load nothing. Raises as ``ModelReader.read``."""
         return await self._host.reader.read(order)

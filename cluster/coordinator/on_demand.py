@@ -25,6 +25,7 @@ from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.eviction import Resident, Room, find_room
 from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.promised_contexts import PromisedContexts
 from cluster.coordinator.replica import Replica
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.settings import LoadOrder, ModelEntry
@@ -103,6 +104,8 @@ class OnDemand:
         self._holds = Counter[str]()
         self._held_at: dict[str, float] = {}
         """When a request for each model was last about to be submitted."""
+        self.contexts = PromisedContexts(host)
+        """Of the models that are not loaded."""
         self._turn = asyncio.Lock()
         """Held while one model makes room for itself and is loaded."""
         self._reading = asyncio.Lock()

@@ -23,6 +23,7 @@ from cluster.cli.launch import (
     add_authority,
     fetch_served,
     fetch_with_key,
+    find_small_model,
     is_own_address,
     require_model,
     shell_lines,
@@ -136,8 +137,10 @@ class Health(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.keys.append(self.headers.get("authorization"))  # type: ignore[attr-defined]
         admitted = not self.server.guarded or self.server.keys[-1]  # type: ignore[attr-defined]
-        body = json.dumps(self.server.facts if admitted else {"status": "serving"}).encode()  # type: ignore[attr-defined]
-        self.send_response(getattr(self.server, "status", 503))
+        routes = getattr(self.server, "routes", {})
+        facts = routes.get(self.path, self.server.facts)  # type: ignore[attr-defined]
+        body = json.dumps(facts if admitted else {"status": "serving"}).encode()
+        self.send_response(200 if self.path in routes else getattr(self.server, "status", 503))
         self.end_headers()
         self.wfile.write(body)
 
@@ -167,6 +170,24 @@ def test_the_coordinator_is_asked(health: HTTPServer) -> None:
         fetch_served(address)
     with pytest.raises(Unreachable, match="macpipe serve"):
         fetch_served(f"127.0.0.1:{free_port()}")
+
+
+def test_a_default_model_that_a_request_would_load_is_described_by_its_route(health: HTTPServer) -> None:
+    address = f"127.0.0.1:{health.server_port}"
+    health.facts = {"status": "idle", "message": "it is not loaded", "model": "big/one"}  # type: ignore[attr-defined]
+    with pytest.raises(MacpipeError, match="it is not loaded"):
+        fetch_served(address)
+    health.routes = {"/v1/models/big/one": {"id": "big/one", "context_length": 4096}}  # type: ignore[attr-defined]
+    assert fetch_served(address) == Served(f"http://{address}", "big/one", 4096)
+
+
+def test_claude_gets_the_model_that_has_the_name_of_a_small_one(health: HTTPServer) -> None:
+    served = Served(f"http://127.0.0.1:{health.server_port}", "faq", 1024)
+    health.facts = {"error": {"message": "use faq"}}  # type: ignore[attr-defined]
+    assert find_small_model(served) == ""
+    health.routes = {"/v1/models/claude-haiku-4-5": {"id": "tiny"}}  # type: ignore[attr-defined]
+    assert find_small_model(served) == "tiny"
+    assert find_small_model(replace(served, model="tiny")) == "", "one model does all"
 
 
 def test_a_small_model_must_be_one_of_the_coordinators(health: HTTPServer) -> None:

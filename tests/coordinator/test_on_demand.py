@@ -79,6 +79,12 @@ class MemoryDeployment:
         self.cluster.unloaded.append(self.name)
         return True
 
+    async def read_context(self, order: LoadOrder) -> int:
+        self.cluster.asked += 1
+        if error := self.cluster.failing.get(self.name):
+            raise error
+        return SIZES[self.name] * 1024
+
     async def read(self, order: LoadOrder) -> ClosedLater:
         return ClosedLater(self.name)
 
@@ -180,6 +186,20 @@ async def test_a_model_that_left_is_ready_to_be_asked_for_unless_its_load_has_ju
     assert cluster.demand.would_load("chat")
     assert await cluster.ask("chat") == "info of chat"
     assert not cluster.demand.would_load("chat"), "it is loaded"
+
+
+async def test_the_context_of_a_model_that_is_not_loaded_is_read_once_for_each_order() -> None:
+    cluster = three()
+    cluster.failing["title"] = BadCheckpoint("the files are damaged")
+    assert [await cluster.demand.contexts.read(name) for name in ("chat", "chat", "title", "title")] == [
+        6144,
+        6144,
+        0,
+        0,
+    ]
+    assert cluster.asked == 3, "what could not be read may be there by now"
+    with pytest.raises(ModelNotFound):
+        await cluster.demand.contexts.read("nobody")
 
 
 async def test_requests_for_one_model_share_its_load_and_the_least_recently_used_model_leaves_for_it() -> None:

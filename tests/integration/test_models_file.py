@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cli.launch import fetch_served, find_small_model
 from cluster.client import Client
 from cluster.core.errors import ModelNotFound
 from integration.daemons import Cluster, free_port, until, wait_serving
@@ -27,10 +28,12 @@ pin = true
 def test_models_of_a_file_are_served_and_changed_while_they_answer(tmp_path: Path) -> None:
     file, cluster = tmp_path / "models.toml", Cluster(tmp_path)
     file.write_text(FILE)
-    port = free_port()
+    port, http = free_port(), f"127.0.0.1:{free_port()}"
     try:
         cluster.worker("ada")
-        daemon = cluster.serve(f"--models={file}", "--port", str(port), "--wait", "20", "--workers", "1")
+        daemon = cluster.serve(
+            f"--models={file}", "--port", str(port), "--http", http, "--wait", "20", "--workers", "1"
+        )
         wait_serving(address := f"127.0.0.1:{port}", daemon)
         with Client(address, timeout_s=30) as client:
             until(lambda: [one.id for one in client.models() if one.loaded] == ["big", "small"])
@@ -41,6 +44,11 @@ def test_models_of_a_file_are_served_and_changed_while_they_answer(tmp_path: Pat
                 answer = client.generate("Hi", max_tokens=2, model=name)
                 assert answer.tokens
                 assert answer.model == answers
+            context = client.cluster().deployments[0].max_context
+            assert client.unload("big") == ("big",)
+            resting = fetch_served(http)
+            assert (resting.model, resting.context) == ("big", context), "a request would load it"
+            assert find_small_model(resting) == "small"
             file.write_text(FILE.replace("claude-haiku-*", "title"))
             until(lambda: client.cluster().deployments[1].aliases == ("title",))
             with pytest.raises(ModelNotFound, match="use big, small, title"):
@@ -53,7 +61,6 @@ def test_models_of_a_file_are_served_and_changed_while_they_answer(tmp_path: Pat
             until(lambda: not client.cluster().warnings)
             assert client.generate("Hi", max_tokens=2, model="small").tokens, "what is loaded stays"
             assert client.unload("small") == ("small",)
-            assert client.unload() == ("big",)
             assert not client.cluster().deployments
     finally:
         cluster.close()

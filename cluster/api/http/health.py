@@ -45,6 +45,8 @@ class Health:
             model_info = self.names.resolve(None)
         except MacpipeError as e:
             facts["message"] = e.sentence
+            if ready:
+                facts["model"] = self.names.unloaded_name(None)
         else:
             facts |= {"model": self.names.id_of(model_info), "context_length": model_info.shape.max_context}
         return _ready(ready, facts)

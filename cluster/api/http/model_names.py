@@ -37,6 +37,25 @@ class ModelNames:
         """Return the public names of the models that are not loaded, if there is more than one model."""
         return self._coordinator.deployments.unloaded_names()
 
+    def unloaded_name(self, requested: str | None) -> str:
+        """Return the name under which a model that is not loaded is shown; "" if no request loads models.
+
+        Raises ``ModelNotFound``.
+        """
+        if requested in self.unloaded():
+            return requested or ""
+        if self._on_demand is None or not self._on_demand.enabled:
+            return ""
+        entry, adapter = self._coordinator.catalog.resolve(requested)
+        return join_model_name(self._coordinator.catalog.public_name(entry), adapter)
+
+    async def read_context(self, requested: str) -> int:
+        """Return how many tokens of context a model will have once it is loaded; 0 if that is not known.
+
+        Raises ``ModelNotFound``.
+        """
+        return await self._on_demand.contexts.read(requested) if self._on_demand else 0
+
     @property
     def load_wait_s(self) -> float:
         """How long a request waits for its model if nothing can be sent meanwhile."""

@@ -35,8 +35,9 @@ class Models:
         try:
             model_info = self.names.resolve(name)
         except NotServing as e:
-            if name in self.names.unloaded():
-                return Json(self._describe(name))
+            if shown := self.names.unloaded_name(name):
+                context = await self.names.read_context(shown)
+                return Json({**self._describe(shown), **(_lengths(context) if context else {})})
             raise ModelNotFound(f"the model {name[:64]} is not served here: {e.sentence}", field="model") from None
         return Json(self._model(self.names.shown_name(name, model_info), model_info))
 
@@ -45,8 +46,7 @@ class Models:
         parent = {"parent": self.names.id_of(model_info)} if self.names.resolve(name).adapter else {}
         return {
             **self._describe(name, loaded=True),
-            "context_length": shape.max_context,
-            "max_model_len": shape.max_context,
+            **_lengths(shape.max_context),
             "root": public_id(shape.model.name, shape.model.path),
             "layers": shape.layers,
             **parent,
@@ -64,6 +64,10 @@ class Models:
             "owned_by": "macpipe",
             "loaded": loaded,
         }
+
+
+def _lengths(context: int) -> dict[str, int]:
+    return {"context_length": context, "max_model_len": context}
 
 
 def _page(data: list[dict[str, Any]]) -> dict[str, Any]:
