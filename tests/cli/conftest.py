@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from client.scripted import Coordinator
+from cluster.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 MACPIPE = [sys.executable, "-W", "error", "-m", "cluster"]
@@ -46,5 +47,28 @@ def macpipe(environment: dict[str, str]) -> Macpipe:
             timeout=40,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def macpipe_here(
+    environment: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Macpipe:
+    """Run the command in this process, which has imported all it needs: for what ends before a model is opened.
+
+    A command that opens a model takes MLX's streams from this thread.
+    """
+    for name in os.environ.keys() - environment.keys():
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(end.value.code or 0), said.out, said.err)
 
     return run

@@ -1,4 +1,4 @@
-"""Commands from the outside: a process, its streams and its exit code."""
+"""Commands from the outside: a process, its streams and its exit code. What is refused at once needs no process."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ sys.stderr.write(str([name for name in {HEAVY} if name in sys.modules]))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(macpipe: Macpipe, command: str) -> None:
-    done = macpipe(command, "-h")
+def test_every_command_has_help(macpipe_here: Macpipe, command: str) -> None:
+    done = macpipe_here(command, "-h")
     assert done.returncode == 0
     assert done.stdout.startswith(f"Usage: macpipe {command} ")
     assert "exit-with" not in done.stdout
@@ -110,8 +110,8 @@ def test_the_same_option_has_the_same_form_everywhere() -> None:
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_help_shows_defaults_that_the_coordinator_has(macpipe: Macpipe, command: str) -> None:
-    shown = " ".join(macpipe(command, "--help").stdout.split())
+def test_help_shows_defaults_that_the_coordinator_has(macpipe_here: Macpipe, command: str) -> None:
+    shown = " ".join(macpipe_here(command, "--help").stdout.split())
     assert f"[default: {DEFAULT_MAX_TOKENS}, or what fits]" in shown
     assert f"[default: {SamplingParams().temperature:g}; 0 to 2]" in shown
 
@@ -153,8 +153,8 @@ def test_version(macpipe: Macpipe) -> None:
         (["bench", "--rounds", "0"], ["--rounds"]),
     ],
 )
-def test_wrong_usage_is_2_and_says_what_is_right(macpipe: Macpipe, arguments: list[str], words: list[str]) -> None:
-    done = macpipe(*arguments)
+def test_wrong_usage_is_2_and_says_what_is_right(macpipe_here: Macpipe, arguments: list[str], words: list[str]) -> None:
+    done = macpipe_here(*arguments)
     assert done.returncode == 2, done
     assert done.stdout == ""
     assert all(word in done.stderr for word in words), done.stderr

@@ -73,7 +73,6 @@ def test_several_models_on_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Pa
     ("arguments", "code", "words"),
     [
         (["faq", "--assume", "macbook"], 2, ["macbook", "m4-pro-48x2,10gbe"]),
-        (["faq", "--assume", "m4-pro-48", "--layers", "0-3,4-7"], 1, ["2 layer ranges", "there is 1 worker"]),
         (["faq", "--assume", "m4-pro-48x2", "--workers", "3"], 1, ["3 workers were asked for, but --assume names 2"]),
         (["faq", "--assume", "m4-pro-48x2", "--workers", "3", "--layers", "0-3,4-7"], 1, ["--assume names 2"]),
         (
@@ -85,17 +84,33 @@ def test_several_models_on_macs_that_are_not_here(macpipe: Macpipe, tmp_path: Pa
         (["faq", "faq", "--assume", "m4-pro-48"], 2, ["two models are named faq"]),
         (["faq", "--models", "models.toml"], 2, ["on the command line and by --models"]),
         (["faq", "--objective", "beauty"], 2, ["beauty", "latency", "throughput"]),
+        (["faq", "--wait", "0", "--cluster", "nobody-is-in-this-one"], 1, ["found no worker"]),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    macpipe_here: Macpipe, arguments: list[str], code: int, words: list[str]
+) -> None:
+    done = macpipe_here("plan", *arguments)
+    assert (done.returncode, done.stdout) == (code, ""), done
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["faq", "--assume", "m4-pro-48", "--layers", "0-3,4-7"], 1, ["2 layer ranges", "there is 1 worker"]),
         (["faq", "--assume", "m4-pro-48x2", "--acceptance", "1.5"], 2, ["--acceptance is 1.5", "from 0 to 1"]),
         (
             ["faq", "--assume", "m4-pro-48x2", "--acceptance", "0.5", "--objective", "throughput"],
             2,
             ["--acceptance is for one user", "--objective latency"],
         ),
-        (["faq", "--wait", "0", "--cluster", "nobody-is-in-this-one"], 1, ["found no worker"]),
         (["faq", "--coordinator", "127.0.0.1:1"], 1, ["no coordinator answers"]),
     ],
 )
-def test_what_cannot_be_planned_is_said(macpipe: Macpipe, arguments: list[str], code: int, words: list[str]) -> None:
+def test_what_a_model_or_a_coordinator_does_not_allow_is_said(
+    macpipe: Macpipe, arguments: list[str], code: int, words: list[str]
+) -> None:
     done = macpipe("plan", *arguments)
     assert (done.returncode, done.stdout) == (code, ""), done
     assert all(word in done.stderr for word in words), done.stderr
