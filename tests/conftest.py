@@ -16,6 +16,8 @@ from effort import LEAST, SAMPLE, WHOLE
 from quick import NOT_QUICK
 
 TESTS = Path(__file__).resolve().parent
+MANY_OBJECTS = 50_000
+"""A garbage collection looks at a million of them in a second."""
 pytest_plugins = ["closed_loops", "netns", "disks", "limits"]
 
 
@@ -69,8 +71,19 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.enable()
-        gc.collect()
-        gc.freeze()
+        keep_from_collections()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After a file's tests, keep what they imported and what outlives them out of later garbage collections."""
+    if nextitem and nextitem.path != item.path and len(gc.get_objects(generation=2)) > MANY_OBJECTS:
+        keep_from_collections()
+
+
+def keep_from_collections() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
