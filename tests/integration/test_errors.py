@@ -69,11 +69,13 @@ def test_a_missing_model_folder(tmp_path: Path) -> None:
     assert "nothing" in said
 
 
+@pytest.mark.long
 def test_a_folder_without_safetensors(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
     assert "safetensors" in refused("serve", str(tmp_path), "--wait", "1", "--port", "0")
 
 
+@pytest.mark.long
 def test_a_pickle_checkpoint_is_refused(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
@@ -82,6 +84,7 @@ def test_a_pickle_checkpoint_is_refused(tmp_path: Path, llama: Path) -> None:
     assert "safetensors" in said
 
 
+@pytest.mark.long
 def test_a_looped_model_is_refused(tmp_path: Path) -> None:
     said = refused("serve", str(make("looped", tmp_path / "looped")), "--wait", "1", "--port", "0")
     assert "loop" in said.lower()

@@ -207,7 +207,8 @@ def test_a_fine_tune_is_not_taken_for_its_base(
     daemon, address = serve(cluster, hub, NAME, 2)
     wait_serving(address, daemon)
     with Client(address, timeout_s=60) as client:
-        for model in (*answers, NAME):
+        assert answer(client) == answers[NAME]
+        for model in ("owner/tuned", str(published), str(tuned)):
             client.load(model, workers=2).wait()
             assert answer(client) == answers[model], model
 
