@@ -57,6 +57,7 @@ def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float)
         computing=info.computing,
         stopping=info.stopping,
         slices=[_encode_slice(held) for held in info.slices],
+        ranks=info.ranks,
         certificate_begins=info.certificate[0],
         certificate_ends=info.certificate[1],
         problem=problem,
@@ -94,6 +95,7 @@ def decode_info(answer: worker_pb2.DescribeResponse, address: str, clock_ahead_s
         computing=answer.computing,
         stopping=answer.stopping,
         slices=tuple(_decode_slice(held) for held in answer.slices),
+        ranks=max(answer.ranks, 1),
         certificate=(answer.certificate_begins, answer.certificate_ends),
     )
 
@@ -175,6 +177,7 @@ def _encode_slice(held: HeldSlice) -> worker_pb2.HeldSlice:
 
 def _decode_slice(held: worker_pb2.HeldSlice) -> HeldSlice:
     values = {name: getattr(held, name) for name in _SLICE} | {"adapters": tuple(held.adapters)}
+    values |= {"ranks": max(held.ranks, 1)}
     return HeldSlice(**values, layers=LayerRange(held.start_layer, held.end_layer))
 
 

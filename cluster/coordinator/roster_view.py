@@ -220,6 +220,7 @@ class RosterView:
             adapters=held.adapters,
             busy_ms=held.busy_ms,
             computing=held.computing,
+            ranks=held.ranks,
             data_address=data_address,
             memory_limit=self._left_of(info.memory_limit, info.control_address),
         )

@@ -52,6 +52,8 @@ class Reason(StrEnum):
     FRAME_OVERDUE = "FRAME_OVERDUE"
     WORKER_TAKEN = "WORKER_TAKEN"
     STAGE_FAILED = "STAGE_FAILED"
+    RANK_FAILED = "RANK_FAILED"
+    INSECURE_GROUP = "INSECURE_GROUP"
     NOT_SERVING = "NOT_SERVING"
     UNREACHABLE = "UNREACHABLE"
     PORT_CLOSED = "PORT_CLOSED"
@@ -331,6 +333,18 @@ class StageFailed(MacpipeError):
     """A stage reported that it could not do a step."""
 
     reason, grpc_status, http_status = Reason.STAGE_FAILED, "INTERNAL", 500
+
+
+class RankFailed(StageFailed):
+    """A rank of a group could not do a step, so it no longer is where the others are: the group is lost."""
+
+    reason = Reason.RANK_FAILED
+
+
+class InsecureGroup(MacpipeError):
+    """Workers would exchange parts of activations over links that are neither authenticated nor encrypted."""
+
+    reason, grpc_status, http_status = Reason.INSECURE_GROUP, "FAILED_PRECONDITION", 400
 
 
 class NotServing(MacpipeError):

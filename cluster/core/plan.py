@@ -60,6 +60,22 @@ class SharedWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class RankSizes:
+    """What one of ``ranks`` workers that share each layer holds and computes of a model, as in ``ModelShape``."""
+
+    ranks: int
+    layer_bytes: tuple[int, ...]
+    cache_bytes: tuple[int, ...]
+    shared: tuple[SharedWeight, ...]
+    cache_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    mark_curve: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    active_bytes: tuple[int, ...] = ()
+    expert_bytes: tuple[int, ...] = ()
+    flops: tuple[float, ...] = ()
+    heads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What placement needs to know of a model, found without reading a weight. All sizes are bytes.
 
@@ -104,6 +120,31 @@ class ModelShape:
     def title(self) -> str:
         """The model's name for people."""
         return self.given_name or self.model.name
+    rank_sizes: tuple[RankSizes, ...] = ()
+    """Of the groups that were asked for, by their number of ranks."""
+
+    def of_rank(self, ranks: int) -> ModelShape:
+        """Return the shape of the part that one of ``ranks`` workers holds, which share each layer.
+
+        Raises ``ValueError`` for a number that was not asked for.
+        """
+        if ranks == 1:
+            return self
+        sizes = next((sizes for sizes in self.rank_sizes if sizes.ranks == ranks), None)
+        if sizes is None:
+            raise ValueError(f"the part of one of {ranks} ranks is not known")
+        return replace(
+            self,
+            layer_bytes=sizes.layer_bytes,
+            cache_bytes=sizes.cache_bytes,
+            shared=sizes.shared,
+            cache_curve=sizes.cache_curve,
+            mark_curve=sizes.mark_curve,
+            active_bytes=sizes.active_bytes,
+            expert_bytes=sizes.expert_bytes,
+            flops=sizes.flops,
+            heads=sizes.heads,
+        )
 
     def stage_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage with these layers holds."""
@@ -254,11 +295,16 @@ class StageSpec:
     max_context: int
     kv_bits: int = 0
     weight_bits: int = 0
+    rank: int = 0
+    ranks: int = 1
+    """How many workers share each of its layers, as a group; this one is number ``rank`` of them."""
+    readers: int = 1
+    """How many read its output: the ranks of the next stage, or the coordinator alone."""
 
     @property
-    def load_key(self) -> tuple[str, LayerRange | None, int, int]:
+    def load_key(self) -> tuple[str, LayerRange | None, int, int, int]:
         """The fields that only a new load can change; a worker's has the same form."""
-        return self.model.fingerprint, self.layers, self.kv_bits, self.weight_bits
+        return self.model.fingerprint, self.layers, self.kv_bits, self.weight_bits, self.ranks
 
     @property
     def first(self) -> bool:
@@ -278,7 +324,7 @@ class Route(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """One stage of a plan: the worker, its layers, and their sizes in bytes."""
+    """What a plan gives to one worker: a stage or its part of one, with sizes in bytes."""
 
     spec: StageSpec
     worker: str
@@ -295,7 +341,7 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The workers and their layers in one epoch, in pipeline order.
+    """The workers and their layers in one epoch, in pipeline order; the ranks of a group follow one another.
 
     ``max_sequences`` is how many sequences fit at once if each takes the whole ``max_context``; more fit if they are
     shorter, up to ``lanes`` x ``rows``.
@@ -314,6 +360,16 @@ class Plan:
     """None if a worker's speed is unknown."""
     spares: tuple[Spare, ...] = ()
     reasons: tuple[str, ...] = ()
+
+    @property
+    def pipeline(self) -> tuple[PlannedStage, ...]:
+        """The stages that a frame passes one after another: of a group, rank 0."""
+        return tuple(stage for stage in self.stages if stage.spec.rank == 0)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether several workers share the layers of a stage."""
+        return any(stage.spec.ranks > 1 for stage in self.stages)
 
     def of_epoch(self, epoch: int) -> Plan:
         """Return the same plan with another epoch number."""

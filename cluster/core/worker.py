@@ -72,6 +72,8 @@ class HeldSlice:
     memory_used: int = 0
     memory_limit: int = 0
     """Bytes that it may use; 0 if it may use all."""
+    ranks: int = 1
+    """How many workers share its layers; 1 if it has them whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +108,17 @@ class WorkerInfo(WorkerSummary):
     """Whether the engine has had processor time in its present step."""
     stopping: bool = False
     slices: tuple[HeldSlice, ...] = ()
+    ranks: int = 1
+    """How many workers share the layers of its stage; 1 if it has them whole."""
     data_hosts: tuple[str, ...] = ()
     """Further IP addresses at which its data port listens, beside that of ``data_address``."""
     certificate: tuple[float, float] = (0.0, 0.0)
     """Start and end of its validity, in seconds since the epoch; zeros without a cluster."""
 
     @property
-    def load_key(self) -> tuple[str, LayerRange | None, int, int]:
+    def load_key(self) -> tuple[str, LayerRange | None, int, int, int]:
         """What it loaded, in the form of ``StageSpec.load_key``."""
-        return self.fingerprint, self.layers, self.kv_bits, self.weight_bits
+        return self.fingerprint, self.layers, self.kv_bits, self.weight_bits, self.ranks
 
 
 @dataclass(frozen=True, slots=True)

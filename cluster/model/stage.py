@@ -15,9 +15,9 @@ from typing import Final, NoReturn
 import mlx.core as mx
 
 from cluster.core.adapter import AdapterRef
-from cluster.core.errors import BadFrame, InvalidOption, MacpipeError, StageFailed, StaleEpoch
+from cluster.core.errors import BadFrame, InvalidOption, MacpipeError, RankFailed, StageFailed, StaleEpoch
 from cluster.core.frames import Compute, Frame, Sample, SequenceFailure, Step, Tensor
-from cluster.core.limits import LATE_ROWS, MAX_VERIFIED
+from cluster.core.limits import LATE_ROWS
 from cluster.core.plan import StageSpec
 from cluster.core.request import PromptLogprobs
 from cluster.model.adapters import LoraLayers
@@ -25,10 +25,12 @@ from cluster.model.batch_sampling import BatchSampling, sample_row
 from cluster.model.caches import SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.loading import load_slice
+from cluster.model.process_group import as_rank, meet
 from cluster.model.prompt_scoring import require_valid_scoring, score_prompt
 from cluster.model.sequences import LiveSequence, PrefixStore, SequenceTable
 from cluster.model.sharding import Group
 from cluster.model.slice import ModelSlice
+from cluster.model.step_checks import require_rows, require_valid_guesses
 from cluster.model.tensor_codec import pack, unpack
 from cluster.model.tokenizer import load_tokenizer
 from cluster.model.trace import Boundary
@@ -64,9 +66,10 @@ def load_stage(
     given the same frames in the same order. Raises ModelDiffers, NoPlan (a cut that is not clean, ranks that cannot
     share the layers), ModelNotFound, BadCheckpoint, ModelUnsupported or InvalidOption (``kv_bits``).
     """
-    grammars = GrammarCompiler(lambda: load_tokenizer(path).grammars()) if spec.last else None
+    samples = spec.last and (group is None or group.rank() == 0)
+    grammars = GrammarCompiler(lambda: load_tokenizer(path).grammars()) if samples else None
     try:
-        return Stage(spec, *load_slice(spec, path, progress, group), grammars, store, is_grouped=group is not None)
+        return Stage(spec, *load_slice(spec, path, progress, group), grammars, store, group)
     except BaseException:
         if grammars:
             grammars.close()
@@ -77,8 +80,8 @@ class Stage:
     """A loaded stage. Not thread-safe: only the thread that loaded it may use it.
 
     ``weight_bytes`` is the size of its weights. ``grammars`` compiles the grammars of answers on the last stage; the
-    stage closes it. ``is_grouped``: its slice is the part of one rank of a group. Ranks wait for each other within a
-    step, so what a grouped stage computes depends on the frames alone, not on what it has sampled or when.
+    stage closes it. In a ``group``, its slice is the part of one rank. Ranks wait for each other within a step, so what
+    they compute depends on the frames alone, not on what was sampled or when. Only rank 0 samples.
     """
 
     def __init__(
@@ -89,11 +92,10 @@ class Stage:
         weight_bytes: int,
         grammars: GrammarCompiler | None = None,
         store: PrefixStore | None = None,
-        *,
-        is_grouped: bool = False,
+        group: Group | None = None,
     ) -> None:
         self.spec = spec
-        self._is_grouped = is_grouped
+        self._group = group
         self._store = store
         self._grammars = grammars
         self.weight_bytes = weight_bytes
@@ -173,7 +175,7 @@ class Stage:
         were loaded before then stay.
         """
         part = self._require_loaded()
-        if wanted and self._is_grouped:
+        if wanted and self._group:
             raise InvalidOption("adapters cannot be used where several Macs share layers", field="adapter")
         more = {
             key: part.load_adapter(Path(ref.path), ref.fingerprint)
@@ -236,12 +238,12 @@ class Stage:
 
     def _is_void(self, step: Step) -> bool:
         """Return whether all tokens of a step are guesses that are known to be of no use. Raises BadFrame."""
-        _require_valid_guesses(step)
+        require_valid_guesses(step)
         live = self._table.usable(step.sequences[0])
         if not step.guessed:
             return False
         follows_void = (step.start or 0) > len(live.tokens)
-        knows_sample = self.spec.last and not self._is_grouped
+        knows_sample = self.spec.last and self._group is None
         return follows_void or (knows_sample and live.sampled != (step.start, step.tokens[0][0]))
 
     def _onward(self, frame: Frame, result: _Result) -> Frame:
@@ -270,14 +272,32 @@ class Stage:
         rows = self._check_rows(part, step)
         incoming = unpack(tensors, part.inlet, len(rows), len(step.tokens[0]))
         try:
+            if self._group and step.compute is Compute.PREFILL:
+                self._wait_for_ranks(self._group)
             result = self._run(part, lane, rows, step, incoming)
             result = self._draft(part, lane, rows, step, result)
+        except RankFailed:
+            raise
         except Exception as error:  # MLX or model code may raise anything; it must end only these sequences
             raise self._failure(rows, error) from error
         for failure in result.failures:
-            self._table.mark_broken([failure.sequence], failure.sentence)
+            self._mark_broken([failure.sequence], failure.sentence)
         self._tidy()
         return result
+
+    def _mark_broken(self, sequences: Sequence[int], why: str) -> None:
+        """Reject sequences whose sampling failed. In a group only rank 0 knows, and must compute what the others do."""
+        if self._group is None:
+            self._table.mark_broken(sequences, why)
+
+    def _wait_for_ranks(self, group: Group) -> None:
+        with as_rank(group):
+            meet(group)
+
+    def _eval(self, *arrays: object) -> None:
+        """Evaluate what a step has computed; in a group, together with the other ranks."""
+        with as_rank(self._group):
+            mx.eval(*arrays)
 
     def _require_loaded(self) -> ModelSlice:
         if self._slice is None:
@@ -286,7 +306,7 @@ class Stage:
 
     def _check_rows(self, part: ModelSlice, step: Step) -> list[LiveSequence]:
         """Return the step's sequences, row by row. Raises BadFrame if the step is invalid."""
-        _require_rows(step)
+        require_rows(step)
         if len(step.sequences) > 1 and not part.batchable:
             raise BadFrame(
                 f"the step has {len(step.sequences)} sequences, but this model's caches cannot share a batch"
@@ -296,13 +316,14 @@ class Stage:
         if low < 0 or high >= self._vocabulary:
             raise BadFrame(f"the step has tokens {low} to {high}, but the model has 0 to {self._vocabulary - 1}")
         require_valid_scoring(step, self._vocabulary)
-        is_whole = self.spec.first and self.spec.last and not self._is_grouped
+        is_whole = self.spec.first and self.spec.last and self._group is None
         if step.drafts > 1 and (len(step.sequences) > 1 or not is_whole):
             raise BadFrame("only a stage that holds the whole model can draft, and for one sequence at a time")
         rows = [self._table.usable(sequence) for sequence in step.sequences]
         for live in rows:
             if live.deferred is not None:
-                raise BadFrame(f"sequence {live.id} takes a step, but its last one waits for its grammar")
+                refusal = RankFailed if self._group else BadFrame  # the other ranks know nothing of it
+                raise refusal(f"sequence {live.id} takes a step, but its last one waits for its grammar")
             if step.start not in (None, len(live.tokens)):
                 raise BadFrame(f"the step starts at token {step.start} of sequence {live.id}, not {len(live.tokens)}")
             if len(live.tokens) + len(step.tokens[0]) > self.spec.max_context:
@@ -330,7 +351,7 @@ class Stage:
             states = caches.arrays() if vectors is None else [*caches.arrays(), vectors]
             return _add_vectors(self._evaluate_and_sample(rows, step, outgoing[0], states), rows, vectors)
         sent = [mx.contiguous(array) for array in outgoing]
-        mx.eval(sent, caches.arrays())
+        self._eval(sent, caches.arrays())
         return _Result(tensors=tuple(pack(array) for array in sent))
 
     def _draft(self, part: ModelSlice, lane: int, rows: list[LiveSequence], step: Step, result: _Result) -> _Result:
@@ -349,11 +370,33 @@ class Stage:
     ) -> _Result:
         """Evaluate the step and sample its tokens. For a prefill, compute the head only if it has a ``scoring``."""
         if step.compute is Compute.PREFILL:
-            return _evaluate_prefill(rows[0], step, logits, states)
-        if self._is_grouped:
-            mx.eval(logits, states)  # the same on all ranks, whatever can be sampled on one of them by now
-        elif any(live.sampler.bound for live in rows):
+            return self._evaluate_prefill(rows[0], step, logits, states)
+        if self._group:
+            self._eval(logits, states)  # the same on all ranks, whatever can be sampled on one of them by now
+            return _Result() if self._group.rank() else self._sample_apart(rows, step, logits)
+        if any(live.sampler.bound for live in rows):
             mx.async_eval(logits, states)  # type: ignore[no-untyped-call]  # computes while the masks are made
+        return self._sample_step(rows, step, logits, states)
+
+    def _evaluate_prefill(self, live: LiveSequence, step: Step, logits: mx.array, states: list[mx.array]) -> _Result:
+        scoring = step.scoring
+        if scoring is None:
+            self._eval(states)
+            return _Result()
+        self._eval(logits, states)
+        start = len(live.tokens) - len(step.tokens[0]) + scoring.skip + 1
+        return _Result(prompt_logprobs=score_prompt(logits, scoring, start))
+
+    def _sample_apart(self, rows: list[LiveSequence], step: Step, logits: mx.array) -> _Result:
+        """Sample what a group has computed. A failure ends only these sequences: all ranks have done the step."""
+        try:
+            return self._sample_step(rows, step, logits, [])
+        except Exception as error:  # as in ``_compute``
+            failed = self._failure(rows, error)
+            return _Result(failures=tuple(SequenceFailure(live.id, failed.reason, failed.sentence) for live in rows))
+
+    def _sample_step(self, rows: list[LiveSequence], step: Step, logits: mx.array, states: list[mx.array]) -> _Result:
+        """Sample the tokens of a step that may be yet to be evaluated."""
         ready = _defer(rows, logits, step.sampled)
         deferred = [live.deferred for live in rows if live.deferred is not None]
         if not ready:
@@ -379,7 +422,7 @@ class Stage:
                 more, failed = (), (SequenceFailure(live.id, failure.reason, failure.sentence),)
             samples += more
             failures += failed
-            self._table.mark_broken([f.sequence for f in failed], failed[0].sentence if failed else "")
+            self._mark_broken([f.sequence for f in failed], failed[0].sentence if failed else "")
         self._table.note_samples(samples)
         return replace(result, samples=tuple(samples), failures=tuple(failures))
 
@@ -438,37 +481,6 @@ def _add_vectors(result: _Result, rows: Sequence[LiveSequence], vectors: mx.arra
     ids, chosen = mx.array([rows[i].id for i in wanted], dtype=mx.int64), mx.contiguous(vectors[mx.array(wanted)])
     mx.eval(ids, chosen)
     return replace(result, tensors=(pack(ids), pack(chosen)))
-
-
-def _evaluate_prefill(live: LiveSequence, step: Step, logits: mx.array, states: list[mx.array]) -> _Result:
-    scoring = step.scoring
-    if scoring is None:
-        mx.eval(states)
-        return _Result()
-    mx.eval(logits, states)
-    start = len(live.tokens) - len(step.tokens[0]) + scoring.skip + 1
-    return _Result(prompt_logprobs=score_prompt(logits, scoring, start))
-
-
-def _require_rows(step: Step) -> None:
-    """Raise BadFrame unless the sequences are distinct and each has one row of tokens, all of the same length."""
-    if not step.sequences or len(set(step.sequences)) != len(step.sequences):
-        raise BadFrame(f"the step has {len(step.sequences)} sequences; they must be distinct, and at least one")
-    lengths = {len(row) for row in step.tokens}
-    if len(step.tokens) != len(step.sequences) or len(lengths) != 1:
-        raise BadFrame(
-            f"the step has {len(step.sequences)} sequences but {len(step.tokens)} rows of {sorted(lengths)} tokens"
-        )
-    if lengths == {0}:
-        raise BadFrame(f"the step of sequence {step.sequences[0]} has no tokens")
-
-
-def _require_valid_guesses(step: Step) -> None:
-    _require_rows(step)
-    if len(step.sequences) > 1 or step.start is None or step.compute is Compute.PREFILL:
-        raise BadFrame(f"the step of sequence {step.sequences[0]} cannot feed guesses: it must decode it alone")
-    if step.sampled > MAX_VERIFIED:
-        raise BadFrame(f"a step samples {step.sampled} tokens of sequence {step.sequences[0]}; at most {MAX_VERIFIED}")
 
 
 def _no_caches() -> NoReturn:

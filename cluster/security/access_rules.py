@@ -30,6 +30,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "Describe": _INSPECTORS,
         "GrantTerm": _COORDINATORS,
         "NameInSync": _COORDINATORS,
+        "JoinGroup": _COORDINATORS,
         "LoadStage": _COORDINATORS,
         "LinkStage": _COORDINATORS,
         "SetAdapters": _COORDINATORS,

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import grpc
 
 from cluster.core.errors import StaleEpoch, Unreachable
+from cluster.core.group_limits import MAX_RANKS
 from cluster.core.limits import CONNECT_TIMEOUT_S, RECONNECT_TIMEOUT_S
 from cluster.membership.slowness import Alarms, extra_s
 from cluster.platform.overload import Lag, no_lag
@@ -34,6 +35,8 @@ _EPOCH_DIGITS = 19
 """Maximum decimal digits of an epoch, which is a 63-bit number."""
 _TERM = "macpipe-term"
 _LINE = "macpipe-line"
+_READER = "macpipe-reader"
+_READERS = tuple(map(str, range(MAX_RANKS)))
 _ACCEPTED = b""
 """The first message of every stream: the server has accepted it."""
 
@@ -49,8 +52,11 @@ def no_term() -> int:
 class Stages(Protocol):
     """The interface to what a data port serves: at most one loaded stage."""
 
-    def outbox(self, epoch: int, line: Line) -> Outbox | None:
-        """Return the outbox of that epoch's stage on a line, or None if no stage of that epoch is loaded."""
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> Outbox | None:
+        """Return a reader's outbox of that epoch's stage on a line.
+
+        None if no stage of that epoch is loaded, or if it has no such reader.
+        """
 
     def received(self, message: bytes) -> None:
         """Take a message from a feed, on either line."""
@@ -89,7 +95,9 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in
         line = Line.BULK if metadata.get(_LINE) == Line.BULK else Line.URGENT
         valid = epoch.isascii() and epoch.isdigit() and len(epoch) <= _EPOCH_DIGITS
         of_term = metadata.get(_TERM, "0") == str(self._term())
-        outbox = self._stages.outbox(int(epoch), line) if valid and of_term else None
+        reader = str(metadata.get(_READER, "0"))
+        valid = valid and reader in _READERS
+        outbox = self._stages.outbox(int(epoch), line, int(reader)) if valid and of_term else None
         if outbox is None:
             shown = epoch if valid else "(invalid)"
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no stage of epoch {shown} is loaded here")
@@ -131,9 +139,16 @@ class GrpcDialer:
         return self._open(address, peer, _Call(FEED, self._term(), epoch, line, _ignore, lost))
 
     def pull(
-        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
+        self,
+        address: str,
+        epoch: int,
+        received: Received,
+        lost: Lost,
+        line: Line = Line.URGENT,
+        peer: str = WORKER,
+        reader: int = 0,
     ) -> Subscription:
-        return self._open(address, peer, _Call(PULL, self._term(), epoch, line, received, lost))
+        return self._open(address, peer, _Call(PULL, self._term(), epoch, line, received, lost, reader))
 
     def _open(self, address: str, peer: str, call: _Call) -> _Stream:
         base_s = RECONNECT_TIMEOUT_S if address in self._silent else CONNECT_TIMEOUT_S
@@ -161,7 +176,7 @@ def _ignore(message: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A stream's method, term, epoch and line, and its callbacks."""
+    """A stream's method, term, epoch and line, its callbacks, and which of the stage's readers it is."""
 
     method: str
     term: int
@@ -169,6 +184,7 @@ class _Call:
     line: Line
     received: Received
     lost: Lost
+    reader: int = 0
 
 
 class _Stream:
@@ -189,7 +205,12 @@ class _Stream:
         self._accepted = threading.Event()
         self._refusal: grpc.RpcError | None = None
         self._ended_early = False
-        metadata = ((_TERM, str(call.term)), (_EPOCH, str(call.epoch)), (_LINE, call.line.value))
+        metadata = (
+            (_TERM, str(call.term)),
+            (_EPOCH, str(call.epoch)),
+            (_LINE, call.line.value),
+            (_READER, str(call.reader)),
+        )
         self._call = self._open(call.method, metadata)
         threading.Thread(target=self._read, name=f"{call.method} {address}", daemon=True).start()
         self._liveness: LivenessStream | None = None

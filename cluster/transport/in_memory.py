@@ -37,19 +37,26 @@ class MemoryNetwork:
         return self._keep(address, _MemoryStream(Outbox(epoch), self._faulty(address, stages.received), lost))
 
     def pull(
-        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
+        self,
+        address: str,
+        epoch: int,
+        received: Received,
+        lost: Lost,
+        line: Line = Line.URGENT,
+        peer: str = WORKER,
+        reader: int = 0,
     ) -> Subscription:
-        _, outbox = self._reach(address, epoch, line)
+        _, outbox = self._reach(address, epoch, line, reader)
         if not outbox.take():
             raise Unreachable(
                 f"cannot open a data stream to {address}: another reader already pulls this stage's frames"
             )
         return self._keep(address, _MemoryStream(outbox, self._faulty(address, received), lost))
 
-    def _reach(self, address: str, epoch: int, line: Line) -> tuple[Stages, Outbox]:
+    def _reach(self, address: str, epoch: int, line: Line, reader: int = 0) -> tuple[Stages, Outbox]:
         if address not in self.ports:
             raise Unreachable(f"cannot open a data stream to {address}: nothing listens there")
-        outbox = self.ports[address].outbox(epoch, line)
+        outbox = self.ports[address].outbox(epoch, line, reader)
         if outbox is None:
             raise StaleEpoch(f"{address} refused a stream: no stage of epoch {epoch} is loaded here")
         return self.ports[address], outbox

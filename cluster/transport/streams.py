@@ -57,8 +57,16 @@ class Dialer(Protocol):
     def feed(self, address: str, epoch: int, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER) -> Sender: ...
 
     def pull(
-        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
-    ) -> Subscription: ...
+        self,
+        address: str,
+        epoch: int,
+        received: Received,
+        lost: Lost,
+        line: Line = Line.URGENT,
+        peer: str = WORKER,
+        reader: int = 0,
+    ) -> Subscription:
+        """Read a stage's frames, as this one of its readers: each has a queue of its own."""
 
 
 class Outbox:

@@ -167,6 +167,7 @@ class DescribeResponse(_message.Message):
     DATA_HOSTS_FIELD_NUMBER: _builtins.int
     SLICES_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     version: _builtins.str
@@ -233,6 +234,8 @@ class DescribeResponse(_message.Message):
     energy_joules: _builtins.float
     term: _builtins.int
     """Number of the highest term that it has granted; 0 if it never has."""
+    ranks: _builtins.int
+    """How many workers share the layers of its stage; 0 and 1: it has them whole."""
     @_builtins.property
     def profile(self) -> Global___Profile:
         """Measured speed of its engine; absent if unknown."""
@@ -299,10 +302,11 @@ class DescribeResponse(_message.Message):
         data_hosts: _abc.Iterable[_builtins.str] | None = ...,
         slices: _abc.Iterable[Global___HeldSlice] | None = ...,
         term: _builtins.int = ...,
+        ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_hosts", b"data_hosts", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "energy_joules", b"energy_joules", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "power_watts", b"power_watts", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "sequences", b"sequences", "slices", b"slices", "start_layer", b"start_layer", "stopping", b"stopping", "term", b"term", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "busy_ms", b"busy_ms", "certificate_begins", b"certificate_begins", "certificate_ends", b"certificate_ends", "chip", b"chip", "clock", b"clock", "cluster", b"cluster", "computing", b"computing", "data_hosts", b"data_hosts", "data_port", b"data_port", "draining", b"draining", "end_layer", b"end_layer", "energy_joules", b"energy_joules", "epoch", b"epoch", "fingerprint", b"fingerprint", "gpu_cores", b"gpu_cores", "holder", b"holder", "holder_instance", b"holder_instance", "id", b"id", "instance", b"instance", "interface", b"interface", "kv_bits", b"kv_bits", "lag_seconds", b"lag_seconds", "macos_version", b"macos_version", "memory_limit", b"memory_limit", "memory_peak", b"memory_peak", "memory_pressure", b"memory_pressure", "memory_total", b"memory_total", "memory_used", b"memory_used", "mlx_version", b"mlx_version", "model", b"model", "name", b"name", "owner", b"owner", "power_watts", b"power_watts", "prefix_disk_bytes", b"prefix_disk_bytes", "prefix_disk_evictions", b"prefix_disk_evictions", "prefix_disk_limit", b"prefix_disk_limit", "problem", b"problem", "profile", b"profile", "ranks", b"ranks", "sequences", b"sequences", "slices", b"slices", "start_layer", b"start_layer", "stopping", b"stopping", "term", b"term", "version", b"version", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,6 +482,7 @@ class HeldSlice(_message.Message):
     PROBLEM_FIELD_NUMBER: _builtins.int
     MEMORY_USED_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     start_layer: _builtins.int
     end_layer: _builtins.int
@@ -495,6 +500,7 @@ class HeldSlice(_message.Message):
     memory_used: _builtins.int
     memory_limit: _builtins.int
     """Its share of the worker's memory, see LoadStageRequest; 0: all."""
+    ranks: _builtins.int
     @_builtins.property
     def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -515,10 +521,11 @@ class HeldSlice(_message.Message):
         problem: _builtins.str = ...,
         memory_used: _builtins.int = ...,
         memory_limit: _builtins.int = ...,
+        ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "busy_ms", b"busy_ms", "computing", b"computing", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "kv_bits", b"kv_bits", "memory_limit", b"memory_limit", "memory_used", b"memory_used", "model", b"model", "problem", b"problem", "sequences", b"sequences", "start_layer", b"start_layer", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "busy_ms", b"busy_ms", "computing", b"computing", "data_port", b"data_port", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "kv_bits", b"kv_bits", "memory_limit", b"memory_limit", "memory_used", b"memory_used", "model", b"model", "problem", b"problem", "ranks", b"ranks", "sequences", b"sequences", "start_layer", b"start_layer", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,6 +744,9 @@ class LoadStageRequest(_message.Message):
     KEEP_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    READERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     index: _builtins.int
     count: _builtins.int
@@ -761,6 +771,13 @@ class LoadStageRequest(_message.Message):
     """Bytes that the slice may use, with its caches; 0: all that the worker may use."""
     term: _builtins.int
     """The caller's term. Refused unless it is the one that the worker has granted."""
+    rank: _builtins.int
+    """The worker loads part number rank of ranks of each layer, and computes together with the other ranks. With more
+    than one rank, it answers group_port and waits for JoinGroup before it reads anything.
+    """
+    ranks: _builtins.int
+    readers: _builtins.int
+    """How many pull the stage's output: the ranks of the next stage, each with a number of its own; 0 counts as 1."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The slice's tensors, in the order in which they are needed."""
@@ -801,14 +818,71 @@ class LoadStageRequest(_message.Message):
         keep: _abc.Iterable[_builtins.int] | None = ...,
         memory_limit: _builtins.int = ...,
         term: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        ranks: _builtins.int = ...,
+        readers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "instance", b"instance", "keep", b"keep", "kv_bits", b"kv_bits", "max_context", b"max_context", "memory_limit", b"memory_limit", "model", b"model", "path", b"path", "peers", b"peers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors", "term", b"term", "weight_bits", b"weight_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit", b"commit", "coordinator", b"coordinator", "count", b"count", "deferred", b"deferred", "end_layer", b"end_layer", "epoch", b"epoch", "fingerprint", b"fingerprint", "index", b"index", "instance", b"instance", "keep", b"keep", "kv_bits", b"kv_bits", "max_context", b"max_context", "memory_limit", b"memory_limit", "model", b"model", "path", b"path", "peers", b"peers", "rank", b"rank", "ranks", b"ranks", "readers", b"readers", "repo", b"repo", "start_layer", b"start_layer", "tensors", b"tensors", "term", b"term", "weight_bits", b"weight_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadStageRequest: _TypeAlias = LoadStageRequest  # noqa: Y015
+
+@_typing.final
+class JoinGroupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    INSECURE_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    backend: _builtins.str
+    """Which of MLX's backends connects them: ring or nccl."""
+    insecure: _builtins.bool
+    """The operator accepts that their links are neither authenticated nor encrypted. Without it, all hosts must be
+    loopback addresses.
+    """
+    term: _builtins.int
+    """The caller's term."""
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the ranks listen for each other, IP address and port, by rank."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        hosts: _abc.Iterable[_builtins.str] | None = ...,
+        backend: _builtins.str = ...,
+        insecure: _builtins.bool = ...,
+        term: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "epoch", b"epoch", "hosts", b"hosts", "insecure", b"insecure", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JoinGroupRequest: _TypeAlias = JoinGroupRequest  # noqa: Y015
+
+@_typing.final
+class JoinGroupResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JoinGroupResponse: _TypeAlias = JoinGroupResponse  # noqa: Y015
 
 @_typing.final
 class StorePeer(_message.Message):
@@ -873,6 +947,7 @@ class LoadStageResponse(_message.Message):
     DIGESTS_FIELD_NUMBER: _builtins.int
     NOTICES_FIELD_NUMBER: _builtins.int
     DATA_PORT_FIELD_NUMBER: _builtins.int
+    GROUP_PORT_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     ready: _builtins.bool
@@ -884,6 +959,8 @@ class LoadStageResponse(_message.Message):
     peer_bytes: _builtins.int
     data_port: _builtins.int
     """In the last message: the port of the data plane of the engine that holds the slice."""
+    group_port: _builtins.int
+    """A port on which the engine can listen for the other ranks of its group. Sent once, before anything is read."""
     @_builtins.property
     def digests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorDigest]:
         """Hashes of the slice's tensors, sent in batches before the last message."""
@@ -904,10 +981,11 @@ class LoadStageResponse(_message.Message):
         digests: _abc.Iterable[Global___TensorDigest] | None = ...,
         notices: _abc.Iterable[_builtins.str] | None = ...,
         data_port: _builtins.int = ...,
+        group_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_port", b"data_port", "digests", b"digests", "done_bytes", b"done_bytes", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_port", b"data_port", "digests", b"digests", "done_bytes", b"done_bytes", "group_port", b"group_port", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -922,6 +1000,7 @@ class LinkStageRequest(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    READER_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     pull_from: _builtins.str
     """Data address of the previous stage; empty: the coordinator feeds this stage."""
@@ -929,6 +1008,8 @@ class LinkStageRequest(_message.Message):
     """The party that its certificate must name: worker.ID."""
     term: _builtins.int
     """The caller's term."""
+    reader: _builtins.int
+    """Which of the previous stage's readers it is: its rank."""
     @_builtins.property
     def others(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further addresses of the same data port. The worker takes the one over which it measured the best link, and the
@@ -943,10 +1024,11 @@ class LinkStageRequest(_message.Message):
         peer: _builtins.str = ...,
         others: _abc.Iterable[_builtins.str] | None = ...,
         term: _builtins.int = ...,
+        reader: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "others", b"others", "peer", b"peer", "pull_from", b"pull_from", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "others", b"others", "peer", b"peer", "pull_from", b"pull_from", "reader", b"reader", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,11 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.LoadStageRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.LoadStageResponse.FromString,
                 _registered_method=True)
+        self.JoinGroup = channel.unary_unary(
+                '/cluster.v1.WorkerService/JoinGroup',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.JoinGroupRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.JoinGroupResponse.FromString,
+                _registered_method=True)
         self.LinkStage = channel.unary_unary(
                 '/cluster.v1.WorkerService/LinkStage',
                 request_serializer=cluster_dot_v1_dot_worker__pb2.LinkStageRequest.SerializeToString,
@@ -154,6 +159,13 @@ class WorkerServiceServicer:
 
     def LoadStage(self, request, context):
         """LoadStage loads a slice into an engine. All slices that it does not keep are freed first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JoinGroup(self, request, context):
+        """JoinGroup names the ranks of a group to a worker whose LoadStage waits for them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -282,6 +294,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.LoadStage,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.LoadStageRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.LoadStageResponse.SerializeToString,
+            ),
+            'JoinGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinGroup,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.JoinGroupRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.JoinGroupResponse.SerializeToString,
             ),
             'LinkStage': grpc.unary_unary_rpc_method_handler(
                     servicer.LinkStage,
@@ -462,6 +479,33 @@ class WorkerService:
             '/cluster.v1.WorkerService/LoadStage',
             cluster_dot_v1_dot_worker__pb2.LoadStageRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.LoadStageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.WorkerService/JoinGroup',
+            cluster_dot_v1_dot_worker__pb2.JoinGroupRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.JoinGroupResponse.FromString,
             options,
             channel_credentials,
             insecure,

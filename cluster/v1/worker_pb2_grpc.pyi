@@ -47,6 +47,8 @@ class WorkerServiceStub:
     """
     LoadStage: _grpc.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]
     """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
+    JoinGroup: _grpc.UnaryUnaryMultiCallable[_worker_pb2.JoinGroupRequest, _worker_pb2.JoinGroupResponse]
+    """JoinGroup names the ranks of a group to a worker whose LoadStage waits for them."""
     LinkStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]
     """LinkStage connects a loaded stage to the previous one."""
     SetAdapters: _grpc.UnaryStreamMultiCallable[_worker_pb2.SetAdaptersRequest, _worker_pb2.SetAdaptersResponse]
@@ -97,6 +99,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """
     LoadStage: _aio.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]  # type: ignore[assignment]
     """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
+    JoinGroup: _aio.UnaryUnaryMultiCallable[_worker_pb2.JoinGroupRequest, _worker_pb2.JoinGroupResponse]  # type: ignore[assignment]
+    """JoinGroup names the ranks of a group to a worker whose LoadStage waits for them."""
     LinkStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]  # type: ignore[assignment]
     """LinkStage connects a loaded stage to the previous one."""
     SetAdapters: _aio.UnaryStreamMultiCallable[_worker_pb2.SetAdaptersRequest, _worker_pb2.SetAdaptersResponse]  # type: ignore[assignment]
@@ -168,6 +172,14 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.LoadStageResponse], _abc.AsyncIterator[_worker_pb2.LoadStageResponse]]:
         """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
+
+    @_abc_1.abstractmethod
+    def JoinGroup(
+        self,
+        request: _worker_pb2.JoinGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.JoinGroupResponse, _abc.Awaitable[_worker_pb2.JoinGroupResponse]]:
+        """JoinGroup names the ranks of a group to a worker whose LoadStage waits for them."""
 
     @_abc_1.abstractmethod
     def LinkStage(

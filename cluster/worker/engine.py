@@ -26,12 +26,15 @@ from cluster.core.prefix_keys import pack_beginnings
 from cluster.discovery.interfaces import further_hosts, interfaces
 from cluster.model import device
 from cluster.model.device_speed import measure_device
+from cluster.model.process_group import join_group
+from cluster.model.sharding import Group
 from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.overload import TimerLag
 from cluster.security.credentials import open_trust
 from cluster.security.trust import WORKER, Trust
 from cluster.transport.grpc_streams import GrpcDialer
 from cluster.worker.data_port import DataPort
+from cluster.worker.group_port import GroupPort
 from cluster.worker.pipe_messages import (
     Begin,
     Command,
@@ -40,7 +43,10 @@ from cluster.worker.pipe_messages import (
     Event,
     Fence,
     GetReport,
+    GroupPortHeld,
     Hello,
+    HoldGroupPort,
+    JoinGroup,
     LayOutCopy,
     LinkStage,
     Load,
@@ -64,8 +70,22 @@ from cluster.worker.stage_host import StageHost, Throttle, classify_error
 from cluster.worker.weight_quantizer import lay_out_copy, quantize_layers
 
 Job = Callable[[], None]
-_Queued = Load | Fence | LayOutCopy | QuantizeLayers | LinkStage | SetAdapters | OpenPrefixes | Unload | Measure
+_Queued = (
+    Load
+    | HoldGroupPort
+    | JoinGroup
+    | Fence
+    | LayOutCopy
+    | QuantizeLayers
+    | LinkStage
+    | SetAdapters
+    | OpenPrefixes
+    | Unload
+    | Measure
+)
 """The commands that the MLX thread runs."""
+_ANSWERED = Measure | OpenPrefixes | HoldGroupPort
+"""Those that have an answer of their own."""
 
 
 class Engine:
@@ -92,6 +112,9 @@ class Engine:
         limit = memory_limit or facts.memory_limit
         device.set_limits(limit)
         self._limit = limit
+        self._host_address = host
+        self._group_port: GroupPort | None = None
+        self._group: Group | None = None
         self._began: float | None = None
         self._disk = PrefixDisk(disk.folder, disk.limit, self._jobs.put) if disk else None
         dialer = GrpcDialer(trust, TimerLag().start(), lambda: self._host.term)
@@ -169,24 +192,26 @@ class Engine:
             epoch = e.details.get("epoch", "") if isinstance(e, StaleEpoch) else ""
             self._send(CommandFailed(command.call, reason, sentence, epoch))
         else:
-            if not isinstance(command, Measure | OpenPrefixes):
+            if not isinstance(command, _ANSWERED):
                 self._send(Done(command.call))
 
     def _dispatch(self, command: _Queued) -> None:
-        if isinstance(command, Measure):
+        if isinstance(command, HoldGroupPort | JoinGroup):
+            self._run_group_command(command)
+        elif isinstance(command, Measure):
             self._send(Measured.of(command.call, *measure_device(self._throttle.stretch)))
         elif isinstance(command, Load):
             device.set_limits(min(command.memory_limit or self._limit, self._limit))
             call = command.call
-            self._host.load(command.spec, lambda done, total: self._send(Progress(call, done, total)), command.term)
+            self._host.load(
+                command.spec, lambda done, total: self._send(Progress(call, done, total)), command.term, self._group
+            )
         elif isinstance(command, Fence):
             self._host.end_epoch()
-        elif isinstance(command, LayOutCopy):
-            lay_out_copy(Path(command.models), command.key, Path(command.source), command.weight_bits, command.model)
-        elif isinstance(command, QuantizeLayers):
+        elif isinstance(command, LayOutCopy | QuantizeLayers):
             self._quantize(command)
         elif isinstance(command, LinkStage):
-            self._host.link(command.epoch, command.pull_from, command.peer)
+            self._host.link(command.epoch, command.pull_from, command.peer, command.reader)
         elif isinstance(command, SetAdapters):
             self._host.set_adapters(command.epoch, command.refs)
         elif isinstance(command, OpenPrefixes):
@@ -196,8 +221,21 @@ class Engine:
         elif self._host.epoch <= command.epoch:
             self._host.unload()
 
-    def _quantize(self, command: QuantizeLayers) -> None:
-        """Free the present stage first: two would need more memory than one."""
+    def _run_group_command(self, command: HoldGroupPort | JoinGroup) -> None:
+        """Hold a port, or meet the other ranks. Until MLX listens, the port stays held."""
+        if isinstance(command, HoldGroupPort):
+            self._group_port = self._group_port or GroupPort(self._host_address)
+            self._send(GroupPortHeld(command.call, self._group_port.number))
+            return
+        self._group = join_group(command.rank, command.hosts, command.backend)
+        if self._group_port:
+            self._group_port.close()
+
+    def _quantize(self, command: LayOutCopy | QuantizeLayers) -> None:
+        """Work on a copy. Before weights are computed, free the present stage: two would need more memory than one."""
+        if isinstance(command, LayOutCopy):
+            lay_out_copy(Path(command.models), command.key, Path(command.source), command.weight_bits, command.model)
+            return
         self._host.unload()
         quantize_layers(
             Path(command.models),

@@ -72,4 +72,7 @@ class EngineCalls:
             weight_bits=weights.weight_bits,
             memory_limit=r.memory_limit,
             term=r.term,
+            rank=r.rank,
+            ranks=max(r.ranks, 1),
+            readers=max(r.readers, 1),
         )

@@ -42,6 +42,8 @@ class EngineSlot:
     """The request of the slice that is being fetched or loaded."""
     fingerprint: str = ""
     """The checkpoint that the engine reads, which may be a quantized copy; "" for none."""
+    is_rank: bool = False
+    """Whether the engine is for one rank of one group. MLX cannot leave a group, so it loads nothing else."""
     _loaded: pb.LoadStageRequest | None = None
     _loading_engine: Hello | None = None
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -158,8 +160,9 @@ class EngineSlots:
     def _choose(self, request: pb.LoadStageRequest) -> tuple[EngineSlot, list[EngineSlot]]:
         """Return the engine that loads a slice, and those that have to free theirs.
 
-        It is the one that holds the slice already, else the first one that is not kept, else a new one. Beside other
-        slices, no load waits for an engine that is down: another model's recovery may need that one.
+        It is the one that holds the slice already, else the first one that is not kept, else a new one. The rank of a
+        group always gets a new one. Beside other slices, no load waits for an engine that is down: another model's
+        recovery may need that one.
         """
         kept = [slot for slot in self if any(r.epoch in request.keep for r in slot.requests)]
         for held in (slot.held for slot in kept):
@@ -171,11 +174,13 @@ class EngineSlots:
             why = f"asked to load epoch {request.epoch}, but epoch {newest} is loaded"
             raise StaleEpoch(why, epoch=str(newest))
         self._require_room(request, kept)
-        usable = [slot for slot in others if not slot.scope.cancel_called]
+        usable = [slot for slot in others if not (slot.scope.cancel_called or slot.is_rank)]
         if request.keep:
             usable = [slot for slot in usable if not slot.supervisor.problem]
         chosen = min(usable, key=lambda slot: (not slot.holds_like(request), slot.number), default=None)
-        chosen = chosen or self._start()
+        if chosen is None or request.ranks > 1:
+            chosen = self._start()
+            chosen.is_rank = request.ranks > 1
         chosen.hold(None)
         chosen.coming = request
         return chosen, [slot for slot in others if slot is not chosen]
@@ -238,7 +243,9 @@ class EngineSlots:
         self.first.hold(None)
 
     async def _stop(self, slot: EngineSlot) -> None:
-        """End a further engine, which frees its memory."""
+        """End a further engine, which frees its memory. A rank is not asked to end: it may wait for others in MLX."""
+        if slot.is_rank:
+            slot.supervisor.reset("its group is dissolved")
         slot.scope.cancel()
         await slot.ended.wait()
 

@@ -51,6 +51,10 @@ class Load:
     """Bytes that the slice may use, with its caches; 0: all that the engine may use."""
     term: int = 0
     """Streams to and from the slice open for this term alone."""
+    rank: int = 0
+    ranks: int = 1
+    """With more than one, the engine must have joined a group of so many as this rank."""
+    readers: int = 1
 
     @property
     def spec(self) -> StageSpec:
@@ -63,7 +67,36 @@ class Load:
             max_context=self.max_context,
             kv_bits=self.kv_bits,
             weight_bits=self.weight_bits,
+            rank=self.rank,
+            ranks=self.ranks,
+            readers=self.readers,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class HoldGroupPort:
+    """Keep a port free for the other ranks of a group; answered with ``GroupPortHeld``."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPortHeld:
+    call: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class JoinGroup:
+    """Become this rank of a group, for the rest of the process's life. Returns once all ranks have met.
+
+    ``hosts`` has the address and port of each rank.
+    """
+
+    call: int
+    rank: int
+    hosts: tuple[str, ...]
+    backend: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +142,8 @@ class LinkStage:
     epoch: int
     pull_from: str
     peer: str
+    reader: int = 0
+    """Which of its readers it is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +304,8 @@ class Reported:
 
 Command = (
     Load
+    | HoldGroupPort
+    | JoinGroup
     | Fence
     | LayOutCopy
     | QuantizeLayers
@@ -280,7 +317,7 @@ Command = (
     | GetReport
     | Measure
 )
-Event = Hello | Progress | Done | CommandFailed | Reported | Measured | PrefixesOpened
+Event = Hello | Progress | Done | CommandFailed | Reported | Measured | PrefixesOpened | GroupPortHeld
 _KINDS = (Begin, *get_args(Command), *get_args(Event))
 _TYPES = {t.__name__: t for t in _KINDS}
 _PLAIN: Mapping[str, tuple[type, ...]] = {

@@ -41,4 +41,5 @@ def _describe_slice(answer: SlotReport) -> HeldSlice:
         problem=answer.problem,
         memory_used=report.memory_used,
         memory_limit=held.memory_limit,
+        ranks=max(held.ranks, 1),
     )

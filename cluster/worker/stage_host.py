@@ -20,6 +20,7 @@ from cluster.core.errors import (
     MacpipeError,
     ModelDiffers,
     PrefixMissing,
+    RankFailed,
     Reason,
     StageFailed,
     StaleEpoch,
@@ -30,6 +31,7 @@ from cluster.core.plan import ModelRef, StageSpec
 from cluster.core.training_frames import Task, TrainingCommand, TrainingReply
 from cluster.model import device
 from cluster.model.checkpoint import resolve_model
+from cluster.model.sharding import Group
 from cluster.model.stage import Stage, load_stage
 from cluster.model.training_commands import TrainingCommands
 from cluster.model.warmup import warm
@@ -58,24 +60,31 @@ class Throttle:
 
 @dataclass(frozen=True, slots=True)
 class _Ports:
-    """The queues of one epoch's frames, incoming and outgoing, and the term that the epoch belongs to."""
+    """The queues of one epoch's frames, incoming and outgoing, and the term that the epoch belongs to.
 
+    Each reader of the stage has queues of its own. All get the same messages, which are not copied.
+    """
+
+    epoch: int
     inbox: Inbox
-    urgent: Outbox
-    bulk: Outbox
+    urgent: tuple[Outbox, ...]
+    bulk: tuple[Outbox, ...]
     commands: CommandInbox
     term: int
 
     @staticmethod
-    def of(epoch: int, term: int) -> _Ports:
-        return _Ports(Inbox(epoch), Outbox(epoch), Outbox(epoch), CommandInbox(), term)
+    def of(spec: StageSpec, term: int) -> _Ports:
+        epoch = spec.epoch
+        urgent, bulk = (tuple(Outbox(epoch) for _ in range(spec.readers)) for _ in Line)
+        return _Ports(epoch, Inbox(epoch, in_order=spec.ranks > 1), urgent, bulk, CommandInbox(), term)
 
     def send(self, parcel: Parcel) -> None:
-        (self.bulk if parcel.bulk else self.urgent).send(parcel.message)
+        for outbox in self.bulk if parcel.bulk else self.urgent:
+            outbox.send(parcel.message)
 
     def close(self) -> None:
-        self.urgent.close()
-        self.bulk.close()
+        for outbox in (*self.urgent, *self.bulk):
+            outbox.close()
 
 
 class StageHost:
@@ -106,7 +115,7 @@ class StageHost:
     def epoch(self) -> int:
         """The loaded stage's epoch; 0 if nothing is loaded."""
         ports = self._ports
-        return ports.urgent.epoch if ports else 0
+        return ports.epoch if ports else 0
 
     @property
     def term(self) -> int:
@@ -128,22 +137,27 @@ class StageHost:
     def sequences(self) -> int:
         return self._stage.sequences if self._stage else 0
 
-    def load(self, spec: StageSpec, progress: Callable[[int, int], None], term: int = 0) -> None:
+    def load(
+        self, spec: StageSpec, progress: Callable[[int, int], None], term: int = 0, group: Group | None = None
+    ) -> None:
         """Load this slice, for a term, in place of the present one. If it is loaded already, only the epoch changes.
 
-        Raises what ``load_stage`` raises, and ``StaleEpoch`` for an old epoch.
+        ``group`` is the one that this process has joined. Raises what ``load_stage`` raises, ``StaleEpoch`` for an old
+        epoch, and ``StageFailed`` for a rank of another group.
         """
+        if (spec.rank, spec.ranks) != ((group.rank(), group.size()) if group else (0, 1)):
+            raise StageFailed(f"this engine is not rank {spec.rank} of a group of {spec.ranks}")
         if spec.epoch < self.epoch:
             why = f"asked to load epoch {spec.epoch}, but epoch {self.epoch} is loaded"
             raise StaleEpoch(why, epoch=str(self.epoch))
         self._unlink()
         if not self._try_begin_epoch(spec, progress):
             self.unload()
-            stage = load_stage(spec, _folder(spec.model), progress, self._disk)
-            if device.compiles():
+            stage = load_stage(spec, _folder(spec.model), progress, None if group else self._disk, group)
+            if device.compiles() and group is None:  # the others of a group may be minutes away from their first step
                 warm(stage)
             self._stage = stage
-        self._index, self._ports = spec.index, _Ports.of(spec.epoch, term)
+        self._index, self._ports = spec.index, _Ports.of(spec, term)
 
     def _try_begin_epoch(self, spec: StageSpec, progress: Callable[[int, int], None]) -> bool:
         """Let the loaded stage serve ``spec`` if it has the same slice; False if not."""
@@ -166,7 +180,7 @@ class StageHost:
         Raises ``StaleEpoch``, and ``PrefixMissing`` if there is no disk for them.
         """
         self._require_epoch(epoch, "open prefixes of")
-        if self._disk is None or self._stage is None:
+        if self._disk is None or self._stage is None or self._stage.spec.ranks > 1:
             raise PrefixMissing("this worker keeps no prefixes on disk")
         return self._disk.open(self._stage, edition, owners, anonymous=anonymous)
 
@@ -181,8 +195,8 @@ class StageHost:
             why = f"asked to {what} epoch {epoch}, but epoch {self.epoch} is loaded"
             raise StaleEpoch(why, epoch=str(self.epoch))
 
-    def link(self, epoch: int, pull_from: str, peer: str = WORKER) -> None:
-        """Pull frames from the previous stage, which ``peer`` holds.
+    def link(self, epoch: int, pull_from: str, peer: str = WORKER, reader: int = 0) -> None:
+        """Pull frames from the previous stage, which ``peer`` holds, as this one of its readers.
 
         Raises ``StaleEpoch``, and ``LinkFailed`` if the peer cannot be reached.
         """
@@ -193,7 +207,7 @@ class StageHost:
         try:
             for line in Line:
                 lost = partial(self._on_inlet_lost, epoch)
-                self._inlets.append(self._dialer.pull(pull_from, epoch, self.received, lost, line, peer))
+                self._inlets.append(self._dialer.pull(pull_from, epoch, self.received, lost, line, peer, reader))
         except (Unreachable, StaleEpoch) as e:
             self._close_inlets()
             raise LinkFailed(e.sentence) from e
@@ -234,11 +248,11 @@ class StageHost:
         self._close_inlets()
         self.close_streams()
 
-    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> Outbox | None:
         ports = self._ports
-        if ports is None or ports.urgent.epoch != epoch:
+        if ports is None or ports.epoch != epoch or reader >= len(ports.urgent):
             return None
-        return ports.bulk if line is Line.BULK else ports.urgent
+        return (ports.bulk if line is Line.BULK else ports.urgent)[reader]
 
     def received(self, message: bytes) -> None:
         ports = self._ports
@@ -262,7 +276,7 @@ class StageHost:
         """Close the outgoing streams too: the stages behind see the loss, up to the coordinator."""
         log.warning("stage: incoming stream lost reason=%s epoch=%d", why, epoch)
         ports = self._ports
-        if ports and ports.urgent.epoch == epoch:
+        if ports and ports.epoch == epoch:
             ports.close()
 
     def _run_next_frame(self, ports: _Ports) -> None:
@@ -292,7 +306,7 @@ class StageHost:
         except BadFrame as e:  # it is too long
             failure = Failure(self._index, e.reason, e.sentence)
             sealed = encode_reply(TrainingReply(reply.epoch, reply.number, error=failure))
-        ports.urgent.send(sealed)
+        ports.urgent[0].send(sealed)
 
     def _run_command(self, command: TrainingCommand) -> TrainingReply:
         try:
@@ -318,7 +332,14 @@ class StageHost:
         """Run one frame and send the result with this stage's timing."""
         frame = arrival.frame
         started = time.perf_counter_ns()
-        result = _run_step(stage, self._index, frame)
+        try:
+            result = _run_step(stage, self._index, frame)
+        except RankFailed as e:
+            log.warning("stage: closing streams, the group is lost reason=%s", e.sentence)
+            ports.close()
+            return
+        if stage.spec.rank:
+            return  # rank 0 has the same result and sends it on
         self._throttle.stretch((time.perf_counter_ns() - started) / 1e9)
         computed = time.perf_counter_ns()
         timing = StageTiming(
@@ -333,9 +354,14 @@ class StageHost:
 
 
 def _run_step(stage: Stage, index: int, frame: Frame) -> Frame:
-    """Return the stage's result. A failed step becomes a frame with an error, so that no later stage waits for it."""
+    """Return the stage's result. A failed step becomes a frame with an error, so that no later stage waits for it.
+
+    Raises ``RankFailed``: what a rank alone cannot do must not look like a step that all have refused.
+    """
     try:
         return stage.step(frame)
+    except RankFailed:
+        raise
     except Exception as e:  # whatever a forward pass raises must end one request, not the engine
         if not isinstance(e, MacpipeError):
             log.exception("stage: frame failed number=%d lane=%d", frame.number, frame.lane)

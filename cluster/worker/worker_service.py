@@ -45,6 +45,7 @@ from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
 from cluster.worker.engine_calls import EngineCalls
 from cluster.worker.engine_slots import EngineSlots, SlotReport
 from cluster.worker.examiner import Examiner
+from cluster.worker.group_joins import GroupJoins, require_group_hosts
 from cluster.worker.peer_links import PeerLinks, choose_shared
 from cluster.worker.pipe_messages import (
     LinkStage,
@@ -96,6 +97,7 @@ class WorkerServicer(WorkerServiceServicer):
         self._examiner = Examiner(self.settings.home)
         self._using_store = anyio.Lock()
         self._links = PeerLinks(self.trust, self.file)
+        self._joins = GroupJoins(self.lag)
         self.loader.store_server.in_use = self.slots.fingerprints
 
     @property
@@ -152,6 +154,7 @@ class WorkerServicer(WorkerServiceServicer):
             weight_bits=shown.weight_bits,
             adapters=shown.adapters,
             slices=slices,
+            ranks=shown.ranks,
             data_hosts=report.data_hosts,
             owner=held.coordinator,
             live_owner=self.terms.leader,
@@ -204,6 +207,9 @@ class WorkerServicer(WorkerServiceServicer):
             self.terms.require(request.term)
             self.terms.accept_epoch(request.epoch)
             async with self.slots.load(request) as slot:
+                if slot.is_rank:
+                    async for event in self._joins.join(slot.supervisor, request):
+                        yield event
                 calls = EngineCalls(slot, self.slots.hello, request, self.terms.require)
                 async with aclosing(self.loader.stage(request, calls)) as events:
                     async for event in events:
@@ -213,6 +219,14 @@ class WorkerServicer(WorkerServiceServicer):
             await abort(context, e)
         self.terms.hear(Process(request.coordinator, request.instance), request.term)
         yield pb.LoadStageResponse(ready=True, data_port=port)
+
+    async def JoinGroup(self, request: pb.JoinGroupRequest, context: Context) -> pb.JoinGroupResponse:
+        try:
+            self.terms.require(request.term)
+            self._joins.deliver(request.epoch, require_group_hosts(request))
+        except MacpipeError as e:
+            await abort(context, e)
+        return pb.JoinGroupResponse()
 
     async def SetAdapters(
         self, request: pb.SetAdaptersRequest, context: Context
@@ -255,7 +269,7 @@ class WorkerServicer(WorkerServiceServicer):
                 r.peer.partition(".")[2],
                 r.pull_from,
                 others,
-                lambda address: supervisor.ask(lambda call: LinkStage(call, r.epoch, address, r.peer)),
+                lambda address: supervisor.ask(lambda call: LinkStage(call, r.epoch, address, r.peer, r.reader)),
             )
         except MacpipeError as e:
             await abort(context, e)

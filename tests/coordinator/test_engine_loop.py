@@ -81,7 +81,7 @@ class FakeStage:
         self._bound: set[int] = set()
         self._deferred: dict[int, Sample] = {}
 
-    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> Outbox | None:
         if epoch != self._outbox.epoch:
             return None
         return self._bulk if line is Line.BULK else self._outbox

@@ -228,7 +228,7 @@ def _deliver_all(message: bytes) -> bytes:
 class Port:
     """A Mac's data port."""
 
-    def outbox(self, epoch: int, line: Line) -> Box | None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> Box | None:
         """Return the messages of a line; None if no stage of that epoch is loaded."""
         raise NotImplementedError
 
@@ -260,7 +260,14 @@ class SimulatedNetwork:
         return self._open(address, Box(epoch), port.received, lost)
 
     def pull(
-        self, address: str, epoch: int, received: Received, lost: Lost, line: Line = Line.URGENT, peer: str = WORKER
+        self,
+        address: str,
+        epoch: int,
+        received: Received,
+        lost: Lost,
+        line: Line = Line.URGENT,
+        peer: str = WORKER,
+        reader: int = 0,
     ) -> _Stream:
         _, box = self._reach(address, epoch, line)
         return self._open(address, box, received, lost)

@@ -212,7 +212,7 @@ class Mac(Port):
 
     # The data port
 
-    def outbox(self, epoch: int, line: Line) -> Box | None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> Box | None:
         caches = self._caches
         return caches.boxes[line] if caches and caches.spec.epoch == epoch else None
 

@@ -35,7 +35,7 @@ class Stage:
         self.boxes = {line: Outbox(1) for line in Line}
         self.fed: list[int] = []
 
-    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> Outbox | None:
         return self.boxes[line]
 
     def received(self, message: bytes) -> None:

@@ -93,7 +93,7 @@ def test_every_method_has_a_rule_and_every_rule_a_method() -> None:
 class Nothing:
     """A data port without a stage."""
 
-    def outbox(self, epoch: int, line: object) -> None:
+    def outbox(self, epoch: int, line: object, reader: int = 0) -> None:
         return None
 
     def received(self, message: bytes) -> None:

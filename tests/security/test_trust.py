@@ -35,7 +35,7 @@ class OneStage:
         self.urgent = Outbox(1)
         self.fed: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
-    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> Outbox | None:
         return self.urgent if (epoch, line) == (1, Line.URGENT) else None
 
     def received(self, message: bytes) -> None:

@@ -19,7 +19,7 @@ from cluster.transport.streams import Line
 class Nothing:
     """A data port without a stage."""
 
-    def outbox(self, epoch: int, line: Line) -> None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> None:
         return None
 
     def received(self, message: bytes) -> None:

@@ -31,7 +31,7 @@ class Echo:
     def __init__(self) -> None:
         self.box, self.bulk = Outbox(EPOCH), Outbox(EPOCH)
 
-    def outbox(self, epoch: int, line: Line) -> Outbox | None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> Outbox | None:
         if epoch != EPOCH:
             return None
         return self.bulk if line is Line.BULK else self.box

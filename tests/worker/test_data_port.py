@@ -22,7 +22,7 @@ CABLE = "127.0.0.2"
 class Nothing:
     """A data port without a stage."""
 
-    def outbox(self, epoch: int, line: Line) -> None:
+    def outbox(self, epoch: int, line: Line, reader: int = 0) -> None:
         return None
 
     def received(self, message: bytes) -> None:

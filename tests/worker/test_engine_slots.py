@@ -57,6 +57,10 @@ class Engine:
             raise WorkerLost(self.problem)
         return Reported(1, 10 + self.number, 1)
 
+    @property
+    def killed(self) -> bool:
+        return self._killed.is_set()
+
     def reset(self, why: str) -> None:
         self._killed.set()
 
@@ -202,3 +206,19 @@ async def test_an_engine_whose_load_fails_is_not_kept(monkeypatch: pytest.Monkey
         with pytest.raises(WorkerLost, match="before it was ready"):
             await load(slots, request(3, "b", keep=(1,)))
         assert (held(slots), len(list(slots))) == ({0: 1}, 1)
+
+
+async def test_the_rank_of_a_group_has_an_engine_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX cannot leave a group, so that engine loads nothing else, and is killed: it may wait for the others."""
+    async with running(monkeypatch) as slots:
+        assert await load(slots, request(1, "a")) == 0
+        rank = request(2, "a")
+        rank.ranks = 2
+        assert await load(slots, rank) == 1
+        assert held(slots) == {1: 2}, "the first engine has freed its slice"
+        again = request(3, "a")
+        again.ranks = 2
+        assert await load(slots, again) == 2
+        assert (held(slots), Engine.started[1].killed) == ({2: 3}, True)
+        assert await load(slots, request(4, "a")) == 0
+        assert (held(slots), Engine.started[2].killed) == ({0: 4}, True)

@@ -11,13 +11,14 @@ import mlx.core as mx
 import pytest
 
 from checkpoints import make
-from cluster.core.errors import LinkFailed, ModelDiffers, StaleEpoch
+from cluster.core.errors import LinkFailed, ModelDiffers, PrefixMissing, RankFailed, StageFailed, StaleEpoch
 from cluster.core.frames import Compute, Frame, Join, Leave, Step, Tensor
 from cluster.core.plan import LayerRange, StageSpec
 from cluster.core.request import SamplingParams
 from cluster.core.training import TrainingOptions
 from cluster.core.training_frames import Task, TrainingCommand
 from cluster.model.checkpoint import model_ref
+from cluster.model.sharding import Seat
 from cluster.transport.in_memory import MemoryNetwork
 from cluster.transport.streams import Line, Outbox
 from cluster.wire.frame_codec import decode, encode
@@ -269,3 +270,52 @@ def test_a_training_measures_its_own_peak_of_memory_and_the_engine_keeps_its(slo
     _, reply = [decode_reply(message) for message in box]
     assert reply.error is None
     assert 0 < reply.peak_bytes < before <= slot.memory_peak
+
+
+def test_each_reader_of_a_stage_gets_every_frame(spec: StageSpec) -> None:
+    slot = StageHost(lambda job: job(), MemoryNetwork())
+    slot.load(replace(spec, readers=2), lambda done, total: None)
+    boxes = [slot.outbox(EPOCH, Line.URGENT, reader) for reader in range(3)]
+    assert boxes[2] is None
+    slot.received(encode(decode_step(0, 1, 5, JOIN)))
+    slot.unload()
+    found = [list(box) for box in boxes if box]
+    assert found[0] == found[1]
+    assert len(found[0]) == 1
+
+
+class Fails:
+    """A stage of a group, at the wish of a test: one rank's step fails, or it only follows."""
+
+    def __init__(self, spec: StageSpec, error: Exception | None = None) -> None:
+        self.spec, self._error = spec, error
+        self.sequences, self.adapters = 0, ()
+
+    def step(self, frame: Frame) -> Frame:
+        if self._error:
+            raise self._error
+        return replace(frame, edits=(), step=None)
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+@pytest.mark.parametrize(("rank", "error", "sent"), [(0, None, 1), (1, None, 0), (0, RankFailed("a peer is gone"), 0)])
+def test_rank_0_alone_sends_on_and_a_rank_that_fails_ends_the_epoch(
+    rank: int, error: Exception | None, sent: int, spec: StageSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that could not do what the others did must not go on, nor pass it off as a request's error."""
+    seat, ranked = Seat(rank, 2), replace(spec, rank=rank, ranks=2)
+    monkeypatch.setattr(slot_module, "load_stage", lambda *_: Fails(ranked, error))
+    slot = StageHost(lambda job: job(), MemoryNetwork())
+    with pytest.raises(StageFailed, match="not rank"):
+        slot.load(ranked, lambda done, total: None)
+    slot.load(ranked, lambda done, total: None, group=seat)
+    box = outbox(slot)
+    slot.received(encode(decode_step(0, 1, 5, JOIN)))
+    if error is None:
+        box.close()
+    assert len(list(box)) == sent
+    with pytest.raises(PrefixMissing):
+        slot.open_prefixes(EPOCH, "e", (), anonymous=True)
+    slot.unload()

@@ -60,6 +60,9 @@ def engine_messages() -> Prepared:
     said = (
         messages.Load(1, 7, 0, 2, "m", "/m", "ab" * 32, 0, 4, 4096, 8),
         messages.LinkStage(2, 7, "127.0.0.1:7000", "ab" * 8),
+        messages.HoldGroupPort(2),
+        messages.JoinGroup(2, 1, ("127.0.0.1:7001", "127.0.0.1:7002"), "ring"),
+        messages.GroupPortHeld(3, 7001),
         messages.LayOutCopy(8, "/models", "ab" * 32, "/m", 4, "m"),
         messages.QuantizeLayers(9, "/models", "ab" * 32, "/m", 4, 0, 4),
         messages.Unload(3, 7),

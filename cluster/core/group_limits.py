@@ -1,0 +1,14 @@
+"""Limits of groups of workers that share the layers of a stage. Durations are in seconds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_RANKS: Final = 8
+"""Workers of a group. Models have 8 heads of keys or fewer, and each further rank makes every sum slower."""
+GROUP_GATHER_S: Final = 60.0
+"""A worker waits so long for the addresses of its group: until the slowest one has started an engine."""
+GROUP_JOIN_S: Final = 30.0
+"""An engine that has not found the others of its group in this time is killed: MLX waits for them for ever."""
+MAX_HOST_CHARS: Final = 64
+"""An IP address with a port."""

@@ -1,0 +1,67 @@
+"""Makes this process a rank of a group with MLX's own collectives. MLX has no way out of a group: it ends with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from cluster.core.errors import MacpipeError, ModelUnsupported, RankFailed, WorkerLost
+from cluster.model.sharding import Group
+
+__all__ = ["as_rank", "join_group", "meet"]
+
+
+def join_group(rank: int, hosts: Sequence[str], backend: str) -> Group:
+    """Return the group of the processes at ``hosts``, of which this one is number ``rank``, once all have met.
+
+    It waits without a limit: whoever calls it has to end a process that waits too long. Raises ModelUnsupported if this
+    MLX has no such backend, and WorkerLost if the others cannot be reached.
+    """
+    if not mx.distributed.is_available(backend):
+        raise ModelUnsupported(f"MLX has no {backend} backend on this machine; install a build of MLX that has it")
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump([[host] for host in hosts], file)
+        file.flush()
+        os.environ |= {"MLX_RANK": str(rank), **_addresses(hosts, backend, file.name)}
+        try:
+            group: Group = mx.distributed.init(strict=True, backend=backend)
+        except RuntimeError as error:
+            raise WorkerLost(f"this rank could not reach the others of its group: {error}") from error
+    if (group.rank(), group.size()) != (rank, len(hosts)):
+        raise MacpipeError(f"MLX made a group of {group.size()} processes, not of {len(hosts)}")
+    return group
+
+
+def meet(group: Group) -> None:
+    """Wait until all ranks are here. Metal ends a GPU's work that waits for a late one, so the wait is the CPU's.
+
+    NVIDIA's library has no collectives of the CPU, and CUDA no such limit.
+    """
+    if not mx.cuda.is_available():
+        mx.eval(mx.distributed.all_sum(mx.zeros((1,)), group=group, stream=mx.cpu))  # type: ignore[arg-type]
+
+
+def _addresses(hosts: Sequence[str], backend: str, file: str) -> dict[str, str]:
+    """Return what a backend reads from the environment beside the rank."""
+    if backend == "ring":
+        return {"MLX_HOSTFILE": file}
+    host, _, port = hosts[0].rpartition(":")
+    # NCCL's multicast over NVLink needs rights that a worker may not have.
+    return {"NCCL_HOST_IP": host, "NCCL_PORT": port, "MLX_WORLD_SIZE": str(len(hosts)), "NCCL_NVLS_ENABLE": "0"}
+
+
+@contextmanager
+def as_rank(group: Group | None) -> Iterator[None]:
+    """Raise RankFailed for whatever fails inside the block, if there is a group: the ranks are no longer in step."""
+    try:
+        yield
+    except Exception as error:
+        if group is None:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise RankFailed(f"rank {group.rank()} of {group.size()} could not do a step: {what}") from error

@@ -1,0 +1,116 @@
+"""Bring an engine into its group: hold a port for it, wait for the addresses of all ranks, and have it join them.
+
+A load of one rank's part does this before anything is read. It knows addresses and deadlines; which workers form a
+group, the coordinator decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from cluster.core.errors import BadFrame, InsecureGroup, InvalidRequest, MacpipeError, StaleEpoch, WorkerLost
+from cluster.core.group_limits import GROUP_GATHER_S, GROUP_JOIN_S, MAX_HOST_CHARS, MAX_RANKS
+from cluster.core.text import is_ip_address, parse_address
+from cluster.membership.slowness import extra_s
+from cluster.platform.overload import Lag, no_lag
+from cluster.v1 import worker_pb2 as pb
+from cluster.worker.pipe_messages import GroupPortHeld, HoldGroupPort, JoinGroup
+from cluster.worker.supervisor import Supervisor
+
+__all__ = ["GroupHosts", "GroupJoins", "require_group_hosts"]
+
+BACKENDS = ("ring", "nccl")
+"""MLX's backends for groups that are served: TCP connections, and NVIDIA's library between CUDA devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupHosts:
+    """Where the ranks of a group listen, by rank, and the backend that connects them."""
+
+    hosts: tuple[str, ...]
+    backend: str
+
+
+def require_group_hosts(request: pb.JoinGroupRequest) -> GroupHosts:
+    """Return the addresses of a group. Raises ``InvalidRequest``, and ``InsecureGroup`` if they are not all loopback.
+
+    The links of a group are neither authenticated nor encrypted, so other addresses need the operator's consent.
+    """
+    hosts = tuple(request.hosts)
+    if not 2 <= len(hosts) <= MAX_RANKS or request.backend not in BACKENDS:
+        why = f"a group has 2 to {MAX_RANKS} ranks, connected by {' or '.join(BACKENDS)}"
+        raise InvalidRequest(why, field="hosts")
+    if not all(len(host) <= MAX_HOST_CHARS and _is_address(host) for host in hosts):
+        raise InvalidRequest("an address of a group is not an IP address and a port", field="hosts")
+    if not request.insecure and not all(ip_address(parse_address(host)[0]).is_loopback for host in hosts):
+        raise InsecureGroup(
+            "the links of a group are neither authenticated nor encrypted; use --insecure-links if nobody else can "
+            "reach the network between these Macs"
+        )
+    return GroupHosts(hosts, request.backend)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return is_ip_address(parse_address(host)[0])
+    except MacpipeError:
+        return False
+
+
+class GroupJoins:
+    """The loads of one worker that wait for the addresses of their group, by epoch. Lives on one event loop."""
+
+    def __init__(self, lag: Lag = no_lag) -> None:
+        self._lag = lag
+        self._waiting: dict[int, asyncio.Future[GroupHosts]] = {}
+
+    def deliver(self, epoch: int, hosts: GroupHosts) -> None:
+        """Give the addresses to the load of an epoch that waits for them. Raises ``StaleEpoch`` if none does."""
+        waiting = self._waiting.get(epoch)
+        if waiting is None or waiting.done():
+            raise StaleEpoch(f"no load of epoch {epoch} waits for the addresses of a group")
+        waiting.set_result(hosts)
+
+    async def join(self, supervisor: Supervisor, request: pb.LoadStageRequest) -> AsyncIterator[pb.LoadStageResponse]:
+        """Bring a fresh engine into the group of a load, and yield the port on which it will listen meanwhile.
+
+        Raises ``WorkerLost`` if the addresses or the other ranks do not come in time. The engine is killed then.
+        """
+        if request.ranks > MAX_RANKS or request.rank >= request.ranks or request.epoch in self._waiting:
+            why = f"invalid rank {request.rank} of a group of {request.ranks}; at most {MAX_RANKS} can share a stage"
+            raise InvalidRequest(why, field="rank")
+        waiting = self._waiting[request.epoch] = asyncio.get_running_loop().create_future()
+        try:
+            held = await supervisor.ask(HoldGroupPort)
+            if not isinstance(held, GroupPortHeld):
+                raise BadFrame("the engine did not say which port it holds")
+            yield pb.LoadStageResponse(state="grouping", group_port=held.port)
+            found = await self._wait(waiting, GROUP_GATHER_S, "were not named", supervisor)
+            if len(found.hosts) != request.ranks:
+                raise InvalidRequest(f"{len(found.hosts)} addresses for {request.ranks} ranks", field="hosts")
+            joining = asyncio.ensure_future(self._enter(supervisor, request.rank, found))
+            await self._wait(joining, GROUP_JOIN_S, f"did not meet at {_in_words(found.hosts)}", supervisor)
+        finally:
+            del self._waiting[request.epoch]
+
+    async def _enter(self, supervisor: Supervisor, rank: int, found: GroupHosts) -> GroupHosts:
+        limit_s = GROUP_JOIN_S + extra_s(self._lag())
+        await supervisor.ask(lambda call: JoinGroup(call, rank, found.hosts, found.backend), limit_s)
+        return found
+
+    async def _wait(
+        self, what: asyncio.Future[GroupHosts], limit_s: float, happened: str, supervisor: Supervisor
+    ) -> GroupHosts:
+        try:
+            async with asyncio.timeout(limit_s + extra_s(self._lag())):
+                return await what
+        except TimeoutError:
+            supervisor.reset("the ranks of its group did not meet")
+            raise WorkerLost(f"the ranks of a group {happened} within {limit_s:.0f} s") from None
+
+
+def _in_words(hosts: Sequence[str]) -> str:
+    return ", ".join(hosts)

@@ -1,0 +1,129 @@
+"""How an engine comes into its group: the port that is held, the addresses that are awaited, and what is refused."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from cluster.core.errors import InsecureGroup, InvalidRequest, PortInUse, StaleEpoch, WorkerLost
+from cluster.v1 import worker_pb2 as pb
+from cluster.worker import group_joins
+from cluster.worker.group_joins import GroupHosts, GroupJoins, require_group_hosts
+from cluster.worker.group_port import GroupPort
+from cluster.worker.pipe_messages import Done, GroupPortHeld, HoldGroupPort, JoinGroup
+
+HOSTS = ("127.0.0.1:7001", "127.0.0.1:7002")
+LOAD = pb.LoadStageRequest(epoch=5, rank=1, ranks=2)
+
+
+class Engine:
+    """Stands in for a supervisor, whose engine holds port 7002 and finds the others unless it ``hangs``."""
+
+    def __init__(self, *, hangs: bool = False) -> None:
+        self.hangs = hangs
+        self.asked: list[Any] = []
+        self.killed = ""
+
+    async def ask(self, make: Callable[[int], Any], timeout_s: float = 0.0) -> Any:
+        self.asked.append(make(len(self.asked) + 1))
+        if isinstance(self.asked[-1], HoldGroupPort):
+            return GroupPortHeld(1, 7002)
+        if self.hangs:
+            await anyio.sleep_forever()
+        return Done(2)
+
+    def reset(self, why: str) -> None:
+        self.killed = why
+
+
+async def join(joins: GroupJoins, engine: Engine, load: pb.LoadStageRequest = LOAD, *, named: bool = True) -> int:
+    """Join, once the port is told and the ranks are ``named``. Return the port."""
+    port = 0
+    async for answer in joins.join(engine, load):  # type: ignore[arg-type]
+        port = answer.group_port
+        if named:
+            joins.deliver(load.epoch, GroupHosts(HOSTS, "ring"))
+            with pytest.raises(StaleEpoch):
+                joins.deliver(load.epoch, GroupHosts(HOSTS, "ring"))
+    return port
+
+
+@pytest.mark.anyio
+async def test_an_engine_joins_the_ranks_that_the_coordinator_names() -> None:
+    joins, engine = GroupJoins(), Engine()
+    with pytest.raises(StaleEpoch):
+        joins.deliver(5, GroupHosts(HOSTS, "ring"))
+    assert await join(joins, engine) == 7002
+    assert engine.asked == [HoldGroupPort(1), JoinGroup(2, 1, HOSTS, "ring")]
+    assert not engine.killed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("named", [False, True])
+async def test_an_engine_that_does_not_meet_the_others_in_time_is_killed(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may not be named, or may not be there: MLX waits for ever."""
+    monkeypatch.setattr(group_joins, "GROUP_JOIN_S" if named else "GROUP_GATHER_S", 0.01)
+    joins, engine = GroupJoins(), Engine(hangs=True)
+    with pytest.raises(WorkerLost, match="the ranks of a group"):
+        await join(joins, engine, named=named)
+    assert engine.killed
+    with pytest.raises(StaleEpoch):
+        joins.deliver(5, GroupHosts(HOSTS, "ring"))
+
+
+@pytest.mark.anyio
+async def test_a_group_has_as_many_ranks_as_the_load_says() -> None:
+    joins = GroupJoins()
+    with pytest.raises(InvalidRequest, match="invalid rank 2"):
+        await join(joins, Engine(), pb.LoadStageRequest(epoch=5, rank=2, ranks=2))
+    with pytest.raises(InvalidRequest, match="2 addresses for 3 ranks"):
+        await join(joins, Engine(), pb.LoadStageRequest(epoch=5, rank=2, ranks=3))
+
+
+def test_links_that_others_can_reach_need_consent() -> None:
+    """Also where a coordinator of another version, or a hostile one, has not asked for it."""
+    inside = pb.JoinGroupRequest(hosts=HOSTS, backend="ring")
+    assert require_group_hosts(inside) == GroupHosts(HOSTS, "ring")
+    outside = pb.JoinGroupRequest(hosts=(HOSTS[0], "192.168.1.7:7002"), backend="ring")
+    with pytest.raises(InsecureGroup, match="--insecure-links"):
+        require_group_hosts(outside)
+    outside.insecure = True
+    assert require_group_hosts(outside).hosts[1] == "192.168.1.7:7002"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "backend"),
+    [
+        (HOSTS[:1], "ring"),
+        (HOSTS * 5, "ring"),
+        (HOSTS, "mpi"),
+        (("mac:1", HOSTS[0]), "ring"),
+        (("1", "2"), "ring"),
+    ],
+)
+def test_addresses_that_are_none_are_refused(hosts: tuple[str, ...], backend: str) -> None:
+    with pytest.raises(InvalidRequest):
+        require_group_hosts(pb.JoinGroupRequest(hosts=hosts, backend=backend, insecure=True))
+
+
+def test_a_held_port_is_for_mlx_alone() -> None:
+    held = GroupPort("127.0.0.1")
+    try:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", held.number))
+        with socket.socket() as ring:  # as MLX's own listens
+            ring.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            ring.bind(("127.0.0.1", held.number))
+            ring.listen()
+            with socket.create_connection(("127.0.0.1", held.number), timeout=5), ring.accept()[0]:
+                pass
+    finally:
+        held.close()
+    with pytest.raises(PortInUse):
+        GroupPort("192.0.2.1")
