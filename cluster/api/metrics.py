@@ -214,11 +214,13 @@ class _StateCollector(Collector):
         yield CounterMetricFamily("macpipe_guesses_without_room", text, value=loop.guesses_without_room)
 
     def _stages(self, plan: Plan, loop: LoopView) -> Iterator[Metric]:
+        stages = plan.pipeline  # the ranks of a group do the same
+
         def by_stage(values: Iterable[float]) -> list[tuple[list[str], float]]:
-            return [([str(i), s.worker], v) for i, (s, v) in enumerate(zip(plan.stages, values, strict=True))]
+            return [([str(i), s.worker], v) for i, (s, v) in enumerate(zip(stages, values, strict=True))]
 
         def padded(values: Sequence[float]) -> list[float]:
-            return [*values, *[0.0] * len(plan.stages)][: len(plan.stages)]
+            return [*values, *[0.0] * len(stages)][: len(stages)]
 
         labels = ["stage", "worker"]
         yield _gauge(
@@ -227,11 +229,11 @@ class _StateCollector(Collector):
         yield _gauge(
             "macpipe_kv_prefix_bytes", "KV cache held by cached prefixes.", labels, by_stage(loop.prefix_bytes)
         )
-        room = by_stage(s.cache_bytes for s in plan.stages)
+        room = by_stage(s.cache_bytes for s in stages)
         yield _gauge("macpipe_kv_capacity_bytes", "KV cache capacity.", labels, room)
         busy = by_stage(padded(loop.busy_s))
         yield _counter("macpipe_stage_compute_seconds", "Compute time of this epoch.", labels, busy)
-        known = zip(plan.stages, loop.bubbles, strict=True)
+        known = zip(stages, loop.bubbles, strict=True)
         bubbles = [([str(i), s.worker], idle) for i, (s, idle) in enumerate(known) if idle is not None]
         wasted = by_stage(padded(loop.wasted_s))
         text = "Compute time of wrong guesses since the last recovery."

@@ -23,7 +23,7 @@ FEW_OPTIONS: Final = 12
 """A page with at most this many options has no groups."""
 LEAST_IN_GROUP: Final = 3
 _GROUPS: Final = {
-    "Placement": "workers layers route lanes objective acceptance assume take_back",
+    "Placement": "workers layers group insecure_links route lanes objective acceptance assume take_back",
     "Memory and speed": "max_context context kv_bits prefill_chunk max_step_ms memory_limit prefix_disk speculate draft"
     " profile standby throttle",
     "Network": "coordinator cluster host port data_port interface peer peers_only join_port wait",

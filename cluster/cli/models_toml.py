@@ -26,7 +26,7 @@ from cluster.core.text import parse_duration
 TABLE: Final = "model"
 AUTO: Final = "auto"
 _OWN_KEYS: Final = ("name", "source", "aliases", "pin", "idle-unload", "replicas", "priority", "fallback")
-_FIELDS: Final = {"workers": "worker_count", "adapter": "adapters", "speculate": "speculation"}
+_FIELDS: Final = {"workers": "worker_count", "adapter": "adapters", "group": "groups", "speculate": "speculation"}
 """Fields of ``LoadOrder`` that have another name than their option."""
 HEADER: Final = re.compile(r"\s*\[\[\s*model\s*\]\]")
 

@@ -160,6 +160,8 @@ def load_options(order: LoadOrder) -> LoadOptions:
         "objective": order.objective,
         "acceptance": order.acceptance,
         "adapters": dict(order.adapters),
+        "groups": order.groups,
+        "insecure_links": order.insecure_links,
     }
 
 

@@ -13,7 +13,7 @@ from cluster.core.errors import InvalidOption
 from cluster.core.limits import MAX_PREFILL_CHUNK
 from cluster.core.plan import Objective, Route
 from cluster.core.quantization import require_weight_bits
-from cluster.core.text import parse_layers
+from cluster.core.text import parse_groups, parse_layers
 
 Acceptance = Annotated[
     float,
@@ -37,6 +37,24 @@ Adapters = Annotated[
 ]
 
 
+Groups = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WORKERS",
+        help="Let these workers share each layer, as one stage: ada+bob. Repeatable.",
+        show_default="none",
+    ),
+]
+InsecureLinks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WORKERS",
+        help="Accept that a group of these workers, like ada+bob, exchanges activations that are neither encrypted nor "
+        "authenticated. Repeatable.",
+    ),
+]
+
+
 class PlanOptions(TypedDict):
     """Keyword arguments of the client's ``load`` and ``plan``."""
 
@@ -50,6 +68,8 @@ class PlanOptions(TypedDict):
     objective: Objective
     acceptance: float
     adapters: dict[str, str]
+    groups: tuple[tuple[str, ...], ...]
+    insecure_links: tuple[tuple[str, ...], ...]
 
 
 def plan_options(
@@ -92,8 +112,10 @@ def plan_options(
     ] = Objective.LATENCY,
     acceptance: Acceptance = 0.0,
     adapter: Adapters = None,
+    group: Groups = None,
+    insecure_links: InsecureLinks = None,
 ) -> PlanOptions:
-    """Return the options. Raise InvalidOption for layers, bits or adapters that cannot be."""
+    """Return the options. Raise InvalidOption for layers, bits, adapters or groups that cannot be."""
     if layers:
         parse_layers(layers)
     return {
@@ -107,6 +129,8 @@ def plan_options(
         "objective": objective,
         "acceptance": acceptance,
         "adapters": parse_adapters(adapter or ()),
+        "groups": parse_groups(group or (), "group"),
+        "insecure_links": parse_groups(insecure_links or (), "insecure-links"),
     }
 
 

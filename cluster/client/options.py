@@ -105,7 +105,9 @@ class LoadOptions(TypedDict, total=False):
     whose guessed tokens are right this often. ``speculate`` (``off``, ``auto``, ``ngram`` or ``draft``) says what
     guesses tokens before they are sampled, and ``draft`` names the draft model. ``exact`` False lets a
     frame verify several guesses where that is cheap: tokens may then differ where two nearly tie. ``adapters`` maps
-    names to folders on the coordinator's Mac, each with an adapter of mlx-lm. ``name`` is the name under which requests
+    names to folders on the coordinator's Mac, each with an adapter of mlx-lm. ``groups`` has tuples of workers' names,
+    each of which share the layers of one stage; ``insecure_links`` those that may do so over links that are neither
+    authenticated nor encrypted. ``name`` is the name under which requests
     find the model; the default is its configured name, or that of the only model, which is replaced.
     """
 
@@ -125,6 +127,8 @@ class LoadOptions(TypedDict, total=False):
     take_back: bool
     acceptance: float
     adapters: Mapping[str, str]
+    groups: Sequence[Sequence[str]]
+    insecure_links: Sequence[Sequence[str]]
     name: str
 
 

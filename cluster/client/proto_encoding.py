@@ -24,7 +24,7 @@ from cluster.client.options import (
     encode_speculate,
     encode_stop,
 )
-from cluster.codec.plan import OBJECTIVES, ROUTES, SPECULATIONS
+from cluster.codec.plan import OBJECTIVES, ROUTES, SPECULATIONS, encode_groups
 from cluster.core.errors import InvalidRequest
 from cluster.core.limits import MAX_CONTROL_BYTES, MIB
 from cluster.core.plan import Objective, Route, Speculation
@@ -115,7 +115,13 @@ def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelReques
         speculation=SPECULATIONS[_speculation(options.get("speculate") or Speculation.OFF)],
         inexact=options.get("exact") is not None and not check_bool("exact", options["exact"]),
         name=check_text("name", options.get("name") or ""),
+        groups=_groups("groups", options.get("groups") or ()),
+        insecure_links=_groups("insecure_links", options.get("insecure_links") or ()),
     )
+
+
+def _groups(field: str, groups: Sequence[Sequence[str]]) -> list[cluster_pb2.WorkerGroup]:
+    return encode_groups([check_text(field, name) for name in group] for group in groups)
 
 
 def encode_plan(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
@@ -134,6 +140,8 @@ def encode_plan(model: str, options: LoadOptions) -> cluster_pb2.PlanRequest:
         objective=load.objective,
         acceptance=load.acceptance,
         adapters=load.adapters,
+        groups=load.groups,
+        insecure_links=load.insecure_links,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, TypeAlias
 
 from cluster.core.cluster_state import ModelPlan, StageState
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import InvalidOption, MacpipeError
 from cluster.core.joint_plan import JointPlan, MacMemory, ModelMemory, PlannedModel, UnplacedModel
+from cluster.core.limits import MAX_STAGES
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Objective, Route, Spare, Speculation
+from cluster.core.text import require_group
 from cluster.v1 import cluster_pb2 as pb
 
 Explained: TypeAlias = pb.GetClusterResponse | pb.PlanResponse
@@ -43,6 +45,18 @@ def decode_objective(objective: pb.Objective.ValueType) -> Objective:
 def decode_speculation(speculation: pb.Speculation.ValueType) -> Speculation:
     """Return what guesses tokens; ``OFF`` for a value that this version does not know."""
     return _SPECULATION_OF.get(speculation, Speculation.OFF)
+
+
+def encode_groups(groups: Iterable[Sequence[str]]) -> list[pb.WorkerGroup]:
+    """Encode groups of workers, by name."""
+    return [pb.WorkerGroup(workers=names) for names in groups]
+
+
+def decode_groups(messages: Sequence[pb.WorkerGroup], option: str) -> tuple[tuple[str, ...], ...]:
+    """Decode groups of workers. Raise InvalidOption that names ``option`` for one that cannot be."""
+    if len(messages) > MAX_STAGES:
+        raise InvalidOption(f"--{option} names more than {MAX_STAGES} groups", field=option)
+    return tuple(require_group(tuple(message.workers), option) for message in messages)
 
 
 def decode_layers(start: int, end: int) -> LayerRange:
@@ -169,6 +183,8 @@ def encode_stage(stage: StageState) -> pb.Stage:
         link_round_trip_ms=stage.link_round_trip_ms,
         link_bandwidth=stage.link_bandwidth,
         link_interface=stage.link_interface,
+        rank=stage.rank,
+        ranks=stage.ranks,
     )
 
 
@@ -194,6 +210,8 @@ def decode_stage(message: pb.Stage) -> StageState:
         link_round_trip_ms=message.link_round_trip_ms,
         link_bandwidth=message.link_bandwidth,
         link_interface=message.link_interface,
+        rank=message.rank,
+        ranks=max(message.ranks, 1),
     )
 
 

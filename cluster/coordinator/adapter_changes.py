@@ -20,7 +20,7 @@ from cluster.coordinator.epoch import Epoch, EpochBuilder
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.adapter import Adapter, stage_bytes
-from cluster.core.errors import Busy, DoesNotFit, MacpipeError, NotServing
+from cluster.core.errors import Busy, DoesNotFit, InvalidOption, MacpipeError, NotServing
 from cluster.core.limits import CONTROL_TIMEOUT_S, GIB, RETRY_AFTER_S
 from cluster.core.plan import Plan, PlannedStage
 
@@ -133,6 +133,8 @@ class RingAdapters:
         return replace(stage, weight_bytes=stage.weight_bytes + more, cache_bytes=stage.cache_bytes - more)
 
     async def _take_memory(self, epoch: Epoch, name: str) -> None:
+        if epoch.plan.is_grouped:
+            raise InvalidOption("a model whose layers are shared by a group of Macs cannot have adapters", field="name")
         shape, taken = self._model_info.shape, self._count_extra_bytes(epoch)
         for stage, more in zip(epoch.plan.stages, taken, strict=True):
             if stage.cache_bytes - more < shape.stage_cache_bytes(stage.layers):
@@ -154,7 +156,8 @@ class RingAdapters:
         return tuple(map(self._more_bytes, epoch.plan.stages))
 
     def _more_bytes(self, stage: PlannedStage) -> int:
-        counted = stage.weight_bytes - self._model_info.shape.stage_bytes(stage.layers)
+        whole = self._model_info.shape.of_rank(stage.spec.ranks)
+        counted = stage.weight_bytes - whole.stage_bytes(stage.layers)
         return stage_bytes(self._model_info.adapters.loaded, stage.layers) - counted
 
 

@@ -48,7 +48,7 @@ class ClusterPlanner:
         if wait:
             found = await gather_workers(self._roster, order, shape, self._report)
         else:
-            found = await self._roster.present(order.stage_count)
+            found = await self._roster.present(order.wanted_workers)
         return await self.make_plan(0, shape, found, order)
 
     async def require_room(self, order: LoadOrder, given_name: str) -> None:

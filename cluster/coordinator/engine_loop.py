@@ -89,9 +89,9 @@ class EngineLoop:
         self._begin_epoch(plan, step_times)
 
     def _begin_epoch(self, plan: Plan, step_times: StepTimes | None) -> None:
-        self._plan, self._step_times = plan, step_times
-        self._utilization = StageUtilization(len(plan.stages))
-        self._history.begin_epoch(plan.epoch, plan.stages)
+        self._plan, self._stages, self._step_times = plan, plan.pipeline, step_times
+        self._utilization = StageUtilization(len(self._stages))
+        self._history.begin_epoch(plan.epoch, self._stages)
         self.deadlines = FrameDeadlines(self._clock(), overdue=self.deadlines.overdue)
 
     # Called from other threads
@@ -156,8 +156,8 @@ class EngineLoop:
             return list(moved)
         for one in moved:
             if not one.samples:
-                self.answers.open(one.request, one.answer, one.tokens, one.known, lambda: self._plan.stages)
-        return self.answers.take_over([one for one in moved if one.samples], self._plan.stages)
+                self.answers.open(one.request, one.answer, one.tokens, one.known, lambda: self._stages)
+        return self.answers.take_over([one for one in moved if one.samples], self._stages)
 
     def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
         """End a request with an error. The future resolves to whether the request was live."""
@@ -332,7 +332,7 @@ class EngineLoop:
         if self._refusal:
             answer.put(self._refusal)
         else:
-            self.answers.open(request, answer, tokens, known, lambda: self._plan.stages)
+            self.answers.open(request, answer, tokens, known, lambda: self._stages)
 
     def _on_frame(self, message: bytes) -> None:
         if not self._ring:
@@ -356,7 +356,7 @@ class EngineLoop:
         self._utilization.frame(outcome.sent_at, now, outcome.timings)
         if self._step_times and outcome.rows:
             self._step_times.frame(outcome.timings, outcome.rows, outcome.context)
-        if self.answers.handle(outcome, now, self._plan.stages):
+        if self.answers.handle(outcome, now, self._stages):
             self.proven = self._plan.epoch
 
     # Loss and replacement of rings
@@ -386,7 +386,7 @@ class EngineLoop:
         for refused in self._scheduler.begin_epoch(plan.epoch, capacity, disk):
             loss = WorkerLost(f"the remaining Macs cannot hold this request: {refused.sentence}")
             self.answers.end(refused.request_id, loss)
-        self.answers.begin_epoch(plan.stages)
+        self.answers.begin_epoch(self._stages)
         if self._loss and self._loss[0] == plan.epoch:
             self._suspect(self._loss[1])
         self._flush()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import anyio
 
+from cluster.coordinator.group_meeting import GroupMeeting, arrange_meetings
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replan import holds
 from cluster.coordinator.ring import Ring, RingStage, StageLost
@@ -64,6 +65,8 @@ class EpochBuilder:
     """Called before each load of a slice."""
     rate: float = 0.0
     """Bytes per second of the last load, over all workers; 0 before the first load."""
+    insecure_links: tuple[tuple[str, ...], ...] = ()
+    """Groups of workers that may exchange activations over insecure links, see ``LoadOrder``."""
     edition: str = ""
     """Name of the model's edition by the digests of all its tensors; empty while they are not all known."""
     _data_ports: dict[str, int] = field(default_factory=dict)
@@ -83,12 +86,13 @@ class EpochBuilder:
         stages = [plan.stages[i] for i in selected]
         selected_controls = [controls[i] for i in selected]
         if only is not None and not missing:
-            await self._load_slices(stages, selected_controls, [_NOTHING] * len(selected))
+            await self._load_slices(stages, selected_controls, [_NOTHING] * len(selected), {})
             await self._load_adapters(plan, workers, selected)
             return
         async with self.weights.delivery(plan, self.model_info, workers) as delivery:
             orders = [delivery.orders[i] if i in missing else _NOTHING for i in selected]
-            loaded = await self._load_slices(stages, selected_controls, orders)
+            meetings = arrange_meetings(plan.stages, workers, self.insecure_links)
+            loaded = await self._load_slices(stages, selected_controls, orders, meetings)
             new_digests = [d for i, d in zip(selected, loaded, strict=True) if i in missing]
             new_delivery = replace(delivery, orders=tuple(delivery.orders[i] for i in missing))
             await new_delivery.check(new_digests, lambda: self._report_all(plan, "hashing"))
@@ -98,9 +102,13 @@ class EpochBuilder:
             self.rate = read_bytes / max(time.monotonic() - began, 1e-3)
 
     async def _load_slices(
-        self, stages: Sequence[PlannedStage], controls: Sequence[WorkerClient], orders: Sequence[FetchOrder]
+        self,
+        stages: Sequence[PlannedStage],
+        controls: Sequence[WorkerClient],
+        orders: Sequence[FetchOrder],
+        meetings: Mapping[int, GroupMeeting],
     ) -> tuple[LoadedStage, ...]:
-        loaded = await load_slices(stages, controls, orders, self.progress, self.claim)
+        loaded = await load_slices(stages, controls, orders, self.progress, self.claim, meetings)
         self._data_ports |= {stage.worker: one.data_port for stage, one in zip(stages, loaded, strict=True)}
         return loaded
 

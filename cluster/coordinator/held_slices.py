@@ -56,7 +56,12 @@ def adoptable_plan(
 
 def _is_slice_of(shape: ModelShape, order: LoadOrder, info: WorkerInfo) -> bool:
     key = shape.model.fingerprint, order.kv_bits, order.quantize
-    return bool(info.epoch) and (info.fingerprint, info.kv_bits, info.weight_bits) == key
+    return (
+        bool(info.epoch)
+        and info.ranks == 1
+        and not order.groups
+        and (info.fingerprint, info.kv_bits, info.weight_bits) == key
+    )
 
 
 class InheritedSlices:
@@ -84,6 +89,8 @@ class InheritedSlices:
 
     def _keep(self, address: str, held: HeldSlice, coming: Sequence[ModelEntry]) -> None:
         key = held.model, held.kv_bits, held.weight_bits
+        if held.ranks > 1:
+            return  # its group cannot be joined again
         heirs = (e.name for e in coming if (e.order.model, e.order.kv_bits, e.order.quantize) == key)
         claim = SliceClaim(held.epoch, held.memory_limit or held.memory_used)
         if heir := next((name for name in heirs if self._claims.inherit(name, address, claim)), ""):

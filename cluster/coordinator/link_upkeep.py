@@ -41,9 +41,14 @@ class LinkUpkeep:
         while True:
             await asyncio.sleep(RELINK_S if self._found else LINKS_S)
             self._epoch, self._found = self._steady_epoch(), ""
-            if self._epoch and any(stage.link for stage in self._epoch.stages) and await self._is_idle():
+            if self._epoch and self._has_links(self._epoch) and await self._is_idle():
                 workers = {m.info.name: m.info for m in self._members() if not m.problem}
                 self._found = await find_better_link(self._epoch, workers)
+
+    @staticmethod
+    def _has_links(epoch: Epoch) -> bool:
+        """Return whether links of an epoch can be compared. Those of a group could only change with all its engines."""
+        return not epoch.plan.is_grouped and any(stage.link for stage in epoch.stages)
 
     def has_better(self, epoch: Epoch) -> bool:
         """Return whether a link was found that is better than one of the epoch."""

@@ -224,4 +224,5 @@ def _read_base_shape(folder: Path, order: LoadOrder) -> ModelShape:
         weight_bits=order.quantize,
         prefill_chunk=order.prefill_chunk,
         default_context=order.default_context,
+        ranks=frozenset(map(len, order.groups)),
     )

@@ -84,12 +84,18 @@ def plan_beside(
     it comes. Raises the errors of ``make_plan``.
     """
     unknown = sum(entry.name not in shapes for entry in neighbours.coming)
-    if not neighbours.loaded and not shapes:
+    if order.groups or (not neighbours.loaded and not shapes):
         return leave_room(make_plan(number, shape, workers, order, links), shape, order, unknown)
     models = _rank(shape, order, neighbours, shapes)
     demands = [
         create_demand(
-            one, offer_workers(one.shape, workers if one.name == neighbours.name else everyone, one.order, links)
+            one,
+            offer_workers(
+                one.shape,
+                workers if one.name == neighbours.name else everyone,
+                replace(one.order, groups=()),  # which Macs a coming model shares is decided when it is loaded
+                links,
+            ),
         )
         for one in models
     ]

@@ -37,6 +37,8 @@ class PlannedMove(EpochChange):
         """
         chosen = chosen or self._choose_assignment(self._context.deps.members())
         newcomers = {w.name for w in chosen.workers} - {w.name for w in self._epoch.workers}
+        if chosen.plan.is_grouped:  # its ranks load at the same time, those of the old ring too
+            newcomers = set()
         pairs = zip(chosen.plan.stages, chosen.workers, strict=True)
         self._missing_bytes = sum(s.weight_bytes for s, w in pairs if not holds(w, s))
         receivers = ", ".join(sorted(newcomers)) or ("the remaining workers" if self._missing_bytes else "")

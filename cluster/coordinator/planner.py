@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from cluster.coordinator.group_meeting import is_accepted
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import InvalidOption
+from cluster.core.errors import InsecureGroup, InvalidOption
 from cluster.core.limits import (
     LANE_ROWS,
     MAX_SCORED_LOGITS,
@@ -29,9 +30,11 @@ from cluster.core.plan import (
     Route,
     StageSpec,
 )
+from cluster.core.text import is_loopback, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.equal_macs import hardware, trusted_profiles
+from cluster.placement.groups import combine_groups, group_name
 from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import verify_s
 from cluster.placement.propose import PlanRequest, Proposal, propose
@@ -54,12 +57,33 @@ def make_plan(
 def offer_workers(
     shape: ModelShape, workers: Sequence[WorkerInfo], order: LoadOrder, links: Links | None = None
 ) -> Candidates:
-    """Return the workers as the planner sees them for this model. Equal Macs count as equally fast."""
+    """Return the workers as the planner sees them for this model. Equal Macs count as equally fast.
+
+    A group that the order names takes the place of its members. Raises ``NoPlan`` if one of them is missing, and
+    ``InsecureGroup`` if others could read or change what they exchange, and the order does not accept that.
+    """
     profiles = trusted_profiles(shape, workers)
     offered = [
         Candidate(WorkerMemory(w.name, w.memory_limit), p, hardware(w)) for w, p in zip(workers, profiles, strict=True)
     ]
-    return Candidates(offered, links or {}, relay=order.route is Route.RELAY)
+    candidates = Candidates(offered, links or {}, relay=order.route is Route.RELAY)
+    if not order.groups:
+        return candidates
+    require_secure_groups(workers, order)
+    return combine_groups(shape, candidates, order.groups)
+
+
+def require_secure_groups(workers: Sequence[WorkerInfo], order: LoadOrder) -> None:
+    """Raise ``InsecureGroup`` unless the groups stay on this machine, or the order accepts insecure links."""
+    hosts = {worker.name: parse_address(worker.data_address)[0] for worker in workers if worker.data_address}
+    for names in order.groups:
+        outside = [name for name in names if name in hosts and not is_loopback(hosts[name])]
+        if outside and not is_accepted(names, order.insecure_links):
+            group = group_name(names)
+            raise InsecureGroup(
+                f"the ranks of the group {group} would exchange activations over links that are neither authenticated "
+                f"nor encrypted; add --insecure-links {group} if nobody else can reach the network between these Macs"
+            )
 
 
 def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: LoadOrder) -> Plan:
@@ -83,7 +107,7 @@ def build_plan(
 ) -> Plan:
     """Return the plan of a proposal. ``shares`` are the bytes that it may use of each worker; None: all there is."""
     stages = _stages(epoch, shape, proposal, order, shares)
-    lanes = order.lanes or len(stages)
+    lanes = order.lanes or len(proposal.ranges)
     rows = LANE_ROWS if shape.batchable else 1
     plan = Plan(
         epoch=epoch,
@@ -104,13 +128,18 @@ def build_plan(
 
 def full_contexts(stages: Sequence[PlannedStage], shape: ModelShape) -> int:
     """Return how many full contexts all stages have room for."""
-    return min(stage.cache_bytes // max(shape.stage_cache_bytes(stage.layers), 1) for stage in stages)
+    return min(stage.cache_bytes // max(_context_bytes(shape, stage), 1) for stage in stages)
+
+
+def _context_bytes(shape: ModelShape, stage: PlannedStage) -> int:
+    """Return the bytes of a full context in a stage's caches."""
+    return shape.of_rank(stage.spec.ranks).stage_cache_bytes(stage.layers)
 
 
 def limit_caches(plan: Plan, shape: ModelShape, contexts: int) -> Plan:
     """Return the plan with room for at most ``contexts`` full contexts in the caches of each stage."""
     stages = tuple(
-        replace(stage, cache_bytes=min(stage.cache_bytes, contexts * shape.stage_cache_bytes(stage.layers)))
+        replace(stage, cache_bytes=min(stage.cache_bytes, contexts * _context_bytes(shape, stage)))
         for stage in plan.stages
     )
     return replace(plan, stages=stages, max_sequences=min(full_contexts(stages, shape), plan.lanes * plan.rows))
@@ -140,32 +169,48 @@ def _stages(
     epoch: int, shape: ModelShape, proposal: Proposal, order: LoadOrder, shares: Mapping[str, int] | None
 ) -> tuple[PlannedStage, ...]:
     count = len(proposal.ranges)
+    readers = [*(worker.ranks for worker in proposal.workers[1:]), 1]
     stages: list[PlannedStage] = []
     for i, (worker, layers) in enumerate(zip(proposal.workers, proposal.ranges, strict=True)):
-        spec = StageSpec(epoch, i, count, shape.model, layers, shape.max_context, order.kv_bits, order.quantize)
-        used = shape.stage_bytes(layers)
-        left = (worker.memory.usable if shares is None else shares[worker.name]) - used
-        stages.append(PlannedStage(spec, worker.name, used, left, proposal.decode_s[i] * 1e3))
+        used = shape.of_rank(worker.ranks).stage_bytes(layers)
+        for rank, member in enumerate(worker.each):
+            spec = StageSpec(
+                epoch,
+                i,
+                count,
+                shape.model,
+                layers,
+                shape.max_context,
+                order.kv_bits,
+                order.quantize,
+                rank,
+                worker.ranks,
+                readers[i] if rank == 0 else 1,
+            )
+            left = (member.memory.usable if shares is None else shares[member.name]) - used
+            stages.append(PlannedStage(spec, member.name, used, left, proposal.decode_s[i] * 1e3))
     return tuple(stages)
 
 
 def capacity(plan: Plan, shape: ModelShape, order: LoadOrder, workers: Sequence[WorkerInfo]) -> Capacity:
     """Return the limits within which the scheduler may load the plan's stages, which ``workers`` hold, in order."""
-    layers = [s.layers for s in plan.stages]
+    parts = [(shape.of_rank(s.spec.ranks), s.layers) for s in plan.pipeline]
 
     @lru_cache(maxsize=4096)
     def cost_of(tokens: int) -> Cost:
-        return tuple(shape.stage_cache_bytes(own, tokens) for own in layers)
+        return tuple(part.stage_cache_bytes(own, tokens) for part, own in parts)
 
     @lru_cache(maxsize=4096)
     def mark_cost_of(length: int) -> Cost:
-        return tuple(shape.stage_mark_bytes(own, length) for own in layers)
+        return tuple(part.stage_mark_bytes(own, length) for part, own in parts)
 
-    budget = tuple(s.cache_bytes for s in plan.stages)
+    seats = [[s.cache_bytes for s in plan.stages if s.spec.index == i] for i in range(len(plan.pipeline))]
+    budget = tuple(map(min, seats))
+    several = not order.exact and not plan.is_grouped
     return Capacity(
         lanes=plan.lanes,
         rows=plan.rows,
-        window=len(plan.stages) + 1,
+        window=len(plan.pipeline) + 1,
         budget=budget,
         prefix_budget=tuple(int(b * PREFIX_SHARE) for b in budget),
         cost_of=cost_of,
@@ -175,7 +220,7 @@ def capacity(plan: Plan, shape: ModelShape, order: LoadOrder, workers: Sequence[
         fixed_chunk=order.prefill_chunk is not None,
         scored_chunk=max(MAX_SCORED_LOGITS // max(shape.vocabulary, 1), 1),
         max_step_ms=order.max_step_ms,
-        verify_costs={} if order.exact else verify_costs(plan, shape, [worker.profile for worker in workers]),
+        verify_costs=verify_costs(plan, shape, [worker.profile for worker in workers]) if several else {},
     )
 
 
@@ -207,6 +252,8 @@ def max_chunk(plan: Plan, shape: ModelShape, context: int) -> int:
     It is never less than ``PREFILL_CHUNK``, and never more than the model's caches are sized for.
     """
     share = MEMORY_MARGIN / (1 - MEMORY_MARGIN)
-    rooms = ((s.layers, int((s.weight_bytes + s.cache_bytes) * share)) for s in plan.stages)
-    fitting = min(shape.chunk_within(room, layers, context) for layers, room in rooms)
+    fitting = min(
+        shape.of_rank(s.spec.ranks).chunk_within(int((s.weight_bytes + s.cache_bytes) * share), s.layers, context)
+        for s in plan.stages
+    )
     return max(PREFILL_CHUNK, min(fitting // CHUNK_BLOCK * CHUNK_BLOCK, shape.max_chunk))

@@ -170,7 +170,7 @@ class EpochChange(ABC):
         ring = await context.builder.connect(epoch)
         self.doing = "replaying live requests"
         limits = capacity(chosen.plan, context.model_info.shape, context.order, chosen.workers)
-        step_times = StepTimes(context.model_info.shape, chosen.plan.stages, [w.profile for w in chosen.workers])
+        step_times = StepTimes.of(context.model_info.shape, chosen.plan, chosen.workers)
         context.loop.continue_on(chosen.plan, limits, ring, step_times, disk)
         self._epoch = epoch
         wait_s = CANARY_TIMEOUT_S * min(MAX_PATIENCE, 2 ** max(0, self.attempts - 1))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from cluster.coordinator.planner import make_plan
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import DoesNotFit, NoPlan, NoWorkers
+from cluster.core.errors import DoesNotFit, InsecureGroup, NoPlan, NoWorkers
 from cluster.core.plan import LayerRange, ModelShape, Plan, PlannedStage
 from cluster.core.worker import WorkerInfo
 from cluster.placement.memory_split import place_on_largest
@@ -77,17 +77,33 @@ def restore_plan(
     if not all(w.name in available for w in first.workers):
         return None
     return _assign(
-        number(), shape, order, [available[w.name] for w in first.workers], [s.layers for s in first.plan.stages]
+        number(),
+        shape,
+        replace(order, groups=_groups_of(first.plan, first.workers)),
+        [available[w.name] for w in first.workers],
+        [s.layers for s in first.plan.pipeline],
     )
 
 
-def _cut_of(plan: Plan) -> list[tuple[str, LayerRange]]:
-    return [(s.worker, s.layers) for s in plan.stages]
+def _cut_of(plan: Plan) -> list[tuple[str, LayerRange, int]]:
+    return [(s.worker, s.layers, s.spec.ranks) for s in plan.stages]
+
+
+def _groups_of(plan: Plan, workers: Sequence[WorkerInfo]) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the workers of each group of a plan, whose seats these workers take."""
+    ranks: dict[int, list[str]] = {}
+    for stage, worker in zip(plan.stages, workers, strict=True):
+        if stage.spec.ranks > 1:
+            ranks.setdefault(stage.spec.index, []).append(worker.name)
+    return tuple(map(tuple, ranks.values()))
 
 
 def holds(info: WorkerInfo, stage: PlannedStage) -> bool:
-    """Return whether the worker has the stage's weights in memory, from any epoch."""
-    return bool(info.epoch) and info.load_key == stage.spec.load_key
+    """Return whether the worker has the stage's weights in memory, from any epoch.
+
+    A rank of a group never counts: MLX's groups are for the life of a process, so each epoch has new ones.
+    """
+    return bool(info.epoch) and stage.spec.ranks == 1 and info.load_key == stage.spec.load_key
 
 
 def _keep_cut(
@@ -104,8 +120,9 @@ def _keep_cut(
             spares.remove(chosen)
         workers.append(chosen)
     try:
-        return _assign(epoch, shape, order, workers, [s.layers for s in plan.stages])
-    except DoesNotFit:
+        seated = replace(order, groups=_groups_of(plan, workers))
+        return _assign(epoch, shape, seated, workers, [s.layers for s in plan.pipeline])
+    except (DoesNotFit, InsecureGroup):
         return None
 
 
@@ -119,20 +136,27 @@ def _make_new_cut(
 ) -> Assignment:
     """Return a new cut over the plan's remaining workers in their order, then spares, up to the model's piece count.
 
-    Raises ``DoesNotFit`` if the model fits on no such set (see ``place_on_largest``).
+    Groups that lack a member are dissolved. Raises ``DoesNotFit`` if the model fits on no such set (see
+    ``place_on_largest``).
     """
     before = [s.worker for s in plan.stages]
     ordered = sorted(fit.values(), key=lambda f: (before.index(f.name) if f.name in before else len(before), f.name))
     pieces = len(shape.clean_cuts) + 1
-    return place_on_largest(
-        ordered, lambda f: f.memory_limit, lambda workers: _assign(epoch, shape, order, workers[:pieces], None)
-    )
+
+    def assign(workers: Sequence[WorkerInfo]) -> Assignment:
+        names = {worker.name for worker in workers}
+        whole = replace(order, groups=tuple(group for group in order.groups if names.issuperset(group)))
+        together = sum(len(group) - 1 for group in whole.groups)
+        return _assign(epoch, shape, whole, workers[: pieces + together], None)
+
+    return place_on_largest(ordered, lambda f: f.memory_limit, assign)
 
 
 def _assign(
     epoch: int, shape: ModelShape, order: LoadOrder, workers: Sequence[WorkerInfo], layers: list[LayerRange] | None
 ) -> Assignment:
-    narrowed = replace(order, layers=tuple(layers) if layers else None, worker_count=len(workers))
+    count = len(workers) - sum(len(group) - 1 for group in order.groups)
+    narrowed = replace(order, layers=tuple(layers) if layers else None, worker_count=count)
     plan = make_plan(epoch, shape, workers, narrowed)
     by_name = {w.name: w for w in workers}  # the planner may put the workers in another order
     return Assignment(plan, tuple(by_name[stage.worker] for stage in plan.stages))

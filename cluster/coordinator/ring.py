@@ -27,7 +27,8 @@ StageLost = Callable[[int, str, str], None]
 class RingStage:
     """A stage's worker, data address, input route (stage 0 is always fed), expected TLS party, and the measured link.
 
-    The link is the one over which the stage pulls; None if it is relayed or was not measured.
+    The link is the one over which the stage pulls; None if it is relayed or was not measured. ``rank`` is that of the
+    worker in its group; it is also which of the previous stage's readers it is.
     """
 
     worker: str
@@ -35,12 +36,14 @@ class RingStage:
     input_route: Route
     party: str = WORKER
     link: Link | None = None
+    rank: int = 0
 
 
 class Ring:
-    """Open streams to every stage that the coordinator talks to.
+    """Open streams to every stage that the coordinator talks to. The ranks of a group follow one another in ``stages``.
 
-    Raises ``Unreachable``, which names the worker, or ``StaleEpoch``.
+    All ranks of the first stage are fed. A rank that sends nothing on is watched by a stream of its own. Raises
+    ``Unreachable``, which names the worker, or ``StaleEpoch``.
     """
 
     def __init__(
@@ -48,37 +51,58 @@ class Ring:
     ) -> None:
         self._streams: list[Sender | Subscription] = []
         try:
-            self._first = self._open(dialer, epoch, stages, received, lost)
+            self._feeds = self._open(dialer, epoch, stages, received, lost)
         except BaseException:
             self.close()
             raise
 
     def _open(
         self, dialer: Dialer, epoch: int, stages: Sequence[RingStage], received: Received, lost: StageLost
-    ) -> Sender:
-        """Open all streams and return the feed of stage 0."""
-        first, last = stages[0], stages[-1]
-        for before, after in pairwise(stages):
-            if after.input_route is Route.RELAY:
-                self._relay(dialer, epoch, before, after, lost)
-        self._streams.append(pull_stage(dialer, epoch, last, received, lost))
-        feed = feed_stage(dialer, epoch, first, lost)
-        self._streams.append(feed)
-        return feed
+    ) -> list[Sender]:
+        """Open all streams and return the feeds of stage 0."""
+        groups = _group_ranks(stages)
+        for (before, *_), after in pairwise(groups):
+            for rank in after:
+                if rank.input_route is Route.RELAY:
+                    self._relay(dialer, epoch, before, rank, lost)
+        for stage in stages:
+            if stage.rank:
+                self._streams.append(pull_stage(dialer, epoch, stage, _ignore, lost))
+        self._streams.append(pull_stage(dialer, epoch, groups[-1][0], received, lost))
+        feeds = []
+        for stage in groups[0]:
+            feeds.append(feed_stage(dialer, epoch, stage, lost))
+            self._streams.append(feeds[-1])
+        return feeds
 
     def _relay(self, dialer: Dialer, epoch: int, before: RingStage, after: RingStage, lost: StageLost) -> None:
         for line in Line:
             feed = feed_stage(dialer, epoch, after, lost, line)
             self._streams.append(feed)
-            self._streams.append(pull_stage(dialer, epoch, before, feed.send, lost, line))
+            self._streams.append(pull_stage(dialer, epoch, before, feed.send, lost, line, after.rank))
 
     def send(self, message: bytes) -> None:
         """Send a frame to stage 0; never blocks."""
-        self._first.send(message)
+        for feed in self._feeds:
+            feed.send(message)
 
     def close(self) -> None:
         for stream in self._streams:
             stream.close()
+
+
+def _group_ranks(stages: Sequence[RingStage]) -> list[list[RingStage]]:
+    """Return the ranks of each stage."""
+    groups: list[list[RingStage]] = []
+    for stage in stages:
+        if stage.rank == 0:
+            groups.append([])
+        groups[-1].append(stage)
+    return groups
+
+
+def _ignore(message: bytes) -> None:
+    """Ignore a message: a rank other than 0 sends nothing, but its stream ends if it is lost."""
 
 
 def feed_stage(dialer: Dialer, epoch: int, stage: RingStage, lost: StageLost, line: Line = Line.URGENT) -> Sender:
@@ -88,11 +112,19 @@ def feed_stage(dialer: Dialer, epoch: int, stage: RingStage, lost: StageLost, li
 
 
 def pull_stage(
-    dialer: Dialer, epoch: int, stage: RingStage, received: Received, lost: StageLost, line: Line = Line.URGENT
+    dialer: Dialer,
+    epoch: int,
+    stage: RingStage,
+    received: Received,
+    lost: StageLost,
+    line: Line = Line.URGENT,
+    reader: int = 0,
 ) -> Subscription:
     """Open a stream from a stage. Raises as ``Ring``."""
     with _map_errors(stage):
-        return dialer.pull(stage.address, epoch, received, partial(lost, epoch, stage.worker), line, stage.party)
+        return dialer.pull(
+            stage.address, epoch, received, partial(lost, epoch, stage.worker), line, stage.party, reader
+        )
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class ModelService:
         self._draft = DraftService(model_info, draft, deps, self._control, notify) if draft else None
         scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos, self._guesser(order.speculation))
         tokenizer = model_info.tokenizer
-        step_times = StepTimes(model_info.shape, first.plan.stages, [w.profile for w in first.workers])
+        step_times = StepTimes.of(model_info.shape, first.plan, first.workers)
         self.loop = EngineLoop(
             first.plan,
             scheduler,
@@ -177,6 +177,7 @@ class ModelService:
             self.loop.on_stream_lost,
             self._deps.roster.take_term,
             self._deps.roster.claim,
+            insecure_links=self._order.insecure_links,
         )
         self._context = RecoveryContext(
             self._deps,
@@ -272,8 +273,10 @@ class ModelService:
                 return  # no frame was decoded since
             self._sent_step_times = view.step_times
             async with anyio.create_task_group() as tasks:
-                for stage, control in zip(view.step_times, epoch.controls, strict=False):
-                    if stage.ratio:
+                pairs = zip(epoch.plan.stages, epoch.controls, strict=True)
+                controls = [(one.spec.ranks, control) for one, control in pairs if one.spec.rank == 0]
+                for stage, (ranks, control) in zip(view.step_times, controls, strict=False):
+                    if stage.ratio and ranks == 1:  # a group's time says nothing of one Mac's speed
                         tasks.start_soon(_send_step_time, control, epoch.plan.model.fingerprint, stage.ratio)
 
     async def _keep_sending_step_times(self) -> None:

@@ -35,7 +35,10 @@ class LoadOrder:
     from 0 to 1. ``speculation`` says what guesses tokens before they are sampled; with ``exact``, a frame has one of
     them, so that they change no bit of an answer.
     ``cached_contexts`` is how many full contexts each stage has room for in its caches; None uses all memory that is
-    left on its Mac. ``draft`` is the draft model, "" if there is none. ``adapters`` are names and folders.
+    left on its Mac.
+    ``groups`` are the names of workers that share the layers of a stage, each group as one; ``insecure_links`` those of
+    groups whose links may be neither authenticated nor encrypted.
+    ``draft`` is the draft model, "" if there is none. ``adapters`` are names and folders.
     """
 
     model: str
@@ -58,6 +61,8 @@ class LoadOrder:
     cached_contexts: int | None = None
     draft: str = ""
     adapters: tuple[tuple[str, str], ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    insecure_links: tuple[tuple[str, ...], ...] = ()
 
     def check(self) -> None:
         """Raise ``InvalidOption`` for options that contradict each other."""
@@ -67,11 +72,24 @@ class LoadOrder:
             raise InvalidOption("--draft needs --speculate auto or draft", field="speculate")
         if not self.exact and self.speculation is Speculation.OFF:
             raise InvalidOption("--exact off needs guesses: add --speculate auto, ngram or draft", field="exact")
+        if self.groups and self.speculation is not Speculation.OFF:
+            raise InvalidOption("--speculate cannot be combined with --group: its ranks must not guess", field="group")
+        if self.groups and self.adapters:
+            raise InvalidOption("adapters cannot be combined with --group: they are not shared yet", field="group")
+        named = [name for group in self.groups for name in group]
+        if len(set(named)) < len(named):
+            raise InvalidOption("a worker can be in one group only; name it in one --group", field="group")
 
     @property
     def stage_count(self) -> int | None:
         """The number of stages that the operator asks for; None leaves it to the planner."""
         return self.worker_count or (len(self.layers) if self.layers else None)
+
+    @property
+    def wanted_workers(self) -> int | None:
+        """The least number of workers that the operator asks for; None leaves it to the planner."""
+        stages, grouped = self.stage_count, sum(map(len, self.groups))
+        return grouped + max(0, (stages or 0) - len(self.groups)) or None
 
 
 @dataclass(frozen=True, slots=True)

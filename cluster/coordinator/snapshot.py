@@ -24,7 +24,7 @@ def describe_plan(plan: Plan, links: Links | None = None) -> ModelPlan:
     known, before, stages = links or {}, "", list[StageState]()
     for stage in plan.stages:
         stages.append(_describe_stage(stage, plan.route, known.get((before, stage.worker))))
-        before = stage.worker
+        before = stage.worker if stage.spec.ranks == 1 else ""  # the links of a group are not those of a hop
     return ModelPlan(
         model=plan.model.name,
         layers=plan.stages[-1].layers.end,
@@ -63,7 +63,10 @@ def describe_stages(plan: Plan, ring: Sequence[RingStage], loop: LoopView | None
         _describe_stage(stage, ring_stage.input_route, ring_stage.link)
         for stage, ring_stage in zip(plan.stages, ring, strict=True)
     ]
-    return tuple(_with_load(stages, loop) if loop else stages)
+    if loop is None:
+        return tuple(stages)
+    busy = {stage.index: stage for stage in _with_load([stage for stage in stages if stage.rank == 0], loop)}
+    return tuple(replace(busy[s.index], worker=s.worker, rank=s.rank) if s.index in busy else s for s in stages)
 
 
 def with_training(state: ClusterState, job: TrainingJob) -> ClusterState:
@@ -119,6 +122,8 @@ def _describe_worker(member: RosterEntry, belief: Belief | None) -> WorkerState:
 def _describe_stage(planned: PlannedStage, input_route: Route, link: Link | None = None) -> StageState:
     return StageState(
         index=planned.spec.index,
+        rank=planned.spec.rank,
+        ranks=planned.spec.ranks,
         worker=planned.worker,
         layers=planned.layers,
         weight_bytes=planned.weight_bytes,
@@ -140,12 +145,12 @@ def _with_load(stages: Sequence[StageState], loop: LoopView) -> list[StageState]
         for stage, reserved, prefixes, bubble in load
     ]
     found += stages[len(found) :]
-    for i, stage in enumerate(loop.step_times[: len(found)]):
+    for i, step_time in enumerate(loop.step_times[: len(found)]):
         found[i] = replace(
             found[i],
-            measured_ms=stage.measured_ms,
-            expected_ms=stage.expected_ms,
-            measured_frames=stage.frames,
+            measured_ms=step_time.measured_ms,
+            expected_ms=step_time.expected_ms,
+            measured_frames=step_time.frames,
         )
     for i, wasted_s in enumerate(loop.wasted_s[: len(found)]):
         found[i] = replace(found[i], wasted_seconds=wasted_s)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from cluster.coordinator.concurrent_calls import call_for_each
+from cluster.coordinator.group_meeting import GroupMeeting
 from cluster.coordinator.ring import RingStage
-from cluster.coordinator.worker_client import WorkerClient
+from cluster.coordinator.worker_client import GroupPort, WorkerClient
 from cluster.core.errors import LinkFailed, MacpipeError
 from cluster.core.plan import FetchOrder, Link, LoadedStage, LoadProgress, Plan, PlannedStage, Route
 from cluster.core.worker import WorkerInfo
@@ -46,26 +48,35 @@ async def load_slices(
     orders: Sequence[FetchOrder],
     progress: Progress,
     claim: Claim = claim_worker,
+    meetings: Mapping[int, GroupMeeting] = MappingProxyType({}),
 ) -> tuple[LoadedStage, ...]:
     """Load every slice, once ``claim`` has said what it may use of its worker. Return what is loaded, in order.
 
-    Raises the first error and cancels the other loads.
+    ``meetings`` are those of the stages that are groups. Raises the first error and cancels the other loads.
     """
     loads = zip(stages, controls, orders, strict=True)
     try:
-        return tuple(await call_for_each(lambda load: _load(*load, progress, claim), loads))
+        return tuple(await call_for_each(lambda load: _load(*load, progress, claim, meetings), loads))
     except* MacpipeError as group:
         raise first_error(group) from None
 
 
 async def _load(
-    stage: PlannedStage, control: WorkerClient, order: FetchOrder, progress: Progress, claim: Claim
+    stage: PlannedStage,
+    control: WorkerClient,
+    order: FetchOrder,
+    progress: Progress,
+    claim: Claim,
+    meetings: Mapping[int, GroupMeeting],
 ) -> LoadedStage:
     loaded = LoadedStage(stage.worker, ())
     share = claim(control.address, stage)
     async for p in control.load(stage.spec, order, share.keep, share.memory_limit):
         if isinstance(p, LoadedStage):
             loaded = p
+            continue
+        if isinstance(p, GroupPort):
+            await meetings[stage.spec.index].attend(stage, control, p.number)
             continue
         total = p.total_bytes or stage.weight_bytes
         done = total if p.state in ("hashing", "ready") else p.done_bytes
@@ -80,26 +91,28 @@ async def link_stages(
 
     Raises the first other error and cancels the other links.
     """
+    heads = [worker for stage, worker in zip(plan.stages, workers, strict=True) if stage.spec.rank == 0]
 
     async def link(i: int) -> tuple[Route, Link | None]:
-        before = workers[i - 1] if i and plan.route is Route.DIRECT else None
-        return await _link(controls[i], plan.epoch, before)
+        spec = plan.stages[i].spec
+        before = heads[spec.index - 1] if spec.index and plan.route is Route.DIRECT else None
+        return await _link(controls[i], plan.epoch, before, spec.rank)
 
     try:
         inputs = await call_for_each(link, range(len(controls)))
     except* MacpipeError as group:
         raise first_error(group) from None
     return tuple(
-        RingStage(worker.name, worker.data_address, route, worker_of(worker.id), measured)
-        for worker, (route, measured) in zip(workers, inputs, strict=True)
+        RingStage(worker.name, worker.data_address, route, worker_of(worker.id), measured, stage.spec.rank)
+        for stage, worker, (route, measured) in zip(plan.stages, workers, inputs, strict=True)
     )
 
 
-async def _link(control: WorkerClient, epoch: int, before: WorkerInfo | None) -> tuple[Route, Link | None]:
+async def _link(control: WorkerClient, epoch: int, before: WorkerInfo | None, reader: int) -> tuple[Route, Link | None]:
     """Link a stage. Return the route of its input, and the measured link if it is direct."""
     if before:
         try:
-            return Route.DIRECT, await control.link(epoch, before)
+            return Route.DIRECT, await control.link(epoch, before, reader)
         except LinkFailed as e:
             log.warning("link: coordinator relays the hop reason=%s", e.sentence)
     await control.link(epoch, None)

@@ -14,7 +14,8 @@ from statistics import median
 
 from cluster.core.frames import StageTiming
 from cluster.core.limits import LEARNED_FRAMES, LEAST_FRAMES
-from cluster.core.plan import ModelShape, PlannedStage, Profile
+from cluster.core.plan import ModelShape, Plan, PlannedStage, Profile
+from cluster.core.worker import WorkerInfo
 from cluster.placement.predicted_step_time import decode_s
 
 
@@ -39,16 +40,23 @@ class StepTimes:
     """
 
     def __init__(self, shape: ModelShape, stages: Sequence[PlannedStage], profiles: Sequence[Profile]) -> None:
-        self._shape, self._ranges = shape, [s.layers for s in stages]
+        self._parts = [(shape.of_rank(s.spec.ranks), s.layers) for s in stages]
         self._bare = [replace(p, corrections=()) for p in profiles]
         self._factors = [_planned_factor(shape, s, p) for s, p in zip(stages, profiles, strict=True)]
         self._frames: list[deque[tuple[float, float]]] = [deque(maxlen=LEARNED_FRAMES) for _ in stages]
+
+    @classmethod
+    def of(cls, shape: ModelShape, plan: Plan, workers: Sequence[WorkerInfo]) -> StepTimes:
+        """Return those of a plan, which ``workers`` hold; of a group, rank 0's stand for all."""
+        pairs = [(s, w.profile) for s, w in zip(plan.stages, workers, strict=True) if s.spec.rank == 0]
+        return cls(shape, [stage for stage, _ in pairs], [profile for _, profile in pairs])
 
     def frame(self, timings: Sequence[StageTiming], rows: int, context: int) -> None:
         """Add a decode frame of ``rows`` rows with a mean context of ``context`` tokens."""
         for timing in timings:
             if timing.stage < len(self._frames):
-                bare = decode_s(self._shape, self._bare[timing.stage], self._ranges[timing.stage], rows, context)
+                part, layers = self._parts[timing.stage]
+                bare = decode_s(part, self._bare[timing.stage], layers, rows, context)
                 self._frames[timing.stage].append((timing.compute_us / 1e3, bare * 1e3))
 
     def stages(self) -> tuple[StageStepTime, ...]:
@@ -57,7 +65,7 @@ class StepTimes:
 
 def _planned_factor(shape: ModelShape, stage: PlannedStage, profile: Profile) -> float:
     """Return the plan's prediction over that of the worker's profile without corrections."""
-    bare_ms = decode_s(shape, replace(profile, corrections=()), stage.layers) * 1e3
+    bare_ms = decode_s(shape.of_rank(stage.spec.ranks), replace(profile, corrections=()), stage.layers) * 1e3
     return stage.decode_ms / bare_ms if stage.decode_ms and bare_ms else profile.correction(shape.model.fingerprint)
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -63,6 +64,15 @@ _DENIALS: dict[int, Denial | None] = {pb.TERM_DENIAL_UNSPECIFIED: None} | {
 }
 _SERIAL_BYTES = 20
 """Maximum size of a certificate's serial number."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPort:
+    """The port on which a worker's engine will listen for the other ranks of its group."""
+
+    number: int
+
+
 _RETIRED = 4
 """Maximum number of replaced connections that stay open for the calls still running on them."""
 
@@ -198,8 +208,10 @@ class WorkerClient:
 
     async def load(
         self, spec: StageSpec, order: FetchOrder, keep: Sequence[int] = (), memory_limit: int = 0
-    ) -> AsyncIterator[LoadProgress | LoadedStage]:
+    ) -> AsyncIterator[LoadProgress | GroupPort | LoadedStage]:
         """Load a slice in place of all others but those of the epochs ``keep``. Yield progress, then what is loaded.
+
+        The rank of a group first yields a port, and waits for ``join_group``.
 
         ``memory_limit`` is in bytes, for weights, caches and work; 0 is the worker's own.
         Raises the worker's error, or ``WorkerLost`` if the load stalls.
@@ -213,6 +225,9 @@ class WorkerClient:
         port = 0
         async with self._map_errors():
             async for message in _read_with_stall_limit(call, self.name):
+                if 0 < message.group_port <= HIGHEST_PORT:
+                    yield GroupPort(message.group_port)
+                    continue
                 digests += [(digest.name, digest.sha256.hex()) for digest in message.digests]
                 port = message.data_port
                 if len(digests) > len(order.tensors) or port > HIGHEST_PORT:
@@ -230,6 +245,12 @@ class WorkerClient:
                 )
         yield LoadedStage(self.name, tuple(digests), port)
 
+    async def join_group(self, epoch: int, hosts: Sequence[str], backend: str, *, insecure: bool) -> None:
+        """Name the ranks of a group, by their addresses, to the worker whose ``load`` of this epoch waits for them."""
+        request = pb.JoinGroupRequest(epoch=epoch, hosts=hosts, backend=backend, insecure=insecure, term=self._term())
+        async with self._map_errors():
+            await self._stub.JoinGroup(request, timeout=self._deadline())
+
     async def set_adapters(
         self, epoch: int, layers: LayerRange, adapters: Sequence[Adapter], peers: Sequence[StorePlace]
     ) -> None:
@@ -246,8 +267,10 @@ class WorkerClient:
             async for _ in _read_with_stall_limit(self._stub.SetAdapters(request), self.name):
                 pass
 
-    async def link(self, epoch: int, before: WorkerInfo | None) -> Link | None:
-        """Tell the worker to pull its input from the stage ``before``; with None, the coordinator feeds it.
+    async def link(self, epoch: int, before: WorkerInfo | None, reader: int = 0) -> Link | None:
+        """Tell the worker to pull its input from the stage ``before``, as this one of its readers.
+
+        With None, the coordinator feeds it.
 
         Return the link that the worker uses; None if there is none, or if it was not measured.
         """
@@ -255,7 +278,9 @@ class WorkerClient:
         if before:
             source, others, party = before.data_address, further_addresses(before), worker_of(before.id)
         async with self._map_errors():
-            request = pb.LinkStageRequest(epoch=epoch, pull_from=source, peer=party, others=others, term=self._term())
+            request = pb.LinkStageRequest(
+                epoch=epoch, pull_from=source, peer=party, others=others, term=self._term(), reader=reader
+            )
             timeout_s = self._deadline() + CONNECT_TIMEOUT_S * min(len(others), MAX_SHARED_HOSTS)
             answer = await self._stub.LinkStage(request, timeout=timeout_s)
         return _read_link(answer)
@@ -460,6 +485,9 @@ def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str, instance
         max_context=spec.max_context,
         kv_bits=spec.kv_bits,
         weight_bits=spec.weight_bits,
+        rank=spec.rank,
+        ranks=spec.ranks,
+        readers=spec.readers,
         coordinator=coordinator,
         instance=instance,
         tensors=order.tensors,

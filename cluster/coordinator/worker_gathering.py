@@ -29,7 +29,7 @@ async def gather_workers(
     cut so, and the errors of ``Roster.gather``.
     """
     require_cuts(shape, order)
-    wanted, purpose = order.stage_count, ""
+    wanted, purpose = order.wanted_workers, ""
     if wanted and order.draft:
         purpose = f"{wanted} for the model and 1 for the draft model {PurePath(order.draft).name}"
         wanted += 1
@@ -37,9 +37,17 @@ async def gather_workers(
         wanted,
         order.wait_s,
         report,
-        lambda w: not is_too_small(shape, WorkerMemory(w.name, w.memory_limit)),
+        lambda w: _counts(w, shape, order),
         purpose,
     )
+
+
+def _counts(worker: WorkerInfo, shape: ModelShape, order: LoadOrder) -> bool:
+    """Return whether a worker is one of those that the order asks for: named in a group, or large enough."""
+    if any(worker.name in group for group in order.groups):
+        return True
+    needs_others = not order.groups or (order.stage_count or 0) > len(order.groups)
+    return needs_others and not is_too_small(shape, WorkerMemory(worker.name, worker.memory_limit))
 
 
 def require_cuts(shape: ModelShape, order: LoadOrder) -> None:
@@ -61,8 +69,8 @@ async def gather_remaining(
     try:
         return await gather_workers(roster, hurried, shape, report), order
     except NoWorkers as missing:
-        if order.stage_count is None:
+        if order.wanted_workers is None:
             raise
         log.warning("load: using the workers that are left reason=%s", missing.sentence)
-    order = replace(order, worker_count=None, layers=None)
+    order = replace(order, worker_count=None, layers=None, groups=())
     return await gather_workers(roster, order, shape, report), order

@@ -115,6 +115,9 @@ class StageState:
     """Measured bytes per second of that link; 0 if not measured."""
     link_interface: str = ""
     """What carries it on the receiving Mac, such as ``Thunderbolt Bridge (bridge0)``; empty if not known."""
+    rank: int = 0
+    ranks: int = 1
+    """How many workers share these layers as a group, with the same ``index``; this one is number ``rank`` of them."""
 
 
 @dataclass(frozen=True, slots=True)

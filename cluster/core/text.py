@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from cluster.core.errors import InvalidOption
-from cluster.core.limits import GIB, KIB, MAX_STAGES, MIB
+from cluster.core.group_limits import MAX_RANKS
+from cluster.core.limits import GIB, KIB, MAX_FACT_CHARS, MAX_STAGES, MIB
 from cluster.core.plan import LayerRange, Link
 
 HIGHEST_PORT = 65_535
@@ -99,6 +100,22 @@ def parse_range(part: str) -> LayerRange:
     if last < first:
         raise _wrong(part, "ends before it starts")
     return LayerRange(first, last + 1)
+
+
+def parse_groups(written: Iterable[str], option: str) -> tuple[tuple[str, ...], ...]:
+    """Parse groups of workers such as ``ada+bob``. Raises InvalidOption that names ``option``."""
+    return tuple(require_group(tuple(name.strip() for name in one.split("+")), option) for one in written)
+
+
+def require_group(names: tuple[str, ...], option: str) -> tuple[str, ...]:
+    """Return the names of a group's workers. Raises InvalidOption if they are none."""
+    shown = "+".join(names)[:MAX_FACT_CHARS]
+    if not 2 <= len(names) <= MAX_RANKS or not all(names) or any(len(name) > MAX_FACT_CHARS for name in names):
+        why = f"--{option} {shown!r} names no group; write 2 to {MAX_RANKS} workers like ada+bob"
+        raise InvalidOption(why, field=option)
+    if len(set(names)) < len(names):
+        raise InvalidOption(f"--{option} {shown!r} names a worker twice", field=option)
+    return names
 
 
 def _wrong(part: str, why: str) -> InvalidOption:

@@ -5,7 +5,8 @@ Everything is computed on the skeleton; no weights are read. It knows bytes, not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ from cluster.model.cache_size import CacheSizes
 from cluster.model.checkpoint import open_checkpoint
 from cluster.model.kv_quantization import choose_quantization
 from cluster.model.module_tree import Module, module_arrays, named_modules
+from cluster.model.rank_sizes import read_rank_sizes
 from cluster.model.skeleton import open_skeleton
 from cluster.model.token_cost import TokenCost, watch
 from cluster.model.trace import Trace, trace
@@ -43,14 +45,16 @@ def read_shape(
     weight_bits: int = 0,
     prefill_chunk: int | None = None,
     default_context: int = limits.DEFAULT_MAX_CONTEXT,
+    ranks: Collection[int] = (),
 ) -> ModelShape:
     """Return the shape of the checkpoint in ``path``, whose display name is ``name``.
 
     ``max_context`` is in tokens; None means the model's limit, at most ``default_context``. ``kv_bits`` is 4 or 8 to
     quantize keys and values, else 0. ``weight_bits`` are those of weights that are quantized while they are
     loaded; 0 means as they are stored. ``prefill_chunk`` is the number of tokens per prompt chunk; None lets them
-    vary. Raises InvalidOption if ``max_context`` exceeds the model's limit or the tensors of a chunk a frame's,
-    ModelUnsupported if the model cannot be sliced or quantized, and the errors of ``open_checkpoint``.
+    vary. ``ranks`` are the numbers of workers that may share each layer as a group. Raises InvalidOption if
+    ``max_context`` exceeds the model's limit or the tensors of a chunk a frame's, ModelUnsupported if the model cannot
+    be sliced, quantized or shared, NoPlan if it cannot be shared by so many, and the errors of ``open_checkpoint``.
     """
     checkpoint = open_checkpoint(path)
     context = _context(checkpoint.config, max_context, default_context)
@@ -64,7 +68,7 @@ def read_shape(
     max_chunk = _max_chunk(prefill_chunk, max(activity.crossing), partial(sizes.of_sequence, context))
     *shorter, full = [sizes.of_sequence(n, max_chunk) for n in lengths]
     marks = [] if can_trim else [sizes.of_mark(n) for n in lengths]
-    return ModelShape(
+    shape = ModelShape(
         model=ModelRef(name, str(path), checkpoint.fingerprint),
         layers=traced.layers,
         layer_bytes=tuple(_layer_bytes(layer) for layer in model.layers),
@@ -85,6 +89,8 @@ def read_shape(
         heads=_first_number(checkpoint.config, HEADS_KEYS) or 0,
         max_chunk=max_chunk,
     )
+    parts = [read_rank_sizes(open_skeleton(path, weight_bits), traced, shape, quantization, n) for n in sorted(ranks)]
+    return replace(shape, rank_sizes=tuple(parts))
 
 
 def _max_chunk(asked: int | None, boundary_bytes: int, cache_bytes: Callable[[int], tuple[int, ...]]) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.core.limits import ASSUMED_LINK_BANDWIDTH, ASSUMED_ROUND_TRIP_S, RELAYED_HOPS
-from cluster.core.plan import Link, Profile
+from cluster.core.plan import LayerRange, Link, ModelShape, Profile
 from cluster.placement.memory_split import WorkerMemory
+from cluster.placement.predicted_step_time import decode_s, prefill_s
 
 __all__ = ["ASSUMED_LINK", "Candidate", "Candidates"]
 
@@ -21,20 +22,40 @@ ASSUMED_LINK = Link(ASSUMED_ROUND_TRIP_S, ASSUMED_LINK_BANDWIDTH)
 class Candidate:
     """A worker's memory and speed. Workers with the same memory and speed have the same ``kind``.
 
-    Equal Macs have the same ``hardware``; it is None if it is not known.
+    Equal Macs have the same ``hardware``; it is None if it is not known. Of a group whose ``members`` share each layer,
+    it is the memory and the speed of one rank.
     """
 
     memory: WorkerMemory
     profile: Profile
     hardware: Hashable = None
+    members: tuple[Candidate, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """How many workers share each of its layers."""
+        return self.memory.ranks
+
+    @property
+    def each(self) -> tuple[Candidate, ...]:
+        """Itself, or its members by rank."""
+        return self.members or (self,)
+
+    def decode_s(self, shape: ModelShape, layers: LayerRange, rows: int = 1) -> float:
+        """Return the seconds of a decode step of ``rows`` rows; 0 if the speed is unknown."""
+        return decode_s(shape.of_rank(self.ranks), self.profile, layers, rows)
+
+    def prefill_s(self, shape: ModelShape, layers: LayerRange, tokens: int) -> float:
+        """Return the seconds of a prompt chunk of ``tokens`` tokens."""
+        return prefill_s(shape.of_rank(self.ranks), self.profile, layers, tokens)
 
     @property
     def name(self) -> str:
         return self.memory.worker
 
     @property
-    def kind(self) -> tuple[int, Profile, Hashable]:
-        return self.memory.usable, self.profile, self.hardware
+    def kind(self) -> tuple[int, int, Profile, Hashable]:
+        return self.memory.usable, self.ranks, self.profile, self.hardware
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,9 @@ class Candidates:
         return all(w.profile.known for w in self.workers)
 
     def between(self, one: Candidate, other: Candidate) -> Link:
-        return self.links.get((one.name, other.name), self.link)
+        """Return the link by which a stage's output leaves: that of rank 0 to the rank that gets it last."""
+        ends = ((one.each[0].name, end.name) for end in other.each)
+        return max((self.links.get(end, self.link) for end in ends), key=lambda link: link.cost_s)
 
     def hop_s(self, one: Candidate, other: Candidate, nbytes: float) -> float:
         """Return the seconds that ``nbytes`` take from one stage's worker to the next stage's worker."""

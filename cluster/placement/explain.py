@@ -16,7 +16,7 @@ from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.guessed_token_time import guessed_token_s
 from cluster.placement.layout_forecast import forecast, hops_s, token_s
 from cluster.placement.memory_split import needed_bytes
-from cluster.placement.predicted_step_time import decode_s, fixed_s
+from cluster.placement.predicted_step_time import fixed_s
 from cluster.placement.search import BestLayout, Search
 from cluster.placement.stage_table import StageTable
 
@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def _stages_s(self) -> list[float]:
-        return [decode_s(self.shape, w.profile, r) for w, r in zip(self.workers, self.ranges, strict=True)]
+        return [w.decode_s(self.shape, r) for w, r in zip(self.workers, self.ranges, strict=True)]
 
     @property
     def forecast(self) -> Forecast:
@@ -65,8 +65,8 @@ class Layout:
     @property
     def free_bytes(self) -> int:
         """The memory that weights leave for caches."""
-        used = sum(self.shape.stage_bytes(r) for r in self.ranges)
-        return sum(w.memory.usable for w in self.workers) - used
+        pairs = zip(self.workers, self.ranges, strict=True)
+        return sum(w.ranks * (w.memory.usable - self.shape.of_rank(w.ranks).stage_bytes(r)) for w, r in pairs)
 
     @property
     def guessed_rate(self) -> float:
@@ -122,9 +122,10 @@ def reasons(layout: Layout, search: Search | None) -> tuple[str, ...]:
 def _explain_bottleneck(layout: Layout) -> str:
     """Return how a token's time is spent."""
     pairs = list(zip(layout.workers, layout.ranges, strict=True))
-    reading = sum(decode_s(layout.shape, w.profile, r) for w, r in pairs)
+    reading = sum(w.decode_s(layout.shape, r) for w, r in pairs)
     starting = sum(
-        fixed_s(layout.shape, w.profile, r) * w.profile.correction(layout.shape.model.fingerprint) for w, r in pairs
+        fixed_s(layout.shape.of_rank(w.ranks), w.profile, r) * w.profile.correction(layout.shape.model.fingerprint)
+        for w, r in pairs
     )
     hops = hops_s(layout.shape, layout.candidates, layout.workers, layout.ranges)
     shares = [
@@ -187,9 +188,9 @@ def _explain_memory_limit(layout: Layout) -> str:
     if found is None or not layout.gains(layout.of(found)):
         return ""
     missing = [
-        f"{gib_in_words(needed_bytes(layout.shape, r, 1) - w.memory.usable)} more on {w.name}"
+        f"{gib_in_words(needed_bytes(layout.shape, r, 1, w.ranks) - w.memory.usable)} more on {w.name}"
         for w, r in zip(found.workers, found.ranges, strict=True)
-        if needed_bytes(layout.shape, r, 1) > w.memory.usable
+        if needed_bytes(layout.shape, r, 1, w.ranks) > w.memory.usable
     ]
     if not missing:
         return ""

@@ -13,7 +13,7 @@ from cluster.core.limits import LANE_ROWS, MANY_USERS, REFERENCE_PROMPT
 from cluster.core.plan import Forecast, LayerRange, ModelShape, chunks
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.guessed_token_time import guessed_token_s
-from cluster.placement.predicted_step_time import boundary_bytes, decode_s, prefill_s
+from cluster.placement.predicted_step_time import boundary_bytes
 
 __all__ = ["forecast", "hops_s", "token_s"]
 
@@ -30,7 +30,7 @@ def forecast(
 
     For one user, tokens are guessed, and guesses are right as often as ``acceptance``; 0 counts on no guesses.
     """
-    stages = [decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)]
+    stages = [w.decode_s(shape, r) for w, r in zip(workers, ranges, strict=True)]
     one = 1 / guessed_token_s(stages, hops_s(shape, candidates, workers, ranges), acceptance)
     many = _tokens_per_second(shape, candidates, workers, ranges, MANY_USERS, lanes or len(workers))
     prompt = min(REFERENCE_PROMPT, shape.max_context)
@@ -50,7 +50,7 @@ def token_s(
     rows: int = 1,
 ) -> float:
     """Return the seconds of one decode step through the whole ring."""
-    stages = sum(decode_s(shape, w.profile, r, rows) for w, r in zip(workers, ranges, strict=True))
+    stages = sum(w.decode_s(shape, r, rows) for w, r in zip(workers, ranges, strict=True))
     return stages + hops_s(shape, candidates, workers, ranges, rows)
 
 
@@ -78,7 +78,7 @@ def _tokens_per_second(
     """Return the total tokens per second of ``users`` users. Lanes overlap until the slowest stage is never idle."""
     lanes = min(lanes, users)
     rows = min(-(-users // lanes), LANE_ROWS if shape.batchable else 1)
-    slowest = max(decode_s(shape, w.profile, r, rows) for w, r in zip(workers, ranges, strict=True))
+    slowest = max(w.decode_s(shape, r, rows) for w, r in zip(workers, ranges, strict=True))
     return min(users, lanes * rows) / max(token_s(shape, candidates, workers, ranges, rows), lanes * slowest)
 
 
@@ -97,7 +97,7 @@ def _first_token_s(
     pieces = chunks(prompt, len(workers))
 
     def stages_s(chunk: int) -> list[float]:
-        return [prefill_s(shape, w.profile, r, chunk) for w, r in zip(workers, ranges, strict=True)]
+        return [w.prefill_s(shape, r, chunk) for w, r in zip(workers, ranges, strict=True)]
 
     first = sum(stages_s(pieces[0])) + hops_s(shape, candidates, workers, ranges, pieces[0])
     others = sum(times * max(stages_s(chunk)) for chunk, times in Counter(pieces[1:]).items())

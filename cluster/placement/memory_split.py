@@ -25,12 +25,14 @@ class WorkerMemory:
     """The memory of a worker: the bytes that it offers for weights, caches and work.
 
     ``adjustable``: whether the user may raise the offer. ``taken`` are the bytes that other models use of it.
+    ``ranks``: this is the memory of each of so many workers, which share every layer.
     """
 
     worker: str
     nbytes: int
     adjustable: bool = True
     taken: int = 0
+    ranks: int = 1
 
     @property
     def usable(self) -> int:
@@ -42,15 +44,19 @@ def memory_for(used: int) -> int:
     return int(used / (1 - MEMORY_MARGIN))
 
 
-def needed_bytes(shape: ModelShape, layers: LayerRange, sequences: int) -> int:
-    """Return the bytes that a stage needs: its weights, and the caches of ``sequences`` full-length sequences."""
+def needed_bytes(shape: ModelShape, layers: LayerRange, sequences: int, ranks: int = 1) -> int:
+    """Return the bytes that a stage needs: its weights, and the caches of ``sequences`` full-length sequences.
+
+    Of a stage that several ranks share, those of one rank.
+    """
+    shape = shape.of_rank(ranks)
     return shape.stage_bytes(layers) + sequences * shape.stage_cache_bytes(layers)
 
 
 def is_too_small(shape: ModelShape, memory: WorkerMemory, sequences: int = 1) -> bool:
     """Return whether the worker cannot hold even the smallest piece of the model."""
     pieces = (LayerRange(a, b) for a, b in pairwise((0, *shape.clean_cuts, shape.layers)))
-    return min(needed_bytes(shape, piece, sequences) for piece in pieces) > memory.usable
+    return min(needed_bytes(shape, piece, sequences, memory.ranks) for piece in pieces) > memory.usable
 
 
 def place_on_largest(workers: Sequence[W], size: Callable[[W], int], place: Callable[[Sequence[W]], Placed]) -> Placed:
@@ -99,13 +105,17 @@ def _extend(
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
     for end in ends:
         options = [
-            (max(full, needed_bytes(shape, LayerRange(start, end), sequences) / max(memory.usable, 1)), (*cuts, end))
+            (max(full, _fullness(shape, LayerRange(start, end), sequences, memory)), (*cuts, end))
             for start, (full, cuts) in best.items()
             if start < end
         ]
         if options:
             found[end] = min(options)
     return found
+
+
+def _fullness(shape: ModelShape, layers: LayerRange, sequences: int, memory: WorkerMemory) -> float:
+    return needed_bytes(shape, layers, sequences, memory.ranks) / max(memory.usable, 1)
 
 
 def require_fit(
@@ -116,7 +126,7 @@ def require_fit(
     short = [
         (memory, missing)
         for memory, layers in zip(memories, ranges, strict=True)
-        if (missing := needed_bytes(shape, layers, sequences) - memory.usable) > 0
+        if (missing := needed_bytes(shape, layers, sequences, memory.ranks) - memory.usable) > 0
     ]
     if short:
         raise DoesNotFit(_does_not_fit(shape, memories, ranges, sequences, short), missing_bytes=str(_sum(short)))
@@ -169,9 +179,12 @@ def _does_not_fit(
     sequences: int,
     short: list[tuple[WorkerMemory, int]],
 ) -> str:
-    total = sum(needed_bytes(shape, layers, sequences) for layers in ranges)
+    total = sum(
+        memory.ranks * needed_bytes(shape, layers, sequences, memory.ranks)
+        for memory, layers in zip(memories, ranges, strict=True)
+    )
     names = "; ".join(f"{memory.worker} lacks {gib_in_words(missing)}" for memory, missing in short)
-    offered = gib_in_words(sum(memory.usable for memory in memories))
+    offered = gib_in_words(sum(memory.ranks * memory.usable for memory in memories))
     if taken := sum(memory.taken for memory in memories):
         offered += f" beside the {gib_in_words(taken)} of other models"
     remedies = ["add a worker"]

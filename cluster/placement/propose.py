@@ -21,7 +21,6 @@ from cluster.core.plan import Forecast, LayerRange, ModelShape, Objective, Spare
 from cluster.placement import explain
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.memory_split import check_cuts, place_on_largest, require_fit, solve
-from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.search import Search
 from cluster.placement.stage_table import StageTable
 
@@ -189,7 +188,7 @@ def explain_layout(
     return Proposal(
         workers,
         ranges,
-        tuple(decode_s(shape, w.profile, r) for w, r in zip(workers, ranges, strict=True)),
+        tuple(w.decode_s(shape, r) for w, r in zip(workers, ranges, strict=True)),
         layout.forecast if candidates.known else None,
         explain.spares(layout, search, _explain_worker_limit(request)),
         explain.reasons(layout, search) if search else (explain.unknown(candidates),),

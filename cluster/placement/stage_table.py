@@ -31,9 +31,14 @@ Matrix: TypeAlias = npt.NDArray[np.float64]
 
 
 class StageTable:
-    """The bytes of every stage of ``shape``, computed once. ``seconds`` derives a worker's matrix from them."""
+    """The bytes of every stage of ``shape``, computed once. ``seconds`` derives a worker's matrix from them.
+
+    For workers that are groups there is one of a rank's parts for each number of ranks, made when it is first needed.
+    """
 
     def __init__(self, shape: ModelShape, sequences: int) -> None:
+        self._shape, self._sequences = shape, sequences
+        self._of_ranks: dict[int, StageTable] = {1: self}
         self.positions = (0, *shape.clean_cuts, shape.layers)
         self.fingerprint = shape.model.fingerprint
         cuts = np.array(self.positions)
@@ -64,6 +69,11 @@ class StageTable:
 
         They are those of ``decode_s`` for one row.
         """
+        if worker.ranks not in self._of_ranks:
+            self._of_ranks[worker.ranks] = StageTable(self._shape.of_rank(worker.ranks), self._sequences)
+        return self._of_ranks[worker.ranks]._seconds(worker, unbounded=unbounded)
+
+    def _seconds(self, worker: Candidate, *, unbounded: bool) -> Matrix:
         profile = worker.profile
         seconds = profile.step_s + self.launches * profile.layer_s + self.read / profile.bandwidth
         seconds = seconds * profile.correction(self.fingerprint)

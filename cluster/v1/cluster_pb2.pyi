@@ -421,6 +421,8 @@ class Stage(_message.Message):
     LINK_ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
     LINK_BANDWIDTH_FIELD_NUMBER: _builtins.int
     LINK_INTERFACE_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
@@ -456,6 +458,9 @@ class Stage(_message.Message):
     link_bandwidth: _builtins.float
     link_interface: _builtins.str
     """What carries it on the receiving Mac, such as `Thunderbolt Bridge (bridge0)`; empty if it is not known."""
+    ranks: _builtins.int
+    """How many workers share its layers as a group, with the same index, and which of them this is; 0 counts as 1."""
+    rank: _builtins.int
     def __init__(
         self,
         *,
@@ -479,10 +484,12 @@ class Stage(_message.Message):
         link_round_trip_ms: _builtins.float = ...,
         link_bandwidth: _builtins.float = ...,
         link_interface: _builtins.str = ...,
+        ranks: _builtins.int = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bubble_share", b"_bubble_share", "bubble_share", b"bubble_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble_share", b"_bubble_share", "active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "link_bandwidth", b"link_bandwidth", "link_interface", b"link_interface", "link_round_trip_ms", b"link_round_trip_ms", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble_share", b"_bubble_share", "active_seconds", b"active_seconds", "bubble_share", b"bubble_share", "busy_seconds", b"busy_seconds", "cache_bytes", b"cache_bytes", "end_layer", b"end_layer", "expected_ms", b"expected_ms", "index", b"index", "inlet", b"inlet", "link_bandwidth", b"link_bandwidth", "link_interface", b"link_interface", "link_round_trip_ms", b"link_round_trip_ms", "measured_frames", b"measured_frames", "measured_ms", b"measured_ms", "predicted_ms", b"predicted_ms", "prefix_bytes", b"prefix_bytes", "rank", b"rank", "ranks", b"ranks", "reserved_bytes", b"reserved_bytes", "start_layer", b"start_layer", "wasted_seconds", b"wasted_seconds", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bubble_share: _TypeAlias = _typing.Literal["bubble_share"]  # noqa: Y015
     _WhichOneofArgType__bubble_share: _TypeAlias = _typing.Literal["_bubble_share", b"_bubble_share"]  # noqa: Y015
@@ -1314,6 +1321,8 @@ class LoadModelRequest(_message.Message):
     QUANTIZE_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    INSECURE_LINKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """A folder, a bundled model's name, or a Hugging Face id, with @REVISION for another revision than main."""
     workers: _builtins.int
@@ -1354,6 +1363,14 @@ class LoadModelRequest(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFolder]:
         """Adapters to load with the model."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerGroup]:
+        """Workers that share the layers of a stage, each group as one stage."""
+
+    @_builtins.property
+    def insecure_links(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerGroup]:
+        """Groups whose links may be neither authenticated nor encrypted."""
+
     def __init__(
         self,
         *,
@@ -1375,14 +1392,38 @@ class LoadModelRequest(_message.Message):
         quantize: _builtins.int = ...,
         adapters: _abc.Iterable[Global___AdapterFolder] | None = ...,
         name: _builtins.str = ...,
+        groups: _abc.Iterable[Global___WorkerGroup] | None = ...,
+        insecure_links: _abc.Iterable[Global___WorkerGroup] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "adapters", b"adapters", "draft", b"draft", "inexact", b"inexact", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "name", b"name", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "adapters", b"adapters", "draft", b"draft", "groups", b"groups", "inexact", b"inexact", "insecure_links", b"insecure_links", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "max_step_ms", b"max_step_ms", "model", b"model", "name", b"name", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "speculation", b"speculation", "take_back", b"take_back", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
+
+@_typing.final
+class WorkerGroup(_message.Message):
+    """Workers by name. The first is rank 0."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerGroup: _TypeAlias = WorkerGroup  # noqa: Y015
 
 @_typing.final
 class PlanRequest(_message.Message):
@@ -1402,6 +1443,8 @@ class PlanRequest(_message.Message):
     ACCEPTANCE_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    INSECURE_LINKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     workers: _builtins.int
     layers: _builtins.str
@@ -1415,6 +1458,10 @@ class PlanRequest(_message.Message):
     quantize: _builtins.int
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterFolder]: ...
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerGroup]: ...
+    @_builtins.property
+    def insecure_links(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerGroup]: ...
     def __init__(
         self,
         *,
@@ -1430,10 +1477,12 @@ class PlanRequest(_message.Message):
         acceptance: _builtins.float = ...,
         quantize: _builtins.int = ...,
         adapters: _abc.Iterable[Global___AdapterFolder] | None = ...,
+        groups: _abc.Iterable[Global___WorkerGroup] | None = ...,
+        insecure_links: _abc.Iterable[Global___WorkerGroup] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "adapters", b"adapters", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "adapters", b"adapters", "groups", b"groups", "insecure_links", b"insecure_links", "kv_bits", b"kv_bits", "lanes", b"lanes", "layers", b"layers", "max_context", b"max_context", "model", b"model", "objective", b"objective", "prefill_chunk", b"prefill_chunk", "quantize", b"quantize", "route", b"route", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

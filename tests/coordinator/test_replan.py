@@ -8,12 +8,12 @@ import pytest
 
 from cluster.coordinator.loss_diagnosis import diagnose, find_hanging, is_excused, unservable, verdicts
 from cluster.coordinator.planner import make_plan
-from cluster.coordinator.replan import Assignment, reassign_layers, restore_plan
+from cluster.coordinator.replan import Assignment, holds, reassign_layers, restore_plan
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit, NoWorkers, WorkerLost
 from cluster.core.limits import MIB
-from cluster.core.plan import LayerRange, ModelRef, ModelShape, Plan, Profile
+from cluster.core.plan import LayerRange, ModelRef, ModelShape, Plan, Profile, RankSizes
 from cluster.core.worker import WorkerInfo
 
 MODEL = ModelRef("m", "", "f" * 64)
@@ -167,3 +167,38 @@ def test_the_first_plan_comes_back_once_all_its_workers_are_steady() -> None:
     assert back
     assert [(s.worker, str(s.layers)) for s in back.plan.stages] == [("ada", "0-1"), ("bob", "2-3"), ("cyd", "4-5")]
     assert back.plan.epoch == EPOCH + 2
+
+
+HALF = RankSizes(2, (5 * MIB,) * 6, (MIB // 2,) * 6, ())
+SHARED = replace(SHAPE, rank_sizes=(HALF,))
+PAIRS = LoadOrder("m", groups=(("ada", "bob"), ("cyd", "dee")))
+FOUR = tuple(worker(name, data_address="127.0.0.1:2") for name in ("ada", "bob", "cyd", "dee"))
+
+
+def seats(*workers: WorkerInfo, order: LoadOrder = PAIRS, **problems: str) -> list[tuple[str, str, int]]:
+    """Who holds what, and as which of how many ranks, after the loss of some of two pairs."""
+    plan = make_plan(EPOCH, SHARED, FOUR, order)
+    found = reassign_layers(EPOCH + 1, plan, SHARED, order, members(*workers, **problems))
+    assert [w.name for w in found.workers] == [s.worker for s in found.plan.stages]
+    return [(s.worker, str(s.layers), s.spec.ranks) for s in found.plan.stages]
+
+
+def test_a_group_is_built_again_over_a_spare_or_dissolved() -> None:
+    whole = [("ada", "0-2", 2), ("bob", "0-2", 2), ("cyd", "3-5", 2), ("dee", "3-5", 2)]
+    assert seats(*FOUR) == whole
+    eve = worker("eve", data_address="127.0.0.1:2")
+    assert seats(*FOUR, eve, bob="gone") == [("ada", "0-2", 2), ("eve", "0-2", 2), *whole[2:]]
+    left = seats(*FOUR, bob="gone")
+    assert {name for name, _, _ in left} == {"ada", "cyd", "dee"}
+    assert [ranks for name, _, ranks in left] == [1 if name == "ada" else 2 for name, _, _ in left]
+    assert seats(*FOUR, bob="gone", dee="gone") == [("ada", "0-2", 1), ("cyd", "3-5", 1)]
+
+
+def test_a_rank_never_counts_as_loaded() -> None:
+    """MLX's groups are for the life of a process, so that each epoch loads new ones."""
+    plan = make_plan(EPOCH, SHARED, FOUR, PAIRS)
+    rank = holding("ada", 0, 3, ranks=2)
+    assert not holds(rank, plan.stages[0])
+    whole = make_plan(EPOCH, SHARED, FOUR[:2], LoadOrder("m", worker_count=2))
+    assert not holds(rank, whole.stages[0])
+    assert holds(holding("ada", 0, 3), whole.stages[0])

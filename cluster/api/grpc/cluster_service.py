@@ -17,6 +17,7 @@ from cluster.api.grpc.training_stream import train
 from cluster.codec.cluster_state import encode_adapter, encode_cluster_state
 from cluster.codec.examination import encode_examination
 from cluster.codec.plan import (
+    decode_groups,
     decode_objective,
     decode_route,
     decode_speculation,
@@ -241,6 +242,8 @@ def _load_order(r: pb.LoadModelRequest | pb.PlanRequest, first: LoadOrder) -> Lo
         draft=r.draft if isinstance(r, pb.LoadModelRequest) else "",
         adapters=_adapters(r.adapters),
         exact=not (isinstance(r, pb.LoadModelRequest) and r.inexact),
+        groups=decode_groups(r.groups, "group"),
+        insecure_links=decode_groups(r.insecure_links, "insecure-links"),
     )
 
 
