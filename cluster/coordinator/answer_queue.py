@@ -8,35 +8,35 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 
+from cluster.coordinator.event_gate import AnswerEvent, EventGate, EventReader, deliver_events
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import MAX_UNREAD_EVENTS
-from cluster.core.request import Accepted, FinishEvent, PromptLogprobs, SkippedText, TokenEvent
-
-Event = Accepted | PromptLogprobs | SkippedText | TokenEvent | FinishEvent
+from cluster.core.request import FinishEvent, PromptLogprobs, SkippedText, TokenEvent
 
 
 class EventBatch:
     """Collects the events of one thread until ``deliver``.
 
-    Events are delivered together because waking an event loop costs more than all other work for a token.
+    Events are delivered together because waking an event loop costs more than all other work for a token. A ``gate``
+    holds them until their records are stored elsewhere, too.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[asyncio.AbstractEventLoop, dict[AnswerQueue, list[Event | MacpipeError]]] = {}
+        self.gate: EventGate | None = None
+        self._waiting: dict[asyncio.AbstractEventLoop, dict[EventReader, list[AnswerEvent | MacpipeError]]] = {}
 
-    def put(self, loop: asyncio.AbstractEventLoop, queue: AnswerQueue, *events: Event | MacpipeError) -> None:
+    def put(self, loop: asyncio.AbstractEventLoop, queue: EventReader, *events: AnswerEvent | MacpipeError) -> None:
         self._waiting.setdefault(loop, {}).setdefault(queue, []).extend(events)
 
     def deliver(self) -> None:
         """Deliver all collected events to their queues, in one step for each queue."""
         waiting = self._waiting
         self._waiting = {}
+        deliver = self.gate.deliver if self.gate else deliver_events
         for loop, events in waiting.items():
-            with suppress(RuntimeError):  # a closed loop has no readers
-                loop.call_soon_threadsafe(_hand_over, events)
+            deliver(loop, events)
 
 
 class AnswerQueue:
@@ -52,7 +52,7 @@ class AnswerQueue:
         """Whether nobody reads it any more."""
         self._samples = self._unfinished = samples
         self._post, self._loop = post, asyncio.get_running_loop()
-        self._events = deque[Event | MacpipeError]()
+        self._events = deque[AnswerEvent | MacpipeError]()
         self._arrived = asyncio.Event()
         self._written = self._read = self._uncounted = 0
 
@@ -70,9 +70,12 @@ class AnswerQueue:
 
     def fail(self, error: MacpipeError) -> None:
         """End the answer with an error, on the reader's event loop. No other thread may write the queue any more."""
-        self.receive([error])
+        if self._post.gate:
+            self._post.gate.deliver(self._loop, {self: [error]})  # behind the events that it holds
+        else:
+            self.receive([error])
 
-    def put(self, event: Event | MacpipeError) -> bool:
+    def put(self, event: AnswerEvent | MacpipeError) -> bool:
         """Send an event to the reader. Return False, and drop a token, if the reader is too far behind."""
         unread = self._written - max(self._read, self._uncounted)
         if isinstance(event, TokenEvent) and unread >= self._samples * MAX_UNREAD_EVENTS:
@@ -88,11 +91,11 @@ class AnswerQueue:
         self._put(*events)
         self._uncounted = self._written
 
-    def _put(self, *events: Event | MacpipeError) -> None:
+    def _put(self, *events: AnswerEvent | MacpipeError) -> None:
         self._written += len(events)
         self._post.put(self._loop, self, *events)
 
-    def receive(self, events: list[Event | MacpipeError]) -> None:
+    def receive(self, events: Sequence[AnswerEvent | MacpipeError]) -> None:
         """Take delivered events, on the reader's event loop."""
         self._events.extend(events)
         self._arrived.set()
@@ -100,7 +103,7 @@ class AnswerQueue:
     def __aiter__(self) -> AnswerQueue:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> AnswerEvent:
         """Return the next event, up to the last ``FinishEvent``. Raises the error if one ended the request.
 
         The event loop runs before each event: thousands may be there already, and each costs its reader up to 0.2 ms.
@@ -117,8 +120,3 @@ class AnswerQueue:
             raise event
         self._unfinished -= isinstance(event, FinishEvent)
         return event
-
-
-def _hand_over(waiting: Mapping[AnswerQueue, list[Event | MacpipeError]]) -> None:
-    for queue, events in waiting.items():
-        queue.receive(events)

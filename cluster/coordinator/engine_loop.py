@@ -141,7 +141,7 @@ class EngineLoop:
 
     def _hand_over(self, ids: Collection[str] | None) -> list[MovedRequest]:
         moved = self.answers.hand_over(ids)
-        self.post.deliver()
+        self._deliver()
         return moved
 
     def take_over(self, moved: Sequence[MovedRequest]) -> Future[list[MovedRequest]]:
@@ -261,8 +261,16 @@ class EngineLoop:
         except Exception as e:  # top of the thread: requests must end with an error, not wait for ever
             log.exception("engine loop: job failed")
             self._suspect(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
-        self.post.deliver()
-        self.answers.flush_journal()  # after delivery, so that a slow disk does not delay readers
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Send events to their readers, and records to the journal: first, if events wait until these are stored."""
+        if self.post.gate:
+            self.answers.flush_journal()
+            self.post.deliver()
+        else:
+            self.post.deliver()
+            self.answers.flush_journal()  # last, so that a slow disk does not delay readers
 
     def _wait_s(self) -> float | None:
         """Return the seconds until a frame, a request or a grammar is overdue or asked for; None if none ever is."""

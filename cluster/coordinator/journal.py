@@ -92,8 +92,20 @@ class AnswerRecorder(Protocol):
         """Write the records since the last flush, or have them written."""
 
 
+class JournalCopies(Protocol):
+    """Takes what is written to a journal, to have it stored on other machines. Called on the journal's thread."""
+
+    def append(self, records: bytes) -> None:
+        """Take records that follow those before them."""
+
+    def replace(self, content: bytes) -> None:
+        """Take a whole journal in place of all records before it."""
+
+
 class Journal:
     """The journal of one coordinator, in ``path``. One thread alone writes to it (see ``JournalWriter``).
+
+    ``copies`` gets every record, also while the file cannot be written.
 
     No method raises on a disk error. Instead the journal switches off: ``problem`` says why, requests are still
     answered, and the file keeps every record up to the last complete one. Every ``JOURNAL_RETRY_S`` the journal tries
@@ -117,9 +129,13 @@ class Journal:
         self._records = {i: _pack_opened(k) for i, k in self._previous.items()}
         self._needed = sum(map(len, self._records.values()))
         """Maximum size of a rewritten file in bytes. Counted as records come and go: there may be many."""
+        self.copies: JournalCopies | None = None
+        self._copied = 0
+        """Size of the largest copy in bytes."""
         self._pending: list[bytes] = []
         self._file, self._size = -1, 0
         self._synced = self._retry_at = 0.0
+        self._is_unsynced = False
         self._noted_live_at = clock()
         self._rewrite()
 
@@ -184,21 +200,56 @@ class Journal:
         return kept if kept and kept.answerer.loop == loop else None
 
     def flush(self) -> None:
-        """Write the records since the last flush.
+        """Write the records since the last flush. They survive a crash of this process; see ``sync``.
 
-        Call it after the readers have their tokens, so that they do not wait for the disk.
+        Unless there are copies, call it after the readers have their tokens, so that they do not wait for the disk.
         """
+        if self._pending and self._clock() - self._noted_live_at >= JOURNAL_LIVE_S:
+            self._pending.append(self._pack_still_live())
+        records = b"".join(self._pending)
+        self._pending.clear()
+        if records and self.copies:
+            self._copy(records, self.copies)
         if self.problem:
             if self._monotonic() >= self._retry_at:
                 self._rewrite()
-        elif self._has_much_to_drop() and self._monotonic() >= self._retry_at:
-            self._compact()
-        elif self._pending:
-            self._append()
+        elif self._has_much_to_drop(self._size) and self._monotonic() >= self._retry_at:
+            self._compact(records)
+        elif records:
+            self._append(records)
+
+    def sync(self) -> None:
+        """Flush what was written to the disk if that is due."""
+        now = self._monotonic()
+        due = self._fsync is Fsync.ALWAYS or (self._fsync is Fsync.SECOND and now - self._synced >= JOURNAL_FSYNC_S)
+        if not due or not self._is_unsynced or self.problem:
+            return
+        try:
+            os.fsync(self._file)
+        except OSError as e:
+            self._switch_off(e)
+        else:
+            self._synced, self._is_unsynced = now, False
+
+    def copy(self, take: Callable[[bytes], None]) -> None:
+        """Give the whole journal to ``take``. What ``copies`` gets from then on follows it."""
+        self.flush()
+        content = self._content()
+        self._copied = max(self._copied, len(content))
+        take(content)
+
+    def _copy(self, records: bytes, copies: JournalCopies) -> None:
+        copies.append(records)
+        self._copied += len(records)
+        if self._has_much_to_drop(self._copied):
+            content = self._content()
+            self._copied = len(content)
+            copies.replace(content)
 
     def close(self) -> None:
         """Write the remaining records and close the file."""
         self.flush()
+        self.sync()
         self._close_file()
 
     def _forget(self, request_id: str) -> None:
@@ -208,21 +259,14 @@ class Journal:
         self._needed -= len(self._records.pop(request_id, b""))
 
     def _record(self, record: bytes) -> None:
-        if not self.problem:  # while off, nothing is pending: the next rewrite contains all live requests
+        if not self.problem or self.copies:  # while off, the next rewrite contains all live requests
             self._pending.append(record)
 
-    def _append(self) -> None:
-        if self._clock() - self._noted_live_at >= JOURNAL_LIVE_S:
-            self._pending.append(self._pack_still_live())
-        records = b"".join(self._pending)
-        self._pending.clear()
+    def _append(self, records: bytes) -> None:
         try:
             write_all(self._file, records)
-            now = self._monotonic()
-            if self._fsync is Fsync.ALWAYS or (self._fsync is Fsync.SECOND and now - self._synced >= JOURNAL_FSYNC_S):
-                os.fsync(self._file)
-                self._synced = now
             self._size += len(records)
+            self._is_unsynced = True
         except OSError as e:
             with suppress(OSError):  # if this fails too, the checksum shows that the last record is incomplete
                 os.ftruncate(self._file, self._size)
@@ -238,10 +282,10 @@ class Journal:
             kept.at = self._noted_live_at
         return pack_record(_STILL_LIVE, "", self._noted_live_at, list(self._live)) if self._live else b""
 
-    def _has_much_to_drop(self) -> bool:
-        return self._size > JOURNAL_BYTES and self._size - self._needed > JOURNAL_BYTES // 8
+    def _has_much_to_drop(self, size: int) -> bool:
+        return size > JOURNAL_BYTES and size - self._needed > JOURNAL_BYTES // 8
 
-    def _compact(self) -> None:
+    def _compact(self, records: bytes) -> None:
         """Replace the file, or go on with the old one: a disk may have room for records but not for a second file."""
         try:
             self._replace()
@@ -251,7 +295,8 @@ class Journal:
                 return
             log.warning("journal: cannot compact file reason=%s path=%s", e.strerror or type(e).__name__, self._path)
             self._retry_at = self._monotonic() + JOURNAL_RETRY_S
-            self._append()
+            if records:
+                self._append(records)
         else:
             self._switch_on()
 
@@ -269,12 +314,16 @@ class Journal:
         for request_id in [i for i, kept in self._previous.items() if self._is_expired(kept)]:
             self._forget(request_id)
         make_private_folder(self._path.parent)
-        answers = (pack_record(_ALL_TOKENS, i, kept.tokens) for i, kept in self._live.items())
-        content = b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
+        content = self._content()
         # always the same name, since a crash leaves the file, and it contains answers
         file = replace_and_open(self._path, content, self._path.with_suffix(".new"))
         self._close_file()
-        self._file, self._size = file, len(content)
+        self._file, self._size, self._is_unsynced = file, len(content), False
+
+    def _content(self) -> bytes:
+        """Return a journal that holds only live requests."""
+        answers = (pack_record(_ALL_TOKENS, i, kept.tokens) for i, kept in self._live.items())
+        return b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
 
     def _switch_off(self, error: OSError) -> None:
         why = error.strerror or type(error).__name__
@@ -285,13 +334,11 @@ class Journal:
             f" if the coordinator ends now; the journal is retried every {JOURNAL_RETRY_S:.0f} s"
         )
         self._retry_at = self._monotonic() + JOURNAL_RETRY_S
-        self._pending.clear()
 
     def _switch_on(self) -> None:
         if self.problem:
             log.warning("journal: switched on again path=%s live=%d", self._path, len(self._live))
         self.problem = ""
-        self._pending.clear()
 
     def _close_file(self) -> None:
         if self._file >= 0:

@@ -8,14 +8,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
-from cluster.coordinator.journal import Answerer, AnswerTokens, Journal, JournaledRequest
+from cluster.coordinator.event_gate import EventGate
+from cluster.coordinator.journal import Answerer, AnswerTokens, Journal, JournalCopies, JournaledRequest
 from cluster.core.journal_limits import JOURNAL_BATCHES, JOURNAL_RETRY_S
 from cluster.core.limits import LOOP_STOP_S
 from cluster.core.request import Request
 
-__all__ = ["JournalWriter", "LoopJournal"]
+__all__ = ["JournalReplication", "JournalWriter", "LoopJournal"]
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,36 @@ _TOO_SLOW: Final = (
 )
 
 
-class JournalWriter:
-    """Gives each engine loop its own part of one ``Journal``, and writes what they record."""
+class JournalReplication(JournalCopies, Protocol):
+    """Has the journal stored on other machines. Called on the journal's thread."""
 
-    def __init__(self, journal: Journal, most_batches: int = JOURNAL_BATCHES) -> None:
+    def written(self, number: int, problem: str) -> None:
+        """Take note that all batches up to ``number`` are written here, or why they are not.
+
+        Their records were given to ``append`` before.
+        """
+
+
+class JournalWriter:
+    """Gives each engine loop its own part of one ``Journal``, and writes what they record.
+
+    If they have a ``gate``, their events wait there until ``replication`` has stored what they recorded before.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        most_batches: int = JOURNAL_BATCHES,
+        replication: JournalReplication | None = None,
+        gated: bool = False,
+    ) -> None:
         self._journal = journal
+        self._replication = journal.copies = replication
+        self.gate = EventGate(lambda: self._queued) if gated else None
+        self._numbering = threading.Lock()
+        self._queued = self._applied = 0
+        """Numbers of the last batch that was queued, and of the last one that is in the journal."""
+        self._frozen = False
         self._batches: queue.Queue[list[_Record] | None] = queue.Queue(most_batches)
         self._loops = itertools.count(1)
         self._dropped_at = -JOURNAL_RETRY_S
@@ -50,18 +76,35 @@ class JournalWriter:
 
     def open_loop(self, deployment: str, fingerprint: str) -> LoopJournal:
         """Return the recorder of an engine loop that serves this model for this deployment."""
-        if self._thread.ident is None:
-            self._thread.start()
+        self._start()
         return LoopJournal(self, Answerer(deployment, fingerprint, next(self._loops)))
 
     def queue(self, batch: list[_Record]) -> bool:
         """Queue records. Return False, and drop them, if the disk does not keep up. Any thread may call this."""
         try:
-            self._batches.put_nowait(batch)
+            with self._numbering:
+                self._batches.put_nowait(batch)
+                self._queued += 1
         except queue.Full:
             self._dropped_at = time.monotonic()
             return False
         return True
+
+    def copy(self, take: Callable[[bytes], None]) -> bool:
+        """Have the whole journal given to ``take``, on the journal's thread. Return False if its disk is behind."""
+        self._start()
+        return self.queue([lambda journal: journal.copy(take)])
+
+    def freeze(self) -> None:
+        """Record nothing any more: live requests are to be resumed from what is recorded by now."""
+        self.queue([lambda _: self._freeze()])
+
+    def _freeze(self) -> None:
+        self._frozen = True
+
+    def _start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
 
     def close(self) -> None:
         """Write what is queued, within ``LOOP_STOP_S``. Call it after the engine loops have ended."""
@@ -88,9 +131,13 @@ class JournalWriter:
                 self._journal.close()
                 return
             self._journal.flush()
+            if self._replication:
+                self._replication.written(self._applied, self._journal.problem)
+            self._journal.sync()
 
     def _apply(self, batch: list[_Record]) -> None:
-        for record in batch:
+        self._applied += 1
+        for record in batch if not self._frozen else ():
             try:
                 record(self._journal)
             except Exception:  # top of the thread: other requests are still to be recorded

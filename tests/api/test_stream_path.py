@@ -25,7 +25,8 @@ from cluster.api.http.app import application
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.api.requests import Conversation
-from cluster.coordinator.answer_queue import AnswerQueue, Event, EventBatch
+from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
+from cluster.coordinator.event_gate import AnswerEvent
 from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.on_demand import HeldModel
@@ -50,7 +51,7 @@ class WatchedQueue(AnswerQueue):
     accepted = False
     depth = 0
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> AnswerEvent:
         frame = sys._getframe()
         generators = 0
         while frame := frame.f_back:  # type: ignore[assignment]  # None at the end

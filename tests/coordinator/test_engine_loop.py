@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from answering import Generation
-from cluster.coordinator.answer_queue import AnswerQueue, Event
+from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.coordinator.engine_loop import EngineLoop
+from cluster.coordinator.event_gate import AnswerEvent
 from cluster.coordinator.journal import Journal
 from cluster.coordinator.ring import Ring, RingStage
 from cluster.core.errors import (
@@ -204,7 +205,7 @@ async def read(answer: AnswerQueue) -> tuple[list[int], str, FinishEvent]:
     raise AssertionError("an answer without an end")
 
 
-async def collect(answer: AnswerQueue, into: list[Event]) -> None:
+async def collect(answer: AnswerQueue, into: list[AnswerEvent]) -> None:
     async for event in answer:
         into.append(event)
 
@@ -250,7 +251,7 @@ def test_a_client_that_does_not_read_loses_its_answer_and_slows_nobody() -> None
         for i in range(20):
             assert (await read(bench.ask(f"awake{i}", first=10 * i)))[2].reason is FinishReason.LENGTH
         await bench.emptied()
-        said: list[Event] = []
+        said: list[AnswerEvent] = []
         with pytest.raises(SlowReader, match="reads its tokens too slowly"):
             await asyncio.wait_for(collect(asleep, said), 5)
         assert 1000 < len(said) <= MAX_UNREAD_EVENTS
@@ -512,7 +513,7 @@ def test_a_deadline_is_kept_while_other_work_never_ends() -> None:
         answer = AnswerQueue(bench.loop.post)
         due = time.monotonic() + 0.2
         bench.loop.submit(Request("late", (1,), SamplingParams(), 500_000, deadline=due), answer)
-        said: list[Event] = []
+        said: list[AnswerEvent] = []
         try:
             with pytest.raises(DeadlineExceeded, match="deadline of request late"):
                 await asyncio.wait_for(collect(answer, said), 20)
@@ -540,7 +541,7 @@ def test_an_answer_goes_on_however_much_of_it_was_said_before(said: int, skip: i
         answer = AnswerQueue(bench.loop.post)
         request = Request("a", (1,), SamplingParams(), said + 3)
         bench.loop.submit(request, answer, (tuple(range(2, said + 2)),), (KnownTokens(skip),))
-        events: list[Event] = []
+        events: list[AnswerEvent] = []
         await asyncio.wait_for(collect(answer, events), 10)
         assert [e.token for e in events if isinstance(e, TokenEvent)] == list(range(skip + 2, said + 5))
 

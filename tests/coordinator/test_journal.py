@@ -358,6 +358,7 @@ def test_records_of_a_failed_sync_are_written_again(tmp_path: Path, failing_disk
     failing_disk.fsync_fails = True
     kept.record_token("a", 7)
     kept.flush()
+    kept.sync()
     assert "Input/output error" in kept.problem
     failing_disk.fsync_fails = False
     now[0] += JOURNAL_RETRY_S
@@ -489,3 +490,55 @@ def test_a_rewritten_file_holds_what_live_requests_have_said_and_resumed(
         "samples": [list(range(0, 400, 2)), list(range(1, 400, 2))],
         "resumed": [[1, 2, *range(400)]],
     }
+
+
+class Copy:
+    """A journal on another machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.wholes = 0
+
+    def append(self, records: bytes) -> None:
+        with self.path.open("ab") as file:
+            file.write(records)
+
+    def replace(self, content: bytes) -> None:
+        self.wholes += 1
+        self.path.write_bytes(content)
+
+
+def test_a_copy_has_what_the_journal_has_also_while_its_own_disk_fails(
+    tmp_path: Path, failing_disk: FailingDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, copy = tmp_path / "j", Copy(tmp_path / "copy")
+    first = Journal(path)
+    first.record_opened(request("before"), ())
+    first.record_token("before", 6)
+    first.close()
+    now = [0.0]
+    kept = Journal(path, monotonic=lambda: now[0])
+    kept.copies = copy
+    kept.record_opened(request("a"), ())
+    kept.record_token("a", 7)
+    kept.copy(copy.replace)
+    kept.record_token("a", 8)
+    kept.flush()
+    assert resumable(copy.path, "before", "a") == {"before": [[6]], "a": [[7, 8]]}
+    failing_disk.room = 0
+    for token in (9, 10):
+        kept.record_token("a", token)
+        kept.flush()
+    kept.record_opened(request("b"), ())
+    kept.flush()
+    assert kept.problem
+    assert resumable(copy.path, "a", "b") == {"a": [[7, 8, 9, 10]], "b": [[]]}
+    monkeypatch.setattr(journal_module, "JOURNAL_BYTES", 8000)
+    for token in range(1000):
+        kept.record_token("b", token)
+        kept.record_opened(request("c"), ())
+        kept.record_ended("c")
+        kept.flush()
+    assert copy.wholes > 2
+    assert copy.path.stat().st_size < 20_000
+    assert resumable(copy.path, "b") == {"b": [list(range(1000))]}
