@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Final
 
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, Replicate, StandbyState
+from cluster.core.leadership import (
+    CoordinatorName,
+    CoordinatorRole,
+    LeaderClaim,
+    LeadershipState,
+    Replicate,
+    StandbyState,
+)
 from cluster.v1 import cluster_pb2 as pb
+from cluster.v1 import leader_pb2
 
-__all__ = ["decode_coordinator", "decode_leadership", "encode_coordinator", "encode_leadership"]
+__all__ = [
+    "decode_claim",
+    "decode_coordinator",
+    "decode_leadership",
+    "encode_coordinator",
+    "encode_leadership",
+    "encode_leads_request",
+    "encode_leads_response",
+]
 
 _ROLES: Final = {
     CoordinatorRole.LEADER: pb.Leadership.ROLE_LEADER,
@@ -57,6 +73,32 @@ def encode_coordinator(name: CoordinatorName) -> pb.Leadership.Coordinator:
 def decode_coordinator(message: pb.Leadership.Coordinator) -> CoordinatorName:
     """Decode a coordinator's name and addresses."""
     return CoordinatorName(message.name, message.instance, tuple(message.addresses), tuple(message.http))
+
+
+def encode_leads_request(claim: LeaderClaim) -> leader_pb2.LeadsRequest:
+    """Encode what a coordinator tells another; who leads is asked, not told, unless it does itself."""
+    return leader_pb2.LeadsRequest(
+        coordinator=encode_coordinator(claim.coordinator), role=_ROLES[claim.role], term=claim.term
+    )
+
+
+def encode_leads_response(claim: LeaderClaim) -> leader_pb2.LeadsResponse:
+    """Encode what a coordinator answers."""
+    return leader_pb2.LeadsResponse(
+        coordinator=encode_coordinator(claim.coordinator),
+        role=_ROLES[claim.role],
+        term=claim.term,
+        leader=encode_coordinator(claim.leader) if claim.leader else None,
+    )
+
+
+def decode_claim(message: leader_pb2.LeadsRequest | leader_pb2.LeadsResponse) -> LeaderClaim:
+    """Decode what a coordinator tells."""
+    leader = None
+    if isinstance(message, leader_pb2.LeadsResponse) and message.HasField("leader"):
+        leader = decode_coordinator(message.leader)
+    role = _ROLE_OF.get(message.role, CoordinatorRole.UNKNOWN)
+    return LeaderClaim(decode_coordinator(message.coordinator), role, message.term, leader)
 
 
 def _encode_standby(standby: StandbyState) -> pb.Leadership.Standby:

@@ -62,3 +62,16 @@ class LeadershipState:
     replicate: Replicate | None = None
     standbys: tuple[StandbyState, ...] = ()
     others: tuple[CoordinatorName, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderClaim:
+    """What one coordinator tells another: what it is, and who leads as far as it knows.
+
+    ``term`` is that by which it leads, or the one of its leader; 0 if there is none. ``leader`` is itself if it leads.
+    """
+
+    coordinator: CoordinatorName
+    role: CoordinatorRole
+    term: int = 0
+    leader: CoordinatorName | None = None

@@ -22,6 +22,7 @@ from cluster.codec.examination import (
     encode_examination,
     encode_results,
 )
+from cluster.codec.leadership import decode_claim, encode_leads_request, encode_leads_response
 from cluster.codec.plan import decode_plan, decode_progress, encode_plan, encode_progress
 from cluster.codec.request_trace import decode_trace, encode_trace
 from cluster.codec.stored_models import (
@@ -36,6 +37,7 @@ from cluster.codec.worker_info import decode_info, encode_info
 from cluster.core.cluster_state import ClusterState, EventKind, ModelPlan, RequestState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, WorkerLost
 from cluster.core.examination import CheckResult, Finding, MacExamination, Severity
+from cluster.core.leadership import CoordinatorRole, LeaderClaim
 from cluster.core.limits import MAX_FACT_CHARS, MAX_LAG_S
 from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.plan import LayerRange, LoadProgress
@@ -44,7 +46,7 @@ from cluster.core.request_trace import RequestTrace
 from cluster.core.stored_models import MacStore, StoredModel, StoreRemoval
 from cluster.core.text import parse_address
 from cluster.core.worker import WorkerInfo
-from cluster.v1 import cluster_pb2, inference_pb2, worker_pb2
+from cluster.v1 import cluster_pb2, inference_pb2, leader_pb2, worker_pb2
 
 T = TypeVar("T")
 
@@ -108,6 +110,17 @@ def test_a_coordinator_tells_its_clients_everything() -> None:
     token = replace(sample(TokenEvent), state=b"")  # only HTTP embeds
     assert decode_token(encode_token(token)) == token
     assert decode_token(encode_token(replace(token, logprob=None))).logprob is None
+
+
+def test_coordinators_tell_each_other_everything() -> None:
+    claim = sample(LeaderClaim)
+    answer = leader_pb2.LeadsResponse.FromString(encode_leads_response(claim).SerializeToString())
+    assert decode_claim(answer) == claim
+    assert decode_claim(encode_leads_response(replace(claim, leader=None))).leader is None
+    asked = leader_pb2.LeadsRequest.FromString(encode_leads_request(claim).SerializeToString())
+    assert decode_claim(asked) == replace(claim, leader=None)
+    asked.role = 99  # type: ignore[assignment]
+    assert decode_claim(asked).role is CoordinatorRole.UNKNOWN
 
 
 def test_every_state_survives_and_an_unknown_one_is_unknown() -> None:

@@ -1,0 +1,166 @@
+"""Know the other coordinators of a cluster: where they are, and which of them leads.
+
+Each tells the others what it is. A leader that hears of a higher term from one of them has been replaced. That is why
+only coordinators of the cluster may tell it: ``hear`` must be called for authenticated ones alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from cluster.core.errors import MacpipeError
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim
+from cluster.core.limits import GONE_S, MAX_FACT_CHARS
+from cluster.platform.json_file import read_json, write_json
+
+__all__ = ["MAX_COORDINATORS", "AskCoordinator", "OtherCoordinators"]
+
+log = logging.getLogger(__name__)
+
+MAX_COORDINATORS: Final = 16
+"""Most other coordinators that are remembered, and asked."""
+MAX_ADDRESSES: Final = 8
+"""Most addresses of one coordinator that are believed."""
+_MOST_HOPS: Final = 3
+"""How often those that are named are asked in turn."""
+_MAX_FILE_BYTES: Final = 64 * 1024
+AskCoordinator: TypeAlias = Callable[[str, LeaderClaim], Awaitable[LeaderClaim]]
+"""Tells the coordinator at an address a claim, and returns its own. Raises ``MacpipeError``."""
+
+
+class OtherCoordinators:
+    """The coordinators beside ``me``. ``file`` keeps their addresses across restarts; None keeps them in memory.
+
+    ``ask`` calls one of them.
+    """
+
+    def __init__(self, me: CoordinatorName, ask: AskCoordinator, file: Path | None = None) -> None:
+        self.me, self._ask, self._file = me, ask, file
+        self.role = CoordinatorRole.STANDBY
+        self.term = 0
+        """The highest term of a leader that this process knows; its own while it leads."""
+        self.leader: CoordinatorName | None = None
+        """Who leads by that term; None if nobody is known to."""
+        self.changed = asyncio.Event()
+        """Set when somebody leads, or is said to. The waiter clears it."""
+        self.others: dict[str, LeaderClaim] = {}
+        """What other leaders of a lower term said last, by their process."""
+        self._known = _read(file)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The gRPC addresses of all known coordinators, the last heard ones first."""
+        return tuple(address for name in reversed(self._known.values()) for address in name.addresses)
+
+    @property
+    def claim(self) -> LeaderClaim:
+        """What this process tells others."""
+        return LeaderClaim(self.me, self.role, self.term, self.leader)
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether this process led, and another one leads by a higher term."""
+        return self.role is CoordinatorRole.LEADER and self.leader is not None and not self._is_me(self.leader)
+
+    def lead(self, term: int) -> None:
+        """Lead by this term from now on, 0 before the first; unless another one leads by a higher term."""
+        self.role = CoordinatorRole.LEADER
+        if self.leader is None or self._is_me(self.leader) or term > self.term:
+            self.term, self.leader = term, self.me
+
+    def stand_by(self) -> None:
+        """Lead no more."""
+        self.role = CoordinatorRole.STANDBY
+        self.lose(self.me)
+
+    def lose(self, leader: CoordinatorName) -> None:
+        """Note that this one does not lead any more."""
+        if self.leader and self.leader.instance == leader.instance:
+            self.leader = None
+
+    def hear(self, claim: LeaderClaim) -> LeaderClaim:
+        """Take what an authenticated coordinator says. Return what this process says."""
+        if self._is_me(claim.coordinator):
+            return self.claim
+        self.remember([claim.coordinator])
+        if claim.role is CoordinatorRole.LEADER:
+            self._hear_leader(claim)
+        else:
+            self.others.pop(claim.coordinator.instance, None)
+            self.lose(claim.coordinator)
+        return self.claim
+
+    def _hear_leader(self, claim: LeaderClaim) -> None:
+        instance = claim.coordinator.instance
+        self.others.pop(instance, None)
+        if claim.term > self.term or (self.leader is None and claim.term >= self.term):
+            log.info("leader: %s leads term=%d", claim.coordinator.name, claim.term)
+            self.term, self.leader = claim.term, claim.coordinator
+            self.changed.set()
+        elif self.leader and self.leader.instance != instance:
+            self.others[instance] = claim
+            self.others = dict([*self.others.items()][-MAX_COORDINATORS:])
+
+    def remember(self, found: Iterable[CoordinatorName]) -> None:
+        """Remember where coordinators are. The ones that were not heard for the longest time are forgotten first."""
+        before = dict(self._known)
+        for one in found:
+            if one.addresses and one.name and not self._is_me(one):
+                self._known.pop(one.name[:MAX_FACT_CHARS], None)
+                kept = replace(one, instance="", addresses=one.addresses[:MAX_ADDRESSES], http=one.http[:MAX_ADDRESSES])
+                self._known[one.name[:MAX_FACT_CHARS]] = kept
+        self._known = dict([*self._known.items()][-MAX_COORDINATORS:])
+        if self._file and {*self._known.values()} != {*before.values()}:
+            _write(self._file, [*self._known.values()])
+
+    async def ask(self, address: str) -> LeaderClaim | None:
+        """Exchange claims with the coordinator at an address. Return its claim; None if it does not answer."""
+        try:
+            async with asyncio.timeout(GONE_S):
+                claim = await self._ask(address, self.claim)
+        except (MacpipeError, TimeoutError):
+            return None
+        self.hear(claim)
+        return claim
+
+    async def find_leader(self, addresses: Iterable[str]) -> CoordinatorName | None:
+        """Ask those at these addresses, and those that they name, who leads. Return who does; None if nobody does.
+
+        One that is only named is asked itself: who named it may not know yet that it is gone.
+        """
+        asked = set[str]()
+        found = list[LeaderClaim]()
+        coming = [*dict.fromkeys(addresses)][:MAX_COORDINATORS]
+        for _ in range(_MOST_HOPS):
+            asked.update(coming)
+            claims = [claim for claim in await asyncio.gather(*map(self.ask, coming)) if claim]
+            found += [claim for claim in claims if claim.role is CoordinatorRole.LEADER]
+            named = [address for claim in claims if claim.leader for address in claim.leader.addresses[:MAX_ADDRESSES]]
+            coming = [address for address in dict.fromkeys(named) if address not in asked][:MAX_COORDINATORS]
+        leading = [claim for claim in found if not self._is_me(claim.coordinator)]
+        return max(leading, key=lambda claim: claim.term).coordinator if leading else None
+
+    def _is_me(self, name: CoordinatorName) -> bool:
+        return name.instance == self.me.instance
+
+
+def _read(file: Path | None) -> dict[str, CoordinatorName]:
+    """Return the coordinators in the file, by name. A file that is missing or damaged names none."""
+    try:
+        content = read_json(file, _MAX_FILE_BYTES) if file else []
+        found = [CoordinatorName(str(one["name"]), "", tuple(map(str, one["addresses"]))) for one in content]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return {one.name: one for one in found[-MAX_COORDINATORS:]}
+
+
+def _write(file: Path, known: Iterable[CoordinatorName]) -> None:
+    try:
+        write_json(file, [{"name": one.name, "addresses": list(one.addresses)} for one in known])
+    except OSError as e:
+        log.warning("coordinators: not remembered for the next start reason=%s file=%s", e.strerror, file)

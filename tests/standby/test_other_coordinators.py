@@ -1,0 +1,109 @@
+"""Coordinators that tell each other who leads: the lower term gives way, and a restarted one finds the leader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.core.errors import Unreachable
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim
+from cluster.standby.other_coordinators import MAX_ADDRESSES, MAX_COORDINATORS, OtherCoordinators
+
+
+class Network:
+    """Coordinators by their addresses. Those that are ``gone`` do not answer."""
+
+    def __init__(self, *names: str, folder: Path | None = None) -> None:
+        self.gone: set[str] = set()
+        self.folder = folder
+        self.all = {f"{name}:7700": self.start(name) for name in names}
+
+    def start(self, name: str, instance: str = "1") -> OtherCoordinators:
+        me = CoordinatorName(name, f"{name}-{instance}", (f"{name}:7700",))
+        return OtherCoordinators(me, self._ask, self.folder / name if self.folder else None)
+
+    async def _ask(self, address: str, claim: LeaderClaim) -> LeaderClaim:
+        if address in self.gone or address not in self.all:
+            raise Unreachable(f"no answer from {address}")
+        return self.all[address].hear(claim)
+
+
+@pytest.mark.anyio
+async def test_a_leader_gives_way_to_a_higher_term_and_no_other() -> None:
+    network = Network("ada", "bob", "cyd")
+    ada, bob, cyd = network.all.values()
+    ada.lead(3)
+    bob.lead(5)
+    await bob.ask("cyd:7700")
+    assert cyd.leader == bob.me
+    assert not ada.is_superseded
+    await ada.ask("bob:7700")
+    assert ada.is_superseded
+    assert ada.changed.is_set()
+    assert ada.leader == bob.me
+    assert not bob.is_superseded
+    assert [claim.coordinator for claim in bob.others.values()] == [ada.me], "two services are named until one ends"
+    ada.stand_by()
+    await ada.ask("bob:7700")
+    assert not bob.others
+    ada.lead(4)
+    assert ada.is_superseded, "a term that is lower than the other's does not lead"
+    ada.lead(6)
+    assert not ada.is_superseded
+
+
+@pytest.mark.anyio
+async def test_a_leader_without_a_term_yet_gives_way_to_one_that_has_one() -> None:
+    network = Network("ada", "bob")
+    ada, bob = network.all.values()
+    bob.lead(1)
+    ada.lead(0)
+    await bob.ask("ada:7700")
+    assert ada.is_superseded
+    assert not bob.is_superseded
+
+
+@pytest.mark.anyio
+async def test_who_leads_is_found_over_those_that_know_it_and_believed_only_of_itself() -> None:
+    network = Network("ada", "bob", "cyd")
+    ada, bob, cyd = network.all.values()
+    cyd.lead(7)
+    await cyd.ask("bob:7700")
+    assert await ada.find_leader(["gone:1", "bob:7700"]) == cyd.me
+    assert ada.term == 7
+    assert set(ada.addresses) == {"bob:7700", "cyd:7700"}
+    network.gone.add("cyd:7700")
+    assert bob.leader == cyd.me
+    assert await ada.find_leader(["bob:7700"]) is None
+    assert await ada.find_leader(["ada:7700"]) is None, "not itself"
+
+
+@pytest.mark.anyio
+async def test_a_leader_that_stands_by_is_led_by_nobody_until_somebody_leads() -> None:
+    network = Network("ada", "bob")
+    ada, bob = network.all.values()
+    ada.lead(2)
+    await bob.ask("ada:7700")
+    assert bob.leader == ada.me
+    ada.stand_by()
+    assert ada.leader is None
+    await bob.ask("ada:7700")
+    assert (bob.leader, bob.term) == (None, 2)
+    bob.lead(3)
+    await bob.ask("ada:7700")
+    assert ada.leader == bob.me
+
+
+def test_addresses_survive_a_restart_within_limits(tmp_path: Path) -> None:
+    network = Network("ada", folder=tmp_path)
+    ada = network.all["ada:7700"]
+    ada.remember([CoordinatorName("bob", "1", ("b:1",)), CoordinatorName("ada", "ada-1", ("a:1",))])
+    ada.remember([CoordinatorName("cyd", "1", tuple(f"c:{i}" for i in range(99)))])
+    again = network.start("ada", "2")
+    assert again.addresses == (*(f"c:{i}" for i in range(MAX_ADDRESSES)), "b:1")
+    again.remember(CoordinatorName(f"n{i}", str(i), (f"n{i}:1",)) for i in range(99))
+    assert len(again.addresses) == MAX_COORDINATORS
+    (tmp_path / "ada").write_text("{")
+    assert network.start("ada", "3").addresses == ()
+    assert network.start("ada", "3").claim.role is CoordinatorRole.STANDBY
