@@ -22,7 +22,7 @@ from cluster.api.metrics import Metrics
 from cluster.api.parsed_answers import ParsedAnswers
 from cluster.api.tool_schema_errors import find_invalid_tool
 from cluster.coordinator.answer_queue import AnswerQueue
-from cluster.coordinator.answer_resumption import take_request
+from cluster.coordinator.answer_resumption import detach_request, take_request
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.frame_history import trace_request
 from cluster.coordinator.model_reader import ModelInfo
@@ -107,6 +107,8 @@ class RequestService:
         Its model is loaded first, if it may be loaded on demand. Raises the errors of the load and the coordinator.
         """
         with self._count_errors():
+            if journal := self.coordinator.journal:
+                await detach_request(journal, self.coordinator.deployments.values(), request_id, client)
             async with self._hold_answerer(request_id, client):
                 request, model_info, answer = self.coordinator.resume(request_id, known, client)
         return await self._wait_accepted(request, answer, model_info)

@@ -201,6 +201,7 @@ def _request(
         samples=max(params.samples, 1),
         stage_timings=params.stage_timings,
         speculate=params.speculate,
+        resumable=params.resumable and bool(params.request_id),
         adapter=model_info.adapter.key if model_info.adapter else "",
     )
 

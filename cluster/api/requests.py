@@ -57,7 +57,8 @@ class SamplingOptions:
 class AnswerParams:
     """The parameters of every answer, whatever its prompt.
 
-    ``prediction`` is text that the client expects of it. ``speculate`` False lets no token be guessed.
+    ``prediction`` is text that the client expects of it. ``speculate`` False lets no token be guessed. ``resumable``:
+    the client resumes the answer if the call breaks.
     """
 
     request_id: str = ""
@@ -71,6 +72,7 @@ class AnswerParams:
     stage_timings: bool = False
     prediction: str = ""
     speculate: bool = True
+    resumable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,23 +5,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Protocol
 
 from cluster.coordinator.journal import AnswerTokens, JournaledRequest
 from cluster.coordinator.journal_writer import JournalWriter
-from cluster.core.errors import InvalidRequest, RequestNotFound
+from cluster.core.errors import DeadlineExceeded, InvalidRequest, NotServing, RequestEnded, RequestNotFound
 from cluster.core.known_tokens import KnownAnswer, KnownTokens
+from cluster.core.limits import CONTROL_TIMEOUT_S
 from cluster.core.request import Request
 
 
 def take_request(journal: JournalWriter | None, request_id: str, client: str) -> JournaledRequest:
-    """Return a request of ``client`` from the journal. Raises ``RequestNotFound`` if it has none with this id."""
+    """Return a request of ``client`` from the journal.
+
+    Raises ``RequestEnded`` if it has ended, ``RequestNotFound`` if the client has none with this id.
+    """
     kept = journal.take(request_id, client) if journal else None
     if kept is None:
+        if journal and journal.has_ended(request_id, client):
+            raise RequestEnded(f"request {request_id} has ended, and its answer is not kept; send it with another id")
         why = "" if journal else ": this coordinator keeps no journal; serve with --journal"
         raise RequestNotFound(f"request {request_id} has no answer that can be resumed{why}")
     return kept
+
+
+class Detachable(Protocol):
+    """A deployment whose live requests can be detached from their readers."""
+
+    async def detach(self, request_id: str, client: str) -> None:
+        """End a live request that its client resumes, so that the journal has it."""
+
+
+async def detach_request(
+    journal: JournalWriter, deployments: Iterable[Detachable], request_id: str, client: str
+) -> None:
+    """End a request that its client resumes while it is live: its call broke, which is not known here yet.
+
+    Then wait until the journal has it. Raises ``DeadlineExceeded`` if that takes too long.
+    """
+    for deployment in deployments:
+        with suppress(NotServing):
+            await deployment.detach(request_id, client)
+    try:
+        async with asyncio.timeout(CONTROL_TIMEOUT_S):
+            await asyncio.wrap_future(journal.flushed())
+    except TimeoutError:
+        raise DeadlineExceeded("the journal's disk does not answer, so nothing can be resumed now") from None
 
 
 def resume_request(kept: JournaledRequest, known: KnownAnswer) -> tuple[Request, AnswerTokens, tuple[KnownTokens, ...]]:

@@ -331,6 +331,14 @@ class Deployment:
                 return True
         return False
 
+    async def detach(self, request_id: str, client: str) -> None:
+        """End a live request that its client resumes, so that the journal has it. Raises as ``Replica.detach``."""
+        if len(self.replicas) > 1:
+            await self._replicas.router.wait_moved()
+        for replica in self.replicas:
+            if replica.service:
+                await replica.detach(request_id, client)
+
     async def copy_frames(self) -> list[FramesCopy]:
         """Return the last frames of each replica, to trace a request. Raises as ``Replica.copy_frames``."""
         self.require_service()

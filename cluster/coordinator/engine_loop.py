@@ -159,9 +159,13 @@ class EngineLoop:
                 self.answers.open(one.request, one.answer, one.tokens, one.known, lambda: self._stages)
         return self.answers.take_over([one for one in moved if one.samples], self._stages)
 
-    def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
-        """End a request with an error. The future resolves to whether the request was live."""
-        return self._inbox.ask(lambda: self.answers.end(request_id, error))
+    def end(self, request_id: str, error: MacpipeError, *, park: bool = False) -> Future[bool]:
+        """End a request with an error, as ``LiveAnswers.end``. The future resolves to whether the request was live."""
+        return self._inbox.ask(lambda: self.answers.end(request_id, error, park=park))
+
+    def detach(self, request_id: str, client: str, error: MacpipeError) -> Future[bool]:
+        """End a request that its client resumes, as ``LiveAnswers.detach``."""
+        return self._inbox.ask(lambda: self.answers.detach(request_id, client, error))
 
     def end_adapter(self, adapter: str, error: MacpipeError) -> Future[int]:
         """End the requests of an adapter with an error, and drop its prefixes. The future resolves to their number."""

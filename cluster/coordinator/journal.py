@@ -17,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from cluster.coordinator.ended_requests import EndedRequests
 from cluster.coordinator.request_records import (
     HEADER,
     as_data,
@@ -26,14 +27,14 @@ from cluster.coordinator.request_records import (
     token_ids,
     unpack_record,
 )
-from cluster.core.journal_limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S
+from cluster.core.journal_limits import JOURNAL_BYTES, JOURNAL_FSYNC_S, JOURNAL_LIVE_S, JOURNAL_RETRY_S, PARKED_S
 from cluster.core.limits import RESUME_S
 from cluster.core.request import Request
 from cluster.platform.private_files import make_private_folder, open_regular_file, replace_and_open, write_all
 
 log = logging.getLogger(__name__)
 
-_OPENED, _TOKEN, _ENDED, _ALL_TOKENS, _STILL_LIVE = range(5)
+_OPENED, _TOKEN, _ENDED, _ALL_TOKENS, _STILL_LIVE, _PARKED, _ALL_ENDED = range(7)
 _TOKEN_BYTES: Final = 5
 """Maximum size of a token in a rewritten file."""
 MOST_JOURNAL_SIZES: Final = 4
@@ -64,7 +65,7 @@ class Answerer:
 
 @dataclass(slots=True)
 class JournaledRequest:
-    """A live request and its answer so far.
+    """A live or parked request and its answer so far.
 
     ``tokens`` has a list of token ids per sample, complete samples included: a request is live until all of its samples
     are complete. ``at`` is the wall clock time, in seconds, at which the request was last known to be live.
@@ -74,6 +75,8 @@ class JournaledRequest:
     at: float
     tokens: list[list[int]] = field(default_factory=list)
     answerer: Answerer = Answerer()
+    parked: bool = False
+    """It is complete, or nobody reads it any more; its client may resume it for ``PARKED_S``."""
 
 
 class AnswerRecorder(Protocol):
@@ -87,6 +90,9 @@ class AnswerRecorder(Protocol):
 
     def record_ended(self, request_id: str) -> None:
         """Record the end of a live request. Ignore other requests."""
+
+    def record_parked(self, request_id: str) -> None:
+        """Record that a live request has no reader any more, but may be resumed. Ignore other requests."""
 
     def flush(self) -> None:
         """Write the records since the last flush, or have them written."""
@@ -123,8 +129,12 @@ class Journal:
         self._clock, self._monotonic = clock, monotonic
         self.problem = ""
         """Why the journal is off, as a sentence; empty while it is on."""
-        self._previous = {i: k for i, k in _read_live(path, clock()).items() if not self._is_expired(k)}
+        self._ended = EndedRequests(clock)
+        found = _read_live(path, clock(), self._ended)
+        self._previous = {i: k for i, k in found.items() if not self._is_expired(k)}
         self._live: dict[str, JournaledRequest] = {}
+        self._parked: dict[str, JournaledRequest] = {}
+        """Oldest first."""
         # packed once, since a long prompt takes a while to pack
         self._records = {i: _pack_opened(k) for i, k in self._previous.items()}
         self._needed = sum(map(len, self._records.values()))
@@ -142,16 +152,20 @@ class Journal:
     # Requests of the previous coordinator
 
     def take(self, request_id: str, client: str) -> JournaledRequest | None:
-        """Return a request that was live when the previous coordinator died; None if ``client`` has no such request.
+        """Return a request that was live when the previous coordinator died, or that is parked.
 
-        The request stays in the journal until it is accepted again, or until ``RESUME_S`` have passed. So a client may
-        retry after an invalid call, or after a call while no model is served.
+        None if ``client`` has no such request. The request stays in the journal until it is accepted again, or until
+        its time has passed. So a client may retry after an invalid call, or after a call while no model is served.
         """
-        kept = self._previous.get(request_id)
+        kept = self._previous.get(request_id) or self._parked.get(request_id)
         return None if kept is None or kept.request.client != client or self._is_expired(kept) else kept
 
+    def has_ended(self, request_id: str, client: str) -> bool:
+        """Return whether a resumable request of ``client`` has ended and cannot be resumed."""
+        return self._ended.has(request_id, client)
+
     def _is_expired(self, kept: JournaledRequest) -> bool:
-        return self._clock() - kept.at > RESUME_S
+        return self._clock() - kept.at > (PARKED_S if kept.parked else RESUME_S)
 
     # Requests of this coordinator
 
@@ -169,9 +183,11 @@ class Journal:
         except (TypeError, ValueError, OverflowError) as e:
             log.info("journal: request not recorded reason=%s request=%s", e, request.id)
             return
+        self._drop_parked(len(record))
         if self._needed + len(record) > JOURNAL_BYTES:
             log.info("journal: request not recorded, journal is full request=%s", request.id)
             return
+        self._ended.forget(request.id)
         self._live[request.id], self._records[request.id] = kept, record
         self._needed += len(record) + _token_bytes(kept)
         self._record(record)
@@ -185,9 +201,22 @@ class Journal:
 
     def record_ended(self, request_id: str, loop: int = 0) -> None:
         """Record the end of a live request that this engine loop answers. Ignore other requests."""
-        if self._live_in(loop, request_id):
+        if kept := self._live_in(loop, request_id):
             self._forget(request_id)
-            self._record(pack_record(_ENDED, request_id))
+            now = self._clock()
+            if kept.request.resumable:
+                self._ended.add(request_id, kept.request.client, now)
+            self._record(pack_record(_ENDED, request_id, now))
+
+    def record_parked(self, request_id: str, loop: int = 0) -> None:
+        """Record that a live request of this engine loop has no reader any more. Ignore other requests.
+
+        It can be resumed for ``PARKED_S``, unless the journal needs its room.
+        """
+        if kept := self._live_in(loop, request_id):
+            self._parked[request_id] = self._live.pop(request_id)
+            kept.parked, kept.at = True, self._clock()
+            self._record(pack_record(_PARKED, request_id, kept.at))
 
     def record_gap(self, loop: int) -> None:
         """Record that tokens of an engine loop are missing, so none of its live requests can be resumed."""
@@ -199,11 +228,20 @@ class Journal:
         kept = self._live.get(request_id)
         return kept if kept and kept.answerer.loop == loop else None
 
+    def _drop_parked(self, more: int = 0) -> None:
+        """Drop the parked requests whose time has passed, and the oldest ones until ``more`` bytes have room."""
+        while self._parked:
+            oldest = next(iter(self._parked))
+            if self._needed + more <= JOURNAL_BYTES and not self._is_expired(self._parked[oldest]):
+                return
+            self._forget(oldest)
+
     def flush(self) -> None:
         """Write the records since the last flush. They survive a crash of this process; see ``sync``.
 
         Unless there are copies, call it after the readers have their tokens, so that they do not wait for the disk.
         """
+        self._drop_parked()
         if self._pending and self._clock() - self._noted_live_at >= JOURNAL_LIVE_S:
             self._pending.append(self._pack_still_live())
         records = b"".join(self._pending)
@@ -254,8 +292,8 @@ class Journal:
 
     def _forget(self, request_id: str) -> None:
         self._previous.pop(request_id, None)
-        if live := self._live.pop(request_id, None):
-            self._needed -= _token_bytes(live)
+        if mine := self._live.pop(request_id, None) or self._parked.pop(request_id, None):
+            self._needed -= _token_bytes(mine)
         self._needed -= len(self._records.pop(request_id, b""))
 
     def _record(self, record: bytes) -> None:
@@ -321,9 +359,12 @@ class Journal:
         self._file, self._size, self._is_unsynced = file, len(content), False
 
     def _content(self) -> bytes:
-        """Return a journal that holds only live requests."""
-        answers = (pack_record(_ALL_TOKENS, i, kept.tokens) for i, kept in self._live.items())
-        return b"".join((HEADER, *self._records.values(), *answers, self._pack_still_live()))
+        """Return a journal that holds only live and parked requests, and the ids of those that ended."""
+        mine = {**self._live, **self._parked}
+        answers = (pack_record(_ALL_TOKENS, i, kept.tokens) for i, kept in mine.items())
+        parked = (pack_record(_PARKED, i, k.at) for i, k in (*self._previous.items(), *mine.items()) if k.parked)
+        ended = (pack_record(_ALL_ENDED, "", self._ended.as_data()),) if self._ended.as_data() else ()
+        return b"".join((HEADER, *self._records.values(), *answers, *parked, *ended, self._pack_still_live()))
 
     def _switch_off(self, error: OSError) -> None:
         why = error.strerror or type(error).__name__
@@ -360,16 +401,17 @@ def _pack_opened(kept: JournaledRequest) -> bytes:
     )
 
 
-def _read_live(path: Path, now: float) -> dict[str, JournaledRequest]:
-    """Return the live requests in the file, by id. If the file is cut off or damaged, use the records before that.
+def _read_live(path: Path, now: float, ended: EndedRequests) -> dict[str, JournaledRequest]:
+    """Return the live and parked requests in the file, by id, and add those that ended to ``ended``.
 
-    Times after ``now`` are set to ``now``: they mean that the wall clock was set back.
+    If the file is cut off or damaged, use the records before that. Times after ``now`` are set to ``now``: they mean
+    that the wall clock was set back.
     """
     found: dict[str, JournaledRequest] = {}
     try:
         with open_regular_file(path) as file:
             for record in read_records(file):
-                _apply_record(found, *record)
+                _apply_record(found, ended, *record)
     except FileNotFoundError:
         return {}
     except OSError as e:
@@ -381,11 +423,14 @@ def _read_live(path: Path, now: float) -> dict[str, JournaledRequest]:
     return found
 
 
-def _apply_record(found: dict[str, JournaledRequest], kind: int, request_id: str, *values: Any) -> None:
+def _apply_record(
+    found: dict[str, JournaledRequest], ended: EndedRequests, kind: int, request_id: str, *values: Any
+) -> None:
     if kind == _OPENED:
         at, request, tokens, *by = values
         kept = JournaledRequest(from_data(request), at, tokens, _read_answerer(*by))
         found[request_id] = _require_valid(kept, request_id)
+        ended.forget(request_id)
     elif kind == _TOKEN:
         token, sample = values
         found[request_id].tokens[sample].append(*token_ids([token]))
@@ -393,7 +438,14 @@ def _apply_record(found: dict[str, JournaledRequest], kind: int, request_id: str
         (tokens,) = values
         found[request_id].tokens = _require_tokens(tokens, found[request_id].request.samples)
     elif kind == _ENDED:
-        found.pop(request_id, None)
+        was = found.pop(request_id, None)
+        if was and was.request.resumable and values:
+            ended.read([(request_id, was.request.client, *values)])
+    elif kind == _PARKED:
+        (at,) = values
+        found[request_id].parked, found[request_id].at = True, _require_time(at)
+    elif kind == _ALL_ENDED:
+        ended.read(*values)
     elif kind == _STILL_LIVE:
         at, live = values
         for live_id in live:

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Final, Protocol
 
 from cluster.coordinator.event_gate import EventGate
@@ -73,6 +74,17 @@ class JournalWriter:
     def take(self, request_id: str, client: str) -> JournaledRequest | None:
         """Return a request of the previous coordinator, see ``Journal.take``."""
         return self._journal.take(request_id, client)
+
+    def has_ended(self, request_id: str, client: str) -> bool:
+        """Return whether a request has ended and cannot be resumed, see ``Journal.has_ended``."""
+        return self._journal.has_ended(request_id, client)
+
+    def flushed(self) -> Future[None]:
+        """Return a future that is done once all records that are queued now count."""
+        done: Future[None] = Future()
+        if self._thread.ident is None or not self.queue([lambda journal: done.set_result(None)]):
+            done.set_result(None)
+        return done
 
     def open_loop(self, deployment: str, fingerprint: str) -> LoopJournal:
         """Return the recorder of an engine loop that serves this model for this deployment."""
@@ -166,6 +178,10 @@ class LoopJournal:
     def record_ended(self, request_id: str) -> None:
         """Record the end of a live request. Ignore other requests."""
         self._batch.append(lambda journal: journal.record_ended(request_id, self._answerer.loop))
+
+    def record_parked(self, request_id: str) -> None:
+        """Record that a live request has no reader any more, but may be resumed. Ignore other requests."""
+        self._batch.append(lambda journal: journal.record_parked(request_id, self._answerer.loop))
 
     def flush(self) -> None:
         """Hand the records since the last flush to the journal's thread."""

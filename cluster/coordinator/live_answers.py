@@ -23,7 +23,16 @@ from cluster.coordinator.frame_history import FrameHistory
 from cluster.coordinator.journal import AnswerRecorder, AnswerTokens
 from cluster.coordinator.loop_view import AnswerProgress
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
-from cluster.core.errors import Busy, InvalidRequest, MacpipeError, RequestNotFound, SlowReader, WorkerLost
+from cluster.core.errors import (
+    Busy,
+    InvalidRequest,
+    MacpipeError,
+    NotLeader,
+    NotServing,
+    RequestNotFound,
+    SlowReader,
+    WorkerLost,
+)
 from cluster.core.known_tokens import KnownTokens
 from cluster.core.limits import MAX_REPLAYS, RETRY_AFTER_S
 from cluster.core.plan import PlannedStage
@@ -135,8 +144,21 @@ class LiveAnswers:
         if self.journal and not (request.embeds or request.is_canary):  # these end with their first token
             self.journal.record_opened(request, tokens)
 
-    def end(self, request_id: str, error: MacpipeError) -> bool:
-        """End a request and all its samples. ``request_id`` may be the id of a sample. Return whether it was live."""
+    def detach(self, request_id: str, client: str, error: MacpipeError) -> bool:
+        """End a resumable request of ``client``, so that the journal has it. Return whether it was live."""
+        resumed, active = self._resumed.get(request_id), self._requests.get(request_id)
+        request = resumed.request if resumed else active.request if active else None
+        if request is None or request.client != client or not request.resumable:
+            return False
+        self.end(request_id, error, park=True)
+        self.flush_journal()
+        return True
+
+    def end(self, request_id: str, error: MacpipeError, *, park: bool = False) -> bool:
+        """End a request and all its samples. ``request_id`` may be the id of a sample. Return whether it was live.
+
+        ``park``: if it is resumable, the journal keeps it, with the tokens so far.
+        """
         if resumed := self._resumed.pop(request_id, None):
             resumed.answer.put(error)
             return True
@@ -154,8 +176,7 @@ class LiveAnswers:
                 log.debug("answers: sample already left the scheduler sample=%s", sample)
         self._flush()
         active.answer.put(error)
-        if self.journal:
-            self.journal.record_ended(active.request.id)
+        self._record_end(active.request, park=park or isinstance(error, NotServing | NotLeader))
         return True
 
     def _remove(self, active: ActiveRequest) -> None:
@@ -163,6 +184,14 @@ class LiveAnswers:
         del self._requests[active.request.id]
         if not active.request.is_canary:
             self.ended_at = self._clock()
+
+    def _record_end(self, request: Request, *, park: bool) -> None:
+        if self.journal is None:
+            return
+        if park and request.resumable:
+            self.journal.record_parked(request.id)
+        else:
+            self.journal.record_ended(request.id)
 
     def end_all(self, error: MacpipeError) -> None:
         """End every live request with ``error``."""
@@ -325,8 +354,8 @@ class LiveAnswers:
             self._remove(live.parent)
         self.totals.finished += not live.request.is_canary
         live.parent.answer.put(last)
-        if self.journal and not live.parent.live:
-            self.journal.record_ended(live.parent.request.id)
+        if not live.parent.live:
+            self._record_end(live.parent.request, park=True)  # the reader may never see the end
 
 
 def _may_move(request: Request, ids: Collection[str] | None) -> bool:

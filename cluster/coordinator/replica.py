@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -307,7 +308,15 @@ class Replica:
 
     async def abort(self, request_id: str) -> bool:
         """End a request in any phase. Return whether it was live. Raises ``DeadlineExceeded`` if the loop is stuck."""
-        ended = self.require_service().loop.end(request_id, Aborted(f"the request {request_id} was aborted"))
+        error = Aborted(f"the request {request_id} was aborted")
+        return await self._wait_ended(request_id, self.require_service().loop.end(request_id, error))
+
+    async def detach(self, request_id: str, client: str) -> None:
+        """End a live request that its client resumes. Raises as ``abort``."""
+        error = Aborted(f"the request {request_id} was resumed by another call")
+        await self._wait_ended(request_id, self.require_service().loop.detach(request_id, client, error))
+
+    async def _wait_ended(self, request_id: str, ended: Future[bool]) -> bool:
         try:
             async with asyncio.timeout(CONTROL_TIMEOUT_S):
                 return await asyncio.wrap_future(ended)

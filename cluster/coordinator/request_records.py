@@ -22,8 +22,8 @@ HEADER: Final = b"macpipe journal 2\n"
 _PREFIX: Final = struct.Struct(">II")
 """Precedes each record: the length of its msgpack body in bytes, and the CRC-32 of the body."""
 _DEFAULTS = SamplingParams()
-_NEWER: Final[tuple[Any, ...]] = (None, True, "")
-"""The values of ``prompt_logprobs``, ``speculate`` and ``adapter`` in records that have none."""
+_NEWER: Final[tuple[Any, ...]] = (None, True, "", False)
+"""The values of ``prompt_logprobs``, ``speculate``, ``adapter`` and ``resumable`` in records that have none."""
 
 
 class DamagedJournal(ValueError):
@@ -91,16 +91,17 @@ def as_data(r: Request) -> tuple[Any, ...]:
         r.prompt_logprobs,
         r.speculate,
         r.adapter,
+        r.resumable,
     )
 
 
 def from_data(data: Any) -> Request:
     """Return the request from the output of ``as_data`` after a round trip through msgpack.
 
-    An older record lacks up to three of the last fields. Raises ``TypeError`` or ``ValueError``.
+    An older record lacks up to four of the last fields. Raises ``TypeError`` or ``ValueError``.
     """
     request_id, prompt, sampling, max_tokens, stop, ignore_eos, client, priority, samples, parsing, *newer = data
-    prompt_logprobs, speculate, adapter = tuple(newer) + _NEWER[len(newer) :]
+    prompt_logprobs, speculate, adapter, resumable = tuple(newer) + _NEWER[len(newer) :]
     request = Request(
         id=request_id,
         prompt=tuple(prompt),
@@ -115,6 +116,7 @@ def from_data(data: Any) -> Request:
         prompt_logprobs=prompt_logprobs,
         speculate=speculate,
         adapter=adapter,
+        resumable=resumable,
     )
     if not _has_valid_types(request):
         raise TypeError("a field of the request has the wrong type")
@@ -140,6 +142,7 @@ def _has_valid_types(r: Request) -> bool:
         and all(type(count) is int for count in counts)
         and type(r.ignore_eos) is bool
         and type(r.speculate) is bool
+        and type(r.resumable) is bool
         and (r.prompt_logprobs is None or type(r.prompt_logprobs) is int)
         and all(_has_type_of(getattr(p, f.name), getattr(_DEFAULTS, f.name)) for f in fields(p) if f.name != "grammar")
         and all(len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float) for pair in p.logit_bias)

@@ -156,7 +156,7 @@ class ModelService:
         answer.move(self.loop.post, self._abandon(request))
 
     def _abandon(self, request: Request) -> Callable[[], object]:
-        return lambda: self.loop.end(request.id, Aborted("the client disconnected"))
+        return lambda: self.loop.end(request.id, Aborted("the client disconnected"), park=True)
 
     @property
     def epoch(self) -> Epoch | None:

@@ -57,6 +57,7 @@ class Reason(StrEnum):
     NOT_SERVING = "NOT_SERVING"
     UNREACHABLE = "UNREACHABLE"
     PORT_CLOSED = "PORT_CLOSED"
+    CONNECTION_LOST = "CONNECTION_LOST"
     LINK_FAILED = "LINK_FAILED"
     PORT_IN_USE = "PORT_IN_USE"
     BUSY = "BUSY"
@@ -67,6 +68,7 @@ class Reason(StrEnum):
     ABORTED = "ABORTED"
     REQUEST_NOT_FOUND = "REQUEST_NOT_FOUND"
     ANSWER_DIFFERS = "ANSWER_DIFFERS"
+    REQUEST_ENDED = "REQUEST_ENDED"
     BAD_FRAME = "BAD_FRAME"
     STALE_EPOCH = "STALE_EPOCH"
     STALE_TERM = "STALE_TERM"
@@ -365,6 +367,12 @@ class PortClosed(Unreachable):
     reason = Reason.PORT_CLOSED
 
 
+class ConnectionLost(Unreachable):
+    """A connection broke during a call, which may have been carried out."""
+
+    reason = Reason.CONNECTION_LOST
+
+
 class LinkFailed(MacpipeError):
     """A stage cannot reach the previous one; the coordinator relays that hop instead."""
 
@@ -423,6 +431,12 @@ class AnswerDiffers(MacpipeError):
     """An answer cannot be continued where its reader is: the reader has other tokens than the answer."""
 
     reason, grpc_status, http_status = Reason.ANSWER_DIFFERS, "FAILED_PRECONDITION", 409
+
+
+class RequestEnded(MacpipeError):
+    """A request that is resumed has ended, and its answer is not kept any more."""
+
+    reason, grpc_status, http_status = Reason.REQUEST_ENDED, "FAILED_PRECONDITION", 409
 
 
 class BadFrame(MacpipeError):

@@ -207,7 +207,8 @@ class Request:
     no log-probability of the prompt. ``max_tokens`` may be 0 only with ``prompt_logprobs``. ``adapter`` is the key of
     the adapter that answers, "" for the model alone. ``embeds``: the answer is one token, which comes with the hidden
     state of the prompt's end. ``is_canary``: the coordinator sends it to prove the stages of one engine loop, so it is
-    neither counted, nor journalled, nor moved to another loop.
+    neither counted, nor journalled, nor moved to another loop. ``resumable``: its client resumes the answer if the
+    call breaks, so a journal keeps it.
     """
 
     id: str
@@ -230,6 +231,7 @@ class Request:
     adapter: str = ""
     embeds: bool = False
     is_canary: bool = False
+    resumable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

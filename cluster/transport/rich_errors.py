@@ -21,6 +21,7 @@ from google.rpc.status_pb2 import Status
 from cluster.core.errors import (
     Aborted,
     Busy,
+    ConnectionLost,
     DeadlineExceeded,
     Forbidden,
     InvalidRequest,
@@ -211,7 +212,7 @@ def _unreachable(details: str, address: str, peer: str) -> Unreachable:
     if any(words in details for words in _NOT_HTTP2):
         return Unreachable(f"the server at {address} does not speak gRPC; use the {peer}'s gRPC port")
     if "failed to connect" not in details.lower() and "resol" not in details.lower():
-        return Unreachable(f"the connection to the {peer} at {address} broke ({details or 'no reason given'})")
+        return ConnectionLost(f"the connection to the {peer} at {address} broke ({details or 'no reason given'})")
     if peer != COORDINATOR:
         kind = PortClosed if _REFUSED.search(details) else Unreachable
         return kind(f"the {peer} does not answer at {address} ({_cause(details)})")

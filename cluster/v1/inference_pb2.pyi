@@ -300,6 +300,7 @@ class GenerateRequest(_message.Message):
     PREDICTION_FIELD_NUMBER: _builtins.int
     SPECULATE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, for Abort; empty: the server creates one."""
     model: _builtins.str
@@ -321,6 +322,10 @@ class GenerateRequest(_message.Message):
     """False: guess no token of the answer before it is sampled. Unset means true, where the coordinator speculates."""
     adapter: _builtins.str
     """Name of the adapter that answers, as after the colon of a model `BASE:NAME`; empty: the one in `model`, or none."""
+    resumable: _builtins.bool
+    """The client calls Resume if the call breaks. A journal then keeps the answer for a minute after the call or the answer
+    ended. It needs a request id.
+    """
     @_builtins.property
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -346,10 +351,11 @@ class GenerateRequest(_message.Message):
         prediction: _builtins.str = ...,
         speculate: _builtins.bool | None = ...,
         adapter: _builtins.str = ...,
+        resumable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_speculate", b"_speculate", "grammar", b"grammar", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "speculate", b"speculate", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_speculate", b"_speculate", "adapter", b"adapter", "grammar", b"grammar", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "speculate", b"speculate", "stage_timings", b"stage_timings", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "_speculate", b"_speculate", "adapter", b"adapter", "grammar", b"grammar", "model", b"model", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "resumable", b"resumable", "samples", b"samples", "sampling", b"sampling", "speculate", b"speculate", "stage_timings", b"stage_timings", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
@@ -614,6 +620,7 @@ class ChatRequest(_message.Message):
     PREDICTION_FIELD_NUMBER: _builtins.int
     SPECULATE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     priority: _builtins.int
@@ -623,6 +630,7 @@ class ChatRequest(_message.Message):
     """Fields are as in GenerateRequest."""
     speculate: _builtins.bool
     adapter: _builtins.str
+    resumable: _builtins.bool
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
     @_builtins.property
@@ -651,10 +659,11 @@ class ChatRequest(_message.Message):
         prediction: _builtins.str = ...,
         speculate: _builtins.bool | None = ...,
         adapter: _builtins.str = ...,
+        resumable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_speculate", b"_speculate", "grammar", b"grammar", "sampling", b"sampling", "speculate", b"speculate", "stop", b"stop", "template", b"template"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_speculate", b"_speculate", "adapter", b"adapter", "grammar", b"grammar", "messages", b"messages", "model", b"model", "prediction", b"prediction", "priority", b"priority", "request_id", b"request_id", "samples", b"samples", "sampling", b"sampling", "speculate", b"speculate", "stage_timings", b"stage_timings", "stop", b"stop", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_speculate", b"_speculate", "adapter", b"adapter", "grammar", b"grammar", "messages", b"messages", "model", b"model", "prediction", b"prediction", "priority", b"priority", "request_id", b"request_id", "resumable", b"resumable", "samples", b"samples", "sampling", b"sampling", "speculate", b"speculate", "stage_timings", b"stage_timings", "stop", b"stop", "template", b"template"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__speculate: _TypeAlias = _typing.Literal["speculate"]  # noqa: Y015
     _WhichOneofArgType__speculate: _TypeAlias = _typing.Literal["_speculate", b"_speculate"]  # noqa: Y015

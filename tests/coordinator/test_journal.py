@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from cluster.api.metrics import Metrics
 from cluster.coordinator import journal as journal_module
 from cluster.coordinator.answer_resumption import continue_request
+from cluster.coordinator.ended_requests import EndedRequests
 from cluster.coordinator.journal import Fsync, Journal, JournaledRequest
 from cluster.coordinator.request_records import HEADER, as_data, from_data
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import InvalidRequest
-from cluster.core.journal_limits import JOURNAL_RETRY_S
+from cluster.core.journal_limits import JOURNAL_RETRY_S, MAX_ENDED, PARKED_S
 from cluster.core.limits import RESUME_S
 from cluster.core.request import Grammar, GrammarKind, Parsing, Request, SamplingParams, Tool
 from cluster.platform import private_files
@@ -189,29 +190,130 @@ def test_what_may_have_ended_an_answer_is_computed_anew_and_so_are_log_probabili
 def test_a_request_for_its_prompts_log_probabilities_comes_back_and_older_records_have_none() -> None:
     asked = replace(request("a"), deadline=None, prompt_logprobs=0)
     assert from_data(as_data(asked)) == asked
-    assert from_data(as_data(asked)[:-3]) == replace(asked, prompt_logprobs=None)
+    assert from_data(as_data(asked)[:-4]) == replace(asked, prompt_logprobs=None)
     for wrong in ("2", 1.5, True):
         with pytest.raises(TypeError):
-            from_data((*as_data(asked)[:-3], wrong))
+            from_data((*as_data(asked)[:-4], wrong))
 
 
 def test_a_request_without_speculation_comes_back_so_and_older_records_allow_it() -> None:
     asked = replace(request("a"), deadline=None, prompt_logprobs=1, speculate=False)
     assert from_data(as_data(asked)) == asked
-    assert from_data(as_data(asked)[:-2]) == replace(asked, speculate=True)
+    assert from_data(as_data(asked)[:-3]) == replace(asked, speculate=True)
     assert from_data(as_data(replace(asked, prediction=(1, 2)))) == asked
     for wrong in (None, 0, "no"):
         with pytest.raises(TypeError):
-            from_data((*as_data(asked)[:-2], wrong))
+            from_data((*as_data(asked)[:-3], wrong))
 
 
 def test_a_request_to_an_adapter_comes_back_so_and_older_records_have_none() -> None:
     asked = replace(request("a"), deadline=None, adapter="legal@" + 64 * "a")
     assert from_data(as_data(asked)) == asked
-    assert from_data(as_data(asked)[:-1]) == replace(asked, adapter="")
+    assert from_data(as_data(asked)[:-2]) == replace(asked, adapter="")
     for wrong in (None, 0, ("legal",)):
         with pytest.raises(TypeError):
+            from_data((*as_data(asked)[:-2], wrong))
+
+
+def test_a_resumable_request_comes_back_so_and_older_records_are_not() -> None:
+    asked = replace(request("a"), deadline=None, resumable=True)
+    assert from_data(as_data(asked)) == asked
+    assert from_data(as_data(asked)[:-1]) == replace(asked, resumable=False)
+    for wrong in (None, 1, "yes"):
+        with pytest.raises(TypeError):
             from_data((*as_data(asked)[:-1], wrong))
+
+
+def parked(path: Path, clock: Callable[[], float], *names: str) -> Journal:
+    """Return a journal with parked requests, each with a token."""
+    kept = Journal(path, Fsync.NEVER, clock)
+    for name in names:
+        kept.record_opened(replace(request(name), resumable=True), ())
+        kept.record_token(name, 7)
+        kept.record_parked(name)
+    kept.flush()
+    return kept
+
+
+def test_a_parked_request_can_be_resumed_here_and_by_the_next_coordinator(tmp_path: Path) -> None:
+    now = [1000.0]
+    path = tmp_path / "j"
+    first = parked(path, lambda: now[0], "a", "b")
+    first.record_token("a", 8)  # of a reader that is gone
+    kept = first.take("a", "me")
+    assert kept
+    assert kept.tokens == [[7]]
+    assert first.take("a", "somebody else") is None
+    first.record_opened(*kept_on(kept))
+    first.record_token("a", 8)
+    first.record_parked("a")
+    first.flush()
+    now[0] += PARKED_S
+    for journal in (Journal(path, Fsync.NEVER, lambda: now[0]), Journal(path, Fsync.NEVER, lambda: now[0])):
+        for name, tokens in (("a", [[7, 8]]), ("b", [[7]])):
+            again = journal.take(name, "me")
+            assert again
+            assert again.tokens == tokens
+    now[0] += 1
+    assert first.take("b", "me") is None
+    assert Journal(path, Fsync.NEVER, lambda: now[0]).take("b", "me") is None
+
+
+def test_parked_requests_leave_when_their_time_has_passed_or_their_room_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "JOURNAL_BYTES", 3000)
+    now = [1000.0]
+    kept = parked(tmp_path / "j", lambda: now[0], *(f"r{i}" for i in range(100)))
+    assert kept.take("r0", "me") is None
+    assert kept.take("r99", "me")
+    assert kept._needed <= 3000
+    kept.record_opened(replace(request("large"), prompt=tuple(range(500))), ())
+    assert kept.take("r99", "me"), "only as many leave as must"
+    kept.record_ended("large")
+    now[0] += PARKED_S + 1
+    kept.flush()
+    assert kept._needed == 0
+    kept.record_opened(request("live"), ())
+    for token in range(2000):
+        kept.record_token("live", token)
+        kept.flush()
+    assert (tmp_path / "j").stat().st_size < 20_000
+
+
+def test_a_resumable_request_that_ended_is_remembered_for_its_client(tmp_path: Path) -> None:
+    now = [1000.0]
+    path = tmp_path / "j"
+    first = Journal(path, Fsync.NEVER, lambda: now[0])
+    for name, resumable in (("a", True), ("plain", False), ("again", True)):
+        first.record_opened(replace(request(name), resumable=resumable), ())
+        first.record_ended(name)
+    first.record_opened(replace(request("again"), resumable=True), ())
+    first.flush()
+    journals = [first, Journal(path, Fsync.NEVER, lambda: now[0])]  # which rewrites the file
+    journals.append(Journal(path, Fsync.NEVER, lambda: now[0]))
+    for journal in journals:
+        assert journal.has_ended("a", "me")
+        assert not journal.has_ended("a", "somebody else")
+        assert not journal.has_ended("plain", "me")
+        assert not journal.has_ended("again", "me")
+    now[0] += RESUME_S + 1
+    assert not any(journal.has_ended("a", "me") for journal in journals)
+
+
+def test_so_many_ended_requests_are_remembered_and_no_more() -> None:
+    ended = EndedRequests(lambda: 10.0)
+    for i in range(MAX_ENDED + 5):
+        ended.add(f"r{i}", "me", 20.0)
+    assert len(ended.as_data()) == MAX_ENDED
+    assert not ended.has("r4", "me")
+    assert ended.has("r5", "me")
+    again = EndedRequests(lambda: 10.0)
+    again.read(ended.as_data())
+    assert again.as_data() == ended.as_data()
+    for wrong in ([(1, "me", 2.0)], [("a", None, 2.0)], [("a", "me", "2")], [("a",)], 5):
+        with pytest.raises((TypeError, ValueError)):
+            again.read(wrong)
 
 
 def test_a_request_with_more_than_data_in_it_is_left_out(tmp_path: Path) -> None:

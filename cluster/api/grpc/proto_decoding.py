@@ -72,6 +72,7 @@ def _answer_params(message: Answerable) -> dict[str, Any]:
         "stage_timings": message.stage_timings,
         "prediction": message.prediction,
         "speculate": message.speculate if message.HasField("speculate") else True,
+        "resumable": message.resumable,
     }
 
 

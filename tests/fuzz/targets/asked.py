@@ -327,12 +327,12 @@ async def _asked(app: Any, request: h11.Request, body: bytes | None) -> int:
 
 GENERATE = inference_pb2.GenerateRequest(request_id="r", text="hello", sampling=SAMPLING, stop=STOP, grammar=GRAMMAR)
 GENERATE_IDS = inference_pb2.GenerateRequest(
-    tokens=inference_pb2.TokenIds(ids=[1, 2, 3]), samples=2, speculate=False, adapter="legal"
+    tokens=inference_pb2.TokenIds(ids=[1, 2, 3]), samples=2, speculate=False, adapter="legal", resumable=True
 )
 GENERATES = (GENERATE, GENERATE_IDS)
 CHAT_PROTO = inference_pb2.ChatRequest(messages=TURNS, sampling=SAMPLING, stop=STOP, template=TEMPLATE)
 CHAT_PLAIN = inference_pb2.ChatRequest(
-    messages=TURNS[:2], sampling=SAMPLING, stop=STOP, grammar=GRAMMAR, prediction="hello", priority=3
+    messages=TURNS[:2], sampling=SAMPLING, stop=STOP, grammar=GRAMMAR, prediction="hello", priority=3, resumable=True
 )
 TOKENIZE = (inference_pb2.TokenizeRequest(text="hello"), inference_pb2.TokenizeRequest(messages=TURNS[:2]))
 LOAD = cluster_pb2.LoadModelRequest(

@@ -104,12 +104,21 @@ def coordinator_journals() -> Prepared:
     kept = [coordinator_journal.JournaledRequest(request, 1e9, [[4, 5]]) for request in (plain, adapted)]
     old = [msgpack.packb((0, "a", 1e9, as_data(plain), [[4, 5]])), msgpack.packb((1, "a", 6)), msgpack.packb((2, "a"))]
     new = [HEADER, *map(coordinator_journal._pack_opened, kept), pack_record(1, "a", 6, 0), pack_record(2, "a")]
+    parked = [
+        HEADER,
+        coordinator_journal._pack_opened(
+            coordinator_journal.JournaledRequest(replace(plain, resumable=True), 1e9, [[4]])
+        ),
+        pack_record(5, "a", 1e9),
+        pack_record(6, "", [("b", "c", 1e9)]),
+    ]
     path = scratch("journal")
 
     def read(path: Path) -> None:
         now = 1e9 + 1
         journal = coordinator_journal.Journal(path, coordinator_journal.Fsync.NEVER, lambda: now)
         journal.take("a", "c")
+        journal.has_ended("b", "c")
         journal.close()
 
     def load(data: bytes) -> list[object]:
@@ -118,7 +127,7 @@ def coordinator_journals() -> Prepared:
     def dump(records: list[object]) -> bytes:
         return HEADER + b"".join(pack_record(*r) if isinstance(r, list) else pack_record(r) for r in records)
 
-    seeds = tuple(b"".join(records) for records in (old, old[:2], new, new[:3]))
+    seeds = tuple(b"".join(records) for records in (old, old[:2], new, new[:3], parked))
     return Prepared(_of_file(path, read), seeds, by_tree(load, dump), ())
 
 
