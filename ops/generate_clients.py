@@ -20,7 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = ROOT / "cluster" / "client"
-SOURCES = ("async_client.py", "async_connection.py", "async_streams.py", "async_training.py")
+SOURCES = (
+    "async_client.py",
+    "async_connection.py",
+    "async_following.py",
+    "async_streams.py",
+    "async_training.py",
+)
 NAMES = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__", "__anext__": "__next__"}
 PHRASES = {
     "The asyncio client": "The blocking client",

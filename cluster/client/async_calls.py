@@ -50,6 +50,7 @@ class AsyncUnaryCall(Generic[R]):
 
     def __init__(self, stubs: AsyncStubs, method: UnaryMethod[Q, R], request: Q, timeout_s: float | None) -> None:
         self._stubs = stubs
+        self.address = stubs.address
         self._call = method(request, timeout=timeout_s)
 
     async def wait(self) -> R:
@@ -63,6 +64,7 @@ class AsyncStreamCall(Generic[R]):
 
     def __init__(self, stubs: AsyncStubs, method: StreamMethod[Q, R], request: Q, timeout_s: float | None) -> None:
         self._stubs = stubs
+        self.address = stubs.address
         self._call = method(request, timeout=timeout_s)
 
     async def read(self, within_s: float | None = None) -> R | None:
@@ -78,6 +80,25 @@ class AsyncStreamCall(Generic[R]):
     def cancel(self) -> None:
         """Cancel the call. Do nothing once it has ended."""
         self._call.cancel()
+
+
+class AsyncPause:
+    """Waits that end early once ``end`` is called."""
+
+    def __init__(self) -> None:
+        self._ended = asyncio.Event()
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait. Return whether the pauses were ended."""
+        if seconds > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._ended.wait()
+        return self._ended.is_set()
+
+    def end(self) -> None:
+        """End this wait and all later ones."""
+        self._ended.set()
 
 
 class AsyncRepeater:

@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from cluster.client import proto_encoding as encoding
-from cluster.client.async_calls import AsyncStubs, run_blocking
+from cluster.client.async_calls import AsyncStreamCall, AsyncStubs, run_blocking
 from cluster.client.async_connection import AsyncCoordinatorConnection
+from cluster.client.async_following import AsyncFollowedAnswer, AsyncFoundCall
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.async_training import AsyncTraining
 from cluster.client.channel_setup import load_trust
@@ -52,6 +53,11 @@ class AsyncClient:
     ``async with`` looks for it on the network if it does not answer there. Without a certificate, the client reaches
     only a coordinator on this machine.
 
+    ``coordinator`` may name several addresses, as in ``mac-1,mac-2:7700``, of a leader and its standbys. The client
+    then calls the first that answers. If a coordinator is lost, it looks for the one that leads for up to 60 s, and the
+    streams of answers continue there; they need a coordinator with ``--journal``. Calls that change something are not
+    sent twice.
+
     ``timeout_s`` is the default deadline of a call. Without it, answers have no deadline, ``plan`` has 60 s, and other
     calls have 10 s. ``drain`` never has a deadline. ``load`` has none either, but ends if it makes no progress. Every
     method raises subclasses of MacpipeError (``cluster.core.errors``), never gRPC's errors.
@@ -61,9 +67,13 @@ class AsyncClient:
         self, coordinator: str | None = None, *, cluster: str | None = None, timeout_s: float | None = None
     ) -> None:
         self._choice = choose_coordinator(coordinator, cluster)
-        self.address = self._choice.address
         self._timeout_s = check_timeout_s(timeout_s)
-        self._connection = AsyncCoordinatorConnection(self.address, load_trust(self._choice.cluster))
+        self._connection = AsyncCoordinatorConnection(self._choice.addresses, load_trust(self._choice.cluster))
+
+    @property
+    def address(self) -> str:
+        """The address of the coordinator that is called."""
+        return self._connection.address
 
     async def generate(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Completion:
         """Continue a text, or token ids, without a chat template.
@@ -76,7 +86,14 @@ class AsyncClient:
         """Stream the answer of ``generate`` token by token. Not a coroutine, but needs a running event loop."""
         request = encoding.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
-        return AsyncStream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
+        if not self._follows:
+            return AsyncStream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
+        encoding.make_resumable(request)
+
+        def begin(left_s: float | None) -> AsyncStreamCall[inference_pb2.GenerateResponse]:
+            return self._connection.stream(lambda to: to.inference.Generate, request, left_s)
+
+        return AsyncStream(AsyncFollowedAnswer(self._connection, request.request_id, begin, timeout_s))
 
     async def chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Completion:
         """Answer a conversation as the assistant. The keywords are those of ChatKeywords and Options.
@@ -89,7 +106,14 @@ class AsyncClient:
         """Stream the answer of ``chat`` token by token. Not a coroutine, but needs a running event loop."""
         request = encoding.encode_chat(messages, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
-        return AsyncStream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
+        if not self._follows:
+            return AsyncStream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
+        encoding.make_resumable(request)
+
+        def begin(left_s: float | None) -> AsyncStreamCall[inference_pb2.ChatResponse]:
+            return self._connection.stream(lambda to: to.inference.Chat, request, left_s)
+
+        return AsyncStream(AsyncFollowedAnswer(self._connection, request.request_id, begin, timeout_s))
 
     def resume(self, request_id: str, offset: int | Sequence[int] = 0) -> AsyncStream:
         """Stream the rest of an answer after the coordinator restarted.
@@ -116,7 +140,7 @@ class AsyncClient:
 
     async def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
-        await self._ask(lambda to: to.inference.Abort, encoding.encode_abort(request_id))
+        await self._change(lambda to: to.inference.Abort, encoding.encode_abort(request_id))
 
     async def trace(self, request_id: str = "") -> RequestTrace:
         """Return the way of a request's frames through the stages; "" means the caller's newest request.
@@ -136,7 +160,9 @@ class AsyncClient:
         others are given. Raise TypeError for an unknown option.
         """
         request = encoding.encode_load(model, options)
-        return AsyncLoading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
+        if not self._follows:
+            return AsyncLoading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
+        return AsyncLoading(AsyncFoundCall(self._connection, lambda to: to.cluster.LoadModel, request))
 
     def train(
         self,
@@ -157,7 +183,9 @@ class AsyncClient:
         def choose(to: AsyncStubs) -> Any:
             return to.cluster.Train
 
-        return AsyncTraining(self._connection.stream(choose, messages))
+        if not self._follows:
+            return AsyncTraining(self._connection.stream(choose, messages))
+        return AsyncTraining(AsyncFoundCall(self._connection, choose, messages))
 
     async def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
@@ -176,7 +204,7 @@ class AsyncClient:
         if there is no such model, or if several are loaded and none is named.
         """
         request = encoding.encode_unload(name, every=every)
-        reply = await self._ask(lambda to: to.cluster.UnloadModel, request)
+        reply = await self._change(lambda to: to.cluster.UnloadModel, request)
         return tuple(reply.names)
 
     async def add_adapter(self, name: str, folder: str, *, model: str = "") -> AdapterState:
@@ -186,13 +214,13 @@ class AsyncClient:
         go on meanwhile. There is no deadline.
         """
         request = encoding.encode_add_adapter(name, folder, model)
-        reply = await self._connection.ask(lambda to: to.cluster.AddAdapter, request, None)
+        reply = await self._connection.ask(lambda to: to.cluster.AddAdapter, request, None, repeatable=False)
         return decode_adapter(reply.adapter)
 
     async def remove_adapter(self, name: str, *, model: str = "") -> int:
         """Remove an adapter, and end its live requests. Return how many. Raise ModelNotFound if there is none."""
         request = encoding.encode_remove_adapter(name, model)
-        reply = await self._ask(lambda to: to.cluster.RemoveAdapter, request, PLAN_TIMEOUT_S)
+        reply = await self._change(lambda to: to.cluster.RemoveAdapter, request, PLAN_TIMEOUT_S)
         return reply.ended_requests
 
     async def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
@@ -202,7 +230,7 @@ class AsyncClient:
         WorkerLost if the worker does not exist or does not answer.
         """
         request = cluster_pb2.DrainRequest(worker=worker, undo=undo)
-        reply = await self._connection.ask(lambda to: to.cluster.Drain, request, None)
+        reply = await self._connection.ask(lambda to: to.cluster.Drain, request, None, repeatable=False)
         return decode_cluster_state(reply.cluster)
 
     async def examine(self) -> tuple[MacExamination, ...]:
@@ -231,7 +259,7 @@ class AsyncClient:
         """
         request = cluster_pb2.RemoveFromStoresRequest(models=models)
         usual_s = (2 + len(models)) * STORE_S + CONTROL_TIMEOUT_S
-        reply = await self._ask(lambda to: to.cluster.RemoveFromStores, request, usual_s)
+        reply = await self._change(lambda to: to.cluster.RemoveFromStores, request, usual_s)
         return tuple(map(decode_removal, reply.removals))
 
     async def close(self) -> None:
@@ -239,8 +267,8 @@ class AsyncClient:
         await self._connection.close()
 
     async def __aenter__(self) -> Self:
-        self.address = await run_blocking(self._choice.find)
-        self._connection.use_address(self.address)
+        if not self._choice.named:
+            self._connection.use_address(await run_blocking(self._choice.find))
         return self
 
     async def __aexit__(
@@ -252,3 +280,12 @@ class AsyncClient:
         self, choose: Callable[[AsyncStubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S
     ) -> R:
         return await self._connection.ask(choose, request, self._timeout_s or usual_s)
+
+    async def _change(
+        self, choose: Callable[[AsyncStubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S
+    ) -> R:
+        return await self._connection.ask(choose, request, self._timeout_s or usual_s, repeatable=False)
+
+    @property
+    def _follows(self) -> bool:
+        return len(self._choice.addresses) > 1

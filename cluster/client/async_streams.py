@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from cluster.client.async_calls import AsyncStreamCall
+from cluster.client.async_following import AsyncFollowedAnswer, AsyncFoundCall
 from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_error
 from cluster.client.proto_decoding import decode_load_event
 from cluster.client.results import AcceptedRequest, Completion, Token
@@ -18,7 +19,10 @@ from cluster.core.cluster_state import ClusterState
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
-AnswerCall = AsyncStreamCall[inference_pb2.GenerateResponse] | AsyncStreamCall[inference_pb2.ChatResponse]
+AnswerCall = (
+    AsyncStreamCall[inference_pb2.GenerateResponse] | AsyncStreamCall[inference_pb2.ChatResponse] | AsyncFollowedAnswer
+)
+LoadCall = AsyncStreamCall[cluster_pb2.LoadModelResponse] | AsyncFoundCall[cluster_pb2.LoadModelResponse]
 
 
 class AsyncStream(PartialAnswer):
@@ -92,7 +96,7 @@ class AsyncLoading:
     Leaving the loop early cancels the load. Raises DeadlineExceeded after ``stall_s`` seconds without an event.
     """
 
-    def __init__(self, call: AsyncStreamCall[cluster_pb2.LoadModelResponse], stall_s: float = STALL_TIMEOUT_S) -> None:
+    def __init__(self, call: LoadCall, stall_s: float = STALL_TIMEOUT_S) -> None:
         self._call = call
         self._stall_s = stall_s
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from cluster.client.async_calls import AsyncStreamCall
+from cluster.client.async_following import AsyncFoundCall
 from cluster.codec.plan import decode_progress
 from cluster.codec.training import EventDecoder
 from cluster.core.plan import LoadProgress
 from cluster.core.training_events import TrainingEvent
 from cluster.v1 import cluster_pb2
+
+TrainCall = AsyncStreamCall[cluster_pb2.TrainResponse] | AsyncFoundCall[cluster_pb2.TrainResponse]
 
 
 class AsyncTraining:
@@ -18,7 +21,7 @@ class AsyncTraining:
     Leaving the loop early ends the training.
     """
 
-    def __init__(self, call: AsyncStreamCall[cluster_pb2.TrainResponse]) -> None:
+    def __init__(self, call: TrainCall) -> None:
         self._call = call
         self._decoder = EventDecoder()
 

@@ -46,6 +46,7 @@ class UnaryCall(Generic[R]):
 
     def __init__(self, stubs: Stubs, method: UnaryMethod[Q, R], request: Q, timeout_s: float | None) -> None:
         self._stubs = stubs
+        self.address = stubs.address
         self._call = method.future(request, timeout=timeout_s)
 
     def wait(self) -> R:
@@ -62,6 +63,7 @@ class StreamCall(Generic[R]):
 
     def __init__(self, stubs: Stubs, method: StreamMethod[Q, R], request: Q, timeout_s: float | None) -> None:
         self._stubs = stubs
+        self.address = stubs.address
         self._call = method(request, timeout=timeout_s)
 
     def read(self, within_s: float | None = None) -> R | None:
@@ -96,6 +98,21 @@ class StreamCall(Generic[R]):
     def _read(self) -> R | None:
         with translate_errors(self._stubs.address):
             return next(iter(self._call), None)
+
+
+class Pause:
+    """Waits that end early once ``end`` is called."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait. Return whether the pauses were ended."""
+        return self._ended.wait(seconds)
+
+    def end(self) -> None:
+        """End this wait and all later ones."""
+        self._ended.set()
 
 
 class Repeater:

@@ -6,6 +6,7 @@ from typing import Final
 
 import grpc
 
+from cluster.core.follow_limits import FOLLOW_CONNECT_MS, FOLLOW_PING_MS, MAX_FOLLOW_PAUSE_S
 from cluster.core.limits import CLIENT_KEEPALIVE_MS, CLIENT_KEEPALIVE_TIMEOUT_MS, CONNECT_TIMEOUT_S, MAX_CONTROL_BYTES
 from cluster.core.text import parse_address
 from cluster.platform.paths import state_home
@@ -26,6 +27,14 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.enable_http_proxy", 0),  # the cluster is on the local network: ignore http_proxy
 )
 
+_IMPATIENT: Final = {
+    "grpc.keepalive_timeout_ms": FOLLOW_PING_MS,
+    "grpc.http2.ping_timeout_ms": FOLLOW_PING_MS,
+    "grpc.min_reconnect_backoff_ms": FOLLOW_CONNECT_MS,
+    "grpc.max_reconnect_backoff_ms": round(MAX_FOLLOW_PAUSE_S * 1000),
+}
+_IMPATIENT_OPTIONS: Final = tuple((name, _IMPATIENT.get(name, value)) for name, value in CHANNEL_OPTIONS)
+
 
 def load_trust(cluster: str | None) -> Trust:
     """Return this machine's identity in ``cluster`` (else as ``resolve_cluster`` says) for calls to a coordinator."""
@@ -33,8 +42,13 @@ def load_trust(cluster: str | None) -> Trust:
     return open_caller_trust(home, resolve_cluster(cluster, home))
 
 
-def channel_credentials(trust: Trust, address: str) -> tuple[grpc.ChannelCredentials, ChannelOptions]:
-    """Return channel credentials and options for the coordinator at ``address``. Raise as ``Trust.channel`` does."""
+def channel_credentials(
+    trust: Trust, address: str, *, others: bool = False
+) -> tuple[grpc.ChannelCredentials, ChannelOptions]:
+    """Return channel credentials and options for the coordinator at ``address``. Raise as ``Trust.channel`` does.
+
+    If there are ``others`` to try, a silent coordinator is given up sooner.
+    """
     host, _ = parse_address(address)
     credentials, name_options = trust.channel(host, COORDINATOR)
-    return credentials, [*CHANNEL_OPTIONS, *name_options]
+    return credentials, [*(_IMPATIENT_OPTIONS if others else CHANNEL_OPTIONS), *name_options]

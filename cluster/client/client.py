@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from cluster.client import proto_encoding as encoding
-from cluster.client.calls import Stubs, run_blocking
+from cluster.client.calls import StreamCall, Stubs, run_blocking
 from cluster.client.channel_setup import load_trust
 from cluster.client.chat_encoding import Turn
 from cluster.client.connection import CoordinatorConnection
 from cluster.client.coordinator_address import choose_coordinator
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
+from cluster.client.following import FollowedAnswer, FoundCall
 from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions, ModelToPlan
 from cluster.client.proto_decoding import decode_models, decode_tokens
 from cluster.client.proto_encoding import PromptInput
@@ -52,6 +53,11 @@ class Client:
     is named, its address is the one that was remembered, else ``127.0.0.1:7700``, and ``with`` looks for it on the
     network if it does not answer there. Without a certificate, the client reaches only a coordinator on this machine.
 
+    ``coordinator`` may name several addresses, as in ``mac-1,mac-2:7700``, of a leader and its standbys. The client
+    then calls the first that answers. If a coordinator is lost, it looks for the one that leads for up to 60 s, and the
+    streams of answers continue there; they need a coordinator with ``--journal``. Calls that change something are not
+    sent twice.
+
     ``timeout_s`` is the default deadline of a call. Without it, answers have no deadline, ``plan`` has 60 s, and other
     calls have 10 s. ``drain`` never has a deadline. ``load`` has none either, but ends if it makes no progress. Every
     method raises subclasses of MacpipeError (``cluster.core.errors``), never gRPC's errors.
@@ -61,9 +67,13 @@ class Client:
         self, coordinator: str | None = None, *, cluster: str | None = None, timeout_s: float | None = None
     ) -> None:
         self._choice = choose_coordinator(coordinator, cluster)
-        self.address = self._choice.address
         self._timeout_s = check_timeout_s(timeout_s)
-        self._connection = CoordinatorConnection(self.address, load_trust(self._choice.cluster))
+        self._connection = CoordinatorConnection(self._choice.addresses, load_trust(self._choice.cluster))
+
+    @property
+    def address(self) -> str:
+        """The address of the coordinator that is called."""
+        return self._connection.address
 
     def generate(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Completion:
         """Continue a text, or token ids, without a chat template.
@@ -76,7 +86,14 @@ class Client:
         """Stream the answer of ``generate`` token by token."""
         request = encoding.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
-        return Stream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
+        if not self._follows:
+            return Stream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
+        encoding.make_resumable(request)
+
+        def begin(left_s: float | None) -> StreamCall[inference_pb2.GenerateResponse]:
+            return self._connection.stream(lambda to: to.inference.Generate, request, left_s)
+
+        return Stream(FollowedAnswer(self._connection, request.request_id, begin, timeout_s))
 
     def chat(self, messages: Iterable[Turn], **options: Unpack[ChatKeywords]) -> Completion:
         """Answer a conversation as the assistant. The keywords are those of ChatKeywords and Options.
@@ -89,7 +106,14 @@ class Client:
         """Stream the answer of ``chat`` token by token."""
         request = encoding.encode_chat(messages, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
-        return Stream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
+        if not self._follows:
+            return Stream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
+        encoding.make_resumable(request)
+
+        def begin(left_s: float | None) -> StreamCall[inference_pb2.ChatResponse]:
+            return self._connection.stream(lambda to: to.inference.Chat, request, left_s)
+
+        return Stream(FollowedAnswer(self._connection, request.request_id, begin, timeout_s))
 
     def resume(self, request_id: str, offset: int | Sequence[int] = 0) -> Stream:
         """Stream the rest of an answer after the coordinator restarted.
@@ -115,7 +139,7 @@ class Client:
 
     def abort(self, request_id: str) -> None:
         """Abort a live request of any client. Raise RequestNotFound if there is none with this id."""
-        self._ask(lambda to: to.inference.Abort, encoding.encode_abort(request_id))
+        self._change(lambda to: to.inference.Abort, encoding.encode_abort(request_id))
 
     def trace(self, request_id: str = "") -> RequestTrace:
         """Return the way of a request's frames through the stages; "" means the caller's newest request.
@@ -135,7 +159,9 @@ class Client:
         others are given. Raise TypeError for an unknown option.
         """
         request = encoding.encode_load(model, options)
-        return Loading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
+        if not self._follows:
+            return Loading(self._connection.stream(lambda to: to.cluster.LoadModel, request))
+        return Loading(FoundCall(self._connection, lambda to: to.cluster.LoadModel, request))
 
     def train(
         self,
@@ -156,7 +182,9 @@ class Client:
         def choose(to: Stubs) -> Any:
             return to.cluster.Train
 
-        return Training(self._connection.stream(choose, messages))
+        if not self._follows:
+            return Training(self._connection.stream(choose, messages))
+        return Training(FoundCall(self._connection, choose, messages))
 
     def plan(self, model: str, **options: Unpack[LoadOptions]) -> ModelPlan:
         """Return the plan for a model and its predicted speed, without loading it. Options as for ``load``."""
@@ -175,7 +203,7 @@ class Client:
         if there is no such model, or if several are loaded and none is named.
         """
         request = encoding.encode_unload(name, every=every)
-        reply = self._ask(lambda to: to.cluster.UnloadModel, request)
+        reply = self._change(lambda to: to.cluster.UnloadModel, request)
         return tuple(reply.names)
 
     def add_adapter(self, name: str, folder: str, *, model: str = "") -> AdapterState:
@@ -185,13 +213,13 @@ class Client:
         go on meanwhile. There is no deadline.
         """
         request = encoding.encode_add_adapter(name, folder, model)
-        reply = self._connection.ask(lambda to: to.cluster.AddAdapter, request, None)
+        reply = self._connection.ask(lambda to: to.cluster.AddAdapter, request, None, repeatable=False)
         return decode_adapter(reply.adapter)
 
     def remove_adapter(self, name: str, *, model: str = "") -> int:
         """Remove an adapter, and end its live requests. Return how many. Raise ModelNotFound if there is none."""
         request = encoding.encode_remove_adapter(name, model)
-        reply = self._ask(lambda to: to.cluster.RemoveAdapter, request, PLAN_TIMEOUT_S)
+        reply = self._change(lambda to: to.cluster.RemoveAdapter, request, PLAN_TIMEOUT_S)
         return reply.ended_requests
 
     def drain(self, worker: str, *, undo: bool = False) -> ClusterState:
@@ -201,7 +229,7 @@ class Client:
         WorkerLost if the worker does not exist or does not answer.
         """
         request = cluster_pb2.DrainRequest(worker=worker, undo=undo)
-        reply = self._connection.ask(lambda to: to.cluster.Drain, request, None)
+        reply = self._connection.ask(lambda to: to.cluster.Drain, request, None, repeatable=False)
         return decode_cluster_state(reply.cluster)
 
     def examine(self) -> tuple[MacExamination, ...]:
@@ -230,7 +258,7 @@ class Client:
         """
         request = cluster_pb2.RemoveFromStoresRequest(models=models)
         usual_s = (2 + len(models)) * STORE_S + CONTROL_TIMEOUT_S
-        reply = self._ask(lambda to: to.cluster.RemoveFromStores, request, usual_s)
+        reply = self._change(lambda to: to.cluster.RemoveFromStores, request, usual_s)
         return tuple(map(decode_removal, reply.removals))
 
     def close(self) -> None:
@@ -238,8 +266,8 @@ class Client:
         self._connection.close()
 
     def __enter__(self) -> Self:
-        self.address = run_blocking(self._choice.find)
-        self._connection.use_address(self.address)
+        if not self._choice.named:
+            self._connection.use_address(run_blocking(self._choice.find))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -247,3 +275,12 @@ class Client:
 
     def _ask(self, choose: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S) -> R:
         return self._connection.ask(choose, request, self._timeout_s or usual_s)
+
+    def _change(
+        self, choose: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, usual_s: float = CONTROL_TIMEOUT_S
+    ) -> R:
+        return self._connection.ask(choose, request, self._timeout_s or usual_s, repeatable=False)
+
+    @property
+    def _follows(self) -> bool:
+        return len(self._choice.addresses) > 1

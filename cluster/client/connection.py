@@ -8,14 +8,22 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from cluster.client.calls import Repeater, StreamCall, Stubs, UnaryCall, run_blocking
+from cluster.client.calls import (
+    Pause,
+    Repeater,
+    StreamCall,
+    Stubs,
+    UnaryCall,
+    run_blocking,
+)
 from cluster.client.channel_setup import channel_credentials
+from cluster.client.follow_schedule import FollowSchedule, is_elsewhere
 from cluster.client.renewal_schedule import ScheduledRenewal
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import ConnectionLost, MacpipeError
 from cluster.core.limits import CONTROL_TIMEOUT_S
 from cluster.security.limits import CLIENT_RENEWAL_LOOK_S, RENEWAL_CLOSE_S
 from cluster.security.trust import Trust
-from cluster.v1 import cluster_pb2
+from cluster.v1 import cluster_pb2, inference_pb2
 
 if TYPE_CHECKING:
     from cluster.client.calls import StreamMethod, UnaryMethod
@@ -25,21 +33,22 @@ R = TypeVar("R")
 
 
 class CoordinatorConnection:
-    """Starts calls to the coordinator at ``address`` as the party that ``trust`` names.
+    """Starts calls to a coordinator as the party that ``trust`` names, at the first of ``addresses`` until it is left.
 
     It opens a channel at the first call. In a cluster it renews the certificate in the background. The calls after a
     renewal, by this process or another of this machine, use a new channel; those before it end on the old one.
     """
 
-    def __init__(self, address: str, trust: Trust) -> None:
-        self.address = address
+    def __init__(self, addresses: tuple[str, ...], trust: Trust) -> None:
+        self.addresses = addresses
+        self.address = addresses[0]
         self._trust = trust
         self._serial = trust.serial
-        self._credentials, self._options = channel_credentials(trust, address)
+        self._stubs: Stubs | None = None
+        self._set_credentials()
         self._renewal = ScheduledRenewal(trust)
         self._repeater = Repeater("certificate renewal", self._renew_certificate, CLIENT_RENEWAL_LOOK_S)
         self._lock = threading.Lock()
-        self._stubs: Stubs | None = None
         self._open: weakref.WeakSet[Stubs] = weakref.WeakSet()
         self._closed = False
 
@@ -47,16 +56,47 @@ class CoordinatorConnection:
         """Send the calls from now on to ``address``. Raise as ``Trust.channel`` does."""
         with self._lock:
             if address != self.address:
-                self._credentials, self._options = channel_credentials(self._trust, address)
                 self.address = address
-                self._stubs = None  # the calls on it keep its channel open
+                self._set_credentials()
 
-    def ask(self, choose: Callable[[Stubs], UnaryMethod[Q, R]], request: Q, timeout_s: float | None) -> R:
-        """Call the method that ``choose`` returns. Raise MacpipeError, also once the connection is closed."""
-        with self._lock:
-            stubs = self._current_stubs()
-            call = UnaryCall(stubs, choose(stubs), request, timeout_s)
-        return call.wait()
+    def leave(self, address: str) -> None:
+        """Send the calls from now on to the address after ``address``, unless they go to another one already."""
+        if len(self.addresses) > 1 and address == self.address:
+            self.use_address(self.addresses[(self.addresses.index(address) + 1) % len(self.addresses)])
+
+    def ask(
+        self,
+        choose: Callable[[Stubs], UnaryMethod[Q, R]],
+        request: Q,
+        timeout_s: float | None,
+        *,
+        repeatable: bool = True,
+    ) -> R:
+        """Call the method that ``choose`` returns. Raise MacpipeError, also once the connection is closed.
+
+        With several addresses, look for the one that has the leader. Unless the call is ``repeatable``, it is not sent
+        again once it may have been carried out.
+        """
+        schedule = FollowSchedule(len(self.addresses))
+        while True:
+            with self._lock:
+                stubs = self._current_stubs()
+                call = UnaryCall(stubs, choose(stubs), request, timeout_s)
+            try:
+                return call.wait()
+            except MacpipeError as error:
+                if len(self.addresses) < 2 or (isinstance(error, ConnectionLost) and not repeatable):
+                    raise
+                pause_s = schedule.pause_s(error, patient=False)
+                if pause_s is None:
+                    raise
+                if is_elsewhere(error):
+                    self.leave(call.address)
+            Pause().wait(pause_s)
+
+    def find_leader(self) -> None:
+        """Send the calls from now on to an address at which the service answers. Raise MacpipeError if none does."""
+        self.ask(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest(), CONTROL_TIMEOUT_S)
 
     def stream(
         self, choose: Callable[[Stubs], StreamMethod[Q, R]], request: Q, timeout_s: float | None = None
@@ -84,15 +124,20 @@ class CoordinatorConnection:
             raise MacpipeError("this client is closed; make a new one")
         serial = self._trust.serial
         if serial != self._serial:
-            self._credentials, self._options = channel_credentials(self._trust, self.address)
+            self._set_credentials()
             self._serial = serial
-            self._stubs = None  # the calls on it keep its channel open
         if self._stubs is None:
             self._stubs = Stubs(self.address, self._credentials, self._options)
             self._open.add(self._stubs)
             if self._renewal.possible:
                 self._repeater.start()
         return self._stubs
+
+    def _set_credentials(self) -> None:
+        """Use a new channel from now on. The calls on the one before keep it open."""
+        several = len(self.addresses) > 1
+        self._credentials, self._options = channel_credentials(self._trust, self.address, others=several)
+        self._stubs = None
 
     def _renew_certificate(self) -> float:
         """Renew the certificate if it is due. Return the seconds until the next look."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from cluster.core.errors import InvalidOption
+from cluster.core.follow_limits import MAX_COORDINATORS
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT
 from cluster.core.text import format_address, parse_address
 from cluster.platform.paths import state_home
@@ -20,12 +21,17 @@ DEFAULT_PORT: Final = DEFAULT_COORDINATOR_PORT
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorChoice:
-    """The coordinator that a client calls. ``named``: the user named the address, so no other one is looked for."""
+    """The coordinators that a client calls. ``named``: the user named them, so no other one is looked for."""
 
-    address: str
+    addresses: tuple[str, ...]
     home: Path
     cluster: str
     named: bool
+
+    @property
+    def address(self) -> str:
+        """The address that is called first."""
+        return self.addresses[0]
 
     def find(self) -> str:
         """Return the address at which the coordinator answers now, as ``coordinator_search`` says; may block."""
@@ -45,9 +51,19 @@ def choose_coordinator(given: str | None, cluster: str | None) -> CoordinatorCho
     name = resolve_cluster(cluster, home)
     if named := given or os.environ.get(COORDINATOR_VARIABLE):
         source = "--coordinator" if given else COORDINATOR_VARIABLE
-        return CoordinatorChoice(parse_coordinator(named, source), home, name, named=True)
+        return CoordinatorChoice(parse_coordinators(named, source), home, name, named=True)
     remembered = remembered_coordinator(home, name) if is_member(home, name) else None
-    return CoordinatorChoice(remembered or format_address(DEFAULT_HOST, DEFAULT_PORT), home, name, named=False)
+    return CoordinatorChoice((remembered or format_address(DEFAULT_HOST, DEFAULT_PORT),), home, name, named=False)
+
+
+def parse_coordinators(written: str, source: str) -> tuple[str, ...]:
+    """Return the addresses in a list with commas, each once. Raise InvalidOption, naming ``source``."""
+    addresses = tuple(dict.fromkeys(parse_coordinator(one, source) for one in written.split(",")))
+    if len(addresses) > MAX_COORDINATORS:
+        raise InvalidOption(
+            f"{source}: {len(addresses)} addresses were given; give at most {MAX_COORDINATORS}", field="coordinator"
+        )
+    return addresses
 
 
 def parse_coordinator(written: str, source: str) -> str:

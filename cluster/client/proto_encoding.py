@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -81,6 +82,12 @@ def encode_chat(messages: Iterable[Turn], options: ChatKeywords) -> inference_pb
         template=encode_template(options),
     )
     return _check_size(request, "messages")
+
+
+def make_resumable(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest) -> None:
+    """Have the coordinator keep the answer for a client that calls again if the call breaks."""
+    request.request_id = request.request_id or uuid.uuid4().hex
+    request.resumable = True
 
 
 def encode_tokenize(given: str | Iterable[Turn], model: str) -> inference_pb2.TokenizeRequest:

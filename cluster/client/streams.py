@@ -12,6 +12,7 @@ from typing import Self
 
 from cluster.client.calls import StreamCall
 from cluster.client.deadlines import STALL_TIMEOUT_S, require_serving, stall_error
+from cluster.client.following import FollowedAnswer, FoundCall
 from cluster.client.proto_decoding import decode_load_event
 from cluster.client.results import AcceptedRequest, Completion, Token
 from cluster.client.transcript import PartialAnswer
@@ -19,7 +20,8 @@ from cluster.core.cluster_state import ClusterState
 from cluster.core.plan import LoadProgress
 from cluster.v1 import cluster_pb2, inference_pb2
 
-AnswerCall = StreamCall[inference_pb2.GenerateResponse] | StreamCall[inference_pb2.ChatResponse]
+AnswerCall = StreamCall[inference_pb2.GenerateResponse] | StreamCall[inference_pb2.ChatResponse] | FollowedAnswer
+LoadCall = StreamCall[cluster_pb2.LoadModelResponse] | FoundCall[cluster_pb2.LoadModelResponse]
 
 
 class Stream(PartialAnswer):
@@ -89,7 +91,7 @@ class Loading:
     Leaving the loop early cancels the load. Raises DeadlineExceeded after ``stall_s`` seconds without an event.
     """
 
-    def __init__(self, call: StreamCall[cluster_pb2.LoadModelResponse], stall_s: float = STALL_TIMEOUT_S) -> None:
+    def __init__(self, call: LoadCall, stall_s: float = STALL_TIMEOUT_S) -> None:
         self._call = call
         self._stall_s = stall_s
 

@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cluster.client.calls import StreamCall
+from cluster.client.following import FoundCall
 from cluster.codec.plan import decode_progress
 from cluster.codec.training import EventDecoder
 from cluster.core.plan import LoadProgress
 from cluster.core.training_events import TrainingEvent
 from cluster.v1 import cluster_pb2
+
+TrainCall = StreamCall[cluster_pb2.TrainResponse] | FoundCall[cluster_pb2.TrainResponse]
 
 
 class Training:
@@ -19,7 +22,7 @@ class Training:
     Leaving the loop early ends the training.
     """
 
-    def __init__(self, call: StreamCall[cluster_pb2.TrainResponse]) -> None:
+    def __init__(self, call: TrainCall) -> None:
         self._call = call
         self._decoder = EventDecoder()
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import grpc
 
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import MacpipeError, RequestNotFound
 from cluster.security.trust import Trust
 from cluster.transport.grpc_setup import CONTROL_OPTIONS, bind, public_server
 from cluster.transport.rich_errors import abort
@@ -102,7 +102,7 @@ def cluster_reply(state: int = cluster_pb2.SERVING_STATE_SERVING, **more: Any) -
 
 
 class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.ClusterServiceServicer):
-    """The coordinator's behaviour. A test replaces ``answer``, ``load`` or ``refusal``.
+    """The coordinator's behaviour. A test replaces ``answer``, ``rest``, ``load`` or ``refusal``.
 
     ``seen`` has the requests, ``peers`` the connection of each.
     """
@@ -123,6 +123,11 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
     async def answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
         for event in answer_of(request):
             yield event
+
+    async def rest(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """The answer to Resume, by default that nothing is known of the request."""
+        await abort(context, RequestNotFound(f"request {request.request_id} has no answer that can be resumed"))
+        yield
 
     async def load(self, request: Any, context: Any) -> AsyncIterator[Any]:
         for done in (0, 50, 100):
@@ -154,6 +159,10 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
 
     async def Chat(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async for event in self._play(self.answer, request, context):
+            yield event
+
+    async def Resume(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for event in self._play(self.rest, request, context):
             yield event
 
     async def LoadModel(self, request: Any, context: Any) -> AsyncIterator[Any]:

@@ -13,8 +13,9 @@ import pytest
 from cluster.client import AsyncClient, Client
 from cluster.client.streams import Stream
 from cluster.coordinator.identity import state_folder
-from cluster.core.errors import MacpipeError, RequestNotFound
+from cluster.core.errors import MacpipeError, RequestEnded, RequestNotFound
 from faults.fleet import Fleet
+from integration.daemons import free_port
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
 KINDS: dict[str, Callable[[Client, str], Stream]] = {
@@ -39,6 +40,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield fleet
     finally:
         fleet.close()
+
+
+@pytest.fixture(scope="module")
+def expected(small: Fleet) -> dict[str, list[list[int]]]:
+    """The tokens of each kind of answer, undisturbed."""
+    return {kind: Answer(ask(small.client, f"{kind}-undisturbed")).follow().whole for kind, ask in KINDS.items()}
 
 
 class Answer:
@@ -119,20 +126,66 @@ def survives(small: Fleet, number: int, expected: dict[str, list[list[int]]]) ->
             list(small.client.resume(f"{kind}-{number}", offsets))
 
 
-def undisturbed(small: Fleet) -> dict[str, list[list[int]]]:
-    return {kind: Answer(ask(small.client, f"{kind}-undisturbed")).follow().whole for kind, ask in KINDS.items()}
-
-
-def test_a_coordinator_that_dies_is_followed_by_one_that_reads_no_weight_and_resumes(small: Fleet) -> None:
-    engines, expected = [p.engine for p in small.parties.values()], undisturbed(small)
+def test_a_coordinator_that_dies_is_followed_by_one_that_reads_no_weight_and_resumes(
+    small: Fleet, expected: dict[str, list[list[int]]]
+) -> None:
+    engines = [p.engine for p in small.parties.values()]
     survives(small, 1, expected)  # its client has lost the last token, too
     assert [p.engine for p in small.parties.values()] == engines
 
 
+def test_a_client_with_two_addresses_does_not_notice_that_its_coordinator_dies(
+    small: Fleet, expected: dict[str, list[list[int]]]
+) -> None:
+    port, struck = free_port(), threading.Event()
+    with Client(f"{small.address},127.0.0.1:{port}", timeout_s=200) as client:
+        answers = {f"{kind}-followed": Answer(ask(client, f"{kind}-followed")) for kind, ask in KINDS.items()}
+        readers = [threading.Thread(target=a.follow) for i, a in answers.items() if i != "greedy-followed"]
+        strike = threading.Thread(
+            target=answers["greedy-followed"].follow, args=(lambda count: struck.set() if count == 5 else None,)
+        )
+        for reader in (*readers, strike):
+            reader.start()
+        assert struck.wait(60)
+        assert all(answer.begun.wait(60) for answer in answers.values())
+        wait_recorded(small, answers)
+        small.serve.process.kill()
+        small.serve.process.wait(10)
+        small.client.close()
+        small.start_coordinator(port)
+        for reader in (*readers, strike):
+            reader.join(100)
+        for kind, said in expected.items():
+            assert answers[f"{kind}-followed"].stream.finish, kind
+            assert answers[f"{kind}-followed"].whole == said, kind
+
+
+def test_an_answer_whose_call_breaks_is_kept_for_the_client_that_calls_again(small: Fleet) -> None:
+    with Client(f"{small.address},127.0.0.1:1", timeout_s=60) as client:
+
+        def ask(name: str) -> Stream:
+            return client.stream([3, 4], max_tokens=200, ignore_eos=True, request_id=name)
+
+        whole = ask("whole").completion().tokens
+        lost = ask("lost")
+        begun = [token.token for _, token in zip(range(5), lost, strict=False)]
+        reading = iter(ask("live"))  # it stays open, as if the cable had been pulled
+        first = next(reading)
+        for name, has in (("lost", begun), ("live", [first.token])):
+            rest = [token.token for token in small.client.resume(name, len(has))]
+            assert (*has, *rest) == whole
+        assert [t.token for t in small.client.resume("whole", 197)] == list(whole[197:]), "its end may be lost as well"
+        ended = ask("ended")
+        ended.wait_accepted()
+        small.client.abort("ended")
+        with pytest.raises(RequestEnded):
+            list(small.client.resume("ended"))
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_twenty_coordinators_die_and_no_answer_is_lost(small: Fleet) -> None:
-    engines, expected = [p.engine for p in small.parties.values()], undisturbed(small)
+def test_twenty_coordinators_die_and_no_answer_is_lost(small: Fleet, expected: dict[str, list[list[int]]]) -> None:
+    engines = [p.engine for p in small.parties.values()]
     for number in range(2, 22):
         survives(small, number, expected)
     assert [p.engine for p in small.parties.values()] == engines

@@ -1,0 +1,282 @@
+"""Clients with several addresses: they find who leads, and their answers continue there."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from client.scripted import Coordinator, answer_of, finish_event, prompt_event, token_event
+from cluster.client import AsyncClient, Client
+from cluster.client.answer_progress import AnswerProgress
+from cluster.client.follow_schedule import FollowSchedule
+from cluster.core import errors
+from cluster.core.follow_limits import FOLLOW_S, MAX_COORDINATORS
+from cluster.core.known_tokens import TokenDigest
+from cluster.transport.rich_errors import abort
+from cluster.v1 import inference_pb2 as pb
+
+Ask = Callable[..., Any]
+NOBODY = "127.0.0.1:1"
+
+
+def blocking(addresses: str, method: str, *given: Any, **options: Any) -> Any:
+    with Client(addresses) as client:
+        result = getattr(client, method)(*given, **options)
+        return result.wait() if method == "load" else result
+
+
+def awaited(addresses: str, method: str, *given: Any, **options: Any) -> Any:
+    async def ask() -> Any:
+        async with AsyncClient(addresses) as client:
+            result = getattr(client, method)(*given, **options)
+            return await (result.wait() if method == "load" else result)
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture(params=[blocking, awaited], ids=["sync", "async"])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    kind: Ask = request.param
+    return kind
+
+
+@pytest.fixture
+def other() -> Iterator[Coordinator]:
+    with Coordinator() as running:
+        yield running
+
+
+def both(first: Coordinator, second: Coordinator) -> str:
+    return f"{first.address}, {second.address}"
+
+
+def digest(*tokens: int) -> bytes:
+    found = TokenDigest()
+    for token in tokens:
+        found.add(token)
+    return found.digest()
+
+
+def breaks_after(count: int) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    """A whole answer, but the connection breaks after so many events."""
+
+    async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
+        for event in answer_of(request)[:count]:
+            yield event
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "recvmsg: Connection reset by peer")
+
+    return answer
+
+
+async def rest(request: Any, context: Any) -> AsyncIterator[Any]:
+    """The rest of the whole answer."""
+    begun = pb.GenerateRequest(request_id=request.request_id)
+    prompt, *tokens, finish = answer_of(begun)
+    yield prompt
+    for token in tokens[(request.offsets or [0])[0] :]:
+        yield token
+    yield finish
+
+
+def requests(coordinator: Coordinator) -> list[str]:
+    return [type(seen).__name__ for seen in coordinator.script.seen]
+
+
+@pytest.mark.parametrize("method", ["generate", "chat"])
+def test_an_answer_continues_at_the_next_coordinator(
+    ask: Ask, coordinator: Coordinator, other: Coordinator, method: str
+) -> None:
+    coordinator.script.answer, other.script.rest = breaks_after(3), rest
+    prompt = "Why?" if method == "generate" else [("user", "Why?")]
+    done = ask(both(coordinator, other), method, prompt)
+    assert done.text == "Macs pass layers on."
+    assert done.tokens == (100, 101, 102, 103, 104)
+    (sent,), (resumed,) = coordinator.script.seen, other.script.seen
+    assert sent.resumable
+    assert len(sent.request_id) == 32
+    assert resumed == pb.ResumeRequest(request_id=sent.request_id, offsets=[2], digests=[digest(100, 101)])
+
+
+def test_it_continues_at_the_same_coordinator_once_that_is_back(ask: Ask, coordinator: Coordinator) -> None:
+    coordinator.script.answer, coordinator.script.rest = breaks_after(2), rest
+    assert ask(f"{coordinator.address},{NOBODY}", "generate", "Why?", request_id="mine").text == "Macs pass layers on."
+    assert requests(coordinator) == ["GenerateRequest", "ResumeRequest"]
+
+
+def test_a_request_that_reached_nobody_is_sent_to_the_next_address(ask: Ask, coordinator: Coordinator) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        assert ask(f"{address},{coordinator.address}", "generate", "Why?").text == "Macs pass layers on."
+    assert requests(coordinator) == ["GenerateRequest"]
+
+
+def test_a_request_that_was_lost_before_it_was_accepted_is_sent_anew_if_no_coordinator_has_it(
+    ask: Ask, coordinator: Coordinator, other: Coordinator
+) -> None:
+    coordinator.script.answer = breaks_after(0)
+    assert ask(both(coordinator, other), "generate", "Why?", request_id="mine").text == "Macs pass layers on."
+    assert requests(other) == ["ResumeRequest", "GenerateRequest"]
+    assert other.script.seen[0] == pb.ResumeRequest(request_id="mine")
+
+
+def test_an_answer_that_no_coordinator_has_ends_with_that_error(
+    ask: Ask, coordinator: Coordinator, other: Coordinator
+) -> None:
+    coordinator.script.answer = breaks_after(3)
+    with pytest.raises(errors.RequestNotFound, match="mine"):
+        ask(both(coordinator, other), "generate", "Why?", request_id="mine")
+    assert requests(other) == ["ResumeRequest"]
+
+
+def test_a_coordinator_with_other_tokens_continues_nothing(
+    ask: Ask, coordinator: Coordinator, other: Coordinator
+) -> None:
+    async def differs(request: Any, context: Any) -> AsyncIterator[Any]:
+        await abort(context, errors.AnswerDiffers("other tokens"))
+        yield
+
+    coordinator.script.answer, other.script.rest = breaks_after(3), differs
+    with pytest.raises(errors.AnswerDiffers):
+        ask(both(coordinator, other), "generate", "Why?")
+
+
+@pytest.mark.parametrize("error", [errors.NotServing("it loads"), errors.Busy("full", retry_after_s=0.01)])
+def test_a_new_leader_is_given_time_to_load_and_to_answer(
+    ask: Ask, coordinator: Coordinator, other: Coordinator, error: errors.MacpipeError
+) -> None:
+    async def soon(request: Any, context: Any) -> AsyncIterator[Any]:
+        if len(other.script.seen) < 3:
+            await abort(context, error)
+        async for event in rest(request, context):
+            yield event
+
+    coordinator.script.answer, other.script.rest = breaks_after(3), soon
+    assert ask(f"{coordinator.address},{other.address}", "generate", "Why?").text == "Macs pass layers on."
+
+
+def test_a_leader_that_serves_no_model_is_not_asked_again(
+    ask: Ask, coordinator: Coordinator, other: Coordinator
+) -> None:
+    coordinator.script.refusal = errors.NotServing("no model is loaded")
+    for method, given in (("generate", ["Hi"]), ("tokenize", ["Hi"])):
+        with pytest.raises(errors.NotServing):
+            ask(both(coordinator, other), method, *given)
+    assert not other.script.seen
+
+
+@pytest.mark.parametrize("method", ["models", "cluster", "tokenize", "abort", "unload", "load"])
+def test_every_call_finds_who_leads(ask: Ask, coordinator: Coordinator, other: Coordinator, method: str) -> None:
+    coordinator.script.refusal = errors.NotLeader("mac-1 stands by", leader=other.address)
+    given = ["Hi"] if method in ("tokenize", "abort", "load") else []
+    ask(both(coordinator, other), method, *given)
+    assert other.script.seen
+
+
+def test_a_change_that_may_have_been_made_is_not_made_twice(
+    ask: Ask, coordinator: Coordinator, other: Coordinator
+) -> None:
+    coordinator.script.refusal = errors.ConnectionLost("gone")
+    with pytest.raises(errors.ConnectionLost):
+        ask(both(coordinator, other), "unload")
+    assert not other.script.seen
+    assert ask(both(coordinator, other), "models")
+
+
+def test_nobody_at_any_address_is_told_after_one_round(ask: Ask) -> None:
+    with pytest.raises(errors.Unreachable, match=r"127\.0\.0\.1:2 "):
+        ask(f"{NOBODY},127.0.0.1:2", "generate", "Why?")
+    with pytest.raises(errors.Unreachable):
+        ask(f"{NOBODY},127.0.0.1:2", "models")
+
+
+def test_later_calls_go_where_the_last_one_was_answered(coordinator: Coordinator) -> None:
+    with Client(f"{NOBODY},{coordinator.address}") as client:
+        assert client.address == NOBODY
+        client.models()
+        assert client.address == coordinator.address
+
+
+def test_a_client_that_looks_for_a_leader_can_be_stopped(coordinator: Coordinator, other: Coordinator) -> None:
+    coordinator.script.answer = breaks_after(2)
+    other.script.refusal = errors.NotLeader("nobody leads")
+    with Client(f"{other.address},{coordinator.address}") as client:
+        other.script.refusal = None
+        client.models()
+        client._connection.leave(other.address)
+        stream = client.stream("Why?")
+        stream.wait_accepted()
+        coordinator.script.refusal = other.script.refusal = errors.NotLeader("nobody leads")
+        stopping = threading.Timer(0.3, stream.cancel)
+        stopping.start()
+        with pytest.raises(errors.Aborted):
+            list(stream)
+        stopping.join()
+
+
+def test_a_deadline_is_that_of_the_whole_answer(ask: Ask, coordinator: Coordinator, other: Coordinator) -> None:
+    coordinator.script.answer = breaks_after(2)
+    other.script.refusal = coordinator.script.refusal
+    other.script.rest = breaks_after(0)
+    coordinator.script.rest = breaks_after(0)
+    with pytest.raises(errors.DeadlineExceeded):
+        ask(both(coordinator, other), "generate", "Why?", timeout_s=0.5)
+
+
+def test_too_many_and_wrong_addresses_are_told() -> None:
+    with pytest.raises(errors.InvalidOption, match=f"at most {MAX_COORDINATORS}"):
+        Client(",".join(f"mac-{i}" for i in range(MAX_COORDINATORS + 1)))
+    with pytest.raises(errors.InvalidOption, match="not an address"):
+        Client("mac-1,")
+
+
+# The schedule and what an answer has, without a network
+
+
+def test_each_address_is_tried_at_once_and_then_less_and_less_often_for_a_minute() -> None:
+    now = [0.0]
+    schedule = FollowSchedule(3, lambda: now[0])
+    pauses = []
+    while (pause_s := schedule.pause_s(errors.Unreachable("no"), patient=True)) is not None:
+        pauses.append(pause_s)
+        now[0] += pause_s
+    assert pauses[:2] == [0.0, 0.0]
+    assert all(0.05 <= pause_s <= 1.0 for pause_s in pauses[2:])
+    assert FOLLOW_S <= now[0] <= FOLLOW_S + 1.0
+
+
+def test_an_answer_resets_the_schedule_and_an_impatient_call_makes_one_round() -> None:
+    schedule = FollowSchedule(2, lambda: 0.0)
+    assert schedule.pause_s(errors.NotServing("no"), patient=True) is None
+    assert schedule.pause_s(errors.NotLeader("no"), patient=False) == 0.0
+    assert schedule.pause_s(errors.NotServing("no"), patient=False)
+    assert schedule.pause_s(errors.Unreachable("no"), patient=False) is not None
+    assert schedule.pause_s(errors.Unreachable("no"), patient=False) is None
+    schedule.reset()
+    assert schedule.pause_s(errors.Busy("no"), patient=True) is None
+    assert schedule.pause_s(errors.WorkerLost("no"), patient=True) is None
+
+
+def test_what_came_before_is_left_out_of_a_resumed_answer() -> None:
+    def piece(start: int, *tokens: int) -> pb.GenerateResponse:
+        return pb.GenerateResponse(
+            prompt_logprobs=pb.PromptLogprobs(start=start, tokens=[pb.PromptToken(token=t) for t in tokens])
+        )
+
+    progress = AnswerProgress("r")
+    assert progress.resume_request() == pb.ResumeRequest(request_id="r")
+    for event in (prompt_event(), piece(0, 1, 2), token_event(0, "Mac"), finish_event(1)):
+        assert progress.take(event) is event
+    assert progress.resume_request() == pb.ResumeRequest(request_id="r", offsets=[1], digests=[digest(100)])
+    assert progress.take(prompt_event()) is None
+    assert progress.take(piece(0, 1)) is None
+    assert progress.take(piece(1, 2, 3)) == piece(2, 3)
+    assert progress.take(finish_event(1)) is None
+    with pytest.raises(errors.AnswerDiffers):
+        progress.take(prompt_event(seed=8))
