@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
-from cluster.client.answer_progress import AnswerProgress, Reply
 from cluster.client.async_calls import AsyncPause, AsyncStreamCall, AsyncStubs
 from cluster.client.async_connection import AsyncCoordinatorConnection
 from cluster.client.follow_schedule import FollowSchedule, is_elsewhere, never_sent
+from cluster.client.received_answer import ReceivedAnswer, Reply
 from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, RequestNotFound
 from cluster.v1 import inference_pb2
 
@@ -66,7 +66,7 @@ class AsyncFollowedAnswer:
     ) -> None:
         self._connection, self._begin = connection, begin
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._progress = AnswerProgress(request_id)
+        self._progress = ReceivedAnswer(request_id)
         self._schedule = FollowSchedule(len(connection.addresses))
         self._pause = AsyncPause()
         self._perhaps_sent = False

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
-from cluster.client.answer_progress import AnswerProgress, Reply
 from cluster.client.calls import Pause, StreamCall, Stubs
 from cluster.client.connection import CoordinatorConnection
 from cluster.client.follow_schedule import FollowSchedule, is_elsewhere, never_sent
+from cluster.client.received_answer import ReceivedAnswer, Reply
 from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, RequestNotFound
 from cluster.v1 import inference_pb2
 
@@ -67,7 +67,7 @@ class FollowedAnswer:
     ) -> None:
         self._connection, self._begin = connection, begin
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._progress = AnswerProgress(request_id)
+        self._progress = ReceivedAnswer(request_id)
         self._schedule = FollowSchedule(len(connection.addresses))
         self._pause = Pause()
         self._perhaps_sent = False

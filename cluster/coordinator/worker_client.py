@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -16,6 +15,13 @@ import grpc
 from cluster.codec.examination import decode_results
 from cluster.codec.stored_models import decode_worker_store
 from cluster.codec.worker_info import decode_info
+from cluster.coordinator.worker_messages import (
+    decode_link,
+    decode_term_answer,
+    encode_adapter,
+    encode_load,
+    encode_peers,
+)
 from cluster.core.adapter import Adapter
 from cluster.core.errors import (
     DeadlineExceeded,
@@ -33,25 +39,23 @@ from cluster.core.limits import (
     GONE_S,
     LOAD_STALL_S,
     LOAD_STUCK_S,
-    MAX_FACT_CHARS,
 )
 from cluster.core.link_limits import MAX_SHARED_HOSTS, PROBE_TIMEOUT_S
 from cluster.core.plan import FetchOrder, LayerRange, Link, LoadedStage, LoadProgress, StageSpec, StorePlace
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
-from cluster.core.replication_limits import MAX_COPIES
 from cluster.core.stored_models import STORE_S, MacStore
-from cluster.core.term_limits import FENCE_S, MAX_TERM
+from cluster.core.term_limits import FENCE_S
 from cluster.core.text import HIGHEST_PORT, format_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.membership.in_sync import InSyncSet
-from cluster.membership.terms import Denial, Process, Term, TermAnswer, TermCall, TermRequest
+from cluster.membership.terms import Process, TermAnswer, TermCall, TermRequest
 from cluster.scheduler.disk_prefixes import DiskRead
 from cluster.security.limits import MAX_REVOKED
 from cluster.security.trust import WORKER, Trust, worker_of
 from cluster.transport.grpc_setup import PING_S, control_channel
 from cluster.transport.grpc_streams import TermOf, no_term
-from cluster.transport.rich_errors import MAX_SENTENCE_BYTES, OUTSIDE, cut, from_rpc_error
+from cluster.transport.rich_errors import OUTSIDE, from_rpc_error
 from cluster.v1 import worker_pb2 as pb
 from cluster.v1.worker_pb2_grpc import WorkerServiceStub
 
@@ -59,9 +63,6 @@ if TYPE_CHECKING:
     from cluster.v1.worker_pb2_grpc import WorkerServiceAsyncStub
 
 Message = TypeVar("Message", pb.LoadStageResponse, pb.SetAdaptersResponse)
-_DENIALS: dict[int, Denial | None] = {pb.TERM_DENIAL_UNSPECIFIED: None} | {
-    pb.TermDenial.Value(f"TERM_DENIAL_{denial.name}"): denial for denial in Denial
-}
 _SERIAL_BYTES = 20
 """Maximum size of a certificate's serial number."""
 
@@ -188,13 +189,11 @@ class WorkerClient:
                 ),
                 timeout=timeout_s,
             )
-        if answer.denial not in _DENIALS or answer.term > MAX_TERM:
-            raise WorkerLost(f"worker {self.name} answers to a term in a way that is not macpipe's", worker=self.name)
-        granted = Term(answer.term, Process(answer.coordinator, answer.instance))
-        named = InSyncSet(answer.in_sync.term, answer.in_sync.version, tuple(answer.in_sync.replicas[:MAX_COPIES]))
-        problem = answer.problem if answer.problem.isprintable() else ""
-        found = TermAnswer(call, _DENIALS[answer.denial], granted, named, answer.newest_epoch)
-        return found, cut(problem, MAX_SENTENCE_BYTES)
+        try:
+            return decode_term_answer(call, answer)
+        except ValueError:
+            why = f"worker {self.name} answers to a term in a way that is not macpipe's"
+            raise WorkerLost(why, worker=self.name) from None
 
     async def name_in_sync(self, process: Process, in_sync: InSyncSet) -> None:
         """Have the worker store which copies are in sync with this process. Raises the worker's error."""
@@ -216,7 +215,7 @@ class WorkerClient:
         ``memory_limit`` is in bytes, for weights, caches and work; 0 is the worker's own.
         Raises the worker's error, or ``WorkerLost`` if the load stalls.
         """
-        request = _load_request(spec, order, self._coordinator, self._instance)
+        request = encode_load(spec, order, self._coordinator, self._instance)
         request.term = self._term()
         request.keep.extend(keep)
         request.memory_limit = memory_limit
@@ -257,8 +256,8 @@ class WorkerClient:
         """Let the worker's stage, of these layers, hold just these adapters. Raises as ``load``."""
         request = pb.SetAdaptersRequest(
             epoch=epoch,
-            adapters=[_stage_adapter(adapter, layers) for adapter in adapters],
-            peers=_store_peers(peers),
+            adapters=[encode_adapter(adapter, layers) for adapter in adapters],
+            peers=encode_peers(peers),
             coordinator=self._coordinator,
             instance=self._instance,
             term=self._term(),
@@ -283,7 +282,7 @@ class WorkerClient:
             )
             timeout_s = self._deadline() + CONNECT_TIMEOUT_S * min(len(others), MAX_SHARED_HOSTS)
             answer = await self._stub.LinkStage(request, timeout=timeout_s)
-        return _read_link(answer)
+        return decode_link(answer)
 
     async def open_prefixes(
         self, epoch: int, edition: str, owners: Collection[str], *, anonymous: bool
@@ -335,7 +334,7 @@ class WorkerClient:
             request = pb.MeasureLinkRequest(worker=source.id, address=source.data_address, others=others)
             timeout_s = CONTROL_TIMEOUT_S + PROBE_TIMEOUT_S * min(len(others), MAX_SHARED_HOSTS)
             answer = await self._stub.MeasureLink(request, timeout=timeout_s)
-        link = _read_link(answer)
+        link = decode_link(answer)
         if link is None:
             raise WorkerLost(f"worker {self.name} reports an impossible link measurement", worker=self.name)
         return link
@@ -459,52 +458,8 @@ def further_addresses(worker: WorkerInfo) -> list[str]:
     return [format_address(host, port) for host in worker.data_hosts]
 
 
-def _read_link(answer: pb.MeasureLinkResponse | pb.LinkStageResponse) -> Link | None:
-    """Return the link that a worker measured; None if there is none, or if its figures are impossible."""
-    finite = math.isfinite(answer.round_trip_s) and math.isfinite(answer.bandwidth)
-    if not finite or answer.round_trip_s < 0 or answer.bandwidth <= 0:
-        return None
-    interface = answer.interface if answer.interface.isprintable() else ""
-    return Link(answer.round_trip_s, answer.bandwidth, interface[:MAX_FACT_CHARS])
-
-
 def _stalled_error(worker: str, seconds: float) -> WorkerLost:
     return WorkerLost(f"worker {worker}: the load made no progress for {seconds:.0f} s", worker=worker)
-
-
-def _load_request(spec: StageSpec, order: FetchOrder, coordinator: str, instance: str) -> pb.LoadStageRequest:
-    return pb.LoadStageRequest(
-        epoch=spec.epoch,
-        index=spec.index,
-        count=spec.count,
-        model=spec.model.name,
-        path=spec.model.path,
-        fingerprint=spec.model.fingerprint,
-        start_layer=spec.layers.start,
-        end_layer=spec.layers.end,
-        max_context=spec.max_context,
-        kv_bits=spec.kv_bits,
-        weight_bits=spec.weight_bits,
-        rank=spec.rank,
-        ranks=spec.ranks,
-        readers=spec.readers,
-        coordinator=coordinator,
-        instance=instance,
-        tensors=order.tensors,
-        deferred=order.deferred,
-        peers=_store_peers(order.peers),
-        repo=order.repo,
-        commit=order.commit,
-    )
-
-
-def _stage_adapter(adapter: Adapter, layers: LayerRange) -> pb.StageAdapter:
-    ref, tensors = adapter.ref, [tensor.name for tensor in adapter.tensors_of(layers)]
-    return pb.StageAdapter(name=ref.name, path=ref.path, fingerprint=ref.fingerprint, tensors=tensors)
-
-
-def _store_peers(peers: Iterable[StorePlace]) -> list[pb.StorePeer]:
-    return [pb.StorePeer(name=p.name, address=p.address, party=p.party) for p in peers]
 
 
 def _party_of(worker_id: str) -> str:

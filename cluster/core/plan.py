@@ -120,6 +120,7 @@ class ModelShape:
     def title(self) -> str:
         """The model's name for people."""
         return self.given_name or self.model.name
+
     rank_sizes: tuple[RankSizes, ...] = ()
     """Of the groups that were asked for, by their number of ranks."""
 

@@ -99,7 +99,7 @@ class OtherCoordinators:
         instance = claim.coordinator.instance
         self.others.pop(instance, None)
         if claim.term > self.term or (self.leader is None and claim.term >= self.term):
-            log.info("leader: %s leads term=%d", claim.coordinator.name, claim.term)
+            log.info("leader: found leader=%s term=%d", claim.coordinator.name, claim.term)
             self.term, self.leader = claim.term, claim.coordinator
             self.changed.set()
         elif self.leader and self.leader.instance != instance:

@@ -34,7 +34,7 @@ from cluster.security.credentials import open_trust
 from cluster.security.trust import WORKER, Trust
 from cluster.transport.grpc_streams import GrpcDialer
 from cluster.worker.data_port import DataPort
-from cluster.worker.group_port import GroupPort
+from cluster.worker.held_port import HeldPort
 from cluster.worker.pipe_messages import (
     Begin,
     Command,
@@ -113,7 +113,7 @@ class Engine:
         device.set_limits(limit)
         self._limit = limit
         self._host_address = host
-        self._group_port: GroupPort | None = None
+        self._group_port: HeldPort | None = None
         self._group: Group | None = None
         self._began: float | None = None
         self._disk = PrefixDisk(disk.folder, disk.limit, self._jobs.put) if disk else None
@@ -224,7 +224,7 @@ class Engine:
     def _run_group_command(self, command: HoldGroupPort | JoinGroup) -> None:
         """Hold a port, or meet the other ranks. Until MLX listens, the port stays held."""
         if isinstance(command, HoldGroupPort):
-            self._group_port = self._group_port or GroupPort(self._host_address)
+            self._group_port = self._group_port or HeldPort(self._host_address)
             self._send(GroupPortHeld(command.call, self._group_port.number))
             return
         self._group = join_group(command.rank, command.hosts, command.backend)

@@ -13,8 +13,8 @@ import pytest
 
 from client.scripted import Coordinator, answer_of, finish_event, prompt_event, token_event
 from cluster.client import AsyncClient, Client
-from cluster.client.answer_progress import AnswerProgress
 from cluster.client.follow_schedule import FollowSchedule
+from cluster.client.received_answer import ReceivedAnswer
 from cluster.core import errors
 from cluster.core.follow_limits import FOLLOW_S, MAX_COORDINATORS
 from cluster.core.known_tokens import TokenDigest
@@ -269,7 +269,7 @@ def test_what_came_before_is_left_out_of_a_resumed_answer() -> None:
             prompt_logprobs=pb.PromptLogprobs(start=start, tokens=[pb.PromptToken(token=t) for t in tokens])
         )
 
-    progress = AnswerProgress("r")
+    progress = ReceivedAnswer("r")
     assert progress.resume_request() == pb.ResumeRequest(request_id="r")
     for event in (prompt_event(), piece(0, 1, 2), token_event(0, "Mac"), finish_event(1)):
         assert progress.take(event) is event

@@ -562,7 +562,7 @@ def test_an_answer_goes_on_only_behind_the_tokens_that_its_reader_has(count: int
         answer = AnswerQueue(bench.loop.post)
         has = known(*range(2, count + 1), 99 if differs else count + 1)
         bench.loop.submit(Request("a", (1,), SamplingParams(), 6), answer, ((2, 3, 4),), (has,))
-        events: list[Event] = []
+        events: list[AnswerEvent] = []
         with pytest.raises(AnswerDiffers, match=f"first {count} tokens") if differs else nullcontext():
             await asyncio.wait_for(collect(answer, events), 10)
         expected = [] if differs else list(range(count + 2, 8))

@@ -13,7 +13,7 @@ from cluster.core.errors import InsecureGroup, InvalidRequest, PortInUse, StaleE
 from cluster.v1 import worker_pb2 as pb
 from cluster.worker import group_joins
 from cluster.worker.group_joins import GroupHosts, GroupJoins, require_group_hosts
-from cluster.worker.group_port import GroupPort
+from cluster.worker.held_port import HeldPort
 from cluster.worker.pipe_messages import Done, GroupPortHeld, HoldGroupPort, JoinGroup
 
 HOSTS = ("127.0.0.1:7001", "127.0.0.1:7002")
@@ -113,7 +113,7 @@ def test_addresses_that_are_none_are_refused(hosts: tuple[str, ...], backend: st
 
 
 def test_a_held_port_is_for_mlx_alone() -> None:
-    held = GroupPort("127.0.0.1")
+    held = HeldPort("127.0.0.1")
     try:
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", held.number))
@@ -126,4 +126,4 @@ def test_a_held_port_is_for_mlx_alone() -> None:
     finally:
         held.close()
     with pytest.raises(PortInUse):
-        GroupPort("192.0.2.1")
+        HeldPort("192.0.2.1")

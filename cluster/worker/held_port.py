@@ -11,7 +11,7 @@ import socket
 from cluster.core.errors import PortInUse
 
 
-class GroupPort:
+class HeldPort:
     """A port of this machine's address ``host``, held until ``close``."""
 
     def __init__(self, host: str) -> None:

@@ -11,7 +11,7 @@ from cluster.v1 import inference_pb2
 Reply: TypeAlias = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 
 
-class AnswerProgress:
+class ReceivedAnswer:
     """The events of the answer to the request ``request_id`` that have arrived, from whichever coordinator."""
 
     def __init__(self, request_id: str) -> None:
