@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Event
 
 import anyio
+from grpc import aio
 
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.roster import Roster
@@ -181,8 +182,13 @@ class WeightDistribution:
         add_StoreServiceServicer_to_server(self._store_server, server)
         port = bind(server, self._trust, host, 0)
         await server.start()
-        stack.push_async_callback(server.stop, None)
+        stack.push_async_callback(_stop, server)
         return format_address(host, port)
+
+
+async def _stop(server: aio.Server) -> None:
+    with anyio.CancelScope(shield=True):  # if its stop is cancelled, it listens for ever
+        await server.stop(None)
 
 
 def _orders(plan: Plan, model_info: ModelInfo) -> list[FetchOrder]:

@@ -7,13 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import anyio
 import pytest
 
 from checkpoints import make
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.weight_distribution import WeightDistribution, compare
+from cluster.core.adapter import AdapterRef
 from cluster.core.errors import ModelDiffers
 from cluster.core.plan import LoadedStage
+from cluster.core.text import parse_address
 from cluster.discovery.static import static_source
 from cluster.security.credentials import LocalTrust
 from cluster.store.digest_manifest import DigestManifest
@@ -45,6 +48,20 @@ async def test_a_delivery_that_ends_closes_no_model_of_another_one(tmp_path: Pat
             assert len(share_in_part()) == 2
         assert set(weights._store_server._items) == {first}
     assert not weights._store_server._items
+
+
+@pytest.mark.anyio
+async def test_a_load_that_is_cancelled_closes_its_store_and_raises_nothing(tmp_path: Path) -> None:
+    weights = WeightDistribution(Store(tmp_path), Roster(static_source([]), "c", "me", LocalTrust()))
+    gone: Any = SimpleNamespace(ref=AdapterRef("gone", str(tmp_path / "gone"), A))
+    worker: Any = SimpleNamespace(control_address="127.0.0.1:9", name="ada", id="ada")
+    with anyio.CancelScope() as scope:
+        async with weights.adapter_delivery([gone], [worker]) as [(own, *_)]:
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    with pytest.raises(OSError, match="connect"):
+        await anyio.connect_tcp(*parse_address(own.address))
 
 
 def test_equal_digests_pass(tmp_path: Path) -> None:
