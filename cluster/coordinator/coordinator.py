@@ -184,13 +184,11 @@ class Coordinator:
         return replace(deps, take_back=lambda: self._free_memory(holder))
 
     async def _free_memory(self, holder: str) -> bool:
-        """Take back a copy, or unload idle models, for a ring that has no plan. Return whether there was any."""
-        if await self._copies.give_up_one(holder):
-            return True
+        """Take back a copy, or unload idle models, for a ring without a plan, unless others go on with its requests."""
         own = self._deployments.find_holder(holder)
-        if self.make_way is None or own is None or own.state is ServingState.SERVING:
+        if own is None or own.can_lose(holder):
             return False
-        return await self.make_way(own.name)
+        return await self._copies.give_up_one(own) or (self.make_way is not None and await self.make_way(own.name))
 
     def _create_deps(self, roster: RosterView) -> ServiceDeps:
         return ServiceDeps(

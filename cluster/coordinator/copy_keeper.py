@@ -150,16 +150,9 @@ class CopyKeeper:
             owner, copy = copies[holder]
             await self._take_back(owner, copy, name)
 
-    async def give_up_one(self, holder: str) -> bool:
-        """Take back one copy for a ring that has lost a worker and found no other. Return whether there was one.
-
-        A ring takes nothing while another replica of its model serves.
-        """
-        goals = self._goals()
-        own = next((g.deployment for g in goals if any(r.holder == holder for r in g.deployment.replicas)), None)
-        if own is None or own.state is ServingState.SERVING:
-            return False
-        owner, copy = next(((one, c) for one, c in newest_first(goals) if one is not own), (None, None))
+    async def give_up_one(self, own: Deployment) -> bool:
+        """Take back one copy of another model for one whose layers have no place. Return whether there was one."""
+        owner, copy = next(((one, c) for one, c in newest_first(self._goals()) if one is not own), (None, None))
         if owner is None or copy is None:
             return False
         await self._take_back(owner, copy, own.name)

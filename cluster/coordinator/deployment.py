@@ -261,9 +261,10 @@ class Deployment:
         what = f"loaded a copy of {self.title(model_info.shape.model.name)} on {', '.join(replica.workers)}"
         self._host.timeline.add(EventKind.LOAD, what, began=began)
 
-    def can_lose(self, replica: Replica) -> bool:
-        """Return whether another replica serves, so that requests go on without this one."""
-        return self._replicas.router.serves_without(replica)
+    def can_lose(self, holder: str) -> bool:
+        """Return whether requests go on without the replica of this holder, since another one serves."""
+        others = (replica for replica in self.replicas if replica.holder != holder)
+        return any(replica.state is ServingState.SERVING for replica in others)
 
     async def remove_copy(self, replica: Replica) -> None:
         """Let the other replicas go on with a copy's requests, then free its workers' memory."""

@@ -36,6 +36,6 @@ async def _leave(worker: str, deployment: Deployment) -> None:
         try:
             await replica.service.move_away(worker)
         except (NoPlan, NoWorkers):
-            if not deployment.can_lose(replica):
+            if not deployment.can_lose(replica.holder):
                 raise
             await deployment.remove_copy(replica)

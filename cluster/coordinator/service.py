@@ -417,6 +417,8 @@ class ModelService:
                 await self._carry_out(PlannedMove(self._context, self._epoch, reason, name, without))
                 break
             except MacpipeError as e:
+                if isinstance(e, NoPlan | NoWorkers) and await self._deps.take_back():
+                    continue
                 worker = e.details.get("worker", "")
                 if isinstance(e, NoPlan | NoWorkers) or not worker or worker in without:
                     await self._cannot_leave(leaver, e)
