@@ -10,20 +10,19 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import anyio
 
 from cluster.coordinator.copy_keeper import newest_first
 from cluster.coordinator.deployment import Deployment
-from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.eviction import Resident, Room, find_room
 from cluster.coordinator.model_catalog import DEFAULT
+from cluster.coordinator.model_host import HeldModel, ModelHost
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.promised_contexts import PromisedContexts
 from cluster.coordinator.replica import Replica
@@ -42,32 +41,6 @@ from cluster.core.load_limits import (
 )
 
 log = logging.getLogger(__name__)
-
-
-class ModelHost(Protocol):
-    """The coordinator, as far as models that come and go are concerned."""
-
-    @property
-    def state(self) -> ServingState:
-        """What the cluster does."""
-
-    @property
-    def deployments(self) -> DeploymentTable:
-        """The models that may be served, and their deployments."""
-
-    def served_model(self, model: str, adapter: str = "") -> ModelInfo:
-        """Return a loaded model. Raises ``NotServing`` or ``ModelNotFound``."""
-
-    async def load(self, order: LoadOrder, follower: LoadReporter | None = None, *, name: str = DEFAULT) -> None:
-        """Load a model under a name. Raises ``MacpipeError``."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldModel:
-    """A model that stays loaded. ``fallback`` is its name if it answers in place of the one that was asked for."""
-
-    model_info: ModelInfo
-    fallback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +79,10 @@ class OnDemand:
         """When a request for each model was last about to be submitted."""
         self.contexts = PromisedContexts(host)
         """Of the models that are not loaded."""
+        self._returns: set[asyncio.Task[None]] = set()
+        """Loads of models that left for another one although they fit beside it."""
+        self._returned: dict[str, float] = {}
+        """When each of these models was used last, before it left: nobody has asked for it since."""
         self._turn = asyncio.Lock()
         """Held while one model makes room for itself and is loaded."""
         self._reading = asyncio.Lock()
@@ -213,8 +190,10 @@ class OnDemand:
                 room = await self._find_room(entry, patient=False)
             except NoWorkers:  # the load waits for them, and says so
                 room = Room()
+            left = self._note_used(room.victims)
             await self._evict(room.victims, entry)
             await self._host.load(order, follower, name=name)
+            self._bring_back(left)
 
     async def make_way(self, name: str) -> bool:
         """Unload idle models so that a loaded one that has lost a worker fits on those that are left.
@@ -249,6 +228,7 @@ class OnDemand:
         names = {entry.name for entry in self._host.deployments.catalog}
         self._held_at = {name: at for name, at in self._held_at.items() if name in names}
         self._failures = {name: failure for name, failure in self._failures.items() if name in names}
+        self._returned = {name: at for name, at in self._returned.items() if name in names}
         for entry in self._host.deployments.catalog.entries:
             limit_s = entry.idle_unload_s
             if limit_s is None or entry.pin or not self._is_served(entry.name):
@@ -268,7 +248,7 @@ class OnDemand:
 
     async def close(self) -> None:
         """Give up the loads that run."""
-        loads = tuple(self._loads.values())
+        loads = (*self._loads.values(), *self._returns)
         for load in loads:
             load.cancel()
         await asyncio.gather(*loads, return_exceptions=True)
@@ -397,24 +377,52 @@ class OnDemand:
                     return
                 room = await self._find_room(entry)
                 if not room.wait_s:
-                    if await self._evict(room.victims, entry):
-                        await self._load_once(entry, losses)
+                    left = self._note_used(room.victims)
+                    if await self._evict(room.victims, entry) and await self._load_once(entry, losses):
+                        self._bring_back(left)
                     continue
             self._pauses[entry.name] = self._clock() + room.wait_s
             await self._sleep(room.wait_s)
 
-    async def _load_once(self, entry: ModelEntry, losses: list[MacpipeError]) -> None:
+    async def _load_once(self, entry: ModelEntry, losses: list[MacpipeError]) -> bool:
         """Load a model. If a worker or the room is lost meanwhile, only note it in ``losses``: it is tried again.
 
-        Raises the error of the load, and the last loss of too many.
+        Return whether it is loaded. Raises the error of the load, and the last loss of too many.
         """
+        self._returned.pop(entry.name, None)
         try:
             await self._host.load(entry.order, name=entry.name)
+            return True
         except (WorkerLost, DoesNotFit) as e:
             losses.append(e)
             if len(losses) == LOAD_TRIES:
                 raise
             log.warning("on demand: loading again reason=%s model=%s", e.sentence, entry.name)
+            return False
+
+    def _bring_back(self, left: Mapping[str, float]) -> None:
+        """Load models again, soon, that left for another one only since their caches had all the memory.
+
+        ``left`` has when each was used last.
+        """
+        if left:
+            task = asyncio.create_task(self._load_again(left))
+            self._returns.add(task)
+            task.add_done_callback(self._returns.discard)
+
+    async def _load_again(self, left: Mapping[str, float]) -> None:
+        """Load those of these models for which there is room beside all others. Nothing leaves for them."""
+        for name, used_at in left.items():
+            async with self._turn:
+                entry = self._host.deployments.catalog.get(name)
+                if entry is None or self._is_served(name) or self._recent_failure(entry):
+                    continue
+                try:
+                    if await self._find_room(entry, patient=False) == Room():
+                        await self._host.load(entry.order, name=name)
+                        self._returned[name] = used_at
+                except MacpipeError as e:
+                    log.info("on demand: not loaded again reason=%s model=%s", e.sentence, name)
 
     async def _find_room(self, entry: ModelEntry, *, patient: bool = True) -> Room:
         """Return which models leave for this one; without ``patient``, no time is waited for models or workers.
@@ -441,7 +449,7 @@ class OnDemand:
         return Resident(
             name,
             self._used_at(deployment),
-            deployment.loaded_at,
+            min(deployment.loaded_at, self._used_at(deployment)),
             busy=self._is_busy(deployment),
             pinned=entry is not None and entry.pin,
             priority=entry.priority if entry else 0,
@@ -468,8 +476,15 @@ class OnDemand:
         """Return the copies that may be taken back, with their models, by their holders; as ``newest_first``."""
         return {copy.holder: (model, copy) for model, copy in newest_first(self._host.deployments.copy_goals())}
 
+    def _note_used(self, names: Sequence[str]) -> dict[str, float]:
+        """Return when each of those that are models, not copies of one, was used last."""
+        return {name: self._used_at(one) for name in names if (one := self._host.deployments.get(name))}
+
     def _used_at(self, deployment: Deployment) -> float:
-        return max(deployment.used_at, self._held_at.get(deployment.name, 0.0))
+        used_at = deployment.used_at
+        if used_at == deployment.loaded_at:  # nobody has used it since
+            used_at = self._returned.get(deployment.name, used_at)
+        return max(used_at, self._held_at.get(deployment.name, 0.0))
 
     def _is_busy(self, deployment: Deployment) -> bool:
         return deployment.has_requests or self._holds[deployment.name] > 0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Protocol
 
-from cluster.coordinator.deployment_table import DeploymentTable
+from cluster.coordinator.model_host import ModelHost
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import MacpipeError
 from cluster.core.load_limits import COMING_READ_S
@@ -14,19 +13,11 @@ from cluster.core.load_limits import COMING_READ_S
 log = logging.getLogger(__name__)
 
 
-class ModelTable(Protocol):
-    """What knows the models that may be served."""
-
-    @property
-    def deployments(self) -> DeploymentTable:
-        """The models, and their deployments."""
-
-
 class PromisedContexts:
     """Reads headers once for each order of the catalog, one model at a time."""
 
-    def __init__(self, table: ModelTable) -> None:
-        self._table = table
+    def __init__(self, host: ModelHost) -> None:
+        self._host = host
         self._known: dict[LoadOrder, int] = {}
         self._reading = asyncio.Lock()
 
@@ -35,14 +26,14 @@ class PromisedContexts:
 
         Raises ``ModelNotFound``.
         """
-        catalog = self._table.deployments.catalog
+        catalog = self._host.deployments.catalog
         entry, _ = catalog.resolve(requested)
         if entry.order not in self._known:
             orders = {one.order for one in catalog}
             self._known = {order: tokens for order, tokens in self._known.items() if order in orders}
             try:
                 async with asyncio.timeout(COMING_READ_S), self._reading:
-                    tokens = await self._table.deployments[entry.name].read_context(entry.order)
+                    tokens = await self._host.deployments[entry.name].read_context(entry.order)
             except (MacpipeError, OSError) as e:  # a TimeoutError is an OSError
                 log.info("contexts: not read reason=%s model=%s", e, entry.name)
                 return 0

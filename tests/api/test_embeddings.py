@@ -24,8 +24,8 @@ from cluster.api.limits import CONCURRENT_EMBEDDINGS, MAX_EMBEDDED
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
+from cluster.coordinator.model_host import HeldModel
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.coordinator.on_demand import HeldModel
 from cluster.core.errors import Busy, InvalidRequest, StageFailed
 from cluster.core.request import Accepted, FinishEvent, FinishReason, Request, TokenEvent, Usage
 from cluster.model.sentence_embedding import SentenceEmbedding

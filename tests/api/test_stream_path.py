@@ -28,8 +28,8 @@ from cluster.api.requests import Conversation
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.event_gate import AnswerEvent
 from cluster.coordinator.model_catalog import ModelCatalog
+from cluster.coordinator.model_host import HeldModel
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.coordinator.on_demand import HeldModel
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.errors import DoesNotFit, MacpipeError, ModelTooLarge
 from cluster.core.limits import MAX_MESSAGES

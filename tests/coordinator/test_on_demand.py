@@ -44,6 +44,8 @@ class MemoryDeployment:
     used_at: float = 0.0
     has_requests: bool = False
     is_loading: bool = False
+    caches: int = 0
+    """Bytes that it holds besides, since it was loaded alone."""
     state: ServingState = ServingState.SERVING
     watch: LoadWatch = field(default_factory=LoadWatch)
 
@@ -67,7 +69,7 @@ class MemoryDeployment:
 
     def refusal(self, leaving: Collection[str]) -> DoesNotFit | None:
         others = [one for one in self.cluster.loaded() if one is not self]
-        held = sum(SIZES[one.name] for one in others for copy in one.replicas if copy.holder not in leaving)
+        held = sum(SIZES[o.name] + o.caches for o in others for copy in o.replicas if copy.holder not in leaving)
         missing = held + SIZES[self.name] - self.cluster.memory
         return DoesNotFit(f"{self.name} lacks {missing}", missing_bytes=str(missing)) if missing > 0 else None
 
@@ -75,7 +77,7 @@ class MemoryDeployment:
         await asyncio.sleep(0)
         if not may_unload():
             return False
-        self.model_info = None
+        self.model_info, self.caches = None, 0
         self.cluster.unloaded.append(self.name)
         return True
 
@@ -278,6 +280,27 @@ async def test_what_is_busy_held_or_pinned_stays() -> None:
         with pytest.raises(DoesNotFit, match="chat, which is busy"):
             await cluster.ask("code")
     assert cluster.unloaded == []
+
+
+async def test_a_model_that_leaves_for_its_caches_alone_comes_back_and_counts_as_used_when_it_was() -> None:
+    cluster = three()
+    title = cluster.put("title", loaded_ago=OLD_S, used_ago=OLD_S)
+    title.caches = MEMORY - SIZES["title"]
+    assert await cluster.ask("code") == "info of code"
+    while not title.model_info:
+        await asyncio.sleep(0)
+    assert (cluster.unloaded, cluster.begun) == (["title"], ["code", "title"])
+    began, cluster.memory = cluster.now, SIZES["code"] + SIZES["chat"]
+    assert await cluster.ask("chat") == "info of chat"
+    assert (cluster.unloaded, cluster.now) == (["title", "title"], began), "it need not stay: nobody asked for it"
+
+
+async def test_what_does_not_fit_beside_the_model_that_it_left_for_does_not_come_back() -> None:
+    cluster = three()
+    cluster.put("chat", loaded_ago=OLD_S, used_ago=OLD_S)
+    assert await cluster.ask("code") == "info of code"
+    await asyncio.gather(*cluster.demand._returns)
+    assert (cluster.unloaded, cluster.begun) == (["chat"], ["code"])
 
 
 async def test_copies_leave_before_models_even_if_they_are_used_but_not_those_asked_for_by_number() -> None:

@@ -313,3 +313,47 @@ def test_a_worker_that_dies_while_a_model_leaves_for_another_serves_that_one_whe
         anyio.run(test)
     finally:
         cluster.close()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_model_that_was_loaded_alone_makes_room_for_one_that_is_added_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eviction, "MIN_RESIDENT_S", 0.0)
+
+    async def test(served: Served, workers: list[Any]) -> None:
+        orders = {name: LoadOrder(str(served.folders[name]), 1, max_context=CONTEXT) for name in ("title", "chat")}
+        title, chat = (ModelEntry(name, order, idle_unload_s=900.0) for name, order in orders.items())
+        served.coordinator.adopt_catalog(ModelCatalog([title]))
+        assert await served.text("title") == served.expected("title")
+        alone = served.coordinator.deployments["title"].require_service().plan.max_sequences
+        served.coordinator.adopt_catalog(ModelCatalog([title, chat]))
+        assert await served.text("chat") == served.expected("chat")
+        async with asyncio.timeout(120):
+            while served.loaded != {"title", "chat"}:
+                await served.coordinator.changed.wait()
+                served.coordinator.changed.clear()
+        plan = served.coordinator.deployments["title"].require_service().plan
+        assert 1 <= plan.max_sequences < alone
+        assert await served.text("title") == served.expected("title")
+
+    run(tmp_path, test)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_an_idle_model_leaves_for_the_layers_of_a_drained_worker(tmp_path: Path) -> None:
+    async def test(served: Served, workers: list[Any]) -> None:
+        served.coordinator.make_way = served.on_demand.make_way
+        for name in ("chat", "title", "code"):
+            assert await served.text(name) == served.expected(name)
+        assert served.loaded == {"chat", "title", "code"}
+        (worker,) = served.coordinator.deployments["code"].first.workers
+        await served.coordinator.drain(worker)
+        assert len(served.loaded) == 2
+        places = [served.coordinator.deployments[name].first.workers for name in served.loaded]
+        assert all(worker not in macs for macs in places)
+        assert await served.text("code") == served.expected("code")
+
+    run(tmp_path, test, workers=2)

@@ -24,8 +24,8 @@ from cluster.api.grpc.proto_decoding import (
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.requests import AnswerParams, Caller, PreparedRequest, rename_fields
 from cluster.codec.request_trace import encode_trace
+from cluster.coordinator.model_host import HeldModel
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.coordinator.on_demand import HeldModel
 from cluster.core.adapter import join_model_name, name_of_key
 from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent

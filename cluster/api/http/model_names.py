@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.model_host import HeldModel
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.coordinator.on_demand import HeldModel, OnDemand
+from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.settings import ModelEntry
 from cluster.core.adapter import join_model_name
 from cluster.core.errors import ModelNotFound, NotServing
