@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
@@ -38,17 +38,20 @@ class ClusterPlanner:
         self._shapes: dict[LoadOrder, ModelShape] = {}
         """The shapes of models that are yet to be loaded."""
 
-    async def plan(self, order: LoadOrder, *, wait: bool = False, given_name: str = "") -> Plan:
+    async def plan(
+        self, order: LoadOrder, *, wait: bool = False, given_name: str = "", leaving: Collection[str] = ()
+    ) -> Plan:
         """Return the plan for an order with the workers present now. Change nothing.
 
-        With ``wait``, wait for workers as a load does. An error calls the model by ``given_name``. Raises
-        ``MacpipeError``.
+        With ``wait``, wait for workers as a load does. An error calls the model by ``given_name``. The slices of the
+        holders in ``leaving`` do not count. Raises ``MacpipeError``.
         """
+        roster = self._roster.without(leaving) if leaving else self._roster
         shape = replace(await self._reader.read_shape(order), given_name=given_name)
         if wait:
-            found = await gather_workers(self._roster, order, shape, self._report)
+            found = await gather_workers(roster, order, shape, self._report)
         else:
-            found = await self._roster.present(order.wanted_workers)
+            found = await roster.present(order.wanted_workers)
         return await self.make_plan(0, shape, found, order)
 
     async def require_room(self, order: LoadOrder, given_name: str) -> None:

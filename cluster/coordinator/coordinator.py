@@ -267,12 +267,12 @@ class Coordinator:
         async with self._training.report_restored(tell), self._exclusive:
             await self._training.run(host, request, tell, follower, self._deployments.served())
 
-    async def plan(self, order: LoadOrder, *, wait: bool = False) -> Plan:
+    async def plan(self, order: LoadOrder, *, wait: bool = False, leaving: Collection[str] = ()) -> Plan:
         """Return the plan that ``load`` would use with the workers present now. Change nothing.
 
-        With ``wait``, wait for workers as ``load`` does. Raises ``MacpipeError``.
+        ``wait`` and ``leaving`` are as in ``ClusterPlanner.plan``. Raises ``MacpipeError``.
         """
-        return await self._planner.plan(order, wait=wait)
+        return await self._planner.plan(order, wait=wait, leaving=leaving)
 
     def _report_problem(self, sentence: str) -> None:
         self.changed.set()

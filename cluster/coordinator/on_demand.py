@@ -187,7 +187,7 @@ class OnDemand:
         entry = replace(deployments.catalog.get(name) or ModelEntry(name, order), order=order)
         async with self._turn:
             try:
-                room = await self._find_room(entry, patient=False)
+                room = await self.find_room(entry, patient=False)
             except NoWorkers:  # the load waits for them, and says so
                 room = Room()
             left = self._note_used(room.victims)
@@ -208,7 +208,7 @@ class OnDemand:
         order = replace(entry.order, worker_count=None, layers=None, cached_contexts=1)
         async with self._turn:
             try:
-                room = await self._find_room(replace(entry, order=order), patient=False)
+                room = await self.find_room(replace(entry, order=order), patient=False)
             except MacpipeError as e:
                 log.info("on demand: nothing leaves for a recovery reason=%s model=%s", e.sentence, name)
                 return False
@@ -375,7 +375,7 @@ class OnDemand:
                     await deployment.wait_loaded()
                 if self._is_served(entry.name):
                     return
-                room = await self._find_room(entry)
+                room = await self.find_room(entry)
                 if not room.wait_s:
                     left = self._note_used(room.victims)
                     if await self._evict(room.victims, entry) and await self._load_once(entry, losses):
@@ -418,13 +418,13 @@ class OnDemand:
                 if entry is None or self._is_served(name) or self._recent_failure(entry):
                     continue
                 try:
-                    if await self._find_room(entry, patient=False) == Room():
+                    if await self.find_room(entry, patient=False) == Room():
                         await self._host.load(entry.order, name=name)
                         self._returned[name] = used_at
                 except MacpipeError as e:
                     log.info("on demand: not loaded again reason=%s model=%s", e.sentence, name)
 
-    async def _find_room(self, entry: ModelEntry, *, patient: bool = True) -> Room:
+    async def find_room(self, entry: ModelEntry, *, patient: bool = True) -> Room:
         """Return which models leave for this one; without ``patient``, no time is waited for models or workers.
 
         Raises as ``find_room`` and ``Deployment.ask_room``.

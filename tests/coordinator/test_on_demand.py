@@ -113,6 +113,8 @@ class MemoryTable(dict[str, MemoryDeployment]):
         entries = [entry for entry in self.catalog if entry.name in self]
         return [CopyGoal(self[entry.name], entry.replicas, entry.priority) for entry in entries]  # type: ignore[arg-type]
 
+    def forget_unloaded(self) -> None: ...
+
     def own_name(self, name: str) -> str:
         return name
 

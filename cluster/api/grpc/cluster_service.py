@@ -32,6 +32,7 @@ from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.joint_planner import require_model_count
 from cluster.coordinator.model_catalog import public_id, require_model_name
 from cluster.coordinator.on_demand import OnDemand
+from cluster.coordinator.present_plans import PresentPlans
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_adapters, describe_plan
 from cluster.core.adapter import MAX_ADAPTERS
@@ -66,6 +67,7 @@ class ClusterServicer(ClusterServiceServicer):
     ) -> None:
         self._coordinator = coordinator
         self._on_demand = on_demand
+        self._plans = PresentPlans(coordinator, on_demand)
         self._trust = trust
         self._first = first
         self._examinations = examinations
@@ -108,7 +110,7 @@ class ClusterServicer(ClusterServiceServicer):
         try:
             if not request.model:
                 raise _no_model()
-            plan = await self._coordinator.plan(_load_order(request, self._first))
+            plan = await self._plans.plan(_load_order(request, self._first))
             return encode_plan(describe_plan(plan, self._coordinator.links))
         except MacpipeError as e:
             await abort(context, e)
@@ -117,7 +119,7 @@ class ClusterServicer(ClusterServiceServicer):
     async def PlanModels(self, request: pb.PlanModelsRequest, context: Context) -> pb.PlanModelsResponse:
         try:
             entries = _model_entries(request.models, self._first)
-            return encode_joint_plan(await self._coordinator.joint_planner.plan_models(entries))
+            return encode_joint_plan(await self._plans.plan_models(entries))
         except MacpipeError as e:
             await abort(context, e)
             raise

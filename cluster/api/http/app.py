@@ -37,6 +37,7 @@ from cluster.api.http.responses import Responses
 from cluster.api.http.sse import EventStream
 from cluster.api.http.tokenize import Tokenize
 from cluster.api.request_service import RequestService
+from cluster.coordinator.present_plans import PresentPlans
 from cluster.coordinator.settings import LoadOrder
 
 Endpoint = Callable[[Request], Awaitable[Response | EventStream[Any]]]
@@ -59,7 +60,8 @@ def application(
     """
     sessions = BrowserSessions(service.key_usage) if service.key_usage else None
     loads = loads or BackgroundLoad(service.coordinator)
-    operations = Operations(service.coordinator, loads, first or LoadOrder(""))
+    plans = PresentPlans(service.coordinator, service.on_demand)
+    operations = Operations(service.coordinator, plans, loads, first or LoadOrder(""))
     page = page_table(service, operations, feed or ClusterFeed(), sessions)
     routes = [*table(service), *page]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)

@@ -15,6 +15,7 @@ from cluster.api.http.sse import while_connected
 from cluster.api.page_limits import MAX_LAYERS_CHARS
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.model_catalog import public_id, require_model_name
+from cluster.coordinator.present_plans import PresentPlans
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_plan
 from cluster.core.json_types import to_json_types
@@ -89,6 +90,7 @@ class Operations:
     """The routes' handlers. ``first`` is the order of the model that the coordinator was started with."""
 
     coordinator: Coordinator
+    plans: PresentPlans
     loads: BackgroundLoad
     first: LoadOrder
 
@@ -96,14 +98,14 @@ class Operations:
         """Return which worker would hold which layers, and the predicted speed. Load nothing."""
         form = await read(request, PlanForm)
         order = form.order(self.first)
-        plan = await while_connected(request, lambda: self.coordinator.plan(order))
+        plan = await while_connected(request, lambda: self.plans.plan(order))
         return Json(to_json_types(describe_plan(plan)))
 
     async def plan_models(self, request: Request) -> Json:
         """Return which of several models fit at once, and which worker would hold what. Load nothing."""
         form = await read(request, JointPlanForm)
         entries = [model.entry(self.first) for model in form.models]
-        plan = await while_connected(request, lambda: self.coordinator.joint_planner.plan_models(entries))
+        plan = await while_connected(request, lambda: self.plans.plan_models(entries))
         return Json(to_json_types(plan))
 
     async def load(self, request: Request) -> Json:
