@@ -55,8 +55,8 @@ class LoadTracker:
         self.state = replace(self.state, stages=stages)
         self._report.progress(progress)
 
-    def serving(self, addresses: Sequence[str], plan: Plan, http: str) -> None:
-        self._report.serving(addresses, plan, http)
+    def serving(self, addresses: Sequence[str], plan: Plan, http: str, names: Sequence[str] = ()) -> None:
+        self._report.serving(addresses, plan, http, names)
 
     def problem(self, sentence: str) -> None:
         self._report.problem(sentence)

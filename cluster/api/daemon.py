@@ -143,7 +143,9 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         if trust.me:  # not before, so that one that cannot serve does not take the place of one that does
             remember_coordinator(settings.home, settings.cluster, addresses[0])
         if plan:
-            report.serving(addresses, plan, http)
+            catalog = coordinator.catalog
+            names = [catalog.public_name(entry) for entry in catalog] if len(catalog.entries) > 1 else []
+            report.serving(addresses, plan, http, names)
         await anyio.sleep_forever()
 
 

@@ -13,7 +13,14 @@ from cluster.cli.command_name import command_name
 from cluster.cli.screen import console, format_bytes, format_duration, print_lines, printable, table
 from cluster.client.coordinator_address import DEFAULT_HOST, DEFAULT_PORT
 from cluster.core.plan import Forecast, LayerRange, LoadProgress, Plan, Route, Spare
-from cluster.core.text import count_in_words, figure_in_words, format_address, is_loopback, parse_address
+from cluster.core.text import (
+    count_in_words,
+    figure_in_words,
+    format_address,
+    is_loopback,
+    names_in_words,
+    parse_address,
+)
 from cluster.core.worker import WorkerInfo
 
 if TYPE_CHECKING:
@@ -151,12 +158,16 @@ class TerminalReport:
         """Update a worker's bar."""
         self._bars.show(progress)
 
-    def serving(self, addresses: Sequence[str], plan: Plan, http: str) -> None:
+    def serving(self, addresses: Sequence[str], plan: Plan, http: str, names: Sequence[str] = ()) -> None:
         """Print the addresses, and the commands that work here and on other Macs of the cluster."""
         self._bars.close()
         here, *elsewhere = addresses
         grpc = " and ".join(addresses)
-        self._print_line(f"serving {plan.model.name} on {grpc}{f', and on {http}' if http else ''}")
+        first, *others = names or (plan.model.name,)
+        self._print_line(f"serving {first} on {grpc}{f', and on {http}' if http else ''}")
+        if others:
+            known = names_in_words(others)
+            self._print_line(f"requests may also name {known}: a model is loaded when it is needed")
         default = here == f"{DEFAULT_HOST}:{DEFAULT_PORT}"
         command = f"{command_name()} generate -p 'Hello'"
         self._print_line(f"try: {command}{'' if default else f' --coordinator {here}'}")

@@ -93,6 +93,8 @@ def remove(
     before = _open(file).read_text()
     entries = parse_models(file, {}, (), before)
     kept = tuple(entry for entry in entries if entry.name != name)
+    if owner := next((entry for entry in kept if name in entry.aliases), None):
+        raise ModelNotFound(f"{name[:64]} is an alias of {owner.name} in {file}; edit its aliases there", field="name")
     if len(kept) == len(entries):
         names = ", ".join(entry.name for entry in entries)
         raise ModelNotFound(f"{file} has no model {name[:64]}; its models are {names}", field="name")

@@ -227,7 +227,7 @@ class Deployment:
             self.watch = watch
         shape = replace(await self._host.reader.read_shape(order), given_name=self._given_name)
         deps = self.first.deps
-        workers = await deps.roster.usable(order.stage_count, order.wait_s, watch)
+        workers = await deps.roster.usable(order.wanted_workers, order.wait_s, watch)
         lacks_macs = any(member.problem and not member.outside for member in deps.heartbeat.members())
         return RoomQuestion(shape, order, workers, deps.roster.without(()), self._host.planner.links, lacks_macs)
 

@@ -21,6 +21,8 @@ MAX_MODELS: Final = 64
 MAX_ALIASES: Final = 32
 MAX_REPLICAS: Final = 64
 WILDCARD: Final = "*"
+COPY_MARK: Final = "#"
+"""Stands between a model's name and the number of a copy."""
 _LISTED: Final = 20
 """Names in a refusal; more would not help a reader."""
 
@@ -211,6 +213,8 @@ def require_model_name(name: str, what: str = "a model's name", field: str = "na
         )
     if WILDCARD in name:
         raise InvalidOption(f"{name[:64]!r} cannot be {what}: only an alias may have a {WILDCARD}", field=field)
+    if COPY_MARK in name and field == "name":
+        raise InvalidOption(f"{name[:64]!r} cannot be {what}: a {COPY_MARK} marks the copies of a model", field=field)
     return name
 
 

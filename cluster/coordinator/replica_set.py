@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection, Coroutine
 from typing import Any
 
+from cluster.coordinator.model_catalog import COPY_MARK
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.replica import DeploymentHost, Replica
 from cluster.coordinator.reporter import LoadReporter
@@ -35,7 +36,7 @@ class ReplicaSet:
         return Replica(self._name, self._name, self._host, self._on_change, self._retire, self._is_copy)
 
     def _is_copy(self, holder: str) -> bool:
-        return holder.startswith(f"{self._name}#")
+        return holder.startswith(self._name + COPY_MARK)
 
     @property
     def first(self) -> Replica:
@@ -65,7 +66,9 @@ class ReplicaSet:
         Raises ``MacpipeError``; the workers then hold nothing.
         """
         holders = {replica.holder for replica in self.all}
-        holder = next(name for i in range(2, len(holders) + 3) if (name := f"{self._name}#{i}") not in holders)
+        holder = next(
+            name for i in range(2, len(holders) + 3) if (name := f"{self._name}{COPY_MARK}{i}") not in holders
+        )
         replica = Replica(holder, self._name, self._host, self._on_change, self._retire, lambda other: True)
         adapters = model_info.adapters.loaded
         gathered = await replica.gather_copy(order, macs)

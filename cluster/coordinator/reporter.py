@@ -25,10 +25,11 @@ class LoadReporter(Protocol):
 class Reporter(LoadReporter, Protocol):
     """Receives all events that the operator should see."""
 
-    def serving(self, addresses: Sequence[str], plan: Plan, http: str) -> None:
+    def serving(self, addresses: Sequence[str], plan: Plan, http: str, names: Sequence[str] = ()) -> None:
         """Report that a token passed every stage.
 
         Requests go to any of ``addresses``, the first of which is this Mac's own, and to the URL ``http`` unless "".
+        ``names`` are those of all models, the one with the plan first; none if there is one model alone.
         """
 
     def problem(self, sentence: str) -> None:

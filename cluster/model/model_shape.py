@@ -57,7 +57,7 @@ def read_shape(
     be sliced, quantized or shared, NoPlan if it cannot be shared by so many, and the errors of ``open_checkpoint``.
     """
     checkpoint = open_checkpoint(path)
-    context = _context(checkpoint.config, max_context, default_context)
+    context = _context(checkpoint.config, name, max_context, default_context)
     model = open_skeleton(path, weight_bits)
     traced = trace(model)
     quantization = choose_quantization(model, kv_bits)
@@ -118,12 +118,12 @@ def _lengths(context: int) -> list[int]:
     return [*(n for n in CURVE if n < context), context]
 
 
-def _context(config: Mapping[str, Any], asked: int | None, default: int) -> int:
+def _context(config: Mapping[str, Any], name: str, asked: int | None, default: int) -> int:
     if asked is not None and asked < 1:
-        raise InvalidOption(f"invalid context of {asked} tokens: it must be at least 1", field="max_context")
+        raise InvalidOption(f"invalid context of {asked} tokens for {name}: it must be at least 1", field="max_context")
     limit = _first_number(config, CONTEXT_KEYS)  # None for state-space models, whose configs have none
     if asked is not None and limit is not None and asked > limit:
-        raise InvalidOption(f"invalid context of {asked} tokens: the model allows at most {limit}", field="max_context")
+        raise InvalidOption(f"invalid context of {asked} tokens: {name} allows at most {limit}", field="max_context")
     wanted = asked or default
     return wanted if limit is None else min(wanted, limit)
 

@@ -65,7 +65,7 @@ class Store:
             folder = resolve_model(name)
             open_checkpoint(folder)
         except MacpipeError:
-            if not _is_id(name):
+            if not _is_id(name) or Path(name).is_dir():
                 raise
             folder = self._from_hub(HubName.parse(name))
         return _open_found(folder)
@@ -78,10 +78,10 @@ class Store:
         noted = self._models / "refs" / f"{name.repo.replace('/', '--')}@{name.revision.replace('/', '--')}.json"
         try:
             origin = look_up(name)
-        except HubUnreachable:
-            if (folder := self._find_noted(noted)) is None:
-                raise
-            return folder
+        except (HubUnreachable, ModelNotFound) as e:
+            if isinstance(e, HubUnreachable) and (folder := self._find_noted(noted)):
+                return folder
+            raise type(e)(f"there is no folder {name}, and as a model of the hub: {e.sentence}") from e
         folder = self._find_noted(noted)
         if folder is None or read_origin(folder).commit != origin.commit:
             folder = place(self._models, origin, Hub(name.repo, origin.commit).small)

@@ -247,15 +247,18 @@ def test_models_are_added_and_removed_with_their_comments(tmp_path: Path) -> Non
     [
         (("add", "faq"), "two models are named faq"),
         (("add", "x", "--set", "pin"), "write it as KEY=VALUE"),
-        (("add", "x", "--set", "pin=maybe"), ":10: pin must be true or false"),
-        (("add", "x", "--set", "port=1"), ":10: unknown key port"),
+        (("add", "x", "--set", "pin=maybe"), ":11: pin must be true or false"),
+        (("add", "x", "--set", "port=1"), ":11: unknown key port"),
         (("remove", "x"), "has no model x; its models are faq, small"),
+        (("remove", "tiny"), "tiny is an alias of small in "),
         (("remove", "faq"), "the fallback faq of the model small is no model's name"),
     ],
 )
 def test_a_wrong_change_leaves_the_file(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
     path = tmp_path / "models.toml"
-    path.write_text('[[model]]\nsource = "faq"\n[[model]]\nname = "small"\nsource = "y"\nfallback = "faq"\n')
+    path.write_text(
+        '[[model]]\nsource = "faq"\n[[model]]\nname = "small"\nsource = "y"\nfallback = "faq"\naliases = ["tiny"]\n'
+    )
     before = path.read_text()
     done = run(*arguments, "--models", str(path))
     assert isinstance(done.exception, MacpipeError)

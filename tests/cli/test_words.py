@@ -292,6 +292,15 @@ def test_every_address_and_the_line_for_other_macs_are_printed() -> None:
     assert said[3] == "HTTP is for this Mac alone; --http 10.0.0.5:8080 serves other Macs too"
 
 
+def test_the_other_models_that_requests_may_name_are_printed() -> None:
+    stream = io.StringIO()
+    with TerminalReport(stream) as report:
+        report.serving(["127.0.0.1:7700"], a_plan(), "", ["big", "small", "title"])
+    said = stream.getvalue().splitlines()
+    assert said[0] == "serving big on 127.0.0.1:7700"
+    assert said[1] == "requests may also name small and title: a model is loaded when it is needed"
+
+
 def test_a_hint_names_the_script_that_is_not_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "a venv" / "python"))

@@ -105,6 +105,7 @@ def test_a_last_part_that_two_folders_have_means_neither() -> None:
         ([entry(" a")], "cannot be a model's name"),
         ([entry("a\x1b[2J")], "cannot be a model's name"),
         ([entry("a" * 257)], "cannot be a model's name"),
+        ([entry("a#2")], "cannot be a model's name: a # marks the copies of a model"),
         ([entry("a", aliases=("",))], "cannot be an alias"),
         ([entry("a", aliases=tuple(f"x{i}" for i in range(MAX_ALIASES + 1)))], "at most 32"),
         ([entry(f"m{i}") for i in range(MAX_MODELS + 1)], "at most 64"),

@@ -52,7 +52,9 @@ def test_without_a_network_what_is_known_still_opens(
     gone = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", gone)
     assert Store(tmp_path).find_by_name("owner/tiny").folder == folder
-    with pytest.raises(HubUnreachable, match=rf"cannot reach {gone} for owner/other.*HF_ENDPOINT"):
+    with pytest.raises(
+        HubUnreachable, match=rf"no folder owner/other, .*cannot reach {gone} for owner/other.*HF_ENDPOINT"
+    ):
         Store(tmp_path).find_by_name("owner/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert Store(tmp_path).find_by_name("owner/tiny").folder == folder
