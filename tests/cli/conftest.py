@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,9 @@ def macpipe(environment: dict[str, str]) -> Macpipe:
 def macpipe_here(
     environment: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Macpipe:
-    """Run the command in this process, which has imported all it needs: for what ends before a model is opened.
+    """Run the command in this process, which has imported all it needs: for what is refused at once.
 
-    A command that opens a model takes MLX's streams from this thread.
+    It has a thread of its own, since ``plan`` closes its thread's MLX streams.
     """
     for name in os.environ.keys() - environment.keys():
         monkeypatch.delenv(name)
@@ -66,8 +67,8 @@ def macpipe_here(
     monkeypatch.chdir(ROOT)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
+        with pytest.raises(SystemExit) as end, ThreadPoolExecutor(1) as thread:
+            thread.submit(main, arguments).result()
         said = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, int(end.value.code or 0), said.out, said.err)
 
