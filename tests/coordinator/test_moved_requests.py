@@ -12,6 +12,7 @@ import pytest
 from cluster.coordinator.active_requests import MovedRequest
 from cluster.coordinator.answer_queue import AnswerQueue
 from cluster.core.errors import Aborted, NotServing
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.request import Accepted, FinishEvent, Request, SamplingParams, TokenEvent
 from cluster.wire.frame_codec import decode
 from coordinator.test_engine_loop import HANG_S, Bench, collect, read
@@ -102,7 +103,7 @@ def test_a_resumed_request_moves_before_its_tokens_are_decoded() -> None:
     async def body(source: Bench, target: Bench) -> None:
         answer = AnswerQueue(source.loop.post)
         known = tuple(range(2, 3002))
-        source.loop.submit(Request("long", (1,), SamplingParams(), 3005), answer, (known,), (2990,))
+        source.loop.submit(Request("long", (1,), SamplingParams(), 3005), answer, (known,), (KnownTokens(2990),))
         assert await move(source, target) == []
         assert (await read(answer))[0] == list(range(2992, 3007))
 
