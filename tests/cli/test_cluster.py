@@ -143,7 +143,7 @@ def test_tokens_are_made_shown_and_revoked(here: Macpipe, home: str, cluster: di
         assert token.secret.hex() not in output
         assert token.text not in output
     refused(here("token", "revoke", "ffffffff", MACPIPE_HOME=home), 1, "no join token ffffffff")
-    refused(here("token", "create", "--role", "king", MACPIPE_HOME=home), 2, "worker, client or admin")
+    refused(here("token", "create", "--role", "king", MACPIPE_HOME=home), 2, "worker, client, admin or coordinator")
     refused(here("token", "create", "--ttl", "soon", MACPIPE_HOME=home), 2, "30m or 2h")
     refused(here("token", "create", "--ttl", "9d", MACPIPE_HOME=home), 2, "1 minute to 7 days")
 
