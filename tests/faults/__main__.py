@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--no-spare", action="store_true", help="as many workers as stages")
     parser.add_argument("--speculate", action="store_true", help="guess the answers' tokens, many of them wrong")
     parser.add_argument("--deployments", type=int, default=1, metavar="N", help="several models, one with two replicas")
+    parser.add_argument("--groups", action="store_true", help="two stages, each a group of two workers, and a spare")
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="no faults: answer and cancel for so long")
     parser.add_argument("--cycles", type=int, metavar="N", help="no faults: connect and cancel so often")
@@ -48,7 +49,7 @@ def main() -> int:
             return soak(folder, options)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         names = NAMES[: -1 if options.no_spare else None]
-        game = Game(options.kills, names, options.minutes, options.speculate, options.deployments)
+        game = Game(options.kills, names, options.minutes, options.speculate, options.deployments, options.groups)
         summary = fleets(options.fleets, folder, seeds, game)
     print(json.dumps(summary.facts()) if options.json else table(summary))
     return 1 if summary.failed else 0

@@ -36,8 +36,7 @@ class DeploymentFleet(Fleet):
         self.folder, self.options, self.speculate = folder, (), False
         self.models = [f"m{i}" for i in range(deployments)]
         self.sizes = [STAGES[i] if i < len(STAGES) else 1 for i in range(deployments)]
-        self.stages = sum(self.sizes) + REPLICAS - 1
-        self.names = tuple(f"mac{i}" for i in range(self.stages + SPARES))
+        self.names = self._name_workers()
         self.parties: dict[str, Party] = {}
         self.announced = False
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +49,11 @@ class DeploymentFleet(Fleet):
             assert party.daemon
             party.daemon.wait_for("of cluster")
         self.start_coordinator()
+
+    def _name_workers(self) -> tuple[str, ...]:
+        """Set the number of stages, and return the names of as many workers and a spare one."""
+        self.stages = sum(self.sizes) + REPLICAS - 1
+        return tuple(f"mac{i}" for i in range(self.stages + SPARES))
 
     def _write_models(self) -> Path:
         tables = []
@@ -132,9 +136,12 @@ def deployment_pool(fleet: DeploymentFleet) -> tuple[Asked, ...]:
     return tuple(replace(one, model=models[i % len(models)]) for i, one in enumerate(pool(TOKENS)))
 
 
-def process_scenario(seed: int, campaign: Campaign) -> Scenario:
-    """Return the scenario of a seed, with a process that is killed or stopped in place of every fault of a link."""
-    played = scenario(seed, campaign.asked, campaign.fleet.stages)
+def process_scenario(seed: int, campaign: Campaign, stages: int | None = None) -> Scenario:
+    """Return the scenario of a seed, with a process that is killed or stopped in place of every fault of a link.
+
+    ``stages`` is the number of workers that may be hit: by default, one for each stage of the fleet.
+    """
+    played = scenario(seed, campaign.asked, stages or campaign.fleet.stages)
     kinds = (Kind.KILL_WORKER, Kind.KILL_ENGINE, Kind.STOP_WORKER)
 
     def choose(fault: Fault) -> Fault:

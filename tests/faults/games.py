@@ -15,6 +15,7 @@ from pathlib import Path
 from faults.campaign import Campaign, Summary, complaint
 from faults.deployment_fleet import DeploymentFleet, deployment_pool, process_scenario
 from faults.fleet import NAMES, Fleet
+from faults.group_fleet import GroupFleet, group_scenario
 from faults.scenario import Scenario, kill, scenario
 
 BLOCK = 50
@@ -29,14 +30,20 @@ class Game:
     minutes: float | None = None
     speculate: bool = False
     deployments: int = 1
+    groups: bool = False
 
     def campaign(self, folder: Path) -> Campaign:
+        if self.groups:
+            pair = GroupFleet(folder)
+            return Campaign(pair, deployment_pool(pair))
         if self.deployments > 1:
             fleet = DeploymentFleet(folder, self.deployments)
             return Campaign(fleet, deployment_pool(fleet))
         return Campaign(Fleet(folder, names=self.names, speculate=self.speculate))
 
     def scenario(self, seed: int, campaign: Campaign) -> Scenario:
+        if self.groups:
+            return group_scenario(seed, campaign)
         if self.deployments > 1:
             return process_scenario(seed, campaign)
         return (kill if self.kills else scenario)(seed, campaign.asked, campaign.fleet.stages)
