@@ -6,7 +6,7 @@ For a model of the hub that is not on this Mac, fetch only small files and heade
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -181,12 +181,12 @@ def _measure_shape(found: FoundModel, order: LoadOrder) -> ModelShape:
     return _read_base_shape(found.folder, order)
 
 
-def read_order_shape(folder: Path, order: LoadOrder) -> ModelShape:
+def read_order_shape(folder: Path, order: LoadOrder, possible_ranks: Collection[int] = ()) -> ModelShape:
     """Return the shape of an order's checkpoint, which is in ``folder``, with the adapters of the order.
 
-    Raises the errors of ``read_shape`` and ``read_order_adapters``.
+    ``possible_ranks`` are as in ``read_shape``. Raises the errors of ``read_shape`` and ``read_order_adapters``.
     """
-    shape = _read_base_shape(folder, order)
+    shape = _read_base_shape(folder, order, possible_ranks)
     return count_adapters(shape, read_order_adapters(folder, order, shape))
 
 
@@ -215,7 +215,7 @@ def adapter_folder(written: str) -> Path:
     return Path(written).expanduser().absolute()
 
 
-def _read_base_shape(folder: Path, order: LoadOrder) -> ModelShape:
+def _read_base_shape(folder: Path, order: LoadOrder, possible_ranks: Collection[int] = ()) -> ModelShape:
     return read_shape(
         folder,
         order.model,
@@ -225,4 +225,5 @@ def _read_base_shape(folder: Path, order: LoadOrder) -> ModelShape:
         prefill_chunk=order.prefill_chunk,
         default_context=order.default_context,
         ranks=frozenset(map(len, order.groups)),
+        possible_ranks={*possible_ranks, *map(len, order.insecure_links)},
     )

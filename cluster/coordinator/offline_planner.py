@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
     """
     candidates = assumed_workers(macs, relay=order.route is Route.RELAY)
     _require_count(order, candidates)
-    (shape,) = _read_shapes([order], home)
+    (shape,) = _read_shapes([order], home, {2} if candidates.sums else ())
     plan = plan_over(0, shape, candidates, order)
     return replace(plan, reasons=(assumption(candidates), *plan.reasons))
 
@@ -61,10 +61,10 @@ def _require_count(order: LoadOrder, candidates: Candidates) -> None:
         raise NoPlan(f"{order.worker_count} workers were asked for, but --assume names {len(candidates.workers)}")
 
 
-def _read_shapes(orders: Sequence[LoadOrder], home: Path) -> list[ModelShape]:
+def _read_shapes(orders: Sequence[LoadOrder], home: Path, possible_ranks: Collection[int] = ()) -> list[ModelShape]:
     store = Store(home)
     try:
-        return [read_order_shape(store.find_by_name(order.model).folder, order) for order in orders]
+        return [read_order_shape(store.find_by_name(order.model).folder, order, possible_ranks) for order in orders]
     finally:
         close_thread()
 

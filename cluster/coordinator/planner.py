@@ -28,16 +28,18 @@ from cluster.core.plan import (
     PlannedStage,
     Profile,
     Route,
+    Speculation,
     StageSpec,
 )
 from cluster.core.text import is_loopback, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.equal_macs import hardware, trusted_profiles
-from cluster.placement.groups import combine_groups, group_name
+from cluster.placement.group_choice import MAX_POSSIBLE, Groups, list_pairs, propose_groups
+from cluster.placement.groups import group_name
 from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import verify_s
-from cluster.placement.propose import PlanRequest, Proposal, propose
+from cluster.placement.propose import PlanRequest, Proposal
 from cluster.scheduler.capacity import Capacity
 from cluster.scheduler.kv_cost import Cost
 
@@ -59,18 +61,15 @@ def offer_workers(
 ) -> Candidates:
     """Return the workers as the planner sees them for this model. Equal Macs count as equally fast.
 
-    A group that the order names takes the place of its members. Raises ``NoPlan`` if one of them is missing, and
-    ``InsecureGroup`` if others could read or change what they exchange, and the order does not accept that.
+    Raises ``InsecureGroup`` if others could read or change what a group of the order exchanges, and the order does not
+    accept that.
     """
     profiles = trusted_profiles(shape, workers)
     offered = [
         Candidate(WorkerMemory(w.name, w.memory_limit), p, hardware(w)) for w, p in zip(workers, profiles, strict=True)
     ]
-    candidates = Candidates(offered, links or {}, relay=order.route is Route.RELAY)
-    if not order.groups:
-        return candidates
     require_secure_groups(workers, order)
-    return combine_groups(shape, candidates, order.groups)
+    return Candidates(offered, links or {}, relay=order.route is Route.RELAY)
 
 
 def require_secure_groups(workers: Sequence[WorkerInfo], order: LoadOrder) -> None:
@@ -88,7 +87,23 @@ def require_secure_groups(workers: Sequence[WorkerInfo], order: LoadOrder) -> No
 
 def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: LoadOrder) -> Plan:
     """Return the plan that the order asks for. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
-    return build_plan(epoch, shape, propose(shape, candidates, plan_request(order)), order)
+    forced, possible = _groups(order, candidates, shape)
+    return build_plan(epoch, shape, propose_groups(shape, candidates, plan_request(order), forced, possible), order)
+
+
+def _groups(order: LoadOrder, candidates: Candidates, shape: ModelShape) -> tuple[Groups, Groups]:
+    """Return the groups that a plan must have, and those that it may have.
+
+    It may have those whose links the operator accepts, and pairs of equal assumed Macs with RDMA. None that guesses.
+    """
+    if order.groups or order.speculation is not Speculation.OFF or order.adapters or order.acceptance:
+        return order.groups, ()
+    names = {worker.name for worker in candidates.workers}
+    accepted = [group for group in order.insecure_links if names.issuperset(group)]
+    sizes = {part.ranks for part in shape.rank_sizes}
+    pairs = list_pairs(candidates) if candidates.sums else accepted
+    possible = [group for group in pairs if len(group) in sizes]
+    return (), possible[:MAX_POSSIBLE] if candidates.known else ()
 
 
 def plan_request(order: LoadOrder) -> PlanRequest:

@@ -6,13 +6,14 @@ Everything is computed on the skeleton; no weights are read. It knows bytes, not
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from cluster.core import limits
-from cluster.core.errors import InvalidOption
+from cluster.core.errors import InvalidOption, ModelUnsupported, NoPlan
 from cluster.core.plan import ModelRef, ModelShape, SharedWeight
 from cluster.model.cache_abilities import batchable, trimmable
 from cluster.model.cache_size import CacheSizes
@@ -46,15 +47,17 @@ def read_shape(
     prefill_chunk: int | None = None,
     default_context: int = limits.DEFAULT_MAX_CONTEXT,
     ranks: Collection[int] = (),
+    possible_ranks: Collection[int] = (),
 ) -> ModelShape:
     """Return the shape of the checkpoint in ``path``, whose display name is ``name``.
 
     ``max_context`` is in tokens; None means the model's limit, at most ``default_context``. ``kv_bits`` is 4 or 8 to
     quantize keys and values, else 0. ``weight_bits`` are those of weights that are quantized while they are
     loaded; 0 means as they are stored. ``prefill_chunk`` is the number of tokens per prompt chunk; None lets them
-    vary. ``ranks`` are the numbers of workers that may share each layer as a group. Raises InvalidOption if
-    ``max_context`` exceeds the model's limit or the tensors of a chunk a frame's, ModelUnsupported if the model cannot
-    be sliced, quantized or shared, NoPlan if it cannot be shared by so many, and the errors of ``open_checkpoint``.
+    vary. ``ranks`` are the numbers of workers that share each layer as a group, ``possible_ranks`` those that could if
+    the model allows it. Raises InvalidOption if ``max_context`` exceeds the model's limit or the tensors of a chunk a
+    frame's, ModelUnsupported if the model cannot be sliced, quantized or shared, NoPlan if it cannot be shared by so
+    many, and the errors of ``open_checkpoint``.
     """
     checkpoint = open_checkpoint(path)
     context = _context(checkpoint.config, name, max_context, default_context)
@@ -90,6 +93,9 @@ def read_shape(
         max_chunk=max_chunk,
     )
     parts = [read_rank_sizes(open_skeleton(path, weight_bits), traced, shape, quantization, n) for n in sorted(ranks)]
+    for n in sorted(set(possible_ranks) - set(ranks)):
+        with suppress(ModelUnsupported, NoPlan):
+            parts.append(read_rank_sizes(open_skeleton(path, weight_bits), traced, shape, quantization, n))
     return replace(shape, rank_sizes=tuple(parts))
 
 

@@ -13,9 +13,20 @@ from cluster.core.plan import LayerRange, Link, ModelShape, Profile
 from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import decode_s, prefill_s
 
-__all__ = ["ASSUMED_LINK", "Candidate", "Candidates"]
+__all__ = ["ASSUMED_LINK", "AllReduce", "Candidate", "Candidates"]
 
 ASSUMED_LINK = Link(ASSUMED_ROUND_TRIP_S, ASSUMED_LINK_BANDWIDTH)
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduce:
+    """How fast ranks add up their arrays: the seconds of a few bytes in a chain of sums, and bytes a second of many."""
+
+    seconds: float
+    bandwidth: float
+
+    def seconds_of(self, nbytes: float) -> float:
+        return self.seconds + nbytes / self.bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +81,8 @@ class Candidates:
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     link: Link = ASSUMED_LINK
     relay: bool = False
+    sums: AllReduce | None = None
+    """How fast the ranks of any group add up; None: as fast as their links let a ring of TCP connections be."""
 
     @property
     def known(self) -> bool:

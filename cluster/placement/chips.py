@@ -16,7 +16,7 @@ from typing import Final
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import ASSUMED_ROUND_TRIP_S, GIB
 from cluster.core.plan import Link, Profile
-from cluster.placement.candidates import ASSUMED_LINK, Candidate, Candidates
+from cluster.placement.candidates import ASSUMED_LINK, AllReduce, Candidate, Candidates
 from cluster.placement.memory_split import WorkerMemory
 
 __all__ = ["CHIPS", "LINKS", "Chip", "assumed_workers", "assumption"]
@@ -78,8 +78,11 @@ LINKS: Final = {
     "10gbe": Link(ASSUMED_ROUND_TRIP_S, 1.15e9),
     "tb4": Link(ASSUMED_ROUND_TRIP_S, 2e9),
     "tb5": Link(ASSUMED_ROUND_TRIP_S, 5e9),
+    "tb5-rdma": Link(ASSUMED_ROUND_TRIP_S, 5e9, "RDMA"),
     "wifi": Link(5e-3, 40e6),
 }
+RDMA_SUM: Final = AllReduce(50e-6, 5e9)
+"""Published measurements of MLX's jaccl over Thunderbolt 5 are 25 to 50 us for a few KB between two Macs."""
 _MAC: Final = re.compile(r"((?P<times>\d+)x\s*)?(?P<chip>m\d+(-[a-z]+)?)-(?P<gb>\d+)(gb)?(x(?P<count>\d+))?")
 
 
@@ -100,7 +103,8 @@ def assumed_workers(written: str, *, relay: bool = False) -> Candidates:
         raise InvalidOption(f"--assume {written!r} names no Mac; write it like m4-pro-48x2,10gbe", field="assume")
     names = [name for name, _, _ in macs]
     workers = [_candidate(*mac, i, names) for i, mac in enumerate(macs)]
-    return Candidates(workers, link=links[0] if links else ASSUMED_LINK, relay=relay)
+    link = links[0] if links else ASSUMED_LINK
+    return Candidates(workers, link=link, relay=relay, sums=RDMA_SUM if link is LINKS["tb5-rdma"] else None)
 
 
 def _macs(word: str) -> list[tuple[str, Chip, int]]:

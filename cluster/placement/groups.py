@@ -7,30 +7,19 @@ figures, not where they come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 
 from cluster.core.errors import NoPlan
 from cluster.core.plan import LayerRange, Link, ModelShape, Profile
-from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.candidates import AllReduce, Candidate, Candidates
 from cluster.placement.memory_split import WorkerMemory
 
-__all__ = ["SUMS_PER_LAYER", "AllReduce", "combine_groups", "estimate_all_reduce", "group_name"]
+__all__ = ["SUMS_PER_LAYER", "combine_groups", "estimate_all_reduce", "group_name", "sum_speed"]
 
 SUMS_PER_LAYER = 2
 """After attention, and after the part behind it: so all models are that mlx-lm shares among ranks."""
-
-
-@dataclass(frozen=True, slots=True)
-class AllReduce:
-    """How fast ranks add up their arrays: the seconds of a few bytes in a chain of sums, and bytes a second of many."""
-
-    seconds: float
-    bandwidth: float
-
-    def seconds_of(self, nbytes: float) -> float:
-        return self.seconds + nbytes / self.bandwidth
 
 
 def estimate_all_reduce(link: Link, ranks: int) -> AllReduce:
@@ -48,11 +37,9 @@ def combine_groups(
     shape: ModelShape,
     candidates: Candidates,
     groups: Sequence[Sequence[str]],
-    measured: Mapping[frozenset[str], AllReduce] | None = None,
 ) -> Candidates:
     """Return the candidates with one in place of each group's members, where the first of them was.
 
-    ``measured`` has what sums take among the members of a group; it is estimated from their links where it lacks one.
     Raises ``NoPlan`` if a member is not among the candidates.
     """
     by_name = {worker.name: worker for worker in candidates.workers}
@@ -61,14 +48,16 @@ def combine_groups(
         if missing := [name for name in names if name not in by_name]:
             raise NoPlan(f"worker {missing[0]} of the group {group_name(names)} is not here; start it, or leave it out")
         members = [by_name[name] for name in names]
-        reduce = (measured or {}).get(frozenset(names)) or _slowest_sum(candidates, members)
         at = min(workers.index(member) for member in members)
-        workers[at] = _combine(shape, members, reduce)
+        workers[at] = _combine(shape, members, sum_speed(candidates, members))
         workers = [worker for worker in workers if worker not in members]
     return replace(candidates, workers=tuple(workers))
 
 
-def _slowest_sum(candidates: Candidates, members: Sequence[Candidate]) -> AllReduce:
+def sum_speed(candidates: Candidates, members: Sequence[Candidate]) -> AllReduce:
+    """Return what sums of these members take: as it is known, else as their slowest link makes expect."""
+    if candidates.sums:
+        return candidates.sums
     links = [candidates.between(one, other) for one, other in permutations(members, 2)]
     return estimate_all_reduce(max(links, key=lambda link: link.cost_s), len(members))
 

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from itertools import combinations, pairwise, permutations
 
 import pytest
 
 from cluster.coordinator.planner import capacity, make_plan
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import DoesNotFit, InsecureGroup, InvalidOption, NoPlan
-from cluster.core.limits import GIB
-from cluster.core.plan import LayerRange, Link, ModelRef, ModelShape, Profile, RankSizes, SharedWeight, Speculation
+from cluster.core.limits import BALANCE_SLACK, GIB
+from cluster.core.plan import (
+    LayerRange,
+    Link,
+    ModelRef,
+    ModelShape,
+    Objective,
+    Plan,
+    Profile,
+    RankSizes,
+    SharedWeight,
+    Speculation,
+)
 from cluster.core.worker import WorkerInfo
-from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.groups import SUMS_PER_LAYER, AllReduce, combine_groups, estimate_all_reduce
+from cluster.placement.candidates import AllReduce, Candidate, Candidates
+from cluster.placement.group_choice import propose_groups
+from cluster.placement.groups import SUMS_PER_LAYER, combine_groups, estimate_all_reduce
 from cluster.placement.layout_forecast import token_s
-from cluster.placement.memory_split import WorkerMemory
+from cluster.placement.memory_split import WorkerMemory, needed_bytes
 from cluster.placement.predicted_step_time import decode_s
+from cluster.placement.propose import PlanRequest
 
 LAYERS = 8
 HEAD = SharedWeight("head", 2 * GIB, (LAYERS - 1,))
@@ -59,7 +74,7 @@ def test_a_group_takes_the_time_of_its_slowest_member_and_of_two_sums_a_layer() 
     slow = replace(FAST, bandwidth=300e9)
     pair = [Candidate(WorkerMemory("a", 64 * GIB), FAST), Candidate(WorkerMemory("b", 48 * GIB), slow)]
     reduce = AllReduce(50e-6, 5e9)
-    (group,) = combine_groups(SHAPE, Candidates(pair), [("a", "b")], {frozenset("ab"): reduce}).workers
+    (group,) = combine_groups(SHAPE, Candidates(pair, sums=reduce), [("a", "b")]).workers
     assert (group.name, group.ranks, group.memory.nbytes) == ("a+b", 2, 48 * GIB)
     every = LayerRange(0, LAYERS)
     sums = SUMS_PER_LAYER * LAYERS * reduce.seconds_of(16384)
@@ -144,3 +159,78 @@ def test_what_cannot_be_combined_is_said() -> None:
             replace(grouped(("a", "b")), **more).check()  # type: ignore[arg-type]
     assert grouped(("a", "b")).wanted_workers == 2
     assert grouped(("a", "b"), worker_count=3).wanted_workers == 4
+
+
+def pairs_of(plan: Plan) -> list[str]:
+    return [stage.worker for stage in plan.stages if stage.spec.ranks > 1]
+
+
+def test_a_group_is_taken_only_where_it_beats_the_pipeline() -> None:
+    """Over RDMA it does. Over TCP it would not, and the plan says by how much."""
+    fits = [mac("a", 96), mac("b", 96)]
+    accepted = replace(LoadOrder("m"), insecure_links=(("a", "b"),))
+    links = {pair: Link(3e-3, 1e9) for pair in (("a", "b"), ("b", "a"))}
+    slow = make_plan(1, SHAPE, fits, accepted, links)
+    assert pairs_of(slow) == []
+    (said,) = [reason for reason in slow.reasons if "a+b" in reason]
+    assert "16 sums of 3016 us take 48.3 ms of a token" in said
+    quick = {pair: Link(20e-6, 50e9) for pair in links}
+    fast = make_plan(1, SHAPE, fits, accepted, quick)
+    assert pairs_of(fast) == ["a", "b"]
+    assert fast.forecast is not None
+    assert slow.forecast is not None
+    assert fast.forecast.one_user > 1.7 * slow.forecast.one_user
+    assert pairs_of(make_plan(1, SHAPE, fits, LoadOrder("m"), quick)) == [], "nobody has accepted insecure links"
+    guesses = replace(accepted, speculation=Speculation.AUTO)
+    assert pairs_of(make_plan(1, SHAPE, fits, guesses, quick)) == []
+
+
+def test_a_forced_group_says_what_it_costs() -> None:
+    fits = [mac("a", 96), mac("b", 96), mac("c", 96)]
+    links = {(one, other): Link(3e-3, 1e9) for one in "abc" for other in "abc" if one != other}
+    plan = make_plan(1, SHAPE, fits, grouped(("b", "c")), links)
+    assert pairs_of(plan) == ["b", "c"], "although a alone would be faster"
+    assert "with the group b+c" in plan.reasons[0]
+    assert plan.reasons[0].count("tokens/s") == 1
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize("seed", range(12))
+def test_the_choice_is_the_best_of_all_layouts_and_groups(seed: int, objective: Objective) -> None:
+    """Against a search of every order of every partition into single workers and groups."""
+    rng = random.Random(seed)
+    sums = AllReduce(rng.choice((10e-6, 100e-6, 1e-3)), 5e9)
+    workers = [
+        Candidate(WorkerMemory(name, rng.choice((24, 40, 64)) * GIB), replace(FAST, bandwidth=rng.choice((3e11, 8e11))))
+        for name in "abcd"
+    ]
+    candidates = Candidates(workers, sums=sums)
+    possible = [("a", "b"), ("c", "d"), ("b", "c")]
+    request = PlanRequest(objective)
+    found = propose_groups(SHAPE, candidates, request, (), possible)
+    rates = [
+        rate_of(layout, combined, objective)
+        for groups in ((), *((pair,) for pair in possible), possible[:2])
+        for combined in [combine_groups(SHAPE, candidates, groups)]
+        for count in range(1, len(combined.workers) + 1)
+        for chosen in permutations(combined.workers, count)
+        for cuts in combinations(range(1, LAYERS), count - 1)
+        for layout in [(chosen, tuple(LayerRange(a, b) for a, b in pairwise((0, *cuts, LAYERS))))]
+        if all(needed_bytes(SHAPE, r, 1, w.ranks) <= w.memory.usable for w, r in zip(*layout, strict=True))
+    ]
+    assert found.forecast is not None
+    best = max(rates)
+    have = rate_of((found.workers, found.ranges), candidates, objective)
+    # For one user, the planner may give up a little for stages of more equal size.
+    assert (
+        best * (1 - BALANCE_SLACK - 1e-9 if objective is Objective.LATENCY else 1 - 1e-9) <= have <= best * (1 + 1e-9)
+    )
+
+
+def rate_of(
+    layout: tuple[tuple[Candidate, ...], tuple[LayerRange, ...]], candidates: Candidates, objective: Objective
+) -> float:
+    """Return the tokens a second by which a layout is judged."""
+    if objective is Objective.LATENCY:
+        return 1 / token_s(SHAPE, candidates, *layout)
+    return 1 / max(worker.decode_s(SHAPE, layers) for worker, layers in zip(*layout, strict=True))
