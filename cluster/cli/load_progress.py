@@ -20,6 +20,7 @@ from cluster.core.text import (
     is_loopback,
     names_in_words,
     parse_address,
+    place_in_words,
 )
 from cluster.core.worker import WorkerInfo
 
@@ -147,7 +148,17 @@ class TerminalReport:
         self._print_line(
             f"{plan.model.name}, with room for {plan.max_sequences} x {plan.max_context} tokens of context:"
         )
-        stages = [(s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.decode_ms) for s in plan.stages]
+        stages = [
+            (
+                place_in_words(s.spec.index, s.spec.rank, s.spec.ranks),
+                s.worker,
+                s.layers,
+                s.weight_bytes,
+                s.cache_bytes,
+                s.decode_ms,
+            )
+            for s in plan.stages
+        ]
         self._console.print(stage_table(stages))
         for line in describe_forecast(plan.forecast, plan.spares, plan.reasons):
             self._print_line(line)
@@ -186,13 +197,13 @@ class TerminalReport:
         print_lines(self._console, line)
 
 
-def stage_table(stages: Iterable[tuple[str, LayerRange, int, int, float]]) -> Table:
-    """Format a plan's stages: worker, layers, weight bytes, bytes left for caches, ms per decode step (0: unknown)."""
+def stage_table(stages: Iterable[tuple[str, str, LayerRange, int, int, float]]) -> Table:
+    """Format a plan's stages: place, worker, layers, weight bytes, bytes left for caches, ms per step (0: unknown)."""
     numbers = frozenset({"weights", "left for caches", "ms a token"})
     shown = table("stage", "worker", "layers", "weights", "left for caches", "ms a token", right=numbers)
-    for i, (worker, layers, weights, left, ms) in enumerate(stages):
+    for place, worker, layers, weights, left, ms in stages:
         figures = (format_bytes(weights), format_bytes(left), f"{ms:.1f}" if ms else "-")
-        shown.add_row(str(i), printable(worker), str(layers), *figures)
+        shown.add_row(place, printable(worker), str(layers), *figures)
     return shown
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.cli.load_progress import describe_forecast, stage_table
 from cluster.cli.screen import console, format_bytes, print_lines, printable, table
+from cluster.core.cluster_state import count_stages
 from cluster.core.text import count_in_words, names_in_words
 
 if TYPE_CHECKING:
@@ -25,11 +26,12 @@ def show_plan(made: ModelPlan, json: bool) -> None:
     screen = console(sys.stdout)
     print_lines(
         screen,
-        f"{made.model}: {count_in_words(made.layers, 'layer')} in {count_in_words(len(made.stages), 'stage')}, planned"
+        f"{made.model}: {count_in_words(made.layers, 'layer')} in {count_stages(made.stages)}, planned"
         f" for {made.objective}; room for {made.max_sequences} x {made.max_context} tokens of context",
     )
     screen.print()
-    screen.print(stage_table((s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.predicted_ms) for s in made.stages))
+    stages = [(s.place, s.worker, s.layers, s.weight_bytes, s.cache_bytes, s.predicted_ms) for s in made.stages]
+    screen.print(stage_table(stages))
     screen.print()
     print_lines(screen, *describe_forecast(made.forecast, made.spares, made.reasons))
 

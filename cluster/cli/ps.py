@@ -60,7 +60,7 @@ def _stages(stages: tuple[StageState, ...]) -> Table:
     shown = table("stage", "worker", "caches reserved", "prefixes", "room", "idle", right=STAGE_RIGHT)
     for stage in stages:
         shown.add_row(
-            str(stage.index),
+            stage.place,
             printable(stage.worker),
             format_bytes(stage.reserved_bytes),
             format_bytes(stage.prefix_bytes),

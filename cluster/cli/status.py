@@ -11,7 +11,7 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
-from cluster.core.cluster_state import ServingState
+from cluster.core.cluster_state import ServingState, count_stages
 from cluster.core.limits import FAR_OFF
 from cluster.core.plan import Link, Spare, Speculation
 from cluster.core.text import count_in_words, figure_in_words, gib_in_words, link_in_words, with_subject
@@ -236,7 +236,7 @@ def headline(state: ClusterState) -> list[str]:
     if state.model and (not state.deployments or state.training):
         room = f"up to {count_in_words(state.max_sequences, 'answer')} of {state.max_context} tokens at once"
         lines.append(
-            f"{count_in_words(state.layers, 'layer')} in {count_in_words(len(state.stages), 'stage')} ({state.route})"
+            f"{count_in_words(state.layers, 'layer')} in {count_stages(state.stages)} ({state.route})"
             + ("" if state.training else f"; {room}")
         )
     if state.adapters:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.joint_planner import ModelToPlace, plan_models, require_models
 from cluster.coordinator.model_reader import read_order_shape
-from cluster.coordinator.planner import plan_over
+from cluster.coordinator.planner import explain_exposure, plan_over
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.errors import NoPlan
@@ -41,7 +41,9 @@ def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
     _require_count(order, candidates)
     (shape,) = _read_shapes([order], home, {2} if candidates.sums else ())
     plan = plan_over(0, shape, candidates, order)
-    return replace(plan, reasons=(assumption(candidates), *plan.reasons))
+    ranks = [stage.worker for stage in plan.stages if stage.spec.ranks > 1]
+    exposed = (explain_exposure(ranks),) if ranks else ()
+    return replace(plan, reasons=(assumption(candidates), *plan.reasons, *exposed))
 
 
 def plan_models_for(entries: Sequence[ModelEntry], macs: str, home: Path) -> JointPlan:

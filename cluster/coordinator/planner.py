@@ -31,7 +31,7 @@ from cluster.core.plan import (
     Speculation,
     StageSpec,
 )
-from cluster.core.text import is_loopback, parse_address
+from cluster.core.text import is_loopback, names_in_words, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.equal_macs import hardware, trusted_profiles
@@ -53,7 +53,16 @@ def make_plan(
 
     Equal Macs count as equally fast, see ``trusted_profiles``. Raises the errors of ``plan_over``.
     """
-    return plan_over(epoch, shape, offer_workers(shape, workers, order, links), order)
+    plan = plan_over(epoch, shape, offer_workers(shape, workers, order, links), order)
+    hosts = {worker.name: parse_address(worker.data_address)[0] for worker in workers if worker.data_address}
+    ranks = [stage.worker for stage in plan.stages if stage.spec.ranks > 1]
+    exposed = any(not is_loopback(hosts[name]) for name in ranks if name in hosts)
+    return replace(plan, reasons=(*plan.reasons, explain_exposure(ranks))) if exposed else plan
+
+
+def explain_exposure(workers: Sequence[str]) -> str:
+    """Return the sentence about what protects the links of groups: nothing."""
+    return f"the links between {names_in_words(workers)}, which share layers, are neither authenticated nor encrypted"
 
 
 def offer_workers(

@@ -228,6 +228,7 @@ class Recovery(EpochChange):
         self._lost = 0
         """Number of the plan's workers that no longer hold their stage."""
         self._changed = asyncio.Event()
+        self._ended_ranks = False
         self._without_plan = 0
         """Number of tries in a row for which there was no plan, up to ``MAX_PAUSES``."""
         self._unreachable_once: set[str] = set()
@@ -253,6 +254,7 @@ class Recovery(EpochChange):
             except (NoPlan, NoWorkers) as e:
                 if await self._context.deps.take_back():
                     continue
+                await self._end_ranks()
                 if self._give_up():
                     self._wait_for("other copies of the model go on without it")
                 else:
@@ -343,6 +345,14 @@ class Recovery(EpochChange):
             await control.reset(self.cause.sentence, epoch=member.info.epoch)
         except MacpipeError as e:
             log.info("recovery: engine not reset reason=%s worker=%s", e.sentence, member.info.name)
+
+    async def _end_ranks(self) -> None:
+        """Kill the engines of groups, which wait for each other in vain until they are loaded again. Done once."""
+        plan, pairs = self._epoch.plan, zip(self._epoch.plan.stages, self._epoch.controls, strict=True)
+        ranks = [] if self._ended_ranks else [control for stage, control in pairs if stage.spec.ranks > 1]
+        self._ended_ranks = True
+        calls = (control.reset("the other ranks of its group are lost", epoch=plan.epoch) for control in ranks)
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def _ask_workers(self) -> tuple[RosterEntry, ...]:
         names = [s.worker for s in self._epoch.plan.stages]

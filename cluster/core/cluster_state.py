@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.core.leadership import LeadershipState
 from cluster.core.plan import Forecast, LayerRange, Objective, Route, Spare, Speculation
 from cluster.core.request import StageFigures
+from cluster.core.text import count_in_words, place_in_words
 from cluster.core.worker import WorkerState
 
 
@@ -118,6 +120,16 @@ class StageState:
     rank: int = 0
     ranks: int = 1
     """How many workers share these layers as a group, with the same ``index``; this one is number ``rank`` of them."""
+
+    @property
+    def place(self) -> str:
+        """Where it is in the plan, in words."""
+        return place_in_words(self.index, self.rank, self.ranks)
+
+
+def count_stages(stages: Iterable[StageState]) -> str:
+    """Return the number of stages, in words: the ranks of a group are one."""
+    return count_in_words(len({stage.index for stage in stages}), "stage")
 
 
 @dataclass(frozen=True, slots=True)

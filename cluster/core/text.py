@@ -180,6 +180,11 @@ def count_in_words(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def place_in_words(index: int, rank: int, ranks: int) -> str:
+    """Return a worker's place in a plan: ``0``, or ``0, rank 1 of 2`` where several share the layers of the stage."""
+    return f"{index}, rank {rank} of {ranks}" if ranks > 1 else str(index)
+
+
 def figure_in_words(number: float) -> str:
     """Format with three significant digits, or as an integer from 100 on; never with an exponent of ten."""
     return f"{number:.3g}" if number < 100 else f"{number:.0f}"

@@ -145,6 +145,10 @@ def test_off_loopback_a_group_needs_consent() -> None:
         make_plan(1, SHAPE, macs, grouped(("a", "b")))
     accepted = make_plan(1, SHAPE, macs, grouped(("a", "b"), insecure_links=(("b", "a"),)))
     assert accepted.is_grouped
+    exposed = "neither authenticated nor encrypted"
+    assert exposed in accepted.reasons[-1]
+    inside = make_plan(1, SHAPE, [mac("a"), mac("b")], grouped(("a", "b")))
+    assert not any(exposed in reason for reason in inside.reasons)
 
 
 def test_what_cannot_be_combined_is_said() -> None:
