@@ -256,18 +256,19 @@ class Journal:
         elif records:
             self._append(records)
 
-    def sync(self) -> None:
-        """Flush what was written to the disk if that is due."""
+    def sync(self) -> bool:
+        """Flush what was written to the disk if that is due. Return False if that switched the journal off."""
         now = self._monotonic()
         due = self._fsync is Fsync.ALWAYS or (self._fsync is Fsync.SECOND and now - self._synced >= JOURNAL_FSYNC_S)
         if not due or not self._is_unsynced or self.problem:
-            return
+            return True
         try:
             os.fsync(self._file)
         except OSError as e:
             self._switch_off(e)
-        else:
-            self._synced, self._is_unsynced = now, False
+            return False
+        self._synced, self._is_unsynced = now, False
+        return True
 
     def copy(self, take: Callable[[bytes], None]) -> None:
         """Give the whole journal to ``take``. What ``copies`` gets from then on follows it."""

@@ -107,9 +107,13 @@ class JournalWriter:
         self._start()
         return self.queue([lambda journal: journal.copy(take)])
 
-    def freeze(self) -> None:
-        """Record nothing any more: live requests are to be resumed from what is recorded by now."""
+    def freeze(self) -> int:
+        """Record nothing any more: live requests are to be resumed from what is recorded by now.
+
+        Return the number of the last batch.
+        """
         self.queue([lambda _: self._freeze()])
+        return self._queued
 
     def _freeze(self) -> None:
         self._frozen = True
@@ -143,9 +147,13 @@ class JournalWriter:
                 self._journal.close()
                 return
             self._journal.flush()
-            if self._replication:
-                self._replication.written(self._applied, self._journal.problem)
-            self._journal.sync()
+            self._report()
+            if not self._journal.sync():
+                self._report()
+
+    def _report(self) -> None:
+        if self._replication:
+            self._replication.written(self._applied, self._journal.problem)
 
     def _apply(self, batch: list[_Record]) -> None:
         self._applied += 1

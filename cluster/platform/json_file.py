@@ -33,6 +33,11 @@ def read_json(path: Path, max_bytes: int) -> Any:
         encoded = file.read(max_bytes + 1)
     if len(encoded) > max_bytes:
         raise ValueError(f"the file has more than {max_bytes} bytes")
+    return decode_json(encoded)
+
+
+def decode_json(encoded: bytes) -> Any:
+    """Return what ``encoded`` holds. Raises ValueError for invalid JSON."""
     try:
         return json.loads(encoded, parse_constant=_reject_constant)
     except RecursionError:

@@ -128,6 +128,20 @@ class Members:
             edit.rows = (*rows[:at], gone, *rows[at + 1 :])
             return gone
 
+    def merge(self, content: bytes) -> None:
+        """Take over what another machine's roster has beyond this one. Who was removed in one of them stays removed.
+
+        Where the authority's key is, the other roster decides. Raises ``ClusterDamaged``, and as an edit does.
+        """
+        theirs = self._file.parse(content)
+        with self._file.edit() as edit:
+            merged = {_key(member): member for member in edit.rows}
+            for member in theirs:
+                own = merged.get(_key(member))
+                merged[_key(member)] = _merge(own, member) if own else member
+            kept = self._drop_expired(tuple(sorted(merged.values(), key=lambda member: member.since)))
+            edit.rows = kept[:MAX_MEMBERS]
+
     def _require_removable(self, rows: tuple[Member, ...], member: Member) -> None:
         if member.role is not Role.COORDINATOR:
             return
@@ -144,6 +158,17 @@ class Members:
         """
         now, holder = self._clock(), _authority_holder(rows)
         return tuple(m for m in rows if m is holder or any(one.not_after > now for one in m.issued))
+
+
+def _key(member: Member) -> tuple[Role, str, float]:
+    return member.role, member.id, member.since
+
+
+def _merge(own: Member, other: Member) -> Member:
+    serials = {one.serial: one for one in (*own.issued, *other.issued)}
+    issued = sorted(serials.values(), key=lambda one: one.not_after)[-MAX_SERIALS:]
+    removed = [at for at in (own.removed, other.removed) if at is not None]
+    return replace(other, issued=tuple(issued), removed=min(removed, default=None))
 
 
 def _authority_holder(rows: tuple[Member, ...]) -> Member | None:

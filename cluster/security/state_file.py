@@ -15,7 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 import msgpack
 
 from cluster.core.errors import Busy, ClusterDamaged
-from cluster.platform.json_file import encode_json, read_json
+from cluster.platform.json_file import decode_json, encode_json, read_json
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
 from cluster.security.limits import MAX_STATE_BYTES
@@ -99,8 +99,17 @@ class StateFile(Generic[T]):
         except Exception as e:  # msgpack and the rows' own checks raise errors of many kinds
             raise ClusterDamaged(f"{path} is damaged ({type(e).__name__}); put back a copy of it") from e
 
+    def parse(self, content: bytes) -> tuple[T, ...]:
+        """Return the rows of the file of another machine. Raises ``ClusterDamaged``."""
+        try:
+            return self._unpack_rows(decode_json(content))
+        except Exception as e:  # the rows' own checks raise errors of many kinds
+            raise ClusterDamaged(f"another Mac's {self._path.name} is damaged ({type(e).__name__})") from e
+
     def _read_json(self) -> tuple[T, ...]:
-        content = read_json(self._path, MAX_STATE_BYTES)
+        return self._unpack_rows(read_json(self._path, MAX_STATE_BYTES))
+
+    def _unpack_rows(self, content: Any) -> tuple[T, ...]:
         if content["format"] != FORMAT:
             raise ValueError("of another version of macpipe")
         return tuple(self._unpack(**row) for row in content["rows"])

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.v1 import cluster_pb2 as cluster_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/leader.proto\x12\ncluster.v1\x1a\x18\x63luster/v1/cluster.proto\"S\n\rFollowRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.cluster.v1.FollowHelloH\x00\x12\x10\n\x06stored\x18\x02 \x01(\x04H\x00\x42\x06\n\x04part\"a\n\x0b\x46ollowHello\x12\x33\n\x07standby\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x0f\n\x07replica\x18\x03 \x01(\t\"\xc7\x02\n\x0e\x46ollowResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12,\n\nleadership\x18\x02 \x01(\x0b\x32\x16.cluster.v1.LeadershipH\x00\x12*\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.ReplicatedFileH\x00\x12\x11\n\x07records\x18\x04 \x01(\x0cH\x00\x12+\n\x07journal\x18\x05 \x01(\x0b\x32\x18.cluster.v1.JournalPieceH\x00\x12/\n\x08\x63omplete\x18\x06 \x01(\x0b\x32\x1b.cluster.v1.ReplicaCompleteH\x00\x12 \n\x04\x62\x65\x61t\x18\x07 \x01(\x0b\x32\x10.cluster.v1.BeatH\x00\x12.\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.cluster.v1.LeaderStoppingH\x00\x42\x08\n\x06update\"@\n\x0eReplicatedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x0f\n\x07missing\x18\x03 \x01(\x08\"<\n\x0cJournalPiece\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\x08\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x11\n\x0fReplicaComplete\"\x06\n\x04\x42\x65\x61t\"\"\n\x0eLeaderStopping\x12\x10\n\x08handover\x18\x01 \x01(\t\"\x80\x01\n\x0cLeadsRequest\x12\x37\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12)\n\x04role\x18\x02 \x01(\x0e\x32\x1b.cluster.v1.Leadership.Role\x12\x0c\n\x04term\x18\x03 \x01(\x04\"\xb5\x01\n\rLeadsResponse\x12\x37\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12)\n\x04role\x18\x02 \x01(\x0e\x32\x1b.cluster.v1.Leadership.Role\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x32\n\x06leader\x18\x04 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\"V\n\x0fPassHttpRequest\x12+\n\x04head\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.HttpRequestHeadH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\")\n\nHttpHeader\x12\x0c\n\x04name\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"\xbc\x01\n\x0fHttpRequestHead\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05query\x18\x03 \x01(\x0c\x12\'\n\x07headers\x18\x04 \x03(\x0b\x32\x16.cluster.v1.HttpHeader\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x01\x12\x0e\n\x06\x65vents\x18\x08 \x01(\x04\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\"X\n\x10PassHttpResponse\x12,\n\x04head\x18\x01 \x01(\x0b\x32\x1c.cluster.v1.HttpResponseHeadH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"K\n\x10HttpResponseHead\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\'\n\x07headers\x18\x02 \x03(\x0b\x32\x16.cluster.v1.HttpHeader2\xdd\x01\n\rLeaderService\x12\x43\n\x06\x46ollow\x12\x19.cluster.v1.FollowRequest\x1a\x1a.cluster.v1.FollowResponse(\x01\x30\x01\x12<\n\x05Leads\x12\x18.cluster.v1.LeadsRequest\x1a\x19.cluster.v1.LeadsResponse\x12I\n\x08PassHttp\x12\x1b.cluster.v1.PassHttpRequest\x1a\x1c.cluster.v1.PassHttpResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/leader.proto\x12\ncluster.v1\x1a\x18\x63luster/v1/cluster.proto\"\x7f\n\rFollowRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.cluster.v1.FollowHelloH\x00\x12\x10\n\x06stored\x18\x02 \x01(\x04H\x00\x12*\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.ReplicatedFileH\x00\x42\x06\n\x04part\"a\n\x0b\x46ollowHello\x12\x33\n\x07standby\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x0f\n\x07replica\x18\x03 \x01(\t\"\xc7\x02\n\x0e\x46ollowResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12,\n\nleadership\x18\x02 \x01(\x0b\x32\x16.cluster.v1.LeadershipH\x00\x12*\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x1a.cluster.v1.ReplicatedFileH\x00\x12\x11\n\x07records\x18\x04 \x01(\x0cH\x00\x12+\n\x07journal\x18\x05 \x01(\x0b\x32\x18.cluster.v1.JournalPieceH\x00\x12/\n\x08\x63omplete\x18\x06 \x01(\x0b\x32\x1b.cluster.v1.ReplicaCompleteH\x00\x12 \n\x04\x62\x65\x61t\x18\x07 \x01(\x0b\x32\x10.cluster.v1.BeatH\x00\x12.\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.cluster.v1.LeaderStoppingH\x00\x42\x08\n\x06update\"@\n\x0eReplicatedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x0f\n\x07missing\x18\x03 \x01(\x08\"<\n\x0cJournalPiece\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\x08\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x11\n\x0fReplicaComplete\"\x06\n\x04\x42\x65\x61t\"\"\n\x0eLeaderStopping\x12\x10\n\x08handover\x18\x01 \x01(\t\"\x80\x01\n\x0cLeadsRequest\x12\x37\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12)\n\x04role\x18\x02 \x01(\x0e\x32\x1b.cluster.v1.Leadership.Role\x12\x0c\n\x04term\x18\x03 \x01(\x04\"\xb5\x01\n\rLeadsResponse\x12\x37\n\x0b\x63oordinator\x18\x01 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\x12)\n\x04role\x18\x02 \x01(\x0e\x32\x1b.cluster.v1.Leadership.Role\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x32\n\x06leader\x18\x04 \x01(\x0b\x32\".cluster.v1.Leadership.Coordinator\"V\n\x0fPassHttpRequest\x12+\n\x04head\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.HttpRequestHeadH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\")\n\nHttpHeader\x12\x0c\n\x04name\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"\xbc\x01\n\x0fHttpRequestHead\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05query\x18\x03 \x01(\x0c\x12\'\n\x07headers\x18\x04 \x03(\x0b\x32\x16.cluster.v1.HttpHeader\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x01\x12\x0e\n\x06\x65vents\x18\x08 \x01(\x04\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\"X\n\x10PassHttpResponse\x12,\n\x04head\x18\x01 \x01(\x0b\x32\x1c.cluster.v1.HttpResponseHeadH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"K\n\x10HttpResponseHead\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\'\n\x07headers\x18\x02 \x03(\x0b\x32\x16.cluster.v1.HttpHeader2\xdd\x01\n\rLeaderService\x12\x43\n\x06\x46ollow\x12\x19.cluster.v1.FollowRequest\x1a\x1a.cluster.v1.FollowResponse(\x01\x30\x01\x12<\n\x05Leads\x12\x18.cluster.v1.LeadsRequest\x1a\x19.cluster.v1.LeadsResponse\x12I\n\x08PassHttp\x12\x1b.cluster.v1.PassHttpRequest\x1a\x1c.cluster.v1.PassHttpResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,35 +33,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.leader_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FOLLOWREQUEST']._serialized_start=65
-  _globals['_FOLLOWREQUEST']._serialized_end=148
-  _globals['_FOLLOWHELLO']._serialized_start=150
-  _globals['_FOLLOWHELLO']._serialized_end=247
-  _globals['_FOLLOWRESPONSE']._serialized_start=250
-  _globals['_FOLLOWRESPONSE']._serialized_end=577
-  _globals['_REPLICATEDFILE']._serialized_start=579
-  _globals['_REPLICATEDFILE']._serialized_end=643
-  _globals['_JOURNALPIECE']._serialized_start=645
-  _globals['_JOURNALPIECE']._serialized_end=705
-  _globals['_REPLICACOMPLETE']._serialized_start=707
-  _globals['_REPLICACOMPLETE']._serialized_end=724
-  _globals['_BEAT']._serialized_start=726
-  _globals['_BEAT']._serialized_end=732
-  _globals['_LEADERSTOPPING']._serialized_start=734
-  _globals['_LEADERSTOPPING']._serialized_end=768
-  _globals['_LEADSREQUEST']._serialized_start=771
-  _globals['_LEADSREQUEST']._serialized_end=899
-  _globals['_LEADSRESPONSE']._serialized_start=902
-  _globals['_LEADSRESPONSE']._serialized_end=1083
-  _globals['_PASSHTTPREQUEST']._serialized_start=1085
-  _globals['_PASSHTTPREQUEST']._serialized_end=1171
-  _globals['_HTTPHEADER']._serialized_start=1173
-  _globals['_HTTPHEADER']._serialized_end=1214
-  _globals['_HTTPREQUESTHEAD']._serialized_start=1217
-  _globals['_HTTPREQUESTHEAD']._serialized_end=1405
-  _globals['_PASSHTTPRESPONSE']._serialized_start=1407
-  _globals['_PASSHTTPRESPONSE']._serialized_end=1495
-  _globals['_HTTPRESPONSEHEAD']._serialized_start=1497
-  _globals['_HTTPRESPONSEHEAD']._serialized_end=1572
-  _globals['_LEADERSERVICE']._serialized_start=1575
-  _globals['_LEADERSERVICE']._serialized_end=1796
+  _globals['_FOLLOWREQUEST']._serialized_end=192
+  _globals['_FOLLOWHELLO']._serialized_start=194
+  _globals['_FOLLOWHELLO']._serialized_end=291
+  _globals['_FOLLOWRESPONSE']._serialized_start=294
+  _globals['_FOLLOWRESPONSE']._serialized_end=621
+  _globals['_REPLICATEDFILE']._serialized_start=623
+  _globals['_REPLICATEDFILE']._serialized_end=687
+  _globals['_JOURNALPIECE']._serialized_start=689
+  _globals['_JOURNALPIECE']._serialized_end=749
+  _globals['_REPLICACOMPLETE']._serialized_start=751
+  _globals['_REPLICACOMPLETE']._serialized_end=768
+  _globals['_BEAT']._serialized_start=770
+  _globals['_BEAT']._serialized_end=776
+  _globals['_LEADERSTOPPING']._serialized_start=778
+  _globals['_LEADERSTOPPING']._serialized_end=812
+  _globals['_LEADSREQUEST']._serialized_start=815
+  _globals['_LEADSREQUEST']._serialized_end=943
+  _globals['_LEADSRESPONSE']._serialized_start=946
+  _globals['_LEADSRESPONSE']._serialized_end=1127
+  _globals['_PASSHTTPREQUEST']._serialized_start=1129
+  _globals['_PASSHTTPREQUEST']._serialized_end=1215
+  _globals['_HTTPHEADER']._serialized_start=1217
+  _globals['_HTTPHEADER']._serialized_end=1258
+  _globals['_HTTPREQUESTHEAD']._serialized_start=1261
+  _globals['_HTTPREQUESTHEAD']._serialized_end=1449
+  _globals['_PASSHTTPRESPONSE']._serialized_start=1451
+  _globals['_PASSHTTPRESPONSE']._serialized_end=1539
+  _globals['_HTTPRESPONSEHEAD']._serialized_start=1541
+  _globals['_HTTPRESPONSEHEAD']._serialized_end=1616
+  _globals['_LEADERSERVICE']._serialized_start=1619
+  _globals['_LEADERSERVICE']._serialized_end=1840
 # @@protoc_insertion_point(module_scope)

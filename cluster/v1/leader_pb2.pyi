@@ -27,23 +27,29 @@ class FollowRequest(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
     stored: _builtins.int
     """The number of an update: it and all before it are stored."""
     @_builtins.property
     def hello(self) -> Global___FollowHello:
         """The first message of the stream, and only the first."""
 
+    @_builtins.property
+    def file(self) -> Global___ReplicatedFile:
+        """A file of the standby's own state that somebody edited on its Mac."""
+
     def __init__(
         self,
         *,
         hello: Global___FollowHello | None = ...,
         stored: _builtins.int = ...,
+        file: Global___ReplicatedFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "part", b"part", "stored", b"stored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hello", b"hello", "part", b"part", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "part", b"part", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hello", b"hello", "part", b"part", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["hello", "stored"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["hello", "stored", "file"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 

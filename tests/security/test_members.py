@@ -187,3 +187,28 @@ def test_processes_that_write_at_once_lose_nothing(folder: ClusterFolder, member
     writers = [subprocess.Popen([*argv, str(n)], cwd=ROOT) for n in range(2)]
     assert [writer.wait(30) for writer in writers] == [0, 0]
     assert len(members.current()) == 10
+
+
+def test_rosters_of_two_macs_are_merged_and_nobody_comes_back(
+    folder: ClusterFolder, members: Members, clock: Clock, tmp_path: Path
+) -> None:
+    other_folder = ClusterFolder(tmp_path / "other", "lab")
+    other = Members(other_folder, clock)
+    members.admit(party(0, Role.COORDINATOR, serial=10), 9000.0)
+    members.admit(party(1, serial=11), 2000.0)
+    members.admit(party(2, serial=21), 2000.0)
+    other.merge(folder.members.read_bytes())
+    assert other.all_members() == members.all_members()
+    clock.now = 1100.0
+    members.remove("mac-1")
+    other.renew(party(2, serial=22), 3000.0)
+    other.remove("mac-2")
+    other.admit(party(3, serial=31), 2000.0)
+    before = folder.members.read_bytes()
+    members.merge(other_folder.members.read_bytes())
+    other.merge(before)
+    assert members.all_members() == other.all_members()
+    assert names(members) == ["mac-0", "mac-3"]
+    assert members.revoked() == {11, 21, 22}
+    with pytest.raises(ClusterDamaged):
+        members.merge(b"{}")
