@@ -21,11 +21,15 @@ class Revocations:
         return frozenset(self._file.rows())
 
     def learn(self, serials: Iterable[int]) -> None:
-        """Replace the known serials, at most ``MAX_REVOKED``; writes the file only if they changed."""
-        revoked = tuple(sorted(set(serials)))[:MAX_REVOKED]
-        if revoked != self._file.rows():
+        """Add serials. None is forgotten, since another coordinator may not know of it yet.
+
+        Of more than ``MAX_REVOKED`` in all, those that were told first are dropped: their certificates expire first.
+        Writes the file only if a serial is new.
+        """
+        told = sorted(set(serials))[:MAX_REVOKED]
+        if not self.known().issuperset(told):
             with self._file.edit() as edit:
-                edit.rows = revoked
+                edit.rows = (*(one for one in edit.rows if one not in told), *told)[-MAX_REVOKED:]
 
 
 def _pack(serial: int) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class WorkerServicer(WorkerServiceServicer):
         party = self.trust.party(shown) if revocations else None
         if revocations and party and party.role == COORDINATOR:
             revoked = {int.from_bytes(serial) for serial in request.revoked[:MAX_REVOKED]}
-            if revoked != revocations.known():
+            if not revoked <= revocations.known():
                 await anyio.to_thread.run_sync(revocations.learn, revoked)
             if self.trust.serial in revoked:
                 self.removed.set()

@@ -16,6 +16,7 @@ from cluster.security import state_file
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
 from cluster.security.keys import ApiKey, KeyLimits, KeyScope, KeyStore
+from cluster.security.limits import MAX_REVOKED
 from cluster.security.members import Issued, Member, Members
 from cluster.security.revocations import Revocations
 from cluster.security.roles import Party, Role
@@ -102,7 +103,20 @@ def test_revocations_of_an_earlier_version_are_read_and_replaced(folder: Cluster
     assert revocations.known() == {int("1f" * 20, 16), 0x20}
     revocations.learn([0x20, 0x21])
     assert_replaced(path, old)
-    assert Revocations(folder, "mac-2").known() == {0x20, 0x21}
+    assert Revocations(folder, "mac-2").known() == {int("1f" * 20, 16), 0x20, 0x21}
+
+
+def test_what_was_revoked_stays_revoked_whichever_coordinator_tells(folder: ClusterFolder) -> None:
+    revocations = Revocations(folder, "mac-2")
+    revocations.learn([1, 2])
+    revocations.learn([2])
+    revocations.learn([])
+    assert Revocations(folder, "mac-2").known() == {1, 2}
+    revocations.learn(range(10, 10 + MAX_REVOKED))
+    assert Revocations(folder, "mac-2").known() == set(range(10, 10 + MAX_REVOKED))
+    version = file_version(folder.revoked("mac-2"))
+    revocations.learn(range(10, 20))
+    assert file_version(folder.revoked("mac-2")) == version
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x92\x01", b"nonsense", b"\x92\x02\x90", b"\x92\x01\x91\x93a"])
