@@ -16,6 +16,7 @@ from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.request_timings import ClusterTotals
 from cluster.core.cluster_state import DeploymentState, RequestState, ServingState
 from cluster.core.errors import Aborted, MacpipeError
+from cluster.core.leadership import CoordinatorRole, LeadershipState
 from cluster.core.plan import Plan
 from cluster.core.request import FinishEvent
 from cluster.core.worker import WorkerState
@@ -89,14 +90,18 @@ class Metrics:
         workers: Sequence[WorkerState] = (),
         totals: ClusterTotals | None = None,
         deployments: Sequence[DeploymentState] = (),
+        leadership: LeadershipState | None = None,
     ) -> bytes:
         """Return all metrics in Prometheus' text format, with gauges of the given state.
 
         ``plan`` and ``loop`` are those of the default model; ``deployments`` are all models if there are several.
+        ``leadership`` is None without standbys.
         """
         gauges = CollectorRegistry()
         gauges.register(_StateCollector(state, plan, loop, journal, workers, totals or ClusterTotals()))
         gauges.register(_ModelCollector(deployments))
+        if leadership:
+            gauges.register(_LeadershipCollector(leadership))
         return generate_latest(self._registry) + generate_latest(gauges)
 
 
@@ -276,6 +281,24 @@ class _ModelCollector(Collector):
             if state is not RequestState.UNKNOWN
         ]
         yield _gauge("macpipe_model_requests_live", "The model's live requests, by phase.", ["model", "phase"], live)
+
+
+class _LeadershipCollector(Collector):
+    """Collects the gauges of a leader and its standbys."""
+
+    def __init__(self, leadership: LeadershipState) -> None:
+        self._leadership = leadership
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._leadership
+        leads = float(state.role is CoordinatorRole.LEADER)
+        yield _gauge("macpipe_leader", "1 while this coordinator leads.", [], [([], leads)])
+        yield _gauge("macpipe_leader_term", "The term of the leader.", [], [([], float(state.term))])
+        in_sync: Values = [([one.name], float(one.in_sync)) for one in state.standbys]
+        text = "1 while the standby has every record of live requests."
+        yield _gauge("macpipe_standby_in_sync", text, ["standby"], in_sync)
+        behind: Values = [([one.name], float(one.behind)) for one in state.standbys]
+        yield _gauge("macpipe_standby_behind", "Updates that the standby has not stored yet.", ["standby"], behind)
 
 
 def _counter(name: str, text: str, labels: list[str], values: Values) -> Metric:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.leadership_lines import describe_leadership
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.core.cluster_state import ServingState, count_stages
 from cluster.core.limits import FAR_OFF
@@ -223,6 +224,7 @@ def headline(state: ClusterState) -> list[str]:
         lines.append(f"problem: {state.problem}")
     if state.activity:
         lines.append(state.activity)
+    lines += describe_leadership(state.leadership)
     lines += [f"warning: {warning}" for warning in state.warnings]
     if state.lag_seconds:
         lines.append(

@@ -49,6 +49,7 @@ from cluster.core.adapter import Adapter
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import InvalidRequest, MacpipeError, NotServing, RequestNotFound, WorkerLost
 from cluster.core.known_tokens import KnownAnswer
+from cluster.core.leadership import LeadershipState
 from cluster.core.limits import MAX_SCHEMA_BYTES, OVERLOADED_S
 from cluster.core.load_limits import LOADED_RETRY_S
 from cluster.core.plan import Plan
@@ -84,6 +85,8 @@ class Coordinator:
         """Why the models file is not in effect as it stands; "" if it is."""
         self.make_way: Callable[[str], Awaitable[bool]] | None = None
         """Unloads idle models so that the one with this own name can recover. Returns whether one left."""
+        self.leadership: Callable[[], LeadershipState | None] = lambda: None
+        """Tells who leads, if there ever was another coordinator."""
         self.prefix_owners: OwnersOf = PrefixOwners
         """Tells who may have prefixes on the workers' disks. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report
@@ -268,10 +271,7 @@ class Coordinator:
             await self._training.run(host, request, tell, follower, self._deployments.served())
 
     async def plan(self, order: LoadOrder, *, wait: bool = False, leaving: Collection[str] = ()) -> Plan:
-        """Return the plan that ``load`` would use with the workers present now. Change nothing.
-
-        ``wait`` and ``leaving`` are as in ``ClusterPlanner.plan``. Raises ``MacpipeError``.
-        """
+        """Return the plan that ``load`` would use, see ``ClusterPlanner.plan``. Change nothing."""
         return await self._planner.plan(order, wait=wait, leaving=leaving)
 
     def _report_problem(self, sentence: str) -> None:
@@ -305,11 +305,11 @@ class Coordinator:
         for deployment in self._deployments.values():
             await deployment.close(error)
 
-    async def close(self) -> None:
-        """End live requests, release the workers and stop."""
+    async def close(self, error: MacpipeError | None = None) -> None:
+        """End live requests with ``error``, release the workers and stop."""
         await self._training.close()
         await self._copies.close()
-        await self._close(NotServing("the coordinator is stopping"))
+        await self._close(error or NotServing("the coordinator is stopping"))
         if self.journal:
             await anyio.to_thread.run_sync(self.journal.close)
         await self._heartbeat.close()
@@ -433,8 +433,6 @@ class Coordinator:
         control = self._roster.control(member.info.control_address)
         await (undo_drain if undo else drain_worker)(worker, control, self._deployments.values())
 
-    # Status
-
     async def snapshot(self, *, ask: bool = True) -> ClusterState:
         """Return the state of the whole cluster; without ``ask``, with the workers' answers to the last heartbeats."""
         members = await self.members() if ask or not self._services() else self._heartbeat.members()
@@ -463,6 +461,7 @@ class Coordinator:
             draft_worker=service.draft_worker if service else "",
             lag_seconds=lag_s if (lag_s := self._lag()) >= OVERLOADED_S else 0.0,
             deployments=deployments,
+            leadership=self.leadership(),
         )
         if job := self._training.job:
             return with_training(state, job)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from cluster.api.metrics import Metrics
 from cluster.core.cluster_state import DeploymentState, GuessCounts, ReplicaState, RequestState, ServingState
+from cluster.core.leadership import CoordinatorRole, LeadershipState, StandbyState
 from coordinator.test_snapshot import LOOP, PLAN
 
 
@@ -54,3 +55,14 @@ def test_several_models_are_told_apart_by_a_label() -> None:
     ):
         assert line in text.splitlines()
     assert not [line for line in exposition() if "macpipe_model" in line]
+
+
+def test_a_leader_shows_its_term_and_how_far_its_standbys_are() -> None:
+    assert not [line for line in exposition() if "leader" in line]
+    standbys = (StandbyState("mac-2", in_sync=True), StandbyState("mac-3", behind=7))
+    state = LeadershipState(CoordinatorRole.LEADER, 4, standbys=standbys)
+    lines = Metrics().exposition(ServingState.SERVING, None, None, leadership=state).decode().splitlines()
+    assert {"macpipe_leader 1.0", "macpipe_leader_term 4.0"} <= set(lines)
+    assert 'macpipe_standby_in_sync{standby="mac-2"} 1.0' in lines
+    assert 'macpipe_standby_in_sync{standby="mac-3"} 0.0' in lines
+    assert 'macpipe_standby_behind{standby="mac-3"} 7.0' in lines

@@ -44,6 +44,7 @@ from cluster.core.cluster_state import (
 )
 from cluster.core.errors import InvalidOption
 from cluster.core.json_types import to_json_types
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, Replicate, StandbyState
 from cluster.core.plan import (
     LayerRange,
     LoadProgress,
@@ -385,3 +386,25 @@ def test_columns_count_in_a_pipe_and_words_are_not_cut(monkeypatch: pytest.Monke
         assert console(stream).width == int(columns or 200)
     assert wrap_words("a note\nof more than ten", 10) == "a note\nof more\nthan ten"
     assert wrap_words(line, 0) == line
+
+
+def test_status_says_who_leads_and_who_stands_by() -> None:
+    state = ClusterState("c", "1", ServingState.SERVING)
+    assert not [line for line in headline(state) if "leader" in line]
+    standbys = (
+        StandbyState("mac-2", ("10.0.0.2:7700",), in_sync=True),
+        StandbyState("mac-3", behind=7),
+        StandbyState("mac-4", problem="its copy is not complete yet"),
+    )
+    leader = CoordinatorName("mac-1", "i", ("10.0.0.1:7700",))
+    other = replace(leader, name="x")
+    led = LeadershipState(CoordinatorRole.LEADER, 4, leader, 90.0, Replicate.SYNC, standbys, (other,))
+    assert headline(replace(state, leadership=led))[1:6] == [
+        "leader: mac-1 for 1 min by term 4",
+        "standby: mac-2 at 10.0.0.2:7700, in sync: answers go on there if the leader is lost",
+        "standby: mac-3, 7 updates behind",
+        "standby: mac-4, its copy is not complete yet",
+        "problem: x leads too, at 10.0.0.1:7700; the lower term ends once the two reach each other",
+    ]
+    nobody = replace(led, leader=None, role=CoordinatorRole.STANDBY)
+    assert headline(replace(state, leadership=nobody))[1].startswith("leader: none; a standby takes over")

@@ -71,6 +71,7 @@ class Health:
             coordinator.known_workers(),
             coordinator.totals,
             await describe_deployments(coordinator.deployments),
+            coordinator.leadership(),
         )
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
