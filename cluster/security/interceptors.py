@@ -19,6 +19,13 @@ from grpc import aio
 from cluster.core.errors import MacpipeError
 from cluster.security.access_rules import RULES, is_allowed
 from cluster.security.limits import REVOCATION_LOOK_S
+from cluster.security.passed_caller import (
+    caller_certificate,
+    connection_certificate,
+    is_coordinator,
+    is_passed,
+    passed_certificate,
+)
 from cluster.security.roles import Party, Role
 from cluster.security.trust import AuthContext, Trust
 
@@ -92,7 +99,7 @@ class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg
 
     def _authorize_and_track(self, method: str, context: grpc.ServicerContext) -> None:
         """Allow the call and register it, so that ``_sweep`` can cancel it when its party is removed."""
-        party = authorize(self._trust, method, _shown_certificate(context))
+        party = authorize(self._trust, method, connection_certificate(context))
         if not isinstance(party, Party):
             context.abort(*party)
         self._open[context] = party
@@ -136,10 +143,23 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
         return _with_behaviour(handler, stream if handler.response_streaming else unary)
 
     async def _require_authorized(self, method: str, context: Context) -> Party:
-        party = authorize(self._trust, method, _shown_certificate(context))
+        """Return the caller: of a passed call the one that the standby asserts, which must be a coordinator itself."""
+        shown = connection_certificate(context)
+        if is_passed(method) and passed_certificate(context) is not None:
+            if refusal := self._find_wrong_standby(shown):
+                await _refuse(context, refusal)
+            shown = caller_certificate(self._trust, context)
+        party = authorize(self._trust, method, shown)
         if not isinstance(party, Party):
             await _refuse(context, party)
         return party
+
+    def _find_wrong_standby(self, shown: AuthContext) -> Refusal | None:
+        """Return why a party may not assert another caller; None if it may."""
+        standby = self._trust.party(shown)
+        if standby is None or not is_coordinator(standby):
+            return grpc.StatusCode.PERMISSION_DENIED, "only a coordinator may pass on the calls of others"
+        return _find_revocation(self._trust, standby)
 
     async def _run_while_admitted(self, party: Party, context: Context, work: Awaitable[None]) -> None:
         """Run one stream. If its party is revoked meanwhile, abort it with the reason."""
@@ -163,11 +183,6 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
             await _refuse(context, why[0])
         finally:
             watching.cancel()
-
-
-def _shown_certificate(context: grpc.ServicerContext | Context) -> AuthContext:
-    found: Any = context.auth_context()  # its typing stub is wrong: a name may have several values
-    return dict(found)
 
 
 async def _refuse(context: Context, refusal: Refusal) -> NoReturn:

@@ -12,6 +12,7 @@ import grpc.experimental
 from grpc import aio
 
 from cluster.core.errors import PortInUse
+from cluster.core.follow_limits import FOLLOW_CONNECT_MS, FOLLOW_PING_MS
 from cluster.core.limits import (
     BULK_KEEPALIVE_MS,
     BULK_TIMEOUT_MS,
@@ -197,6 +198,13 @@ def control_channel(trust: Trust, address: str, peer: str, ping_s: float = PING_
     An answer may have MAX_ANSWER_BYTES.
     """
     return _dial(trust, address, peer, _ping_options(ping_s), aio.secure_channel)
+
+
+def passing_channel(trust: Trust, address: str, peer: str) -> aio.Channel:
+    """Return a channel on which a standby passes clients' calls on to ``peer``. Raises as ``data_channel`` does."""
+    options = _options(MAX_CONTROL_BYTES, CLIENT_KEEPALIVE_MS, FOLLOW_PING_MS)
+    impatient: ChannelOptions = [("grpc.min_reconnect_backoff_ms", FOLLOW_CONNECT_MS)]
+    return _dial(trust, address, peer, [*options, *_IDLE, *impatient], aio.secure_channel)
 
 
 def _ping_options(ping_s: float) -> ChannelOptions:

@@ -370,6 +370,7 @@ class HttpRequestHead(_message.Message):
     CREATED_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    ENCRYPTED_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     path: _builtins.str
     query: _builtins.bytes
@@ -382,6 +383,8 @@ class HttpRequestHead(_message.Message):
     events: _builtins.int
     """How many events of the answer the client has, and the SHA-256 of their bytes; none for a new request."""
     digest: _builtins.bytes
+    encrypted: _builtins.bool
+    """The client's connection is encrypted."""
     @_builtins.property
     def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HttpHeader]: ...
     def __init__(
@@ -396,10 +399,11 @@ class HttpRequestHead(_message.Message):
         created: _builtins.float = ...,
         events: _builtins.int = ...,
         digest: _builtins.bytes = ...,
+        encrypted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "created", b"created", "digest", b"digest", "events", b"events", "headers", b"headers", "method", b"method", "path", b"path", "query", b"query", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "created", b"created", "digest", b"digest", "encrypted", b"encrypted", "events", b"events", "headers", b"headers", "method", b"method", "path", b"path", "query", b"query", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

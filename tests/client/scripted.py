@@ -248,10 +248,14 @@ class Coordinator:
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join(10)
 
-    async def _serve(self) -> None:
-        server = public_server(self._trust) if self._trust else grpc.aio.server(options=CONTROL_OPTIONS)
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """Have the server answer both services. A test that stands in for another server replaces it."""
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.script, server)
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(self.script, server)
+
+    async def _serve(self) -> None:
+        server = public_server(self._trust) if self._trust else grpc.aio.server(options=CONTROL_OPTIONS)
+        self.add_services(server)
         own = f"127.0.0.1:{self._port}"
         port = bind(server, self._trust, "127.0.0.1", self._port) if self._trust else server.add_insecure_port(own)
         self.address = f"127.0.0.1:{port}"

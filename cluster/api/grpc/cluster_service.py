@@ -42,6 +42,7 @@ from cluster.core.plan import LoadProgress, Plan, Speculation
 from cluster.core.quantization import require_weight_bits
 from cluster.core.text import parse_layers
 from cluster.core.worker import WorkerInfo
+from cluster.security.passed_caller import caller_certificate
 from cluster.security.trust import Trust
 from cluster.transport.rich_errors import abort
 from cluster.v1 import cluster_pb2 as pb
@@ -189,8 +190,7 @@ class ClusterServicer(ClusterServiceServicer):
     async def RenewCertificate(
         self, request: pb.RenewCertificateRequest, context: Context
     ) -> pb.RenewCertificateResponse:
-        auth_context: Any = context.auth_context()
-        party = self._trust.party(auth_context)
+        party = self._trust.party(caller_certificate(self._trust, context))
         renewal = self._trust.renewal
         try:
             if party is None or renewal is None or self._trust.members is None:

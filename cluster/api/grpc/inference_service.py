@@ -29,6 +29,7 @@ from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.adapter import join_model_name, name_of_key
 from cluster.core.errors import MacpipeError
 from cluster.core.request import FinishEvent, PromptLogprobs, TokenEvent
+from cluster.security.passed_caller import caller_certificate
 from cluster.security.roles import Role
 from cluster.security.trust import Trust
 from cluster.transport.parsing_thread import PARSING
@@ -115,7 +116,7 @@ class InferenceServicer(InferenceServiceServicer):
 
         Admins, the coordinator, and every caller without a cluster (all are on this Mac) may do so with every request.
         """
-        party = self._trust.party(context.auth_context())
+        party = self._trust.party(caller_certificate(self._trust, context))
         return None if party is None or party.role in (Role.ADMIN, Role.COORDINATOR) else self._caller(context).client
 
     def _caller(self, context: Context) -> Caller:
@@ -212,8 +213,7 @@ def _encode_event(reply: type[Reply], event: TokenEvent | FinishEvent, running: 
 
 def client_name(trust: Trust, context: Context) -> str:
     """Return the caller's name: the party of its certificate in a cluster, from whichever address it calls."""
-    auth_context: Any = context.auth_context()
-    party = trust.party(auth_context)
+    party = trust.party(caller_certificate(trust, context))
     return f"{party.role}.{party.id}" if party else _anonymous_name(context)
 
 

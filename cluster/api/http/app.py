@@ -9,7 +9,6 @@ from typing import Any, Final
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from cluster.api.background_load import BackgroundLoad
 from cluster.api.cluster_feed import ClusterFeed
@@ -52,7 +51,7 @@ def application(
     loads: BackgroundLoad | None = None,
     feed: ClusterFeed | None = None,
     first: LoadOrder | None = None,
-) -> ASGIApp:
+) -> RequestMiddleware:
     """Return the HTTP application of one coordinator.
 
     Requests need an API key if ``service`` knows keys. ``loads`` runs the loads that people begin on the page, with the

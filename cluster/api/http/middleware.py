@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import secrets
 import time
@@ -21,7 +22,7 @@ from cluster.api.http.authorization import KEY, Authorizer
 from cluster.api.http.body import CHARGE
 from cluster.api.http.caller_identity import client_name
 from cluster.api.http.errors import error_response, internal_error
-from cluster.api.http.origin_policy import OriginPolicy
+from cluster.api.http.origin_policy import CheckedOrigins, OriginPolicy
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.transport.byte_budget import ByteBudget
 
@@ -51,7 +52,14 @@ class RequestMiddleware:
         self._observe = observe
         self._authorizer = authorizer
         self._origins = origin_policy or OriginPolicy()
-        self._next = self._origins.with_cors(AuthorizationMiddleware(app, authorizer, bodies or ByteBudget()))
+        self._authorized = AuthorizationMiddleware(app, authorizer, bodies or ByteBudget())
+        self._next = self._origins.with_cors(self._authorized)
+
+    def behind_standby(self) -> RequestMiddleware:
+        """Return the same for requests that a standby passes on: it has checked Host and Origin itself."""
+        passed = copy.copy(self)
+        passed._origins, passed._next = CheckedOrigins(), self._authorized
+        return passed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,11 +86,7 @@ class RequestMiddleware:
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, reply: _Reply) -> None:
         if is_ambiguous(scope, headers):
             reply.closing = True
-            raise InvalidRequest(
-                "the length of the request's body is ambiguous; send either content-length or, in HTTP/1.1, "
-                "transfer-encoding",
-                field="transfer-encoding",
-            )
+            raise ambiguity_error()
         self._origins.check(headers)
         await self._next(scope, receive, reply.send)
 
@@ -118,6 +122,14 @@ def is_ambiguous(scope: Scope, headers: Headers) -> bool:
     The connection is closed after such a request (RFC 9112, section 6.1).
     """
     return "transfer-encoding" in headers and ("content-length" in headers or scope.get("http_version") == "1.0")
+
+
+def ambiguity_error() -> InvalidRequest:
+    """Return the error of a request that ``is_ambiguous``."""
+    return InvalidRequest(
+        "the length of the request's body is ambiguous; send either content-length or, in HTTP/1.1, transfer-encoding",
+        field="transfer-encoding",
+    )
 
 
 def _request_id(headers: Headers) -> str:
