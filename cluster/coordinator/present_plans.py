@@ -27,12 +27,14 @@ class PresentPlans:
 
         A model that is loaded is planned as if it was not. Raises as ``Coordinator.plan`` and ``OnDemand.find_room``.
         """
+        if self._on_demand is None:
+            return await self._coordinator.plan(order)
         own = [one for one in self._loaded() if one.order and one.order.model == order.model]
         holders = [replica.holder for one in own for replica in one.replicas]
         try:
             return await self._coordinator.plan(order, leaving=holders)
         except DoesNotFit:
-            if self._on_demand is None or not self._loaded():
+            if not self._loaded():
                 raise
         name = own[0].name if own else public_id(order.model)
         leaving = await self._find_leaving(self._on_demand, ModelEntry(name, order))
