@@ -34,7 +34,7 @@ class Control:
 
 def epoch_of(used: Link | None, control: Control) -> Any:
     stages = (RingStage("mac-1", "h:1", Route.RELAY), RingStage("mac-2", "h:2", Route.DIRECT, link=used))
-    return SimpleNamespace(stages=stages, controls=(Control(None), control))
+    return SimpleNamespace(stages=stages, controls=(Control(None), control), plan=SimpleNamespace(is_grouped=False))
 
 
 async def found(used: Link | None, best: Link | None, hosts: tuple[str, ...] = ("10.0.0.1",)) -> tuple[str, int]:

@@ -292,7 +292,7 @@ class Mac(Port):
         self._caches = Caches(spec)
         yield LoadedStage(self.name, ())
 
-    async def link(self, epoch: int, before: WorkerInfo | None) -> None:
+    async def link(self, epoch: int, before: WorkerInfo | None, reader: int = 0) -> None:
         await self._reached()
         caches = self._caches
         if caches is None or caches.spec.epoch != epoch:
