@@ -132,7 +132,7 @@ def test_somebody_elses_details_are_not_ours(data: bytes) -> None:
     [
         ("UNAVAILABLE", "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:1: Failed to connect to"
          " remote host: Connection refused", errors.Unreachable, ["mac:1", "refused", "macpipe serve", "--coordin"]),
-        ("UNAVAILABLE", "Socket closed", errors.Unreachable, ["mac:1", "broke", "Socket closed"]),
+        ("UNAVAILABLE", "Socket closed", errors.ConnectionLost, ["mac:1", "broke", "Socket closed"]),
         ("UNAVAILABLE", "last error: UNAVAILABLE: Failed parsing HTTP/2 (Expected SETTINGS)", errors.Unreachable,
          ["mac:1", "gRPC"]),
         ("UNAVAILABLE", "errors resolving mac-http1:1: [field:hostname lookup error:address lookup failed for"
