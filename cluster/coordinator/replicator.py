@@ -58,7 +58,9 @@ class Replicator:
         """The last batch whose events may have left."""
         self._problem = ""
         """Why the leader's own journal is not in sync; "" if it is."""
-        self._named = self._naming = frozenset({replica} if mode else ())
+        self._named = frozenset({replica} if mode else ())
+        self._naming = self._named
+        """All copies that some worker may name: those of the last set that all have stored, and of later tries."""
         self._changed, self._progress = asyncio.Event(), asyncio.Event()
         self._is_untold = False
         """Whether a worker could not be told last."""
@@ -201,11 +203,9 @@ class Replicator:
     # Which copies are in sync
 
     def _release(self) -> None:
-        """Let events leave whose records are on all copies that are in sync, or are being named."""
-        waited_for = self._named | self._naming
-        self._released = max(
-            self._released, min((self._reached.get(copy, 0) for copy in waited_for), default=self._handed)
-        )
+        """Let events leave whose records are on all copies that some worker may name."""
+        stored = min((self._reached.get(copy, 0) for copy in self._naming), default=self._handed)
+        self._released = max(self._released, stored)
         if self._journal and self._journal.gate:
             self._journal.gate.open_to(self._released)
 
@@ -245,11 +245,11 @@ class Replicator:
                 async with asyncio.timeout(HEARTBEAT_S):  # a follower that falls silent tells nobody
                     await self._changed.wait()
             self._changed.clear()
-            if (found := self._find_in_sync()) != self._named:
+            if (found := self._find_in_sync()) != self._named or self._naming != self._named:
                 await self._name(names, found)
 
     async def _name(self, names: InSyncNames, found: frozenset[str]) -> None:
-        self._naming = found  # from now on, events wait for those that are added, too
+        self._naming |= found  # from now on, events wait for those that are added, too
         if any(self._reached.get(copy, 0) < self._released for copy in found):
             return  # something left meanwhile that one of them lacks
         try:
@@ -261,7 +261,7 @@ class Replicator:
             return
         self._is_untold = False
         log.info("replication: copies in sync changed copies=%d before=%d", len(found), len(self._named))
-        self._named = found
+        self._named = self._naming = found
         self._reached = {copy: batch for copy, batch in self._reached.items() if copy in self._kept()}
         self._release()
         if self._leadership:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -151,7 +152,9 @@ async def following(home: Path, address: str) -> AsyncIterator[tuple[FollowStrea
 
 
 def resumable(home: Path, name: str) -> list[list[int]] | None:
-    kept = Journal(state_folder(home, CLUSTER) / "journal").take(name, "me")
+    copy = home / "looked-at"
+    shutil.copy(state_folder(home, CLUSTER) / "journal", copy)  # reading replaces the file, which may be in use
+    kept = Journal(copy).take(name, "me")
     return kept.tokens if kept else None
 
 
