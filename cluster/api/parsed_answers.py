@@ -27,7 +27,10 @@ class ParsedAnswers:
             return
         self._tools = request.parsing.tools
         self._small_tools = sum(len(tool.parameters) for tool in self._tools) <= SMALL_TOOLS_CHARS
-        self._parsers = [model_info.tokenizer.parser(request.parsing) for _ in range(request.samples)]
+        identity = f"{request.id}/{request.sampling.seed}"  # a resumed answer has the same calls
+        self._parsers = [
+            model_info.tokenizer.parser(request.parsing, f"{identity}/{sample}") for sample in range(request.samples)
+        ]
 
     async def skip(self, skipped: SkippedText) -> None:
         """Parse text that the reader already has."""

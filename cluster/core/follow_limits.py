@@ -16,3 +16,5 @@ FOLLOW_PING_MS: Final = 4_000
 for longer."""
 MAX_COORDINATORS: Final = 16
 """Addresses of coordinators that one client is given."""
+PASS_WAIT_S: Final = 10.0
+"""How long a standby holds a new request while nobody leads."""

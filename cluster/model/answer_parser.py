@@ -9,6 +9,7 @@ them, and a call that is cut off before its name is known.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Sequence
@@ -69,9 +70,9 @@ class _UnreadCalls:
 
 
 class AnswerParser:
-    """Parses the text of one answer, piece by piece."""
+    """Parses the text of one answer, piece by piece. The ids of its calls follow from ``identity``; "": random ones."""
 
-    def __init__(self, markers: OutputMarkers, parsing: Parsing) -> None:
+    def __init__(self, markers: OutputMarkers, parsing: Parsing, identity: str = "") -> None:
         self._markers = markers
         self._tools = parsing.tools
         self._state = _ParserState.REASONING if parsing.thinking else _ParserState.CONTENT
@@ -87,6 +88,7 @@ class AnswerParser:
         self._blanks = ""
         """Blanks before a call; they are emitted if the call turns out to be content."""
         self._calls = 0
+        self._identity = identity or secrets.token_hex(12)
         self._names = frozenset(tool.name for tool in parsing.tools)
         self._open: PartialToolCall | None = None
         """The call whose arguments are being streamed."""
@@ -251,7 +253,7 @@ class AnswerParser:
         if opened is None:
             return body
         self._open, at = opened
-        out.calls.append(ToolCallDelta(self._calls, _new_id(), self._open.name))
+        out.calls.append(ToolCallDelta(self._calls, self._call_id(), self._open.name))
         self._calls += 1
         return body[at:]
 
@@ -272,15 +274,22 @@ class AnswerParser:
     def _emit_calls(self, calls: Sequence[ToolCall], out: _Out) -> None:
         size = max(PIECE, sum(len(call.arguments) for call in calls) // MAX_PIECES + 1)
         for call in calls:
-            out.calls.append(ToolCallDelta(self._calls, call.id, call.name))
+            out.calls.append(ToolCallDelta(self._calls, call.id or self._call_id(), call.name))
             pieces = (call.arguments[i : i + size] for i in range(0, len(call.arguments), size))
             out.calls.extend(ToolCallDelta(self._calls, arguments=piece) for piece in pieces)
             self._calls += 1
         self._fresh = True
 
+    def _call_id(self) -> str:
+        """Return the id of the next call."""
+        key = f"{self._identity}/{self._calls}"
+        return f"call_{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}"
+
 
 def read_calls(body: str, markers: OutputMarkers, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
     """Return the calls in ``body``; none if any of them is invalid, or if they are too many.
+
+    A call has the id that the model gave it, or "".
 
     Unbounded in time and memory: the parsers of some formats need hours for 64 KiB.
     """
@@ -304,11 +313,7 @@ def _check_call(call: Any, tools: Sequence[Tool]) -> ToolCall:
         raise ValueError("not a call of an offered tool")
     identity = call.get("id")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    return ToolCall(identity if isinstance(identity, str) and identity else _new_id(), name, text)
-
-
-def _new_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
+    return ToolCall(identity if isinstance(identity, str) else "", name, text)
 
 
 def _possible_start(text: str, markers: Sequence[str]) -> int:

@@ -199,9 +199,9 @@ class Tokenizer:
             return replace(grammar, free_until=self._markers.content_start)
         return replace(grammar, free_until=self._markers.reasoning_end) if parsing.thinking else grammar
 
-    def parser(self, parsing: Parsing) -> AnswerParser:
-        """Return a parser for one answer's text."""
-        return AnswerParser(self._markers, parsing)
+    def parser(self, parsing: Parsing, identity: str = "") -> AnswerParser:
+        """Return a parser for one answer's text. The ids of its calls follow from ``identity``; "": random ones."""
+        return AnswerParser(self._markers, parsing, identity)
 
     def read_calls(self, body: str, tools: Sequence[Tool]) -> tuple[ToolCall, ...]:
         """Return the calls of ``tools`` in the text between two markers; none if any is invalid.

@@ -371,6 +371,7 @@ class HttpRequestHead(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     ENCRYPTED_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     path: _builtins.str
     query: _builtins.bytes
@@ -381,10 +382,12 @@ class HttpRequestHead(_message.Message):
     """Id and time (seconds since 1970) of the answer, so that a new leader can go on with it."""
     created: _builtins.float
     events: _builtins.int
-    """How many events of the answer the client has, and the SHA-256 of their bytes; none for a new request."""
+    """How many events of the answer the client has, and the SHA-256 of their bytes."""
     digest: _builtins.bytes
     encrypted: _builtins.bool
     """The client's connection is encrypted."""
+    resumed: _builtins.bool
+    """An earlier leader may have begun to answer."""
     @_builtins.property
     def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HttpHeader]: ...
     def __init__(
@@ -400,10 +403,11 @@ class HttpRequestHead(_message.Message):
         events: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         encrypted: _builtins.bool = ...,
+        resumed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "created", b"created", "digest", b"digest", "encrypted", b"encrypted", "events", b"events", "headers", b"headers", "method", b"method", "path", b"path", "query", b"query", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "created", b"created", "digest", b"digest", "encrypted", b"encrypted", "events", b"events", "headers", b"headers", "method", b"method", "path", b"path", "query", b"query", "request_id", b"request_id", "resumed", b"resumed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,13 +18,16 @@ from cluster.api.http.errors import HANDLERS
 from cluster.api.http.json_response import Json
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.origin_policy import OriginPolicy
+from cluster.api.http.passed_answer import PassedAnswer, passed_answer
 from cluster.api.http.server import listen, serve
+from cluster.api.http.sse import EVENTS
 from cluster.api.passing.http_answers import answer_passed
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_http import passing_application
-from cluster.core.errors import Busy
+from cluster.core.errors import Busy, NotServing
 from cluster.core.leadership import CoordinatorName
 from cluster.security.credentials import LocalTrust
+from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.grpc_setup import bind, public_server
 from cluster.v1.leader_pb2_grpc import LeaderServiceServicer, add_LeaderServiceServicer_to_server
 
@@ -32,12 +35,22 @@ pytestmark = pytest.mark.anyio
 ORIGINS = OriginPolicy(frozenset({"mac-2.local"}), frozenset({"https://chat.example"}))
 
 
-class Leader(LeaderServiceServicer):
-    """A leader whose application tells what it sees. ``left`` is set once a stream's client has left."""
+PIECES = (b"data: 1\n\n", b": still working\n\n", b"data: 2\n\n", b"event: ping\ndata: {}\n\n", b"data: 3\n\n")
+WHOLE = b"data: 1\n\ndata: 2\n\ndata: 3\n\n"
+CHAT = "/v1/chat/completions"
 
-    def __init__(self) -> None:
-        self.left, self.streaming, self.vanish = asyncio.Event(), asyncio.Event(), False
-        paths = {"/echo": self.echo, "/busy": self.busy, "/stream": self.stream}
+
+class Leader(LeaderServiceServicer):
+    """A leader whose application tells what it sees, and streams ``pieces``, of which it sends ``most`` at once.
+
+    ``left`` is set once a stream's client has left, ``passed`` has what the standby said of each answer.
+    """
+
+    def __init__(self, pieces: Sequence[bytes] = PIECES, most: int | None = None, refusals: int = 0) -> None:
+        self.left = asyncio.Event()
+        self.pieces, self.most, self.refusals = pieces, most, refusals
+        self.passed: list[PassedAnswer] = []
+        paths = {"/echo": self.echo, "/busy": self.busy, CHAT: self.stream, "/other": self.stream}
         routes = [
             DeclaredRoute(path, endpoint, access=Access.INFERENCE, methods=["GET", "POST"])
             for path, endpoint in paths.items()
@@ -62,41 +75,70 @@ class Leader(LeaderServiceServicer):
         raise Busy("the queue is full", retry_after_s=7.0)
 
     async def stream(self, request: Request) -> StreamingResponse:
+        assert await request.json() == {"stream": True}
+        passed = passed_answer(request)
+        assert passed
+        self.passed.append(passed)
+        if self.refusals:
+            self.refusals -= 1
+            raise NotServing("the model is being loaded")
+
         async def pieces() -> AsyncIterator[bytes]:
             try:
-                yield b"data: 1\n\n"
-                self.streaming.set()
-                await asyncio.sleep(3600)
+                for piece in self.pieces[: self.most]:
+                    yield piece
+                if self.most is not None:
+                    await asyncio.sleep(3600)
             finally:
                 self.left.set()
 
-        return StreamingResponse(pieces(), media_type="text/event-stream")
+        return StreamingResponse(pieces(), headers={"content-type": EVENTS.decode()})
+
+
+class Service:
+    """The leaders that a standby may know, one after the other. ``end`` stops the one that leads."""
+
+    def __init__(self, *leaders: Leader) -> None:
+        self._leaders = list(leaders)
+        self._server: Any = None
+        self.name: CoordinatorName | None = None
+
+    async def begin(self) -> None:
+        """Have the next leader lead."""
+        self._server = public_server(LocalTrust())
+        add_LeaderServiceServicer_to_server(self._leaders.pop(0), self._server)
+        address = f"127.0.0.1:{bind(self._server, LocalTrust(), '127.0.0.1', 0)}"
+        await self._server.start()
+        self.name = CoordinatorName("mac-1", address, (address,))
+
+    async def end(self) -> None:
+        """Stop the leader at once. Then nobody leads."""
+        if self._server:
+            self.name = None
+            await self._server.stop(None)
 
 
 @asynccontextmanager
-async def standby(leader: Leader | None, *, stop: asyncio.Event | None = None) -> AsyncIterator[httpx.AsyncClient]:
-    """A standby's HTTP port before ``leader``, on real sockets. The leader ends once ``stop`` is set."""
-    server = public_server(LocalTrust())
-    add_LeaderServiceServicer_to_server(leader or LeaderServiceServicer(), server)
-    address = f"127.0.0.1:{bind(server, LocalTrust(), '127.0.0.1', 0)}"
-    await server.start()
-
-    async def end() -> None:
-        if stop:
-            await stop.wait()
-            await server.stop(None)
-
-    ending = asyncio.create_task(end())
-    name = CoordinatorName("mac-1", "1", (address,)) if leader else None
-    app = passing_application(LeaderChannel(LocalTrust(), lambda: name), ORIGINS)
+async def standby(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """A standby's HTTP port before a service, on real sockets."""
+    channel = LeaderChannel(LocalTrust(), lambda: service.name)
+    app = passing_application(channel, ORIGINS, ByteBudget(), wait_s=0.2)
     async with serve(app, listen("127.0.0.1", 0)) as port, httpx.AsyncClient(base_url=f"http://{port}") as client:
         yield client
-    ending.cancel()
-    await server.stop(None)
+    await service.end()
+
+
+@asynccontextmanager
+async def passing(leader: Leader) -> AsyncIterator[httpx.AsyncClient]:
+    """A standby's HTTP port before one leader."""
+    service = Service(leader)
+    await service.begin()
+    async with standby(service) as client:
+        yield client
 
 
 async def test_requests_are_answered_by_the_leader_which_sees_who_asks() -> None:
-    async with standby(Leader()) as client:
+    async with passing(Leader()) as client:
         large = "x" * 300_000
         headers = {"authorization": "Bearer mpk_1", "x-request-id": "mine"}
         response = await client.post("/echo?a=%20b", content=large, headers=headers)
@@ -111,7 +153,7 @@ async def test_requests_are_answered_by_the_leader_which_sees_who_asks() -> None
 
 
 async def test_host_and_origin_are_checked_by_the_standby_and_its_names_are_allowed() -> None:
-    async with standby(Leader()) as client:
+    async with passing(Leader()) as client:
         assert (await client.get("/echo", headers={"host": "mac-2.local"})).status_code == 200
         assert (await client.get("/echo", headers={"host": "evil.example"})).status_code == 403
         assert (await client.get("/echo", headers={"origin": "https://evil.example"})).status_code == 403
@@ -123,26 +165,71 @@ async def test_host_and_origin_are_checked_by_the_standby_and_its_names_are_allo
 
 
 async def test_a_client_that_leaves_ends_its_stream_at_the_leader() -> None:
-    leader = Leader()
-    async with standby(leader) as client:
-        async with client.stream("POST", "/stream", json={}) as response:
-            assert await anext(response.aiter_bytes()) == b"data: 1\n\n"
+    leader = Leader(most=1)
+    async with passing(leader) as client:
+        async with client.stream("POST", CHAT, json={"stream": True}) as response:
+            assert await anext(response.aiter_bytes()) == PIECES[0]
         await asyncio.wait_for(leader.left.wait(), 10)
 
 
-async def test_a_leader_that_is_lost_ends_the_stream_early() -> None:
-    leader, stop = Leader(), asyncio.Event()
-    async with standby(leader, stop=stop) as client, client.stream("GET", "/stream") as response:
+async def read(client: httpx.AsyncClient, service: Service, first: Leader, path: str = CHAT) -> bytes:
+    """Read a stream whose leader is lost after the pieces that it sends. Return what the client received."""
+    received = b""
+    async with client.stream("POST", path, json={"stream": True}) as response:
         pieces = response.aiter_bytes()
-        assert await anext(pieces) == b"data: 1\n\n"
-        stop.set()
+        sent = len(b"".join(first.pieces[: first.most]))
+        while len(received) < sent:
+            received += await anext(pieces)
+        await service.end()
+        following = asyncio.create_task(service.begin())
+        async for piece in pieces:
+            received += piece
+        await following
+    return received
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+async def test_a_stream_goes_on_at_the_next_leader_behind_what_the_client_has(most: int) -> None:
+    first, second = Leader(most=most), Leader(refusals=1)
+    service = Service(first, second)
+    await service.begin()
+    async with standby(service) as client:
+        received = await read(client, service, first)
+    for silence in (PIECES[1], PIECES[3]):
+        received = received.replace(silence, b"")
+    assert received == WHOLE
+    (begun,), (_, resumed) = first.passed, second.passed
+    assert (begun.request_id, begun.created, begun.resumed) == (resumed.request_id, resumed.created, False)
+    assert resumed.resumed
+    assert resumed.events == (2 if most == 4 else 1)
+
+
+@pytest.mark.parametrize("pieces", [(b"data: 9\n\n", *PIECES[1:]), ()], ids=["others", "fewer"])
+async def test_a_leader_with_another_answer_does_not_continue_it(pieces: Sequence[bytes]) -> None:
+    first = Leader(most=3)
+    service = Service(first, Leader(pieces))
+    await service.begin()
+    async with standby(service) as client:
         with pytest.raises(httpx.RemoteProtocolError):
-            await anext(pieces)
+            await read(client, service, first)
 
 
-async def test_nobody_who_leads_is_told() -> None:
-    async with standby(None) as client:
+async def test_what_may_have_changed_something_is_not_sent_to_the_next_leader() -> None:
+    first, second = Leader(most=1), Leader()
+    service = Service(first, second)
+    await service.begin()
+    async with standby(service) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await read(client, service, first, "/other")
+    assert not second.passed
+
+
+async def test_a_new_request_waits_a_moment_for_a_leader() -> None:
+    service = Service(Leader())
+    async with standby(service) as client:
         response = await client.get("/echo")
         assert response.status_code == 503
         assert "none leads" in response.json()["error"]["message"]
         assert float(response.headers["retry-after"]) > 0
+        await service.begin()
+        assert (await client.get("/echo")).status_code == 200

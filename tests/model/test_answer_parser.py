@@ -65,10 +65,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def parsed(
-    tokenizer: Tokenizer, pieces: Sequence[str], parsing: Parsing, *, whole: bool = True
+    tokenizer: Tokenizer, pieces: Sequence[str], parsing: Parsing, *, whole: bool = True, identity: str = ""
 ) -> tuple[str, str, list[tuple[str, str]], list[str]]:
     """Reasoning, content, the calls as (name, arguments), and their ids."""
-    parser = tokenizer.parser(parsing)
+    parser = tokenizer.parser(parsing, identity)
     said = [part for piece in pieces for part in with_calls_read(tokenizer, parser, parser.add(piece), parsing.tools)]
     said += with_calls_read(tokenizer, parser, parser.flush(whole=whole), parsing.tools)
     names: dict[int, str] = {}
@@ -92,6 +92,9 @@ def test_reasoning_content_and_calls_are_told_apart(tokenizer: Tokenizer) -> Non
     assert calls == [("weather", '{"city": "Oslo", "days": 2}'), ("clock", "{}")]
     assert len(set(ids)) == 2
     assert all(i.startswith("call_") for i in ids)
+    again = [parsed(tokenizer, list(text), Parsing(TOOLS), identity=i)[3] for i in ("a", "a", "b", "")]
+    assert again[0] == again[1], "a resumed answer has the same calls"
+    assert len({i for found in (ids, *again[1:]) for i in found}) == 8
 
 
 @settings(max_examples=200, deadline=None)

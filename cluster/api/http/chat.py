@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +21,10 @@ from cluster.api.http.body import charge_of, read
 from cluster.api.http.chat_form import ChatForm
 from cluster.api.http.chat_submission import chat_submission
 from cluster.api.http.errors import openai_error
-from cluster.api.http.json_response import LongJson, encode_text, encoded_list, new_id
+from cluster.api.http.json_response import LongJson, encode_text, encoded_list
 from cluster.api.http.logprobs import chat_logprobs, chat_row
 from cluster.api.http.model_names import ModelNames
+from cluster.api.http.passed_answer import answer_id, answer_time
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.sse import COMMENT, DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
@@ -42,7 +42,9 @@ class Chat:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ChatForm)
-        head = ChunkHead(new_id("chatcmpl-"), int(time.time()), self.names.requested_name(form.model))
+        head = ChunkHead(
+            answer_id(request, "chatcmpl-"), int(answer_time(request)), self.names.requested_name(form.model)
+        )
         submission = chat_submission(self.service, self.names, request, form, head.id)
         if form.stream:
             usage = bool(form.stream_options and form.stream_options.include_usage)

@@ -14,11 +14,15 @@ from cluster.api.http.answer_submission import AnswerSubmission
 from cluster.api.http.body import build, form_size
 from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.model_names import ModelNames
+from cluster.api.http.passed_answer import passed_answer
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.request_validation import chat_request, generate_request
 from cluster.api.requests import ChatParams, GenerateParams, rename_fields
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import RequestNotFound
+from cluster.core.known_tokens import KnownTokens
 from cluster.core.request import FinishEvent, TokenEvent
+from cluster.core.request import Request as InferenceRequest
 
 
 class ConversationForm(Protocol):
@@ -77,8 +81,27 @@ async def submit_params(
             prepared = await chat_request(params, form_size(request), model_info, caller)
         else:
             prepared = await generate_request(params, form_size(request), model_info, caller)
-        running = await service.submit(prepared.request, model_info)
+        running = await submit_prepared(service, request, prepared.request, model_info)
     adjustments.ignore(names.get(name, name) for name in prepared.ignored)
     if params.max_tokens is not None and prepared.request.max_tokens < params.max_tokens:
         adjustments.max_tokens = prepared.request.max_tokens
     return running
+
+
+async def submit_prepared(
+    service: RequestService, request: Request, prepared: InferenceRequest, model_info: ModelInfo
+) -> RunningRequest:
+    """Submit what an HTTP request asks for; if an earlier leader may have begun to answer it, resume that answer.
+
+    Raises the errors of ``RequestService.submit`` and ``RequestService.resume``.
+    """
+    passed = passed_answer(request)
+    if passed is None:
+        return await service.submit(prepared, model_info)
+    if passed.resumed:
+        try:
+            return await service.resume(prepared.id, (KnownTokens(0),), prepared.client)
+        except RequestNotFound:
+            if passed.events:
+                raise
+    return await service.submit(replace(prepared, resumable=True), model_info)

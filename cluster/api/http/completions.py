@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -25,11 +24,13 @@ from cluster.api.http.answer_submission import AnswerSubmission
 from cluster.api.http.body import build, charge_of, form_size, read
 from cluster.api.http.caller_identity import caller_of
 from cluster.api.http.chat import ChunkHead
+from cluster.api.http.chat_submission import submit_prepared
 from cluster.api.http.completions_form import DEFAULT_MAX_TOKENS, CompletionsForm
 from cluster.api.http.errors import openai_error
-from cluster.api.http.json_response import LongJson, encode_text, new_id
+from cluster.api.http.json_response import LongJson, encode_text
 from cluster.api.http.logprobs import EchoedPrompt, collected_columns, columns, columns_row
 from cluster.api.http.model_names import ModelNames
+from cluster.api.http.passed_answer import answer_id, answer_time
 from cluster.api.http.sse import COMMENT, DONE, EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.request_validation import check_prompt_logprobs, generate_request
@@ -53,7 +54,7 @@ class Completions:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[PromptEvent]:
         form = await read(request, CompletionsForm)
-        head = ChunkHead(new_id("cmpl-"), int(time.time()), self.names.requested_name(form.model))
+        head = ChunkHead(answer_id(request, "cmpl-"), int(answer_time(request)), self.names.requested_name(form.model))
         encoder = CompletionsEncoder(head, form)
         submission = AnswerSubmission(
             self.names,
@@ -85,7 +86,7 @@ class Completions:
             async with AsyncExitStack() as undo:
                 all_running = []
                 for one in requests:
-                    running = await self.service.submit(one.request, model_info)
+                    running = await submit_prepared(self.service, request, one.request, model_info)
                     undo.push_async_callback(running.all_events.aclose)
                     all_running.append(running)
                 undo.pop_all()

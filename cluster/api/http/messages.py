@@ -13,9 +13,10 @@ from cluster.api.http.body import charge_of, read
 from cluster.api.http.call_arguments import encode_arguments
 from cluster.api.http.chat_submission import chat_submission
 from cluster.api.http.errors import anthropic_error
-from cluster.api.http.json_response import LongJson, encode_text, new_id
+from cluster.api.http.json_response import LongJson, encode_text
 from cluster.api.http.messages_form import MessagesForm
 from cluster.api.http.model_names import ModelNames
+from cluster.api.http.passed_answer import answer_id
 from cluster.api.http.sse import EventStream, event, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.core.errors import MacpipeError
@@ -35,7 +36,7 @@ class Messages:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, MessagesForm)
-        submission = chat_submission(self.service, self.names, request, form, new_id("msg_"))
+        submission = chat_submission(self.service, self.names, request, form, answer_id(request, "msg_"))
         if form.stream:
             return await submission.stream(MessageEncoder())
         running, model = await submission.submit()

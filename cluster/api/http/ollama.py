@@ -25,11 +25,12 @@ from cluster.api.http.body import build, charge_of, read
 from cluster.api.http.call_arguments import encode_arguments
 from cluster.api.http.chat_submission import submit_params
 from cluster.api.http.errors import ollama_error
-from cluster.api.http.json_response import LongJson, encode_text, encoded_list, new_id
+from cluster.api.http.json_response import LongJson, encode_text, encoded_list
 from cluster.api.http.logprobs import chat_row, entry
 from cluster.api.http.model_names import ModelNames
 from cluster.api.http.ollama_form import OllamaChatForm, OllamaGenerateForm
 from cluster.api.http.ollama_models import known_name
+from cluster.api.http.passed_answer import answer_id, passed_answer
 from cluster.api.http.sse import JSON_LINES, EventStream, json_line, while_connected
 from cluster.api.request_service import RequestService, RunningRequest
 from cluster.coordinator.model_reader import ModelInfo
@@ -67,8 +68,11 @@ class Ollama:
                 "clients cannot unload a model, since others may use it; run `macpipe unload` on a Mac of the cluster",
                 field="keep_alive",
             )
-        requested, request_id = known_name(self.names, form.model), new_id("ollama-")
-        head = AnswerHead(self.names.requested_name(requested), chats, began)
+        requested, request_id = known_name(self.names, form.model), answer_id(request, "ollama-")
+        passed = passed_answer(request)
+        head = AnswerHead(
+            self.names.requested_name(requested), chats, began, created=passed.created if passed else None
+        )
         if not form.asks:
             await while_connected(request, lambda: self._load(requested))
             return LongJson({**head.fields(), **head.text(""), "done": True, "done_reason": "load"})
@@ -113,6 +117,8 @@ class AnswerHead:
     chats: bool
     began: int
     load_ns: int = 0
+    created: float | None = None
+    """Time of all objects, in seconds since 1970; None: each has its own."""
 
     def attach(self, model: str) -> AnswerHead:
         """Return the head of an answer that has begun, of the model with this name."""
@@ -120,7 +126,7 @@ class AnswerHead:
 
     def fields(self) -> dict[str, Any]:
         """Return the first fields of an object."""
-        return {"model": self.model, "created_at": utc_now()}
+        return {"model": self.model, "created_at": _format_time(self.created)}
 
     def text(self, text: Any, thinking: Any = "", calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return the fields that hold a part of the answer."""
@@ -145,9 +151,10 @@ class AnswerHead:
         }
 
 
-def utc_now() -> str:
-    """Return the time as Ollama writes it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+def _format_time(at: float | None) -> str:
+    """Return a time in seconds since 1970, or now, as Ollama writes it."""
+    moment = datetime.now(UTC) if at is None else datetime.fromtimestamp(at, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 async def _whole_answer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from cluster.api.http.chat_submission import chat_submission
 from cluster.api.http.json_response import LongJson, encode_text, encoded_list, new_id
 from cluster.api.http.logprobs import chat_row
 from cluster.api.http.model_names import ModelNames
+from cluster.api.http.passed_answer import answer_id, answer_time
 from cluster.api.http.responses_form import ResponsesForm
 from cluster.api.http.responses_object import NO_LOGPROBS, ResponseEncoder
 from cluster.api.http.responses_stream import ResponseStreamEncoder
@@ -33,7 +33,9 @@ class Responses:
 
     async def __call__(self, request: Request) -> LongJson | EventStream[TokenEvent | FinishEvent]:
         form = await read(request, ResponsesForm)
-        encoder = ResponseEncoder(form, new_id("resp_"), self.names.requested_name(form.model), int(time.time()))
+        encoder = ResponseEncoder(
+            form, answer_id(request, "resp_"), self.names.requested_name(form.model), int(answer_time(request))
+        )
         submission = chat_submission(self.service, self.names, request, form, encoder.id)
         charge = charge_of(request)
         if form.stream:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from cluster.api.http.answer_assembly import held_size, is_content, reasoning_counters
-from cluster.api.http.json_response import compact, encoded_list, new_id
+from cluster.api.http.json_response import compact, encoded_list
 from cluster.api.http.logprobs import entry
 from cluster.api.http.reasoning_counter import ReasoningCounter
 from cluster.api.http.responses_object import ResponseEncoder, output_text
@@ -138,11 +139,16 @@ class ResponseStreamEncoder:
             return
         yield from self._close_item()
         prefix = {"message": "msg_", "reasoning": "rs_"}.get(kind, "fc_")
-        item = self._open = OutputItem(kind, new_id(prefix), len(self._done), call_id, name)
+        item = self._open = OutputItem(kind, self._item_id(prefix), len(self._done), call_id, name)
         added = {"output_index": item.index, "item": self._object("in_progress")}
         yield {"type": "response.output_item.added", **added}
         if part := self._part(""):
             yield {"type": "response.content_part.added", **item.place, "content_index": 0, "part": part}
+
+    def _item_id(self, prefix: str) -> str:
+        """Return the id of the next item, which follows from the response's: a new leader must find the same one."""
+        key = f"{self.encoder.id}/{len(self._done)}"
+        return f"{prefix}{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}"
 
     def _close_item(self, status: str = "completed") -> Pieces:
         """Yield the events that close the open item with ``status``; nothing if none is open."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import Any, TypeAlias
 
 import grpc
 from starlette.types import ASGIApp, Message, Scope
 
+from cluster.api.http.passed_answer import PASSED, KnownEvents, PassedAnswer
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.transport.rich_errors import abort
 from cluster.v1 import leader_pb2 as pb
@@ -22,28 +24,47 @@ async def answer_passed(app: ASGIApp, requests: AsyncIterator[pb.PassHttpRequest
         first = await anext(requests, None)
         if first is None or not first.HasField("head"):
             raise InvalidRequest("a passed HTTP request begins with its head")
+        passed = _passed_answer(first.head)
+        exchange = _Exchange(requests, context, passed)
+        await app({**_scope(first.head), PASSED: passed}, exchange.receive, exchange.send)
+        exchange.close()
     except MacpipeError as e:
         await abort(context, e)
-    body_ended = False
 
-    async def receive() -> Message:
-        nonlocal body_ended
-        if body_ended:
+
+class _Exchange:
+    """One request and its response, as the application sees them."""
+
+    def __init__(self, requests: AsyncIterator[pb.PassHttpRequest], context: Context, passed: PassedAnswer) -> None:
+        self._requests, self._context = requests, context
+        self._known = KnownEvents(passed) if passed.events else None
+        self._body_ended = False
+
+    async def receive(self) -> Message:
+        if self._body_ended:
             await asyncio.Event().wait()  # a client that leaves cancels the call
-        part = await anext(requests, None)
-        body_ended = part is None
-        return {"type": "http.request", "body": b"" if part is None else part.body, "more_body": not body_ended}
+        part = await anext(self._requests, None)
+        self._body_ended = part is None
+        return {"type": "http.request", "body": part.body if part else b"", "more_body": not self._body_ended}
 
-    async def send(message: Message) -> None:
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if message["status"] != HTTPStatus.OK:
+                self._known = None  # no answer follows
             headers = [pb.HttpHeader(name=bytes(name), value=bytes(value)) for name, value in message["headers"]]
-            await context.write(
-                pb.PassHttpResponse(head=pb.HttpResponseHead(status=message["status"], headers=headers))
-            )
-        elif message.get("body"):
-            await context.write(pb.PassHttpResponse(body=message["body"]))
+            head = pb.HttpResponseHead(status=message["status"], headers=headers)
+            await self._context.write(pb.PassHttpResponse(head=head))
+        elif (piece := message.get("body")) and not (self._known and self._known.is_known(piece)):
+            await self._context.write(pb.PassHttpResponse(body=piece))
 
-    await app(_scope(first.head), receive, send)
+    def close(self) -> None:
+        """Raise ``AnswerDiffers`` if a resumed stream has not had the events of its client."""
+        if self._known:
+            self._known.close()
+
+
+def _passed_answer(head: pb.HttpRequestHead) -> PassedAnswer:
+    return PassedAnswer(head.request_id, head.created, head.resumed, head.events, head.digest)
 
 
 def _scope(head: pb.HttpRequestHead) -> Scope:

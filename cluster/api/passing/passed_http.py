@@ -1,29 +1,68 @@
-"""The HTTP port of a standby: it checks Host and Origin, and has the coordinator that leads answer everything else."""
+"""The HTTP port of a standby: it checks Host and Origin, and has the coordinator that leads answer everything else.
+
+If the leader is lost, the standby sends the request to the next one. A stream goes on there behind the events that the
+client has; any other response must not have begun.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+import time
 from collections.abc import AsyncIterator
-from typing import Any
+from http import HTTPStatus
+from typing import Any, Final
 
 import grpc
 from grpc import aio
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.api.http.caller_identity import client_name
 from cluster.api.http.errors import error_response
 from cluster.api.http.middleware import ambiguity_error, is_ambiguous
 from cluster.api.http.origin_policy import OriginPolicy
+from cluster.api.http.passed_answer import CountedEvents
+from cluster.api.http.sse import EVENTS, JSON_LINES
 from cluster.api.passing.leader_channel import LeaderChannel
-from cluster.core.errors import Aborted, ConnectionLost, MacpipeError
+from cluster.core.errors import Aborted, ConnectionLost, MacpipeError, NotLeader, NotServing
+from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_FOLLOW_PAUSE_S, PASS_WAIT_S
+from cluster.transport.byte_budget import ByteBudget, Charge
 from cluster.transport.rich_errors import from_rpc_error
 from cluster.v1 import leader_pb2 as pb
 from cluster.v1.leader_pb2_grpc import LeaderServiceStub
 
+_REPEATABLE: Final = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/tokenize",
+        "/api/chat",
+        "/api/generate",
+        "/api/embed",
+        "/api/embeddings",
+        "/api/show",
+        "/api/answer",
+    }
+)
+"""Routes whose requests may be sent again: they change nothing, or are answered once under their id."""
+_SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_STREAMS: Final = frozenset({EVENTS, JSON_LINES})
 
-def passing_application(leader: LeaderChannel, origins: OriginPolicy) -> ASGIApp:
-    """Return the HTTP application of a standby."""
-    passed = origins.with_cors(PassedHttp(leader))
+
+def passing_application(
+    leader: LeaderChannel, origins: OriginPolicy, bodies: ByteBudget | None = None, wait_s: float = PASS_WAIT_S
+) -> ASGIApp:
+    """Return the HTTP application of a standby. ``bodies`` counts the requests that it holds.
+
+    A new request waits ``wait_s`` seconds for somebody to lead.
+    """
+    passed = origins.with_cors(PassedHttp(leader, bodies or ByteBudget(), wait_s))
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -45,30 +84,51 @@ def passing_application(leader: LeaderChannel, origins: OriginPolicy) -> ASGIApp
 class PassedHttp:
     """Passes each request on to the leader, and the response back as it comes."""
 
-    def __init__(self, leader: LeaderChannel) -> None:
-        self._leader = leader
+    def __init__(self, leader: LeaderChannel, bodies: ByteBudget, wait_s: float) -> None:
+        self._leader, self._bodies, self._wait_s = leader, bodies, wait_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = _PassedReply(send)
         try:
-            await self._pass_on(scope, receive, reply)
+            with self._bodies.open(client_name(Request(scope))) as charge:
+                await self._pass_on(_PassedRequest(scope, receive, charge), reply)
         except MacpipeError as e:
             if not reply.started:
                 await error_response(scope["path"], e)(scope, receive, send)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, reply: _PassedReply) -> None:
-        """Have the leader answer. Raises ``MacpipeError`` if it does not, or not to the end."""
+    async def _pass_on(self, request: _PassedRequest, reply: _PassedReply) -> None:
+        """Have whoever leads answer. Raises ``MacpipeError`` if nobody does, or not to the end."""
+        pause_s, began = FOLLOW_PAUSE_S, time.monotonic()
+        while True:
+            try:
+                await self._try(request, reply)
+                return
+            except (NotLeader, ConnectionLost, NotServing) as e:
+                if isinstance(e, ConnectionLost):
+                    began = time.monotonic() if not request.resumed else began
+                    request.resumed = True
+                longest = FOLLOW_S if request.resumed else self._wait_s
+                again = reply.can_continue and (request.is_repeatable or not request.resumed)
+                if not again or time.monotonic() - began >= longest:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_FOLLOW_PAUSE_S)
+
+    async def _try(self, request: _PassedRequest, reply: _PassedReply) -> None:
         address, channel = self._leader.open()
-        request = _PassedRequest(scope, receive)
-        call: Any = LeaderServiceStub(channel).PassHttp(request.parts())
+        call: Any = LeaderServiceStub(channel).PassHttp(request.parts(reply.events))
         watching = asyncio.ensure_future(request.cancel_at_disconnect(call))
         try:
             async for response in call:
-                await reply.send(response)
+                await reply.take(response, request)
             await reply.end()
         except aio.AioRpcError as e:
+            if request.refusal:
+                raise request.refusal from e
             raise self._explain(e, address) from e
         except asyncio.CancelledError:
+            if request.refusal:
+                raise request.refusal from None
             if not request.disconnected.is_set():
                 raise
             raise Aborted("the client disconnected") from None
@@ -84,20 +144,43 @@ class PassedHttp:
 
 
 class _PassedReply:
-    """The response to a client."""
+    """The response to a client. ``events`` are those of a stream that the client has."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.started = False
+        self.started = self._streams = False
+        self.events = CountedEvents()
 
-    async def send(self, part: pb.PassHttpResponse) -> None:
-        """Send the next part of the leader's response."""
+    @property
+    def can_continue(self) -> bool:
+        """Whether another leader may still answer."""
+        return not self.started or self._streams
+
+    async def take(self, part: pb.PassHttpResponse, request: _PassedRequest) -> None:
+        """Send the next part of the leader's response.
+
+        Raises ``NotServing`` for a new leader that cannot answer yet, and ``ConnectionLost`` if it has no such stream.
+        """
         if part.HasField("head"):
-            headers = [(header.name, header.value) for header in part.head.headers]
-            self.started = True
-            await self._send({"type": "http.response.start", "status": part.head.status, "headers": headers})
-        else:
-            await self._send({"type": "http.response.body", "body": part.body, "more_body": True})
+            await self._begin(part.head, resumed=request.resumed)
+            return
+        if self._streams:
+            self.events.add(part.body)
+        await self._send({"type": "http.response.body", "body": part.body, "more_body": True})
+
+    async def _begin(self, head: pb.HttpResponseHead, *, resumed: bool) -> None:
+        if resumed and head.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            raise NotServing("the coordinator that leads now does not serve yet")
+        headers = [(header.name, header.value) for header in head.headers]
+        if self.started:
+            if head.status != HTTPStatus.OK:
+                raise Aborted("the coordinator that leads now cannot continue the answer")
+            return
+        self.started = True
+        self._streams = head.status == HTTPStatus.OK and any(
+            name.lower() == b"content-type" and value in _STREAMS for name, value in headers
+        )
+        await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
 
     async def end(self) -> None:
         """Complete the response. Raises ``ConnectionLost`` if there is none."""
@@ -107,31 +190,50 @@ class _PassedReply:
 
 
 class _PassedRequest:
-    """The request of a client, and whether the client is still there."""
+    """The request of a client, and whether the client is still there.
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
-        self._scope, self._receive = scope, receive
+    ``resumed``: a leader that was lost may have begun to answer. ``refusal``: it is too large to be held.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, charge: Charge) -> None:
+        self._receive, self._charge = receive, charge
+        self._head = _head(scope)
+        self._body: list[bytes] = []
+        self._more = True
         self._complete = asyncio.Event()
+        self.is_repeatable = scope["method"] in _SAFE or scope["path"] in _REPEATABLE
+        self.resumed = False
+        self.refusal: MacpipeError | None = None
         self.disconnected = asyncio.Event()
 
-    async def parts(self) -> AsyncIterator[pb.PassHttpRequest]:
-        """Yield the parts of the request as they arrive."""
-        yield pb.PassHttpRequest(head=_head(self._scope))
-        more = True
-        while more:
+    async def parts(self, known: CountedEvents) -> AsyncIterator[pb.PassHttpRequest]:
+        """Yield the parts of the request, as they arrive the first time."""
+        head = pb.HttpRequestHead()
+        head.CopyFrom(self._head)
+        head.resumed, head.events, head.digest = self.resumed, known.count, known.digest()
+        yield pb.PassHttpRequest(head=head)
+        for piece in tuple(self._body):
+            yield pb.PassHttpRequest(body=piece)
+        while self._more:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 self.disconnected.set()
                 break
-            if message.get("body"):
-                yield pb.PassHttpRequest(body=message["body"])
-            more = message.get("more_body", False)
+            if piece := message.get("body", b""):
+                try:
+                    self._charge.add(len(piece))
+                except MacpipeError as e:
+                    self.refusal = e
+                    break
+                self._body.append(piece)
+                yield pb.PassHttpRequest(body=piece)
+            self._more = message.get("more_body", False)
         self._complete.set()
 
     async def cancel_at_disconnect(self, call: Any) -> None:
-        """Cancel ``call`` once the client has left."""
+        """Cancel ``call`` once the client has left, or if its request may not be held."""
         await self._complete.wait()
-        while not self.disconnected.is_set():
+        while not (self.disconnected.is_set() or self.refusal):
             if (await self._receive())["type"] == "http.disconnect":
                 self.disconnected.set()
         call.cancel()
@@ -146,4 +248,6 @@ def _head(scope: Scope) -> pb.HttpRequestHead:
         headers=[pb.HttpHeader(name=name, value=value) for name, value in scope["headers"]],
         client=client[0] if client else "",
         encrypted=scope.get("scheme") == "https",
+        request_id=secrets.token_hex(12),
+        created=time.time(),
     )

@@ -70,8 +70,8 @@ class _WholeCalls:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def parser(self, parsing: Parsing) -> Any:
-        parser = self._tokenizer.parser(parsing)
+    def parser(self, parsing: Parsing, identity: str = "") -> Any:
+        parser = self._tokenizer.parser(parsing, identity)
         parser._markers = copy(parser._markers)
         parser._markers.format = ""
         return parser
