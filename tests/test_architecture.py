@@ -42,6 +42,7 @@ IMPURE = {
     *("tempfile", "threading", "time", "urllib", "uuid", "zeroconf"),
 }
 ADAPTERS = ("cluster.api.grpc", "cluster.api.http")
+DAEMON = {f"cluster.api.{name}" for name in ("coordinator_process", "daemon", "following", "ports")}
 PROTOBUF = ("cluster.v1", "google.protobuf", "grpc")
 HEAVY = {"mlx", "mlx_lm", "numpy", "tokenizers", "torch", "transformers"}
 
@@ -97,7 +98,7 @@ def broken_rule(room: str, name: str) -> str:
 
 def broken_adapter(module: str, name: str) -> str:
     """Why this module of ``api`` may not import this name. HTTP and gRPC are equals: neither builds on the other."""
-    if room_of(module) != "api" or module == "cluster.api.daemon":
+    if room_of(module) != "api" or module in DAEMON:
         return ""  # the daemon puts the parts together
     if is_within(module, "cluster.api.passing"):
         return ""  # a standby sends HTTP requests on over gRPC

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 
 import anyio
@@ -17,14 +18,17 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.api.background_load import BackgroundLoad, LoadTracker
 from cluster.api.cluster_feed import ClusterFeed
+from cluster.api.coordinator_process import CoordinatorProcess, Leading
+from cluster.api.following import follow
 from cluster.api.grpc.cluster_service import ClusterServicer
 from cluster.api.grpc.inference_service import InferenceServicer, client_name
 from cluster.api.http.app import application
-from cluster.api.http.port_settings import HttpPort, http_port
-from cluster.api.http.server import listen, serve
+from cluster.api.http.middleware import RequestMiddleware
+from cluster.api.http.port_settings import http_port
 from cluster.api.key_usage import KeyUsage
 from cluster.api.metrics import Metrics
 from cluster.api.models_watch import ModelsWatch
+from cluster.api.ports import listening_hosts, serve_http
 from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
@@ -33,8 +37,6 @@ from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.identity import hold_identity, state_folder
-from cluster.coordinator.journal import Journal
-from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry
 from cluster.coordinator.models_file import ModelsFile
 from cluster.coordinator.on_demand import OnDemand
@@ -43,12 +45,12 @@ from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError, PortInUse
-from cluster.core.limits import JOIN_RETRY_S, SHUTDOWN_GRACE_S
+from cluster.core.limits import JOIN_RETRY_S, RETURN_S, SHUTDOWN_GRACE_S
 from cluster.core.text import format_address, is_loopback
 from cluster.discovery.browse import browse
 from cluster.discovery.cluster_name import announce_cluster_name
 from cluster.discovery.coordinator_announcement import announce_coordinator
-from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
+from cluster.discovery.interfaces import LOOPBACK
 from cluster.discovery.static import merge_sources, static_source
 from cluster.joining.join_port import EVERYWHERE, admit_macs
 from cluster.platform.overload import TimerLag
@@ -63,6 +65,8 @@ from cluster.security.limits import DEFAULT_JOIN_PORT
 from cluster.security.members import require_roster
 from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
+from cluster.standby.leadership_upkeep import LeadershipUpkeep
+from cluster.standby.standby import Succession
 from cluster.store.store import Store
 from cluster.transport.grpc_setup import bind, public_server
 from cluster.transport.grpc_streams import GrpcDialer
@@ -70,12 +74,23 @@ from cluster.transport.message_bounds import MessageBounds
 from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from cluster.v1.leader_pb2_grpc import add_LeaderServiceServicer_to_server
 
 DESCRIPTORS = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"],
 )
 SERVICES = tuple(service.full_name for service in DESCRIPTORS)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the public port serves."""
+
+    requests: RequestService
+    cluster: ClusterServicer
+    http: RequestMiddleware
+    checks: health.HealthServicer = field(default_factory=health.HealthServicer)
 
 
 def run(settings: ServeSettings, report: Reporter, file: ModelsFile | None = None) -> int:
@@ -91,6 +106,7 @@ def run(settings: ServeSettings, report: Reporter, file: ModelsFile | None = Non
 
 
 async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | None) -> None:
+    """Lead, or stand by until this process is elected; and again, whenever another coordinator leads."""
     if settings.home:
         protect_home(settings.home)
     async with AsyncExitStack() as stack:
@@ -100,41 +116,60 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         if not settings.peers_only:
             source = merge_sources(source, await stack.enter_async_context(browse(settings.cluster)))
         trust = open_trust(settings.home, settings.cluster, COORDINATOR)
-        require_roster(trust.members, settings.cluster)
+        process = CoordinatorProcess.create(settings, source, trust)
+        follows = settings.standby or await process.others.find_leader(process.others.addresses)
+        while True:
+            taken = await follow(process, report) if follows else None
+            await _lead(process, report, None if taken else file, taken)
+            follows = True
+
+
+async def _lead(
+    process: CoordinatorProcess, report: Reporter, file: ModelsFile | None, taken: Succession | None
+) -> None:
+    """Serve until another coordinator leads by a higher term. ``taken`` is what an elected standby goes on with."""
+    settings = process.settings_of(taken)
+    async with AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(anyio.create_task_group())
         own_id = stack.enter_context(hold_identity(settings.home, settings.cluster))
-        roster = Roster(source, settings.cluster, own_id, trust)
+        epochs = _epochs(settings)
+        roster = process.begin(own_id, epochs, taken)
+        trust = roster.trust
+        require_roster(trust.members, settings.cluster)
         store = Store(settings.home)
         lag = TimerLag().start()
         dialer = GrpcDialer(trust, lag, lambda: roster.terms.number)
         tracker = LoadTracker(report)
         coordinator = Coordinator(
-            settings.cluster, roster, dialer, tracker, store, settings.max_schema_bytes, _epochs(settings), lag
+            settings.cluster, roster, dialer, tracker, store, settings.max_schema_bytes, epochs, lag
         )
-        coordinator.journal = _journal(settings)
+        coordinator.adopt_catalog(_catalog(settings))
+        leading = process.replicate(settings, coordinator, roster, lag)
         http_port_settings = http_port(settings)
         coordinator.prefix_owners = partial(prefix_owners, http_port_settings.keys, trust)
         key_usage = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
         on_demand = OnDemand(coordinator, settings.load_wait_s)
         coordinator.make_way = on_demand.make_way
         service = RequestService(coordinator, Metrics(), key_usage, on_demand=on_demand, strict=settings.strict)
-        checks = health.HealthServicer()
         tasks.start_soon(service.end_revoked)
         loads, feed = BackgroundLoad(coordinator, tracker, on_demand), ClusterFeed()
-        http = await stack.enter_async_context(_http_port(settings, http_port_settings, service, report, loads, feed))
+        app = application(service, http_port_settings.sites, loads, feed, settings.order)
+        http = await stack.enter_async_context(serve_http(settings, http_port_settings, app, report))
         stack.callback(feed.close)
-        examinations = Examinations(roster, coordinator.members)
-        stores = ClusterStores(roster, coordinator.members, store.home)
-        cluster = ClusterServicer(coordinator, trust, settings.order, examinations, stores, on_demand)
-        addresses = await stack.enter_async_context(_public_port(settings, trust, service, cluster, checks))
+        services = Services(service, _cluster_servicer(coordinator, roster, store, settings, on_demand), app)
+        await leading.upkeep.publish()
+        addresses = await stack.enter_async_context(_public_port(leading, trust, services))
+        process.listen_on(addresses, http)
         stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
         stack.push_async_callback(on_demand.close)
         await stack.enter_async_context(_join_port(settings, report, tasks))
-        tasks.start_soon(_update_health, coordinator, checks, on_demand)
+        tasks.start_soon(_update_health, coordinator, services.checks, on_demand)
         tasks.start_soon(on_demand.run)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
         tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
-        coordinator.adopt_catalog(_catalog(settings))
-        await coordinator.load(settings.order)
+        tasks.start_soon(leading.replicator.run)
+        tasks.start_soon(_stay_leader, leading.upkeep, tasks.cancel_scope)
+        await _load_first(coordinator, settings, report, process, taken)
         models = ModelsWatch(coordinator, file, report, on_demand)
         await models.load_pinned()
         tasks.start_soon(models.run)
@@ -149,6 +184,44 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         await anyio.sleep_forever()
 
 
+def _cluster_servicer(
+    coordinator: Coordinator, roster: Roster, store: Store, settings: ServeSettings, on_demand: OnDemand
+) -> ClusterServicer:
+    examinations = Examinations(roster, coordinator.members)
+    stores = ClusterStores(roster, coordinator.members, store.home)
+    return ClusterServicer(coordinator, roster.trust, settings.order, examinations, stores, on_demand)
+
+
+async def _stay_leader(upkeep: LeadershipUpkeep, scope: anyio.CancelScope) -> None:
+    """Cancel ``scope`` once another coordinator leads by a higher term."""
+    await upkeep.run()
+    scope.cancel()
+
+
+async def _load_first(
+    coordinator: Coordinator,
+    settings: ServeSettings,
+    report: Reporter,
+    process: CoordinatorProcess,
+    taken: Succession | None,
+) -> None:
+    """Load the default model; in place of another leader, what is left of it, as often as it takes.
+
+    Raises ``MacpipeError`` unless another coordinator leads: then the caller is about to be cancelled.
+    """
+    while taken is None or process.has_loaded_default(taken):
+        try:
+            await coordinator.load(settings.order, again=taken is not None)
+            return
+        except MacpipeError as e:
+            if await process.others.find_leader(process.others.addresses):
+                await anyio.sleep_forever()
+            if taken is None:
+                raise
+            report.problem(f"cannot go on with {settings.order.model} yet: {e.sentence}")
+        await anyio.sleep(RETURN_S)
+
+
 def _catalog(settings: ServeSettings) -> ModelCatalog:
     """Return the models that the settings name. Raises ``InvalidOption``."""
     return ModelCatalog(settings.models or (ModelEntry(DEFAULT, settings.order),))
@@ -158,42 +231,6 @@ def _epochs(settings: ServeSettings) -> EpochNumbers:
     """Return the epoch numbers, stored beside this coordinator's id if it has a home folder."""
     home = settings.home
     return EpochNumbers(state_folder(home, settings.cluster) / "epoch" if home else None)
-
-
-def _journal(settings: ServeSettings) -> JournalWriter | None:
-    """Return the journal; None if it is off or there is no home folder."""
-    if settings.journal is None or settings.home is None:
-        return None
-    return JournalWriter(Journal(state_folder(settings.home, settings.cluster) / "journal", settings.journal))
-
-
-@asynccontextmanager
-async def _http_port(
-    settings: ServeSettings,
-    http_port_settings: HttpPort,
-    service: RequestService,
-    report: Reporter,
-    loads: BackgroundLoad,
-    feed: ClusterFeed,
-) -> AsyncIterator[str]:
-    """Serve HTTP and yield its URL; an empty URL if HTTP is off, or its default port is in use.
-
-    Raises ``PortInUse`` if the user asked for this port.
-    """
-    if settings.http.address is None:
-        yield ""
-        return
-    try:
-        listener = listen(*settings.http.address, encrypted=http_port_settings.certificate is not None)
-    except PortInUse as e:
-        if settings.http.wanted:
-            raise
-        report.problem(f"HTTP is off: {e.sentence}")
-        yield ""
-        return
-    app = application(service, http_port_settings.sites, loads, feed, settings.order)
-    async with serve(app, listener, http_port_settings.certificate) as address:
-        yield f"{'https' if http_port_settings.certificate else 'http'}://{address}"
 
 
 @asynccontextmanager
@@ -228,26 +265,22 @@ async def _retry_join_port(folder: ClusterFolder, host: str, port: int) -> None:
 
 
 @asynccontextmanager
-async def _public_port(
-    settings: ServeSettings,
-    trust: Trust,
-    service: RequestService,
-    cluster: ClusterServicer,
-    checks: health.HealthServicer,
-) -> AsyncIterator[tuple[str, ...]]:
+async def _public_port(leading: Leading, trust: Trust, services: Services) -> AsyncIterator[tuple[str, ...]]:
     """Serve gRPC and yield the addresses, the one for this Mac first.
 
     The port answers status and health while the model still loads.
 
-    On exit the coordinator closes first, so that live requests end with its error and not with a broken connection.
+    On exit the coordinator stops first, so that live requests end with its error and not with a broken connection.
     """
-    bounds = MessageBounds(DESCRIPTORS, service.bodies, partial(client_name, trust))
+    settings, requests = leading.process.settings, services.requests
+    bounds = MessageBounds(DESCRIPTORS, requests.bodies, partial(client_name, trust))
     server = public_server(trust, bounds)
-    add_InferenceServiceServicer_to_server(InferenceServicer(service, trust), server)
-    add_ClusterServiceServicer_to_server(cluster, server)
-    add_HealthServicer_to_server(checks, server)
+    add_InferenceServiceServicer_to_server(InferenceServicer(requests, trust), server)
+    add_ClusterServiceServicer_to_server(services.cluster, server)
+    add_LeaderServiceServicer_to_server(leading.servicer(services.http.behind_standby()), server)
+    add_HealthServicer_to_server(services.checks, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
-    hosts = _hosts(settings, trust)
+    hosts = listening_hosts(settings, trust)
     port = settings.port
     for host in hosts:
         port = bind(server, trust, host, port)
@@ -257,7 +290,7 @@ async def _public_port(
             yield tuple(format_address(host, port) for host in hosts)
     finally:
         with anyio.CancelScope(shield=True):
-            await service.coordinator.close()
+            await leading.stop()
             await server.stop(grace=SHUTDOWN_GRACE_S)
 
 
@@ -281,13 +314,6 @@ def _host_of_name(settings: ServeSettings, host: str) -> str:
     """Return the host to which the cluster's name leads: that of HTTP if it is on the network, else gRPC's ``host``."""
     http = settings.http.address[0] if settings.http.address else LOOPBACK
     return host if is_loopback(http) else http
-
-
-def _hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
-    """Return the hosts on which the public port listens; the first is the one shown to users."""
-    if settings.host or not trust.me:
-        return (settings.host or LOOPBACK,)
-    return tuple(dict.fromkeys((LOOPBACK, best_address(interfaces()))))
 
 
 async def _update_health(coordinator: Coordinator, checks: health.HealthServicer, on_demand: OnDemand) -> None:

@@ -32,8 +32,15 @@ HEADER: Final = re.compile(r"\s*\[\[\s*model\s*\]\]")
 
 
 def require_models(ctx: typer.Context, models: list[str] | None) -> list[str] | None:
-    """Return the models of a command line. Raise InvalidOption if it has neither models nor a file of them, or both."""
+    """Return the models of a command line. Raise InvalidOption if it has neither models nor a file of them, or both.
+
+    With --standby it has neither: the leader says what is served.
+    """
     file = ctx.params.get("models")
+    if ctx.params.get("standby"):
+        if models or file:
+            raise InvalidOption("a standby serves the models of its leader: name none with --standby", field="model")
+        return None
     if models and file:
         raise InvalidOption("models are named on the command line and by --models; give one of both", field="models")
     if not models and not file:

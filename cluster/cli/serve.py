@@ -17,8 +17,9 @@ from cluster.cli.models_toml import name_models, parse_models, require_models
 from cluster.cli.options import Cluster, Home, Level, takes_options
 from cluster.coordinator.journal import Fsync
 from cluster.coordinator.models_file import ModelsFile
-from cluster.coordinator.settings import HttpSettings, ServeSettings
+from cluster.coordinator.settings import HttpSettings, LoadOrder, ServeSettings
 from cluster.core.errors import InvalidOption
+from cluster.core.leadership import Replicate
 from cluster.core.limits import (
     DEFAULT_COORDINATOR_PORT,
     DISCOVERY_TIMEOUT_S,
@@ -100,10 +101,32 @@ KeepJournal = Annotated[
     Fsync | None,
     typer.Option(help="Keep live requests on disk, synced this often, so that answers survive a coordinator restart."),
 ]
+SendJournal = Annotated[
+    Replicate | None,
+    typer.Option(
+        help="Send live requests to standbys, so that answers go on there. With sync, no token leaves before all have "
+        "it; with async it need not wait. Keeps a journal, too."
+    ),
+]
 Peers = Annotated[
     list[str] | None,
     typer.Option(metavar="HOST:PORT", help="Address of a worker that cannot be discovered. Repeatable."),
 ]
+StandsBy = Annotated[
+    bool,
+    typer.Option(
+        "--standby",
+        is_eager=True,
+        help="Follow the coordinator that leads, and take its place if it is lost. Serves the same models.",
+    ),
+]
+Leaders = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HOST:PORT", help="With --standby: address of a coordinator that cannot be discovered. Repeatable."
+    ),
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="Listen on this port.")]
 Host = Annotated[
     str,
     typer.Option(
@@ -122,9 +145,7 @@ def serve(
     peer: Peers = None,
     peers_only: Annotated[bool, typer.Option("--peers-only", help="Use --peer workers only.")] = False,
     host: Host = "",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="PORT", help="Listen on this port.")
-    ] = DEFAULT_COORDINATOR_PORT,
+    port: Port = DEFAULT_COORDINATOR_PORT,
     http: Http = "",
     served_model_name: ServedNames = None,
     http_allow_host: AllowHosts = None,
@@ -134,11 +155,14 @@ def serve(
     join_port: JoinPort = None,
     max_schema_bytes: MaxSchemaBytes = MAX_SCHEMA_BYTES,
     strict: Strict = False,
+    standby: StandsBy = False,
+    coordinator: Leaders = None,
     cluster: Cluster = None,
     wait: Wait = DISCOVERY_TIMEOUT_S,
     load_wait: LoadWait = LOAD_WAIT_S,
     home: Home = None,
     journal: KeepJournal = None,
+    replicate: SendJournal = None,
     log_level: Level = LogLevel.INFO,
     log_file: LogFile = None,
     config: ConfigFile = None,
@@ -152,9 +176,9 @@ def serve(
     options = {"wait_s": wait, **options}
     aliases = collect_values(served_model_name)
     file = ModelsFile(models, partial(parse_models, models, options, aliases)) if models else None
-    entries = file.read() if file else name_models(model or (), options, aliases)
+    entries = file.read() if file else name_models(model, options, aliases) if model else ()
     settings = ServeSettings(
-        entries[0].order,
+        entries[0].order if entries else LoadOrder(""),
         home=folder,
         cluster=resolve_cluster(cluster, folder),
         host=host,
@@ -165,9 +189,12 @@ def serve(
         peers=collect_values(peer),
         peers_only=peers_only,
         journal=journal,
+        replicate=replicate,
         max_schema_bytes=max_schema_bytes,
         load_wait_s=load_wait,
         strict=strict,
+        standby=standby,
+        coordinators=collect_values(coordinator),
     )
     raise typer.Exit(_run(settings, file, log_level, log_file, exit_with_stdin))
 

@@ -252,7 +252,9 @@ class Replica:
         answers, journal = service.loop.answers, self._host.journal()
         answers.totals = self._host.totals.open_loop()
         fingerprint = model_info.shape.model.fingerprint
-        answers.journal = journal.open_loop(self._deployment, fingerprint) if journal else None
+        if journal:
+            answers.journal = journal.open_loop(self._deployment, fingerprint)
+            service.loop.post.gate = journal.gate
         self.service = service
         self._host.inherited.settle(self._deployment)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -64,6 +64,8 @@ class Roster:
         """Slices up to this epoch are from the leader before this one, although the workers are led by this one now."""
         self.terms = TermHolder(Process(coordinator, self.instance))
         """The term by which this process leads the workers that it loads."""
+        self.on_taken: Callable[[Sequence[WorkerClient]], Awaitable[None]] | None = None
+        """Called with the workers of each load once they have granted the term, before anything is loaded."""
         self.trust = trust
         self._refreshing = anyio.Lock()
         self._controls: dict[str, WorkerClient] = {}
@@ -80,6 +82,16 @@ class Roster:
             self._pinned[holder] = {w.control_address: w for w in workers}
         else:
             self._pinned.pop(holder, None)
+
+    async def take_term(self, workers: Sequence[WorkerClient]) -> None:
+        """Lead all these workers by one term. Raises as ``TermHolder.take``, and the error of ``on_taken``."""
+        await self.terms.take(workers)
+        if self.on_taken:
+            await self.on_taken(workers)
+
+    def ring_workers(self) -> list[WorkerClient]:
+        """Return the clients of all workers that hold something."""
+        return [self.control(address) for address in set().union(*self._pinned.values())]
 
     def holders(self, address: str) -> set[str]:
         """Return the names of those for whom the worker at an address is pinned."""

@@ -115,8 +115,8 @@ class RosterView:
         return self._roster.control(address)
 
     async def take_term(self, workers: Sequence[WorkerClient]) -> None:
-        """Lead all these workers by one term, see ``TermHolder.take``."""
-        await self._roster.terms.take(workers)
+        """Lead all these workers by one term, see ``Roster.take_term``."""
+        await self._roster.take_term(workers)
 
     def pin(self, workers: Sequence[WorkerInfo]) -> None:
         """Keep asking the workers that hold a stage. Replaces the holder's previous set.

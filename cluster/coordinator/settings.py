@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.coordinator.journal import Fsync
 from cluster.core.errors import InvalidOption
+from cluster.core.leadership import Replicate
 from cluster.core.limits import (
     DEFAULT_COORDINATOR_PORT,
     DEFAULT_MAX_CONTEXT,
@@ -142,6 +143,8 @@ class ServeSettings:
     folder for parts of models, the coordinator's id and the journal. ``journal`` says when the journal is flushed to
     disk; None keeps no journal. ``join_port`` is the port on which a cluster admits Macs; None means the default one,
     which may be in use: then it is tried again later.
+    ``replicate`` sends the journal to standbys; None sends them only the rest of the state. ``standby``: follow the
+    coordinator that leads, perhaps one of ``coordinators``, and take its place if it is lost; then no models are named.
     ``max_schema_bytes`` is the maximum size of one answer's grammar. ``load_wait_s`` is how long a request that is not
     streamed waits for its model to be loaded. ``strict``: fields of a request that have no
     effect are errors.
@@ -161,3 +164,6 @@ class ServeSettings:
     max_schema_bytes: int = MAX_SCHEMA_BYTES
     load_wait_s: float = LOAD_WAIT_S
     strict: bool = False
+    replicate: Replicate | None = None
+    standby: bool = False
+    coordinators: tuple[str, ...] = ()

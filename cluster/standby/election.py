@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeAlias
 
@@ -93,6 +93,10 @@ class Election:
         leadership = self._candidate.leadership
         assert leadership
         return leadership
+
+    def clients(self, addresses: Collection[str]) -> list[CandidateWorker]:
+        """Return the clients of the workers at these addresses."""
+        return [self._roster.control(address) for address in addresses]
 
     @property
     def denials(self) -> Mapping[str, TermAnswer]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from cluster.core.errors import MacpipeError
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim, LeadershipState
 from cluster.core.limits import GONE_S, MAX_FACT_CHARS
 from cluster.platform.json_file import read_json, write_json
 
@@ -117,6 +117,13 @@ class OtherCoordinators:
         self._known = dict([*self._known.items()][-MAX_COORDINATORS:])
         if self._file and {*self._known.values()} != {*before.values()}:
             _write(self._file, [*self._known.values()])
+
+    def hear_followed(self, state: LeadershipState) -> None:
+        """Remember the leader that is followed, and its other standbys."""
+        standbys = (CoordinatorName(one.name, "", one.addresses) for one in state.standbys if one.name != self.me.name)
+        self.remember((*standbys, *([state.leader] if state.leader else [])))
+        if state.leader and state.term >= self.term and self.role is CoordinatorRole.STANDBY:
+            self.term, self.leader = state.term, state.leader
 
     async def ask(self, address: str) -> LeaderClaim | None:
         """Exchange claims with the coordinator at an address. Return its claim; None if it does not answer."""

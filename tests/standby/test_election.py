@@ -70,6 +70,7 @@ class Workers:
 
     def __init__(self, *names: str) -> None:
         self.clock = Clock()
+        self.asked = False
         self.all = [Worker(name, self.clock) for name in names]
         for worker in self.all:
             worker.grant(Term(5, LEADER))
@@ -78,13 +79,14 @@ class Workers:
         return {worker.address for worker in self.all}
 
     def control(self, address: str) -> Worker:
+        self.asked = True
         return next(worker for worker in self.all if worker.address == address)
 
     def why_foreign(self, info: WorkerInfo) -> str:
         return info.version
 
     @property
-    def terms(self) -> list[int]:
+    def terms_of_workers(self) -> list[int]:
         return [worker.record.term.number for worker in self.all]
 
     def election(self, least: int) -> Election:
@@ -116,14 +118,14 @@ async def test_a_candidate_takes_all_that_answer_once_the_leases_are_over_and_kn
     election = workers.election(2)
     running = asyncio.create_task(election.run())
     await pass_time(workers, [0.0])
-    assert workers.terms == [5] * 4, "the leader's leases last"
+    assert workers.terms_of_workers == [5] * 4, "the leader's leases last"
     assert {answer.granted for answer in election.denials.values()} == {Term(5, LEADER)}
     workers.clock.now += LEASE_S
     async with asyncio.timeout(10):
         leadership = await running
     assert leadership.term == Term(6, STANDBY)
     assert leadership.workers == {"ada:1", "bob:1", "dee:1"}
-    assert workers.terms == [6, 6, 5, 6]
+    assert workers.terms_of_workers == [6, 6, 5, 6]
     assert election.newest_epoch == 11
     assert election.in_sync == dee.in_sync, "all have answered, although two of them are enough"
 
@@ -140,7 +142,7 @@ async def test_a_candidate_that_reaches_too_few_changes_nothing() -> None:
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert workers.terms == [5, 5, 5]
+    assert workers.terms_of_workers == [5, 5, 5]
 
 
 @pytest.mark.anyio

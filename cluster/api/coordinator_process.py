@@ -1,0 +1,202 @@
+"""What the two roles of a coordinator's process share: it leads, or it stands by, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import anyio
+from starlette.types import ASGIApp
+
+from cluster.api.grpc.leader_service import LeaderServicer
+from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.epoch_numbers import EpochNumbers
+from cluster.coordinator.identity import state_folder
+from cluster.coordinator.in_sync_names import InSyncNames
+from cluster.coordinator.journal import Fsync, Journal
+from cluster.coordinator.journal_writer import JournalWriter
+from cluster.coordinator.replica_mark import ReplicaMark
+from cluster.coordinator.replicated_service import ReplicatedService
+from cluster.coordinator.replicator import Replicator
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.settings import ServeSettings
+from cluster.coordinator.state_files import StateFiles
+from cluster.core.errors import NotLeader, NotServing
+from cluster.core.leadership import CoordinatorName, Replicate, StandbyState
+from cluster.core.limits import DEFAULT_COORDINATOR_PORT, LOOP_STOP_S
+from cluster.discovery.sighting import Source
+from cluster.discovery.static import merge_sources, static_source
+from cluster.platform.overload import Lag
+from cluster.platform.paths import short_host_name
+from cluster.security.credentials import open_trust
+from cluster.security.trust import COORDINATOR, Trust
+from cluster.standby.leadership_upkeep import LeadershipUpkeep
+from cluster.standby.leads_client import ask_over
+from cluster.standby.other_coordinators import OtherCoordinators
+from cluster.standby.standby import Succession
+
+__all__ = ["CoordinatorProcess", "Leading"]
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorProcess:
+    """One process. ``source`` has the workers' announcements, and ``trust`` is the one with which it asks others."""
+
+    settings: ServeSettings
+    source: Source
+    trust: Trust
+    others: OtherCoordinators
+
+    @staticmethod
+    def create(settings: ServeSettings, source: Source, trust: Trust) -> CoordinatorProcess:
+        """Return the process of these settings, which knows the coordinators that it knew before."""
+        host, port = short_host_name(), settings.port
+        name = host if port == DEFAULT_COORDINATOR_PORT else f"{host}:{port}"
+        file = state_folder(settings.home, settings.cluster) / "coordinators"
+        others = OtherCoordinators(CoordinatorName(name, secrets.token_hex(8)), ask_over(trust), file)
+        return CoordinatorProcess(settings, source, trust, others)
+
+    def listen_on(self, addresses: tuple[str, ...], http: str = "") -> None:
+        """Note where this process listens now. Loopback comes last: it leads other Macs to themselves."""
+        urls = (http,) if http else ()
+        self.others.me = replace(self.others.me, addresses=tuple(reversed(addresses)), http=urls)
+
+    def create_roster(self, coordinator_id: str, service: ReplicatedService | None = None) -> Roster:
+        """Return a roster of the workers that are announced, and of those that ``service`` names, for a new process.
+
+        Raises the errors of ``open_trust``.
+        """
+        settings, source = self.settings, self.source
+        if service:
+            source = merge_sources(static_source(service.workers), source)
+        trust = open_trust(settings.home, settings.cluster, COORDINATOR)
+        return Roster(source, settings.cluster, coordinator_id, trust)
+
+    # Leading
+
+    def settings_of(self, taken: Succession | None) -> ServeSettings:
+        """Return the settings to serve with: those of the process, with the service of the leader before it."""
+        if taken is None:
+            return self.settings
+        service = taken.service
+        return replace(
+            self.settings,
+            order=service.models[0].order,
+            models=service.models,
+            journal=service.journal,
+            replicate=service.replicate,
+            max_schema_bytes=service.max_schema_bytes,
+            load_wait_s=service.load_wait_s,
+            strict=service.strict,
+        )
+
+    def begin(self, coordinator_id: str, epochs: EpochNumbers, taken: Succession | None) -> Roster:
+        """Return the roster to lead with. What the leader before left behind is used, if it may be."""
+        if taken is None:
+            return self.create_roster(coordinator_id)
+        epochs.learn(taken.newest_epoch)
+        taken.roster.inherited_epoch = epochs.last
+        if not taken.may_resume:
+            (state_folder(self.settings.home, self.settings.cluster) / "journal").unlink(missing_ok=True)
+        return taken.roster
+
+    def replicate(self, settings: ServeSettings, coordinator: Coordinator, roster: Roster, lag: Lag) -> Leading:
+        """Return what this process does as a leader beside serving. ``coordinator`` gets its journal.
+
+        Raises the error of a file that cannot be written.
+        """
+        mode, mark = settings.replicate, ReplicaMark(settings.home, settings.cluster)
+        names = InSyncNames(roster.terms.process, [mark.id], lambda: roster.terms.number, roster.ring_workers)
+        replicator = Replicator(mode, mark.id, names if mode else None, lag)
+        if settings.journal or mode:
+            file = state_folder(settings.home, settings.cluster) / "journal"
+            coordinator.journal = JournalWriter(
+                Journal(file, settings.journal or Fsync.NEVER),
+                replication=replicator if mode else None,
+                gated=mode is Replicate.SYNC,
+            )
+            if mode:
+                replicator.attach(coordinator.journal)
+                roster.on_taken = names.join
+        files = StateFiles(settings.home, settings.cluster)
+        upkeep = LeadershipUpkeep(
+            self.others, roster, replicator, files, lambda: _describe_service(settings, coordinator, roster)
+        )
+        coordinator.leadership = lambda: upkeep.state
+        return Leading(self, coordinator, roster, replicator, upkeep)
+
+    def has_loaded_default(self, taken: Succession) -> bool:
+        """Return whether the leader before had loaded the default model."""
+        return taken.service.models[0].name in taken.service.loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """A process while it leads."""
+
+    process: CoordinatorProcess
+    coordinator: Coordinator
+    roster: Roster
+    replicator: Replicator
+    upkeep: LeadershipUpkeep
+
+    def servicer(self, http: ASGIApp) -> LeaderServicer:
+        """Return the service for other coordinators, which pass HTTP requests to this application."""
+        settings = self.process.settings
+        return LeaderServicer(self.process.others, settings.home, settings.cluster, self.replicator, http)
+
+    async def stop(self) -> None:
+        """Stop serving. If another coordinator leads, or a standby is there, leave it what it needs to go on."""
+        others, standbys = self.process.others, self.replicator.standbys()
+        superseded = others.is_superseded
+        others.stand_by()
+        if not superseded and not standbys:
+            await self.coordinator.close()
+            return
+        heir = None if superseded else max(standbys, key=lambda one: one.in_sync)
+        error = _handed_over(heir) if heir else _superseded(others.leader)
+        await self._hold_loops()
+        await self.replicator.stop(error, heir.name if heir else "")
+        await self.roster.terms.give_back()
+        await self.coordinator.close(error)
+
+    async def _hold_loops(self) -> None:
+        """Have no token come any more, and all records of those that came be written."""
+        deployments = self.coordinator.deployments.values()
+        loops = [service.loop for deployment in deployments for service in deployment.services]
+        for loop in loops:
+            loop.hold()
+        with anyio.move_on_after(LOOP_STOP_S), suppress(NotServing):
+            for loop in loops:
+                await asyncio.wrap_future(loop.view())  # behind all that was to be done before
+
+
+def _describe_service(settings: ServeSettings, coordinator: Coordinator, roster: Roster) -> ReplicatedService:
+    """Return what is served now, as another coordinator would go on with it."""
+    served = {model.name: model.order for model in coordinator.deployments.served() if model.order}
+    entries = tuple(replace(one, order=served.get(one.name, one.order)) for one in coordinator.catalog)
+    return ReplicatedService(
+        entries,
+        tuple(served),
+        tuple(sorted(roster.addresses())),
+        settings.journal,
+        settings.replicate,
+        settings.max_schema_bytes,
+        settings.load_wait_s,
+        settings.strict,
+    )
+
+
+def _superseded(leader: CoordinatorName | None) -> NotLeader:
+    """Return the error of requests to a coordinator that was replaced."""
+    addresses = leader.addresses if leader else ()
+    name = leader.name if leader else "another coordinator"
+    return NotLeader(f"{name} leads now; the answer goes on there", retry_after_s=0.1, leader=",".join(addresses))
+
+
+def _handed_over(heir: StandbyState) -> NotLeader:
+    """Return the error of requests to a coordinator that stops, since a standby takes its place."""
+    why = f"this coordinator stops; {heir.name} takes its place, and the answer goes on there"
+    return NotLeader(why, retry_after_s=1.0, leader=",".join(heir.addresses))

@@ -1,0 +1,89 @@
+"""Stand by: follow the coordinator that leads, pass what clients want on to it, and return once elected."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+import anyio
+import anyio.to_thread
+
+from cluster.api.coordinator_process import CoordinatorProcess
+from cluster.api.grpc.inference_service import client_name
+from cluster.api.grpc.leader_service import LeaderServicer
+from cluster.api.http.port_settings import http_port
+from cluster.api.passing.leader_channel import LeaderChannel
+from cluster.api.passing.passed_calls import PassedCalls
+from cluster.api.passing.passed_http import passing_application
+from cluster.api.ports import listening_hosts, serve_http
+from cluster.coordinator.identity import read_coordinator_id
+from cluster.coordinator.model_reader import ModelReader
+from cluster.coordinator.replicated_service import ReplicatedService
+from cluster.coordinator.reporter import Reporter
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.state_files import StateFiles
+from cluster.core.text import format_address
+from cluster.security.credentials import open_trust
+from cluster.security.trust import COORDINATOR, Trust
+from cluster.standby.follow_stream import FollowStream
+from cluster.standby.model_fit import ModelFit
+from cluster.standby.replica_folder import ReplicaFolder
+from cluster.standby.standby import Standby, Succession
+from cluster.store.store import Store
+from cluster.transport.byte_budget import ByteBudget
+from cluster.transport.grpc_setup import bind, public_server
+from cluster.v1.leader_pb2_grpc import add_LeaderServiceServicer_to_server
+
+__all__ = ["follow"]
+
+log = logging.getLogger(__name__)
+
+
+async def follow(process: CoordinatorProcess, report: Reporter) -> Succession:
+    """Follow whoever leads. Return once this process has been elected; its ports are closed then."""
+    settings = process.settings
+    trust = open_trust(settings.home, settings.cluster, COORDINATOR)
+    async with AsyncExitStack() as stack:
+        replica = stack.enter_context(ReplicaFolder(settings.home, settings.cluster))
+        own_files = StateFiles(settings.home, settings.cluster)
+        reader = ModelReader(Store(settings.home))
+        stack.push_async_callback(anyio.to_thread.run_sync, reader.close)
+        await stack.enter_async_context(_standby_ports(process, trust, report))
+
+        def create_roster(service: ReplicatedService) -> Roster:
+            return process.create_roster(read_coordinator_id(settings.home, settings.cluster), service)
+
+        standby = Standby(
+            process.others,
+            replica,
+            lambda address: FollowStream(address, trust, process.others.me, replica, own_files),
+            create_roster,
+            ModelFit(reader),
+            settings.coordinators,
+        )
+        report.problem(f"standing by for cluster {settings.cluster} on {process.others.me.addresses[0]}")
+        return await standby.run()
+
+
+@asynccontextmanager
+async def _standby_ports(process: CoordinatorProcess, trust: Trust, report: Reporter) -> AsyncIterator[None]:
+    """Answer other coordinators, and pass the calls and requests of clients on to the one that leads."""
+    settings = process.settings
+    leader = LeaderChannel(trust, lambda: process.others.leader)
+    server = public_server(trust)
+    add_LeaderServiceServicer_to_server(LeaderServicer(process.others, settings.home, settings.cluster), server)
+    server.add_generic_rpc_handlers((PassedCalls(leader, ByteBudget(), partial(client_name, trust)),))
+    hosts, port = listening_hosts(settings, trust), settings.port
+    for host in hosts:
+        port = bind(server, trust, host, port)
+    await server.start()
+    http = http_port(settings)
+    try:
+        async with serve_http(settings, http, passing_application(leader, http.sites), report) as url:
+            process.listen_on(tuple(format_address(host, port) for host in hosts), url)
+            yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await server.stop(grace=None)

@@ -1,0 +1,59 @@
+"""The gRPC LeaderService, by which the coordinators of one cluster know of each other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+from starlette.types import ASGIApp
+
+from cluster.api.grpc.follow_call import serve_follow
+from cluster.api.passing.http_answers import answer_passed
+from cluster.codec.leadership import decode_claim, encode_leads_response
+from cluster.coordinator.replicator import Replicator
+from cluster.core.errors import NotLeader
+from cluster.standby.other_coordinators import OtherCoordinators
+from cluster.transport.rich_errors import abort
+from cluster.v1 import leader_pb2 as pb
+from cluster.v1.leader_pb2_grpc import LeaderServiceServicer
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class LeaderServicer(LeaderServiceServicer):
+    """Serves LeaderService for one process. Only coordinators may call it, which the server's rules see to.
+
+    ``replicator`` sends the state in ``home`` to those that follow. ``http`` answers the requests that they pass on.
+    Both are None while this process does not lead.
+    """
+
+    def __init__(
+        self,
+        others: OtherCoordinators,
+        home: Path,
+        cluster: str,
+        replicator: Replicator | None = None,
+        http: ASGIApp | None = None,
+    ) -> None:
+        self._others, self._home, self._cluster = others, home, cluster
+        self._replicator, self._http = replicator, http
+
+    async def Follow(
+        self, request_iterator: AsyncIterator[pb.FollowRequest], context: Context
+    ) -> AsyncIterator[pb.FollowResponse]:
+        if self._replicator is None:
+            await abort(context, NotLeader("this coordinator stands by; follow the one that leads"))
+        async for update in serve_follow(self._replicator, self._home, self._cluster, request_iterator, context):
+            yield update
+
+    async def Leads(self, request: pb.LeadsRequest, context: Context) -> pb.LeadsResponse:
+        return encode_leads_response(self._others.hear(decode_claim(request)))
+
+    async def PassHttp(  # type: ignore[override]  # the answer is written to the context
+        self, request_iterator: AsyncIterator[pb.PassHttpRequest], context: Context
+    ) -> None:
+        if self._http is None:
+            await abort(context, NotLeader("this coordinator stands by; ask the one that leads"))
+        await answer_passed(self._http, request_iterator, context)

@@ -1,0 +1,97 @@
+"""Stay the leader beside standbys: keep all workers, send what changed, and notice who leads by a higher term."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+import anyio.to_thread
+
+from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedService
+from cluster.coordinator.replicator import Replicator
+from cluster.coordinator.roster import Roster
+from cluster.coordinator.state_files import StateFiles
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState
+from cluster.core.limits import HEARTBEAT_S
+from cluster.platform.continuous_clock import continuous_seconds
+from cluster.standby.other_coordinators import OtherCoordinators
+
+__all__ = ["LeadershipUpkeep"]
+
+TELL_EVERY: Final = 2
+"""Heartbeats between two rounds in which the other coordinators are told."""
+
+
+class LeadershipUpkeep:
+    """What a leader does beside serving, for as long as it knows of other coordinators; little before that.
+
+    ``files`` are its state, and ``service`` returns what it serves now.
+    """
+
+    def __init__(
+        self,
+        others: OtherCoordinators,
+        roster: Roster,
+        replicator: Replicator,
+        files: StateFiles,
+        service: Callable[[], ReplicatedService],
+    ) -> None:
+        self._others, self._roster, self._replicator = others, roster, replicator
+        self._files, self._service = files, service
+        self._term, self._since = 0, continuous_seconds()
+        self._announced: LeadershipState | None = None
+
+    async def run(self) -> None:
+        """Return once another coordinator leads by a higher term."""
+        rounds = 0
+        while True:
+            await self.publish()
+            if self._others.is_superseded:
+                return
+            if self._others.addresses:
+                controls = [self._roster.control(address) for address in self._roster.addresses()]
+                await self._roster.terms.renew(controls)
+                if rounds % TELL_EVERY == 0:
+                    await self._tell()
+            rounds += 1
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def publish(self) -> None:
+        """Send standbys what changed: who leads, what is served, and files. Those that follow later get it, too."""
+        number = self._roster.terms.number
+        if number != self._term:
+            self._term, self._since = number, continuous_seconds()
+        self._others.lead(number)
+        standbys = self._replicator.standbys()
+        self._others.remember(CoordinatorName(one.name, "", one.addresses) for one in standbys)
+        now = replace(self._state(), since_seconds=0.0)
+        if now != self._announced:
+            self._announced = now
+            self._replicator.announce(self._state())
+        for name, content in (await anyio.to_thread.run_sync(self._files.read_changed)).items():
+            self._replicator.publish(name, content)
+        self._replicator.publish(SERVICE_FILE, self._service().encode())
+
+    async def _tell(self) -> None:
+        """Tell those that do not follow who leads, and hear who leads there."""
+        following = {address for one in self._replicator.standbys() for address in one.addresses}
+        silent = [address for address in self._others.addresses if address not in following]
+        await asyncio.gather(*map(self._others.ask, silent))
+
+    @property
+    def state(self) -> LeadershipState | None:
+        """Who leads, for ``status``; None if no other coordinator was ever known."""
+        return self._state() if self._others.addresses else None
+
+    def _state(self) -> LeadershipState:
+        return LeadershipState(
+            CoordinatorRole.LEADER,
+            self._term,
+            self._others.me,
+            continuous_seconds() - self._since,
+            self._replicator.mode,
+            self._replicator.standbys(),
+            tuple(claim.coordinator for claim in self._others.others.values()),
+        )

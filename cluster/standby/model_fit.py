@@ -1,0 +1,53 @@
+"""Know whether workers can hold what a service served, from headers of its default model that are on this Mac."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cluster.coordinator.model_reader import ModelReader
+from cluster.coordinator.planner import make_plan
+from cluster.coordinator.replicated_service import ReplicatedService
+from cluster.coordinator.settings import LoadOrder
+from cluster.core.errors import MacpipeError
+from cluster.core.plan import ModelShape
+from cluster.core.worker import WorkerInfo
+
+__all__ = ["ModelFit"]
+
+
+class ModelFit:
+    """Whether workers can hold the model that is loaded first. If none was loaded, any worker will do."""
+
+    def __init__(self, reader: ModelReader) -> None:
+        self._reader = reader
+        self._order: LoadOrder | None = None
+        self._shape: ModelShape | None = None
+        self.problem = ""
+        """Why the model cannot be read on this Mac, so that it cannot lead; "" if it can."""
+
+    async def prepare(self, service: ReplicatedService) -> None:
+        """Read the headers of the model that is loaded first, unless they are known. A failure is noted."""
+        first = next(iter(service.loaded), "")
+        order = next((entry.order for entry in service.models if entry.name == first), None)
+        if order == self._order and not self.problem:
+            return
+        self._order, self._shape, self.problem = order, None, ""
+        if order is None:
+            return
+        try:
+            self._shape = await self._reader.read_shape(order)
+        except MacpipeError as e:
+            self.problem = f"this Mac could not serve {order.model}: {e.sentence}"
+
+    def __call__(self, workers: Sequence[WorkerInfo]) -> bool:
+        """Return whether these workers can hold the model, in as many pieces as it takes."""
+        if self._order is None or not workers:
+            return bool(workers)
+        if self._shape is None:
+            return False
+        try:
+            make_plan(0, self._shape, workers, replace(self._order, worker_count=None, layers=None))
+        except MacpipeError:
+            return False
+        return True

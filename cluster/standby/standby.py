@@ -1,0 +1,202 @@
+"""Stand by for the leader of a cluster: follow it while it leads, and take its place once it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
+
+from cluster.coordinator.replicated_service import ReplicatedService
+from cluster.coordinator.roster import Roster
+from cluster.core.errors import MacpipeError
+from cluster.core.leadership import CoordinatorName, LeadershipState, Replicate
+from cluster.core.limits import GONE_S, HEARTBEAT_S
+from cluster.core.term_limits import LEASE_S
+from cluster.membership.in_sync import InSyncSet
+from cluster.membership.leadership import Leadership
+from cluster.platform.continuous_clock import continuous_seconds
+from cluster.standby.election import Election
+from cluster.standby.model_fit import ModelFit
+from cluster.standby.other_coordinators import OtherCoordinators
+
+__all__ = ["LeaderStream", "OpenStream", "Standby", "StandbyReplica", "Succession"]
+
+log = logging.getLogger(__name__)
+
+LOOK_S: Final = 2 * HEARTBEAT_S
+"""How often a standby looks for a leader while none is known."""
+
+
+class LeaderStream(Protocol):
+    """The stream in which the leader sends its state and its changes."""
+
+    heard_at: float
+    """When the leader was heard last, in seconds of the continuous clock."""
+    leadership: LeadershipState | None
+    """What it said last of itself and its standbys."""
+    ended: asyncio.Event
+    """Set once the stream has ended, for whatever reason."""
+    handover: str | None
+    """Which standby shall lead, once the leader said that it stops; "" if any may. None if it did not say so."""
+
+
+OpenStream: TypeAlias = Callable[[str], AbstractAsyncContextManager[LeaderStream]]
+"""Follows the leader at an address. Raises ``MacpipeError`` if it cannot be followed."""
+
+
+class StandbyReplica(Protocol):
+    """The copy of the leader's state on this Mac."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is a whole copy; the files alone may be there before that."""
+
+    def service(self) -> ReplicatedService:
+        """Return what the leader served. Raises ``MacpipeError`` if it cannot be read."""
+
+    def is_in_sync(self, named: InSyncSet) -> bool:
+        """Return whether the copy has everything that clients saw, given the set that the workers name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """What a standby leads with: the roster whose process has the term, and the service that it goes on with.
+
+    ``newest_epoch`` is above all epochs of earlier terms that its workers know. ``may_resume``: the journal's copy has
+    everything that clients saw.
+    """
+
+    roster: Roster
+    leadership: Leadership
+    service: ReplicatedService
+    newest_epoch: int
+    may_resume: bool
+
+
+class Standby:
+    """Follows the leader among ``others``, and stands for election when there is none.
+
+    ``create_roster`` returns the roster of the workers that the service names, for a new process. ``addresses`` are
+    those of coordinators that the user named.
+    """
+
+    def __init__(
+        self,
+        others: OtherCoordinators,
+        replica: StandbyReplica,
+        open_stream: OpenStream,
+        create_roster: Callable[[ReplicatedService], Roster],
+        fit: ModelFit,
+        addresses: tuple[str, ...] = (),
+    ) -> None:
+        self._others, self._replica, self._open_stream = others, replica, open_stream
+        self._create_roster, self._fit = create_roster, fit
+        self._named = addresses
+        self.leadership: LeadershipState | None = None
+        """What the leader said last; None while none is followed."""
+        self.problem = ""
+        """Why this standby does not follow, or could not lead; "" if nothing is wrong."""
+
+    async def run(self) -> Succession:
+        """Return once this process has been elected."""
+        while True:
+            leader = await self._find_leader()
+            if leader and not await self._follow(leader):
+                continue
+            try:
+                service = self._replica.service()
+            except MacpipeError as e:
+                self.problem = f"no leader answers, and this Mac cannot take its place: {e.sentence}"
+                await asyncio.sleep(LOOK_S)
+                continue
+            if succession := await self._stand(service):
+                return succession
+
+    async def _find_leader(self) -> CoordinatorName | None:
+        return await self._others.find_leader((*self._others.addresses, *self._named))
+
+    async def _follow(self, leader: CoordinatorName) -> bool:
+        """Follow a leader. Return whether it is lost: it has been silent for as long as it may be, and nobody leads."""
+        stream = None
+        for address in leader.addresses:
+            try:
+                async with self._open_stream(address) as stream:
+                    log.info("standby: following leader=%s address=%s", leader.name, address)
+                    self.problem = ""
+                    await self._watch(stream)
+            except MacpipeError as e:
+                self.problem = f"the leader {leader.name} cannot be followed: {e.sentence}"
+            if stream:
+                break
+        self.leadership = None
+        self._others.lose(leader)
+        if stream is None:
+            await asyncio.sleep(LOOK_S)
+            return False
+        log.warning("standby: stream ended leader=%s stopping=%s", leader.name, stream.handover is not None)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._patience_s(stream) - (continuous_seconds() - stream.heard_at)):
+                await self._wait_for_leader()
+                return False
+        return True
+
+    async def _watch(self, stream: LeaderStream) -> None:
+        """Keep what the leader says until its stream ends."""
+        while not stream.ended.is_set():
+            if stream.leadership and stream.leadership != self.leadership:
+                self.leadership = stream.leadership
+                self._others.hear_followed(stream.leadership)
+            if self._replica.is_complete:
+                with suppress(MacpipeError):
+                    await self._fit.prepare(self._replica.service())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await stream.ended.wait()
+
+    def _patience_s(self, stream: LeaderStream) -> float:
+        """Return how long a leader may be silent. Those in sync go first, and the one that it chose at once.
+
+        If it is alive after all, the leases of its workers protect it.
+        """
+        name = self._others.me.name
+        if stream.handover is not None:
+            return 0.0 if stream.handover in ("", name) else GONE_S + LEASE_S
+        state = stream.leadership
+        in_sync = any(one.in_sync and one.name == name for one in state.standbys) if state else False
+        others = any(one.in_sync for one in state.standbys) if state else False
+        return GONE_S + (LEASE_S if others and not in_sync else 0.0)
+
+    async def _stand(self, service: ReplicatedService) -> Succession | None:
+        """Stand for election until it is won, or until somebody leads: then return None."""
+        await self._fit.prepare(service)
+        roster = self._create_roster(service)
+        election = Election(roster.terms.process, roster, self._fit)
+        log.info("standby: standing for election workers=%d", len(service.workers))
+        running = asyncio.create_task(election.run())
+        watching = asyncio.create_task(self._wait_for_leader())
+        try:
+            await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                return None
+            leadership = running.result()
+        finally:
+            for task in (running, watching):
+                task.cancel()
+            await asyncio.gather(running, watching, return_exceptions=True)
+            if not running.done() or running.cancelled():
+                await roster.close()
+        in_sync = service.replicate is not Replicate.SYNC or self._replica.is_in_sync(election.in_sync)
+        may_resume = in_sync and self._replica.is_complete
+        log.warning("standby: elected term=%d may_resume=%s", leadership.term.number, may_resume)
+        roster.terms.begin(leadership, election.clients(leadership.workers))
+        return Succession(roster, leadership, service, election.newest_epoch, may_resume)
+
+    async def _wait_for_leader(self) -> None:
+        """Return once somebody leads."""
+        while True:
+            if await self._find_leader():
+                return
+            await asyncio.sleep(LOOK_S)

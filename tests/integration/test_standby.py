@@ -1,0 +1,134 @@
+"""A coordinator dies, or stops, in mid-answer: a standby takes its place, and the same tokens follow."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from cluster.client import Client, ClusterState
+from cluster.core.errors import MacpipeError
+from integration.daemons import Cluster, Daemon, free_port, launch, until, wait_serving
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
+NAMES = ("ada", "bob", "cyd")
+TOKENS = 60
+PROMPT = [5, 6, 7]
+
+
+@dataclass
+class Coordinators:
+    """Three workers, and coordinators in homes of their own."""
+
+    folder: Path
+    cluster: Cluster = field(init=False)
+    ports: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cluster = Cluster(self.folder, mtls=False)
+        workers = {name: free_port() for name in NAMES}
+        for name, port in workers.items():
+            self.cluster.worker(name, "--port", str(port))
+        for daemon in self.cluster.daemons:
+            daemon.wait_for("of cluster")
+        self.peers = [one for port in workers.values() for one in ("--peer", f"127.0.0.1:{port}")]
+
+    def address(self, name: str) -> str:
+        return f"127.0.0.1:{self.ports[name]}"
+
+    def serve(self, name: str, *options: str) -> Daemon:
+        """Start a coordinator, on the port that it had before if it had one."""
+        port = self.ports.setdefault(name, free_port())
+        home = ["--home", str(self.folder / name), "--cluster", self.cluster.name]
+        here = ["--http", "off", "--port", str(port), "--peers-only"]
+        return self.cluster._start(name, ["serve", *options, *home, *here], launch)
+
+    def lead(self, name: str) -> Daemon:
+        options = ("faq", "--workers", "3", "--wait", "60", "--replicate", "sync", *self.peers)
+        return self.serve(name, *options)
+
+    def state(self, name: str) -> ClusterState | None:
+        try:
+            with Client(self.address(name), timeout_s=5) as client:
+                return client.cluster()
+        except MacpipeError:
+            return None
+
+    def in_sync(self, leader: str) -> int:
+        """How many standbys of this leader have all that clients saw."""
+        state = self.state(leader)
+        standbys = state.leadership.standbys if state and state.leadership else ()
+        return sum(one.in_sync for one in standbys)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Coordinators]:
+    """A leader, ``lead``, and a standby that is in sync, ``heir``."""
+    made = Coordinators(tmp_path)
+    try:
+        leader = made.lead("lead")
+        wait_serving(made.address("lead"), leader)
+        made.serve("heir", "--standby", "--coordinator", made.address("lead"))
+        until(lambda: made.in_sync("lead") == 1)
+        yield made
+    finally:
+        made.cluster.close()
+
+
+def undisturbed(pair: Coordinators) -> list[int]:
+    with Client(pair.address("lead"), timeout_s=60) as client:
+        return [token.token for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True)]
+
+
+def interrupted(pair: Coordinators, leader: Daemon, number: int) -> list[int]:
+    """The tokens of a client that knows both coordinators, the first of which gets a signal at its tenth token."""
+    said = []
+    with Client(f"{pair.address('lead')},{pair.address('heir')}", timeout_s=120) as client:
+        for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
+            said.append(token.token)
+            if len(said) == 10:
+                leader.process.send_signal(number)
+    return said
+
+
+def leader_of(pair: Coordinators) -> Daemon:
+    return next(daemon for daemon in pair.cluster.daemons if daemon.name == "lead")
+
+
+def test_an_answer_goes_on_at_a_standby_after_its_leader_was_killed_which_then_stands_by(pair: Coordinators) -> None:
+    whole, leader = undisturbed(pair), leader_of(pair)
+    assert interrupted(pair, leader, signal.SIGKILL) == whole
+    leader.process.wait(10)
+    heir = next(daemon for daemon in pair.cluster.daemons if daemon.name == "heir")
+    assert "reading, 0%" not in heir.said(), "it adopts what the workers hold"
+    again = pair.lead("lead")
+    until(lambda: pair.in_sync("heir") == 1)
+    assert "standing by" in again.said()
+    state = pair.state("heir")
+    assert state
+    assert state.leadership
+    assert state.leadership.leader
+    assert state.leadership.leader.addresses == (pair.address("heir"),)
+    assert state.leadership.term > 1
+    heir.process.kill()
+    wait_serving(pair.address("lead"), again)
+    assert undisturbed(pair) == whole, "and back"
+
+
+def test_a_leader_that_stops_hands_over_to_its_standby(pair: Coordinators) -> None:
+    whole, leader = undisturbed(pair), leader_of(pair)
+    assert interrupted(pair, leader, signal.SIGTERM) == whole
+    assert leader.process.wait(15) == 0
+
+
+def test_two_standbys_agree_on_one_leader(pair: Coordinators) -> None:
+    pair.serve("third", "--standby", "--coordinator", pair.address("heir"))  # which knows who leads
+    until(lambda: pair.in_sync("lead") == 2)
+    whole, leader = undisturbed(pair), leader_of(pair)
+    assert interrupted(pair, leader, signal.SIGKILL) == whole
+    until(lambda: pair.in_sync("heir") + pair.in_sync("third") >= 1)
+    led = [state.leadership.leader for name in ("heir", "third") if (state := pair.state(name)) and state.leadership]
+    assert len({one.name for one in led if one}) == 1

@@ -1,0 +1,213 @@
+"""A standby follows who leads, takes its place once it is lost, and gives way to it if it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from cluster.coordinator.replicated_service import ReplicatedService
+from cluster.coordinator.settings import LoadOrder, ModelEntry
+from cluster.coordinator.term_holder import TermHolder
+from cluster.core.errors import InvalidOption, Unreachable
+from cluster.core.leadership import (
+    CoordinatorName,
+    CoordinatorRole,
+    LeaderClaim,
+    LeadershipState,
+    Replicate,
+    StandbyState,
+)
+from cluster.core.limits import GONE_S
+from cluster.core.term_limits import LEASE_S
+from cluster.membership.in_sync import InSyncSet
+from cluster.platform.continuous_clock import continuous_seconds
+from cluster.standby import standby as module
+from cluster.standby.model_fit import ModelFit
+from cluster.standby.other_coordinators import OtherCoordinators
+from cluster.standby.standby import Standby, Succession
+from standby.test_election import STANDBY, Workers
+
+LEADER = CoordinatorName("mac-1", "a", ("mac-1:7700",))
+ME = CoordinatorName("mac-2", "b", ("mac-2:7700",))
+SERVICE = ReplicatedService((ModelEntry("default", LoadOrder("m")),), replicate=Replicate.SYNC)
+
+
+@dataclass
+class Stream:
+    """A leader's stream as the test wants it."""
+
+    heard_at: float = field(default_factory=continuous_seconds)
+    leadership: LeadershipState | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    handover: str | None = None
+
+
+@dataclass
+class Replica:
+    """A copy of the leader's state."""
+
+    is_complete: bool = True
+    content: ReplicatedService | None = SERVICE
+    named: InSyncSet | None = None
+
+    def service(self) -> ReplicatedService:
+        if self.content is None:
+            raise InvalidOption("there is no copy yet")
+        return self.content
+
+    def is_in_sync(self, named: InSyncSet) -> bool:
+        self.named = named
+        return "mine" in named.replicas
+
+
+class Roster(Workers):
+    """The workers, for a process of this standby."""
+
+    closed = False
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(*names)
+        self.terms = TermHolder(STANDBY, self.clock)
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Scene:
+    """One standby, a leader that may be there, and three workers whose leases are over unless ``leased``."""
+
+    def __init__(self, *, leased: bool = False) -> None:
+        self.leads = True
+        self.streams: list[Stream] = []
+        self.roster = Roster("ada", "bob", "cyd")
+        if not leased:
+            self.roster.clock.now += LEASE_S
+        self.replica = Replica()
+        self.others = OtherCoordinators(ME, self._ask)
+        fit: Any = ModelFit(None)  # type: ignore[arg-type]
+        create: Any = lambda service: self.roster  # noqa: E731
+        self.standby = Standby(self.others, self.replica, self._open, create, fit, ("mac-1:7700",))
+        self.running = asyncio.create_task(self.standby.run())
+
+    async def _ask(self, address: str, claim: LeaderClaim) -> LeaderClaim:
+        if not self.leads:
+            raise Unreachable("nobody answers")
+        return LeaderClaim(LEADER, CoordinatorRole.LEADER, 5, LEADER)
+
+    @asynccontextmanager
+    async def _open(self, address: str) -> AsyncIterator[Stream]:
+        self.streams.append(Stream())
+        yield self.streams[-1]
+
+    async def elected(self) -> Succession:
+        async with asyncio.timeout(15):
+            return await self.running
+
+    async def end(self) -> None:
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+
+
+async def until(seen: Callable[[], object]) -> None:
+    async with asyncio.timeout(15):
+        while not seen():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.02)
+
+
+@pytest.mark.anyio
+async def test_a_standby_takes_the_place_of_a_leader_that_hands_over_and_resumes_if_it_is_named() -> None:
+    scene = Scene()
+    scene.roster.all[1].in_sync = InSyncSet(5, 3, ("other", "mine"))
+    scene.roster.all[2].newest_epoch = 77
+    await until(lambda: scene.streams)
+    stream = scene.streams[0]
+    stream.leadership = LeadershipState(CoordinatorRole.LEADER, 5, LEADER, standbys=(StandbyState("mac-3", ("c:1",)),))
+    await until(lambda: scene.standby.leadership)
+    assert scene.others.leader == LEADER
+    assert "c:1" in scene.others.addresses
+    scene.leads = False
+    stream.handover = "mac-2"
+    stream.ended.set()
+    taken = await scene.elected()
+    assert taken.leadership.term.number == scene.roster.terms.number == 6
+    assert scene.roster.terms.process == STANDBY
+    assert (taken.may_resume, taken.newest_epoch, taken.service) == (True, 77, SERVICE)
+    assert not scene.roster.closed
+
+
+@pytest.mark.parametrize(
+    ("complete", "replicate", "named", "may_resume"),
+    [
+        (True, Replicate.SYNC, ("other",), False),
+        (True, Replicate.ASYNC, ("other",), True),
+        (False, Replicate.ASYNC, ("mine",), False),
+        (False, Replicate.SYNC, ("mine",), False),
+    ],
+)
+@pytest.mark.anyio
+async def test_a_copy_that_lacks_something_resumes_nothing(
+    complete: bool, replicate: Replicate, named: tuple[str, ...], may_resume: bool
+) -> None:
+    scene = Scene()
+    scene.leads = False
+    scene.replica.is_complete = complete
+    scene.replica.content = replace(SERVICE, replicate=replicate)
+    for worker in scene.roster.all:
+        worker.in_sync = InSyncSet(5, 3, named)
+    assert (await scene.elected()).may_resume is may_resume
+
+
+@pytest.mark.anyio
+async def test_a_leader_that_is_alive_is_followed_again_and_loses_nothing() -> None:
+    scene = Scene()
+    await until(lambda: scene.streams)
+    scene.streams[0].ended.set()  # the connection broke, and the leader answers as before
+    await until(lambda: len(scene.streams) == 2)
+    assert scene.roster.terms.number == 0
+    assert scene.roster.terms_of_workers == [5, 5, 5]
+    await scene.end()
+
+
+@pytest.mark.anyio
+async def test_an_election_ends_when_somebody_leads() -> None:
+    scene = Scene(leased=True)
+    scene.leads = False
+    await until(lambda: scene.roster.asked)
+    scene.leads = True
+    await until(lambda: scene.streams)
+    assert scene.roster.closed
+    assert scene.roster.terms_of_workers == [5, 5, 5]
+    await scene.end()
+
+
+@pytest.mark.anyio
+async def test_who_has_no_copy_waits_for_a_leader() -> None:
+    scene = Scene()
+    scene.leads, scene.replica.content = False, None
+    await until(lambda: "there is no copy yet" in scene.standby.problem)
+    assert not scene.roster.asked
+    await scene.end()
+
+
+def test_those_in_sync_go_first_and_the_chosen_one_at_once() -> None:
+    standby = Standby(OtherCoordinators(ME, None), Replica(), None, None, None)  # type: ignore[arg-type]
+
+    def patience(handover: str | None, *in_sync: str) -> float:
+        found = tuple(StandbyState(name, in_sync=name in in_sync) for name in ("mac-2", "mac-3"))
+        state = LeadershipState(CoordinatorRole.LEADER, 5, LEADER, standbys=found)
+        return standby._patience_s(Stream(0.0, state, handover=handover))
+
+    assert patience("mac-2") == patience("") == 0.0
+    assert patience("mac-3") > GONE_S
+    assert patience(None, "mac-2", "mac-3") == patience(None) == GONE_S
+    assert patience(None, "mac-3") > GONE_S
