@@ -11,6 +11,8 @@ import anyio
 from starlette.types import ASGIApp
 
 from cluster.api.grpc.leader_service import LeaderServicer
+from cluster.api.http.port_settings import HttpPort
+from cluster.api.ports import HttpFront
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.identity import state_folder
@@ -18,7 +20,7 @@ from cluster.coordinator.in_sync_names import InSyncNames
 from cluster.coordinator.journal import Fsync, Journal
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.coordinator.replica_mark import ReplicaMark
-from cluster.coordinator.replicated_service import ReplicatedService
+from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedService
 from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
@@ -42,25 +44,33 @@ __all__ = ["CoordinatorProcess", "Leading"]
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorProcess:
-    """One process. ``source`` has the workers' announcements, and ``trust`` is the one with which it asks others."""
+    """One process. ``source`` has the workers' announcements, and ``trust`` is the one with which it asks others.
+
+    ``front`` answers at its HTTP port, ``url``: "" if there is none.
+    """
 
     settings: ServeSettings
     source: Source
     trust: Trust
+    http: HttpPort
+    front: HttpFront
+    url: str
     others: OtherCoordinators
 
     @staticmethod
-    def create(settings: ServeSettings, source: Source, trust: Trust) -> CoordinatorProcess:
+    def create(
+        settings: ServeSettings, source: Source, trust: Trust, http: HttpPort, front: HttpFront, url: str
+    ) -> CoordinatorProcess:
         """Return the process of these settings, which knows the coordinators that it knew before."""
         host, port = short_host_name(), settings.port
         name = host if port == DEFAULT_COORDINATOR_PORT else f"{host}:{port}"
         file = state_folder(settings.home, settings.cluster) / "coordinators"
         others = OtherCoordinators(CoordinatorName(name, secrets.token_hex(8)), ask_over(trust), file)
-        return CoordinatorProcess(settings, source, trust, others)
+        return CoordinatorProcess(settings, source, trust, http, front, url, others)
 
-    def listen_on(self, addresses: tuple[str, ...], http: str = "") -> None:
+    def listen_on(self, addresses: tuple[str, ...]) -> None:
         """Note where this process listens now. Loopback comes last: it leads other Macs to themselves."""
-        urls = (http,) if http else ()
+        urls = (self.url,) if self.url else ()
         self.others.me = replace(self.others.me, addresses=tuple(reversed(addresses)), http=urls)
 
     def create_roster(self, coordinator_id: str, service: ReplicatedService | None = None) -> Roster:
@@ -122,7 +132,12 @@ class CoordinatorProcess:
                 roster.on_taken = names.join
         files = StateFiles(settings.home, settings.cluster)
         upkeep = LeadershipUpkeep(
-            self.others, roster, replicator, files, lambda: _describe_service(settings, coordinator, roster)
+            self.others,
+            roster,
+            replicator,
+            files,
+            lambda: _describe_service(settings, coordinator, roster),
+            state_folder(settings.home, settings.cluster) / SERVICE_FILE,
         )
         coordinator.leadership = lambda: upkeep.state
         return Leading(self, coordinator, roster, replicator, upkeep)

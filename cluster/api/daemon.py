@@ -28,7 +28,7 @@ from cluster.api.http.port_settings import http_port
 from cluster.api.key_usage import KeyUsage
 from cluster.api.metrics import Metrics
 from cluster.api.models_watch import ModelsWatch
-from cluster.api.ports import listening_hosts, serve_http
+from cluster.api.ports import HttpFront, listening_hosts, serve_http
 from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
@@ -45,7 +45,8 @@ from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError, PortInUse
-from cluster.core.limits import JOIN_RETRY_S, RETURN_S, SHUTDOWN_GRACE_S
+from cluster.core.limits import GONE_S, JOIN_RETRY_S, RETURN_S, SHUTDOWN_GRACE_S
+from cluster.core.term_limits import LEASE_S
 from cluster.core.text import format_address, is_loopback
 from cluster.discovery.browse import browse
 from cluster.discovery.cluster_name import announce_cluster_name
@@ -116,12 +117,15 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         if not settings.peers_only:
             source = merge_sources(source, await stack.enter_async_context(browse(settings.cluster)))
         trust = open_trust(settings.home, settings.cluster, COORDINATOR)
-        process = CoordinatorProcess.create(settings, source, trust)
-        follows = settings.standby or await process.others.find_leader(process.others.addresses)
+        http = http_port(settings)
+        front = HttpFront()
+        url = await stack.enter_async_context(serve_http(settings, http, front, report))
+        process = CoordinatorProcess.create(settings, source, trust, http, front, url)
+        follows, patience_s = settings.standby or await process.others.find_leader(process.others.addresses), 0.0
         while True:
-            taken = await follow(process, report) if follows else None
+            taken = await follow(process, report, patience_s) if follows else None
             await _lead(process, report, None if taken else file, taken)
-            follows = True
+            follows, patience_s = True, GONE_S + LEASE_S  # whoever takes its place goes first
 
 
 async def _lead(
@@ -145,21 +149,21 @@ async def _lead(
         )
         coordinator.adopt_catalog(_catalog(settings))
         leading = process.replicate(settings, coordinator, roster, lag)
-        http_port_settings = http_port(settings)
-        coordinator.prefix_owners = partial(prefix_owners, http_port_settings.keys, trust)
-        key_usage = KeyUsage(http_port_settings.keys) if http_port_settings.keys else None
+        keys = process.http.keys
+        coordinator.prefix_owners = partial(prefix_owners, keys, trust)
+        key_usage = KeyUsage(keys) if keys else None
         on_demand = OnDemand(coordinator, settings.load_wait_s)
         coordinator.make_way = on_demand.make_way
         service = RequestService(coordinator, Metrics(), key_usage, on_demand=on_demand, strict=settings.strict)
         tasks.start_soon(service.end_revoked)
         loads, feed = BackgroundLoad(coordinator, tracker, on_demand), ClusterFeed()
-        app = application(service, http_port_settings.sites, loads, feed, settings.order)
-        http = await stack.enter_async_context(serve_http(settings, http_port_settings, app, report))
+        app = application(service, process.http.sites, loads, feed, settings.order)
+        process.front.answer_by(app)
         stack.callback(feed.close)
         services = Services(service, _cluster_servicer(coordinator, roster, store, settings, on_demand), app)
         await leading.upkeep.publish()
         addresses = await stack.enter_async_context(_public_port(leading, trust, services))
-        process.listen_on(addresses, http)
+        process.listen_on(addresses)
         stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
         stack.push_async_callback(on_demand.close)
         await stack.enter_async_context(_join_port(settings, report, tasks))
@@ -180,7 +184,7 @@ async def _lead(
         if plan:
             catalog = coordinator.catalog
             names = [catalog.public_name(entry) for entry in catalog] if len(catalog.entries) > 1 else []
-            report.serving(addresses, plan, http, names)
+            report.serving(addresses, plan, process.url, names)
         await anyio.sleep_forever()
 
 

@@ -13,11 +13,10 @@ import anyio.to_thread
 from cluster.api.coordinator_process import CoordinatorProcess
 from cluster.api.grpc.inference_service import client_name
 from cluster.api.grpc.leader_service import LeaderServicer
-from cluster.api.http.port_settings import http_port
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_calls import PassedCalls
 from cluster.api.passing.passed_http import passing_application
-from cluster.api.ports import listening_hosts, serve_http
+from cluster.api.ports import listening_hosts
 from cluster.coordinator.identity import read_coordinator_id
 from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
@@ -41,8 +40,11 @@ __all__ = ["follow"]
 log = logging.getLogger(__name__)
 
 
-async def follow(process: CoordinatorProcess, report: Reporter) -> Succession:
-    """Follow whoever leads. Return once this process has been elected; its ports are closed then."""
+async def follow(process: CoordinatorProcess, report: Reporter, patience_s: float) -> Succession:
+    """Follow whoever leads. Return once this process has been elected; its gRPC port is closed then.
+
+    Do not stand for election in the first ``patience_s`` seconds.
+    """
     settings = process.settings
     trust = open_trust(settings.home, settings.cluster, COORDINATOR)
     async with AsyncExitStack() as stack:
@@ -50,7 +52,7 @@ async def follow(process: CoordinatorProcess, report: Reporter) -> Succession:
         own_files = StateFiles(settings.home, settings.cluster)
         reader = ModelReader(Store(settings.home))
         stack.push_async_callback(anyio.to_thread.run_sync, reader.close)
-        await stack.enter_async_context(_standby_ports(process, trust, report))
+        await stack.enter_async_context(_standby_port(process, trust))
 
         def create_roster(service: ReplicatedService) -> Roster:
             return process.create_roster(read_coordinator_id(settings.home, settings.cluster), service)
@@ -64,11 +66,11 @@ async def follow(process: CoordinatorProcess, report: Reporter) -> Succession:
             settings.coordinators,
         )
         report.problem(f"standing by for cluster {settings.cluster} on {process.others.me.addresses[0]}")
-        return await standby.run()
+        return await standby.run(patience_s)
 
 
 @asynccontextmanager
-async def _standby_ports(process: CoordinatorProcess, trust: Trust, report: Reporter) -> AsyncIterator[None]:
+async def _standby_port(process: CoordinatorProcess, trust: Trust) -> AsyncIterator[None]:
     """Answer other coordinators, and pass the calls and requests of clients on to the one that leads."""
     settings = process.settings
     leader = LeaderChannel(trust, lambda: process.others.leader)
@@ -79,11 +81,10 @@ async def _standby_ports(process: CoordinatorProcess, trust: Trust, report: Repo
     for host in hosts:
         port = bind(server, trust, host, port)
     await server.start()
-    http = http_port(settings)
+    process.listen_on(tuple(format_address(host, port) for host in hosts))
+    process.front.answer_by(passing_application(leader, process.http.sites))
     try:
-        async with serve_http(settings, http, passing_application(leader, http.sites), report) as url:
-            process.listen_on(tuple(format_address(host, port) for host in hosts), url)
-            yield
+        yield
     finally:
         with anyio.CancelScope(shield=True):
             await server.stop(grace=None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.api.http.port_settings import HttpPort
 from cluster.api.http.server import listen, serve
@@ -15,7 +16,29 @@ from cluster.core.errors import PortInUse
 from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
 from cluster.security.trust import Trust
 
-__all__ = ["listening_hosts", "serve_http"]
+__all__ = ["HttpFront", "listening_hosts", "serve_http"]
+
+
+class HttpFront:
+    """The application of a process's HTTP port, which outlives its roles.
+
+    A standby that is elected goes on with the streams that it passes on: from then on, it passes them to itself.
+    """
+
+    def __init__(self) -> None:
+        self._app: ASGIApp | None = None
+        self._ready = asyncio.Event()
+
+    def answer_by(self, app: ASGIApp) -> None:
+        """Have this application answer new requests from now on."""
+        self._app = app
+        self._ready.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. The first ones wait for the first application."""
+        await self._ready.wait()
+        assert self._app
+        await self._app(scope, receive, send)
 
 
 def listening_hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:

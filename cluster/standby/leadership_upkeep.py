@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import anyio.to_thread
@@ -16,9 +18,12 @@ from cluster.coordinator.state_files import StateFiles
 from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState
 from cluster.core.limits import HEARTBEAT_S
 from cluster.platform.continuous_clock import continuous_seconds
+from cluster.platform.private_files import replace_file
 from cluster.standby.other_coordinators import OtherCoordinators
 
 __all__ = ["LeadershipUpkeep"]
+
+log = logging.getLogger(__name__)
 
 TELL_EVERY: Final = 2
 """Heartbeats between two rounds in which the other coordinators are told."""
@@ -27,7 +32,7 @@ TELL_EVERY: Final = 2
 class LeadershipUpkeep:
     """What a leader does beside serving, for as long as it knows of other coordinators; little before that.
 
-    ``files`` are its state, and ``service`` returns what it serves now.
+    ``files`` are its state, and ``service`` returns what it serves now, which is kept in ``file`` for its next start.
     """
 
     def __init__(
@@ -37,9 +42,11 @@ class LeadershipUpkeep:
         replicator: Replicator,
         files: StateFiles,
         service: Callable[[], ReplicatedService],
+        file: Path,
     ) -> None:
         self._others, self._roster, self._replicator = others, roster, replicator
-        self._files, self._service = files, service
+        self._files, self._service, self._file = files, service, file
+        self._kept = b""
         self._term, self._since = 0, continuous_seconds()
         self._announced: LeadershipState | None = None
 
@@ -72,7 +79,17 @@ class LeadershipUpkeep:
             self._replicator.announce(self._state())
         for name, content in (await anyio.to_thread.run_sync(self._files.read_changed)).items():
             self._replicator.publish(name, content)
-        self._replicator.publish(SERVICE_FILE, self._service().encode())
+        service = self._service().encode()
+        self._replicator.publish(SERVICE_FILE, service)
+        if self._others.addresses and service != self._kept:
+            self._kept = service
+            await anyio.to_thread.run_sync(self._keep, service)
+
+    def _keep(self, service: bytes) -> None:
+        try:
+            replace_file(self._file, service)
+        except OSError as e:
+            log.warning("service: not kept for the next start reason=%s file=%s", e.strerror, self._file)
 
     async def _tell(self) -> None:
         """Tell those that do not follow who leads, and hear who leads there."""

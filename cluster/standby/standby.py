@@ -100,8 +100,11 @@ class Standby:
         self.problem = ""
         """Why this standby does not follow, or could not lead; "" if nothing is wrong."""
 
-    async def run(self) -> Succession:
-        """Return once this process has been elected."""
+    async def run(self, patience_s: float = 0.0) -> Succession:
+        """Return once this process has been elected. Look only for a leader in the first ``patience_s`` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._wait_for_leader()
         while True:
             leader = await self._find_leader()
             if leader and not await self._follow(leader):
