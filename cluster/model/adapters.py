@@ -20,6 +20,7 @@ from cluster.core.errors import BadCheckpoint, ModelDiffers, ModelUnsupported
 from cluster.core.plan import ModelShape
 from cluster.model.adapter_files import AdapterConfig, open_adapter, read_adapter_config
 from cluster.model.checkpoint import Checkpoint, TensorInfo
+from cluster.model.device import settle_random_state
 from cluster.model.library_errors import describe_error
 from cluster.model.module_tree import Module, layer_prefixes, named_modules
 from cluster.model.skeleton import open_skeleton
@@ -180,6 +181,7 @@ def _make_wrappers(model: Module, config: AdapterConfig, is_local: Callable[[str
                 found.add(path)
                 places.append(_WrapperPlace(path, *_parent_of(model, path), base, wrapper))
         LoraLayers(places, 0).remove()
+    settle_random_state()
     return places
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "release",
     "reset_memory_peak",
     "set_limits",
+    "settle_random_state",
 ]
 
 CPU_SHARE: Final = 0.75
@@ -115,6 +116,15 @@ def release() -> None:
     """Free unreferenced memory: collect Python's reference cycles first, then clear MLX's spare buffers."""
     gc.collect()
     mx.clear_cache()
+
+
+def settle_random_state() -> None:
+    """Compute this thread's random key. Call it after layers were built.
+
+    Each random initialization derives the key from the one before, and computes neither. The graph of all of them would
+    be kept: 2 KiB for each array of each model that was ever built. The key's value stays the same.
+    """
+    mx.eval(mx.random.state)
 
 
 def close_thread() -> None:

@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model
 
 from cluster.core.errors import BadCheckpoint, InvalidOption, MacpipeError, ModelUnsupported
 from cluster.core.quantization import choose_weight_quantization
+from cluster.model.device import settle_random_state
 from cluster.model.library_errors import describe_error
 from cluster.model.module_tree import Module
 from cluster.model.weight_conversion import Conversion, convert_model
@@ -47,6 +48,7 @@ def open_model(path: Path) -> tuple[Module, dict[str, Any]]:
         ) from ended
     except Exception as error:  # model code may raise anything for an invalid config
         raise _open_error(path, error) from error
+    settle_random_state()
     return opened
 
 

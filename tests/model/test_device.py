@@ -5,15 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from adapters import make_adapter
 from cluster.core.errors import InvalidOption
 from cluster.core.plan import ModelShape
 from cluster.model import device
+from cluster.model.adapters import read_adapter
 from cluster.model.import_changes import exported_part
+from cluster.model.skeleton import open_skeleton
 
 THREADED = """
 import sys, threading
@@ -126,6 +130,20 @@ def test_used_memory_counts_arrays_and_release_gives_spare_buffers_back(shape: C
     device.release()
     assert device.memory_used() == before
     assert mx.get_cache_memory() == 0
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_random_keys_of_what_was_built_keep_no_graph(
+    kind: str, checkpoint: Callable[[str], Path], shape: Callable[[str], ModelShape], tmp_path: Path
+) -> None:
+    path = checkpoint("llama")
+    if kind == "model":
+        open_skeleton(path)
+    else:
+        read_adapter("one", make_adapter(path, tmp_path / "one", 1), path, shape("llama"))
+    graph = StringIO()
+    mx.export_to_dot(graph, mx.random.state[0])
+    assert "->" not in graph.getvalue(), "the key depends on others that are not computed"
 
 
 PRINT_LIMITS = """
