@@ -18,9 +18,9 @@ from cluster.client.chat_encoding import Turn
 from cluster.client.coordinator_address import choose_coordinator
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions, ModelToPlan
-from cluster.client.proto_decoding import decode_models, decode_tokens
+from cluster.client.proto_decoding import decode_embeddings, decode_models, decode_tokens
 from cluster.client.proto_encoding import PromptInput
-from cluster.client.results import Completion, Model, Tokens
+from cluster.client.results import Completion, Embeddings, Model, Tokens
 from cluster.client.training_encoding import encode_training
 from cluster.codec.cluster_state import decode_adapter, decode_cluster_state
 from cluster.codec.examination import decode_examination
@@ -125,6 +125,17 @@ class AsyncClient:
         request = encoding.encode_resume(request_id, offset)
         resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
         return AsyncStream(resumed, offset)
+
+    async def embed(
+        self, inputs: str | Sequence[PromptInput], *, model: str = "", dimensions: int | None = None
+    ) -> Embeddings:
+        """Return the embedding of each input: of a text, or of several texts or lists of token ids.
+
+        ``dimensions`` keeps only so many first numbers of each. Without ``timeout_s`` there is no deadline. Raises
+        InvalidRequest for a model that makes no embeddings.
+        """
+        request = encoding.encode_embed(inputs, model, dimensions)
+        return decode_embeddings(await self._connection.ask(lambda to: to.inference.Embed, request, self._timeout_s))
 
     async def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""

@@ -17,9 +17,9 @@ from cluster.client.coordinator_address import choose_coordinator
 from cluster.client.deadlines import answer_timeout_s, check_timeout_s
 from cluster.client.following import FollowedAnswer, FoundCall
 from cluster.client.options import ChatKeywords, GenerateKeywords, LoadOptions, ModelToPlan
-from cluster.client.proto_decoding import decode_models, decode_tokens
+from cluster.client.proto_decoding import decode_embeddings, decode_models, decode_tokens
 from cluster.client.proto_encoding import PromptInput
-from cluster.client.results import Completion, Model, Tokens
+from cluster.client.results import Completion, Embeddings, Model, Tokens
 from cluster.client.streams import Loading, Stream
 from cluster.client.training import Training
 from cluster.client.training_encoding import encode_training
@@ -124,6 +124,17 @@ class Client:
         request = encoding.encode_resume(request_id, offset)
         resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
         return Stream(resumed, offset)
+
+    def embed(
+        self, inputs: str | Sequence[PromptInput], *, model: str = "", dimensions: int | None = None
+    ) -> Embeddings:
+        """Return the embedding of each input: of a text, or of several texts or lists of token ids.
+
+        ``dimensions`` keeps only so many first numbers of each. Without ``timeout_s`` there is no deadline. Raises
+        InvalidRequest for a model that makes no embeddings.
+        """
+        request = encoding.encode_embed(inputs, model, dimensions)
+        return decode_embeddings(self._connection.ask(lambda to: to.inference.Embed, request, self._timeout_s))
 
     def tokenize(self, given: str | Iterable[Turn], *, model: str = "") -> Tokens:
         """Tokenize a text, or messages after the chat template is applied."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.client.results import AcceptedRequest, Finish, Model, PromptToken, Timings, Tokens
+import struct
+
+from cluster.client.results import AcceptedRequest, Embeddings, Finish, Model, PromptToken, Timings, Tokens
 from cluster.codec.answer import FINISH_REASON_OF, decode_call, decode_figures
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.plan import decode_progress
@@ -53,6 +55,13 @@ def decode_prompt_tokens(reply: inference_pb2.PromptLogprobs) -> tuple[PromptTok
 def decode_tokens(reply: inference_pb2.TokenizeResponse) -> Tokens:
     """Decode a tokenized text."""
     return Tokens(tuple(reply.ids), tuple(reply.texts))
+
+
+def decode_embeddings(reply: inference_pb2.EmbedResponse) -> Embeddings:
+    """Decode embeddings, which are sent as little-endian float32."""
+    numbers = ((len(packed) // 4, packed) for packed in reply.embeddings)
+    vectors = tuple(struct.unpack_from(f"<{count}f", packed) for count, packed in numbers)
+    return Embeddings(reply.model, vectors, reply.prompt_tokens)
 
 
 def decode_models(reply: inference_pb2.ListModelsResponse) -> tuple[Model, ...]:

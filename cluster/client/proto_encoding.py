@@ -100,6 +100,23 @@ def encode_tokenize(given: str | Iterable[Turn], model: str) -> inference_pb2.To
     return _check_size(request, "text" if isinstance(given, str) else "messages")
 
 
+def encode_embed(inputs: str | Sequence[PromptInput], model: str, dimensions: int | None) -> inference_pb2.EmbedRequest:
+    """Encode ``embed``. Raise InvalidRequest naming a field that cannot be sent."""
+    several: Sequence[PromptInput] = [inputs] if isinstance(inputs, str) else inputs
+    request = inference_pb2.EmbedRequest(
+        model=check_text("model", model),
+        inputs=map(_encode_input, several),
+        dimensions=check_whole_number("dimensions", dimensions or 0),
+    )
+    return _check_size(request, "inputs")
+
+
+def _encode_input(one: PromptInput) -> inference_pb2.EmbedInput:
+    if isinstance(one, str):
+        return inference_pb2.EmbedInput(text=check_text("inputs", one))
+    return inference_pb2.EmbedInput(tokens=inference_pb2.TokenIds(ids=_token_ids(one)))
+
+
 def encode_load(model: str, options: LoadOptions) -> cluster_pb2.LoadModelRequest:
     """Encode ``load``. Raise InvalidRequest naming a field that cannot be sent, TypeError for an unknown option."""
     check_names(options, LoadOptions)

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from cluster.core.request import FinishReason, StageFigures, ToolCall, ToolCallDelta, TopLogprob, Usage
 from cluster.core.request import TokenEvent as Token
 
-__all__ = ["AcceptedRequest", "Choice", "Completion", "Finish", "Model", "PromptToken", "Timings", "Token", "Tokens"]
+__all__ = [
+    "AcceptedRequest",
+    "Choice",
+    "Completion",
+    "Embeddings",
+    "Finish",
+    "Model",
+    "PromptToken",
+    "Timings",
+    "Token",
+    "Tokens",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +105,15 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The embedding of each input, in their order, and the tokens of all inputs."""
+
+    model: str
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

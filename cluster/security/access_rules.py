@@ -68,6 +68,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "Generate": _SENDERS,
         "Chat": _SENDERS,
         "Resume": _SENDERS,
+        "Embed": _SENDERS,
         "Tokenize": _SENDERS,
         "ListModels": _SENDERS,
         "Abort": _SENDERS,

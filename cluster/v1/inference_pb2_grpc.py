@@ -44,6 +44,11 @@ class InferenceServiceStub:
                 request_serializer=cluster_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_inference__pb2.ChatResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/cluster.v1.InferenceService/Embed',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/cluster.v1.InferenceService/Tokenize',
                 request_serializer=cluster_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -84,6 +89,13 @@ class InferenceServiceServicer:
 
     def Chat(self, request, context):
         """Chat applies the model's chat template to the messages and answers as the assistant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Embed returns the embedding of each text: the model's hidden state at the text's last token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,6 +149,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=cluster_dot_v1_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_inference__pb2.ChatResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -218,6 +235,33 @@ class InferenceService:
             '/cluster.v1.InferenceService/Chat',
             cluster_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
             cluster_dot_v1_dot_inference__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.InferenceService/Embed',
+            cluster_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.api.http import embeddings
+from cluster.api import embeddings
+from cluster.api.embeddings import shorten
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
-from cluster.api.http.embeddings import shorten
 from cluster.api.http.embeddings_form import EmbeddingsForm, OllamaEmbedForm
 from cluster.api.http.model_names import ModelNames
 from cluster.api.limits import CONCURRENT_EMBEDDINGS, MAX_EMBEDDED

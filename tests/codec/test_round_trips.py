@@ -107,7 +107,7 @@ def test_a_coordinator_tells_its_clients_everything() -> None:
     trace = sample(RequestTrace)
     assert decode_trace(inference_pb2.TraceResponse.FromString(encode_trace(trace).SerializeToString())) == trace
     assert decode_trace(encode_trace(replace(trace, ended_seconds=None))).ended_seconds is None
-    token = replace(sample(TokenEvent), state=b"")  # only HTTP embeds
+    token = replace(sample(TokenEvent), state=b"")  # an answer has no embeddings
     assert decode_token(encode_token(token)) == token
     assert decode_token(encode_token(replace(token, logprob=None))).logprob is None
 

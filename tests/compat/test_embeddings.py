@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
+import os
+import signal
 import struct
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,11 @@ import pytest
 from mlx_lm.utils import load_model
 from openai import BadRequestError, OpenAI
 
+from cluster.client import AsyncClient, Client, Embeddings
+from cluster.core.errors import InvalidRequest
 from cluster.model.tokenizer import load_tokenizer
-from compat.conftest import Served
+from compat.conftest import Served, make_tooled
+from integration.daemons import Cluster
 
 pytestmark = [pytest.mark.xdist_group("compat"), pytest.mark.timeout(120)]
 
@@ -69,6 +76,33 @@ def test_openai(tooled: Served) -> None:
         time.sleep(0.05)
 
 
+def test_grpc_and_its_clients(tooled: Served) -> None:
+    ids = list(load_tokenizer(tooled.tooled).encode(TEXTS[0]))
+    with Client(tooled.grpc) as client:
+        done = client.embed([*TEXTS, ids])
+        assert all(close(one, tooled.tooled, text) for one, text in zip(done.vectors, [*TEXTS, TEXTS[0]], strict=True))
+        assert done.prompt_tokens > len(TEXTS) + len(ids)
+        assert done.model == client.models()[0].id
+        (short,) = client.embed("hop", dimensions=8).vectors
+        assert (len(short), math.hypot(*short)) == (8, pytest.approx(1))
+        for inputs, more, field, word in (
+            ("a", {"dimensions": 33}, "dimensions", "embeddings have 32"),
+            (["a", "hop " * 5000], {}, "inputs", "context"),
+            ([], {}, "inputs", "from 1 to"),
+        ):
+            with pytest.raises(InvalidRequest, match=word) as refused:
+                client.embed(inputs, **more)  # type: ignore[arg-type]
+            assert refused.value.field == field
+
+    async def embed() -> Embeddings:
+        async with AsyncClient(tooled.grpc) as client:
+            return await client.embed("hop")
+
+    assert close(asyncio.run(embed()).vectors[0], tooled.tooled, "hop")
+    while tooled.live():
+        time.sleep(0.05)
+
+
 def test_texts_are_embedded_beside_answers(tooled: Served) -> None:
     """Rows of one lane: each has what it would have alone."""
     texts = [f"text {i}" for i in range(40)]
@@ -99,3 +133,27 @@ def test_a_model_that_makes_none_says_so(faq: Served) -> None:
         reply = httpx.post(f"{faq.http}{path}", json=body, headers=faq.bearer, timeout=60)
         assert reply.status_code == 400
         assert "modules.json" in reply.text
+    with Client(faq.grpc) as client, pytest.raises(InvalidRequest, match=r"modules\.json"):
+        client.embed("a")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_a_worker_that_is_killed_while_texts_are_embedded_costs_none_of_them(tmp_path: Path) -> None:
+    texts, cluster = [f"text {i} " + "hop " * 40 for i in range(64)], Cluster(tmp_path)
+    try:
+        cluster.worker("ada")
+        lost = cluster.worker("bob")
+        model = make_tooled(tmp_path / "model")
+        with Client(cluster.serving(model, 2)[1], timeout_s=180) as client, ThreadPoolExecutor(1) as pool:
+            embedding = pool.submit(client.embed, texts)
+            while not client.cluster().requests:
+                assert not embedding.done()
+            os.killpg(lost.process.pid, signal.SIGKILL)
+            cluster.worker("cyd")
+            found = embedding.result()
+            assert client.cluster().recoveries == 1
+            assert {stage.worker for stage in client.cluster().stages} <= {"ada", "cyd"}
+        assert all(close(one, model, text) for one, text in zip(found.vectors, texts, strict=True))
+    finally:
+        cluster.close()

@@ -263,6 +263,6 @@ def test_a_workers_mac_may_send_requests_and_look_but_change_nothing() -> None:
     client_side = ("cluster.v1.InferenceService/", "cluster.v1.ClusterService/", "grpc.")
     open_to_workers = {name[1:] for name, roles in RULES.items() if Role.WORKER in roles}
     assert {name.rpartition("/")[2] for name in open_to_workers if name.startswith(client_side)} == {
-        *("Generate", "Chat", "Resume", "Trace", "Tokenize", "ListModels", "Abort", "GetCluster"),
+        *("Generate", "Chat", "Resume", "Trace", "Embed", "Tokenize", "ListModels", "Abort", "GetCluster"),
         *("Check", "List", "Watch"),
     }

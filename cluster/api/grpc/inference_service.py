@@ -13,9 +13,11 @@ import anyio
 import grpc
 
 from cluster.api import request_validation
+from cluster.api.embeddings import TextEmbedder
 from cluster.api.grpc import proto_encoding
 from cluster.api.grpc.proto_decoding import (
     chat_params,
+    embed_params,
     field_names,
     generate_params,
     known_tokens,
@@ -134,6 +136,19 @@ class InferenceServicer(InferenceServiceServicer):
                     yield reply
                 async for event in running.all_events:
                     yield _encode_generated(event, running)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        async with _errors_sent(context):
+            caller, size = self._caller(context), request.ByteSize()
+            with rename_fields({"prompt": "inputs"}), self._service.bodies.open(caller.client) as charge:
+                params = await PARSING.run(size, embed_params, request)
+                async with self._hold(request.model, "") as held:
+                    dimensions = request.dimensions or None
+                    embedder = TextEmbedder.of(self._service, held, caller, size, charge, dimensions)
+                    vectors, tokens = await embedder.embed(params)
+                    name = self._coordinator.deployments.given_name(held.model_info)
+                embeddings = await anyio.to_thread.run_sync(proto_encoding.embeddings, vectors)
+        return pb.EmbedResponse(model=name, embeddings=embeddings, prompt_tokens=tokens)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with _errors_sent(context):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from secrets import token_hex
 from typing import Any, TypeAlias
 
+from cluster.api.embeddings import embedding_params
+from cluster.api.limits import MAX_EMBEDDED
 from cluster.api.requests import ChatParams, Conversation, GenerateParams, SamplingOptions, grammar_names
 from cluster.codec.conversation import decode_message, decode_tool_choice
 from cluster.core.errors import InvalidRequest
@@ -36,6 +39,14 @@ def tokenize_prompt(message: pb.TokenizeRequest) -> str | Conversation:
     if message.messages:
         return Conversation(messages(message.messages), template_options(message.template))
     return message.text
+
+
+def embed_params(message: pb.EmbedRequest) -> list[GenerateParams]:
+    """Decode the requests for the embeddings, one for each input. Raises ``InvalidRequest``."""
+    if not 1 <= len(message.inputs) <= MAX_EMBEDDED:
+        raise InvalidRequest(f"{len(message.inputs)} inputs were given; send from 1 to {MAX_EMBEDDED}", field="inputs")
+    inputs = [one.tokens.ids if one.WhichOneof("input") == "tokens" else one.text for one in message.inputs]
+    return embedding_params(f"embd-{token_hex(12)}", inputs)
 
 
 def known_tokens(message: pb.ResumeRequest) -> tuple[KnownTokens, ...]:

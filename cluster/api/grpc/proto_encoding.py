@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.codec.answer import FINISH_REASONS, encode_call, encode_figures, encode_token
@@ -71,3 +73,8 @@ def finish_info(event: FinishEvent) -> pb.FinishInfo:
         tool_calls=map(encode_call, event.calls),
         sample=event.sample,
     )
+
+
+def embeddings(vectors: Sequence[Sequence[float]]) -> list[bytes]:
+    """Return embeddings as little-endian float32."""
+    return [struct.pack(f"<{len(vector)}f", *vector) for vector in vectors]

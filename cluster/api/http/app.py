@@ -16,7 +16,7 @@ from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute, Pa
 from cluster.api.http.browser_sessions import BrowserSessions
 from cluster.api.http.chat import Chat
 from cluster.api.http.completions import Completions
-from cluster.api.http.embeddings import Embeddings
+from cluster.api.http.embeddings import EmbeddingRoutes
 from cluster.api.http.errors import HANDLERS
 from cluster.api.http.health import Health
 from cluster.api.http.json_response import Json
@@ -97,7 +97,7 @@ def table(service: RequestService) -> list[DeclaredRoute]:
         *_post("/v1/responses", Responses(service, names)),
         *_post("/v1/messages", Messages(service, names)),
         *_post("/v1/messages/count_tokens", tokenize.count),
-        *_post("/v1/embeddings", Embeddings(service, names).openai),
+        *_post("/v1/embeddings", EmbeddingRoutes(service, names).openai),
         *_post("/tokenize", tokenize.tokens),
         *ollama_table(service, names),
     ]
@@ -105,7 +105,7 @@ def table(service: RequestService) -> list[DeclaredRoute]:
 
 def ollama_table(service: RequestService, names: ModelNames) -> list[DeclaredRoute]:
     """Return the routes of Ollama's API."""
-    ollama, models, embeddings = Ollama(service, names), OllamaModels(names), Embeddings(service, names)
+    ollama, models, embeddings = Ollama(service, names), OllamaModels(names), EmbeddingRoutes(service, names)
     refused = [
         _routes(path, models.refuse, ("DELETE",) if path == "/api/delete" else ("POST",), Access.INFERENCE)
         for path in INSTEAD

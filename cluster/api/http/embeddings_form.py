@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from cluster.api.embeddings import embedding_params
 from cluster.api.http.body import Form, Hint, Ignored, ShortText, Text, hint
 from cluster.api.http.completions_form import Prompt
 from cluster.api.http.sampling_form import Positive
 from cluster.api.limits import MAX_ELEMENTS, MAX_EMBEDDED
-from cluster.api.requests import GenerateParams, SamplingOptions
+from cluster.api.requests import GenerateParams
 from cluster.core.limits import MAX_PROMPT_IDS
-
-_GREEDY: Final = SamplingOptions(temperature=0.0)
 
 
 class EmbeddingsForm(Form):
@@ -67,19 +65,3 @@ class OllamaEmbeddingsForm(Form):
     def params(self, request_id: str) -> list[GenerateParams]:
         """Translate the body."""
         return embedding_params(request_id, [self.prompt])
-
-
-def embedding_params(request_id: str, inputs: Sequence[str | Sequence[int]]) -> list[GenerateParams]:
-    """Return the parameters of the embedding of each input."""
-    return [
-        GenerateParams(
-            request_id=f"{request_id}-{i}",
-            prompt=one,
-            sampling=_GREEDY,
-            max_tokens=1,
-            ignore_eos=True,
-            speculate=False,
-            embeds=True,
-        )
-        for i, one in enumerate(inputs)
-    ]

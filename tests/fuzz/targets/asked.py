@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from cluster.api import request_validation
 from cluster.api.grpc.cluster_service import _load_order, _model_entries
-from cluster.api.grpc.proto_decoding import chat_params, generate_params, tokenize_prompt
+from cluster.api.grpc.proto_decoding import chat_params, embed_params, generate_params, tokenize_prompt
 from cluster.api.http.app import application
 from cluster.api.http.body import parse
 from cluster.api.http.ollama_models import ShowForm
@@ -334,6 +334,14 @@ CHAT_PROTO = inference_pb2.ChatRequest(messages=TURNS, sampling=SAMPLING, stop=S
 CHAT_PLAIN = inference_pb2.ChatRequest(
     messages=TURNS[:2], sampling=SAMPLING, stop=STOP, grammar=GRAMMAR, prediction="hello", priority=3, resumable=True
 )
+EMBED = inference_pb2.EmbedRequest(
+    model="faq",
+    inputs=[
+        inference_pb2.EmbedInput(text="hello"),
+        inference_pb2.EmbedInput(tokens=inference_pb2.TokenIds(ids=[1, 2, 3])),
+    ],
+    dimensions=8,
+)
 TOKENIZE = (inference_pb2.TokenizeRequest(text="hello"), inference_pb2.TokenizeRequest(messages=TURNS[:2]))
 LOAD = cluster_pb2.LoadModelRequest(
     model="faq",
@@ -366,6 +374,11 @@ async def _chatted(message: inference_pb2.ChatRequest) -> object:
     return await request_validation.chat_request(chat_params(message), message.ByteSize(), served(), CALLER)
 
 
+async def _embedded(message: inference_pb2.EmbedRequest) -> object:
+    size, model = message.ByteSize(), served()
+    return [await request_validation.generate_request(one, size, model, CALLER) for one in embed_params(message)]
+
+
 async def _tokenized(message: inference_pb2.TokenizeRequest) -> object:
     return await request_validation.list_tokens(tokenize_prompt(message), message.ByteSize(), served())
 
@@ -381,6 +394,7 @@ def _models(message: cluster_pb2.PlanModelsRequest) -> object:
 TARGETS = (
     Target("generate", 40, _proto(inference_pb2.GenerateRequest, lambda m: awaited(_generated(m)), *GENERATES)),
     Target("chat", 20, _proto(inference_pb2.ChatRequest, lambda m: awaited(_chatted(m)), CHAT_PLAIN, CHAT_PROTO)),
+    Target("embed", 30, _proto(inference_pb2.EmbedRequest, lambda m: awaited(_embedded(m)), EMBED)),
     Target("tokenize", 20, _proto(inference_pb2.TokenizeRequest, lambda m: awaited(_tokenized(m)), *TOKENIZE)),
     Target("load", 60, _proto(cluster_pb2.LoadModelRequest, _order, LOAD)),
     Target("plan", 30, _proto(cluster_pb2.PlanRequest, _order, PLAN)),
