@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,11 @@ from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.cli.plan_options import parse_adapters
 from cluster.cli.screen import format_bytes
 from cluster.core.adapter import join_model_name
-from cluster.core.text import count_in_words
+from cluster.core.errors import ModelNotFound
+from cluster.core.text import count_in_words, names_in_words
+
+if TYPE_CHECKING:
+    from cluster.client import AdapterState, ClusterState
 
 adapter = typer.Typer(name="adapter", help="Add, list and remove adapters of the served model.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
@@ -51,22 +55,35 @@ def add(
 
 
 @adapter.command("list", cls=Command)
-def list_adapters(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False) -> None:
+def list_adapters(
+    model: BaseModel = "", coordinator: Coordinator = None, cluster: Cluster = None, json: Json = False
+) -> None:
     """List the adapters of the served model."""
     from cluster.client import Client
 
     with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
-        state = client.cluster()
+        name, adapters = find_adapters(client.cluster(), model)
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json({"model": state.model or None, "adapters": state.adapters})
+            print_json({"model": name or None, "adapters": adapters})
             return
-        for one in state.adapters:
-            name, size = join_model_name(state.model, one.name), format_bytes(one.nbytes)
-            sys.stdout.write(f"{name}  {size}  {one.fingerprint[:12]}\n")
-        if not state.adapters:
-            sys.stderr.write(f"{state.model} has no adapters\n" if state.model else "no model is loaded\n")
+        for one in adapters:
+            shown, size = join_model_name(name, one.name), format_bytes(one.nbytes)
+            sys.stdout.write(f"{shown}  {size}  {one.fingerprint[:12]}\n")
+        if not adapters:
+            sys.stderr.write(f"{name} has no adapters\n" if name else "no model is loaded\n")
+
+
+def find_adapters(state: ClusterState, model: str) -> tuple[str, tuple[AdapterState, ...]]:
+    """Return a model's name and its adapters; "" is the default model. Raise ModelNotFound."""
+    if not model or model == state.model:
+        return state.model, state.adapters
+    found = next((one for one in state.deployments if model in (one.name, *one.aliases, one.model)), None)
+    if found is None:
+        names = names_in_words([one.name for one in state.deployments] or [state.model or "none"])
+        raise ModelNotFound(f"no model is named {model[:64]}; the models are {names}", field="model")
+    return found.name, found.adapters
 
 
 @adapter.command(cls=Command)

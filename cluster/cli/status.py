@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from cluster.cli.keyboard import Key
     from cluster.client import ClusterState, Repair, StageState, WorkerState
+    from cluster.core.cluster_state import DeploymentState
 
 RIGHT: Final = frozenset({"weights", "memory used", "predicted", "measured", "step (plan)"})
 MODELS_RIGHT: Final = frozenset({"context", "requests", "idle"})
@@ -241,11 +242,10 @@ def headline(state: ClusterState) -> list[str]:
             f"{count_in_words(state.layers, 'layer')} in {count_stages(state.stages)} ({state.route})"
             + ("" if state.training else f"; {room}")
         )
-    if state.adapters:
-        lines.append(f"adapters: {', '.join(adapter.name for adapter in state.adapters)}")
-    if state.speculation is not Speculation.OFF:
-        draft = f", draft model on {state.draft_worker}" if state.draft_worker else ""
-        lines.append(f"speculation ({state.speculation}{draft}): {describe_guesses(state)}")
+    if state.deployments:
+        lines += [f"{one.name}: {line}" for one in state.deployments for line in _describe_extras(state, one)]
+    else:
+        lines += _describe_extras(state, state)
     lines.append(
         f"{count_in_words(len(state.all_requests), 'live request')}, {state.requests_finished} finished,"
         f" {count_in_words(state.tokens_generated, 'token')} generated"
@@ -264,6 +264,19 @@ def describe_models(state: ClusterState) -> str:
         return f" {state.model}" if state.model else ""
     loaded = sum(bool(one.replicas) for one in state.deployments)
     return f" {loaded} of {count_in_words(len(state.deployments), 'model')}"
+
+
+def _describe_extras(state: ClusterState, model: ClusterState | DeploymentState) -> list[str]:
+    """Describe a model's adapters, and what guesses its tokens; how well is only known of the default model."""
+    lines = []
+    if model.adapters:
+        lines.append(f"adapters: {', '.join(adapter.name for adapter in model.adapters)}")
+    if model.speculation is not Speculation.OFF:
+        draft = f", draft model on {model.draft_worker}" if model.draft_worker else ""
+        is_default = model is state or model is state.deployments[0]
+        guesses = f": {describe_guesses(state)}" if is_default else ""
+        lines.append(f"speculation ({model.speculation}{draft}){guesses}")
+    return lines
 
 
 def describe_guesses(state: ClusterState) -> str:

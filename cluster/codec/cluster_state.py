@@ -171,6 +171,9 @@ def _encode_deployment(deployment: DeploymentState) -> pb.Deployment:
         pinned=deployment.pinned,
         idle_seconds=deployment.idle_seconds,
         replicas=map(_encode_replica, deployment.replicas),
+        adapters=map(encode_adapter, deployment.adapters),
+        speculation=SPECULATIONS[deployment.speculation],
+        draft_worker=deployment.draft_worker,
     )
 
 
@@ -186,6 +189,9 @@ def _decode_deployment(message: pb.Deployment) -> DeploymentState:
         pinned=message.pinned,
         idle_seconds=message.idle_seconds,
         replicas=tuple(map(_decode_replica, message.replicas)),
+        adapters=tuple(map(decode_adapter, message.adapters)),
+        speculation=decode_speculation(message.speculation),
+        draft_worker=message.draft_worker,
     )
 
 

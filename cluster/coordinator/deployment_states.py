@@ -9,8 +9,9 @@ from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.deployment_table import DeploymentTable
 from cluster.coordinator.model_catalog import ModelEntry
 from cluster.coordinator.replica import Replica
-from cluster.coordinator.snapshot import describe_stages
+from cluster.coordinator.snapshot import describe_adapters, describe_stages
 from cluster.core.cluster_state import DeploymentState, ReplicaState, RequestState, ServingState
+from cluster.core.plan import Speculation
 
 
 async def describe_deployments(table: DeploymentTable) -> tuple[DeploymentState, ...]:
@@ -31,6 +32,7 @@ async def _describe(table: DeploymentTable, entry: ModelEntry, deployment: Deplo
     served = [replica for replica in deployment.replicas if replica.service]
     replicas = tuple(await asyncio.gather(*map(_describe_replica, served)))
     shape = deployment.model_info.shape if deployment.model_info else None
+    service = deployment.service
     return DeploymentState(
         name=table.public_name(deployment),
         model=shape.model.name if shape else entry.order.model,
@@ -42,6 +44,9 @@ async def _describe(table: DeploymentTable, entry: ModelEntry, deployment: Deplo
         pinned=entry.pin,
         idle_seconds=time.monotonic() - deployment.used_at if shape and not deployment.has_requests else 0.0,
         replicas=replicas,
+        adapters=describe_adapters(service.model_info.adapters.served) if service else (),
+        speculation=service.speculation if service else Speculation.OFF,
+        draft_worker=next((one.draft_worker for one in deployment.services if one.draft_worker), ""),
     )
 
 

@@ -211,6 +211,7 @@ class DeploymentState:
 
     ``model`` is what is loaded, or would be: an id or a folder. ``pinned``: it is never unloaded to make room.
     ``idle_seconds`` are those since its last request ended, or since it was loaded; 0 while it has requests.
+    ``adapters`` and ``speculation`` are those of a loaded model, as in ``ClusterState``.
     """
 
     name: str
@@ -223,6 +224,9 @@ class DeploymentState:
     pinned: bool = False
     idle_seconds: float = 0.0
     replicas: tuple[ReplicaState, ...] = ()
+    adapters: tuple[AdapterState, ...] = ()
+    speculation: Speculation = Speculation.OFF
+    draft_worker: str = ""
 
     @property
     def requests(self) -> tuple[LiveRequest, ...]:

@@ -1044,6 +1044,9 @@ class Deployment(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
+    DRAFT_WORKER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its public name, and further ones; a * stands for any characters."""
     model: _builtins.str
@@ -1059,10 +1062,16 @@ class Deployment(_message.Message):
     """It is never unloaded to make room."""
     idle_seconds: _builtins.float
     """Seconds since its last request ended, or since it was loaded; 0 while it has requests or is not loaded."""
+    speculation: Global___Speculation.ValueType
+    draft_worker: _builtins.str
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """As in GetClusterResponse; those of a model that is not loaded are not known."""
+
     def __init__(
         self,
         *,
@@ -1076,10 +1085,13 @@ class Deployment(_message.Message):
         pinned: _builtins.bool = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
         idle_seconds: _builtins.float = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        speculation: Global___Speculation.ValueType = ...,
+        draft_worker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "aliases", b"aliases", "idle_seconds", b"idle_seconds", "max_context", b"max_context", "model", b"model", "name", b"name", "pinned", b"pinned", "problem", b"problem", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "adapters", b"adapters", "aliases", b"aliases", "draft_worker", b"draft_worker", "idle_seconds", b"idle_seconds", "max_context", b"max_context", "model", b"model", "name", b"name", "pinned", b"pinned", "problem", b"problem", "replicas", b"replicas", "speculation", b"speculation", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

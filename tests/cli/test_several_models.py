@@ -8,11 +8,13 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from cluster.cli.adapter import find_adapters
 from cluster.cli.load import describe_loaded
 from cluster.cli.ps import show_requests
 from cluster.cli.status import held_stages, show_state
 from cluster.cli.top_view import TopView
 from cluster.client import (
+    AdapterState,
     ClusterState,
     LayerRange,
     LiveRequest,
@@ -23,8 +25,9 @@ from cluster.client import (
     WorkerState,
 )
 from cluster.core.cluster_state import DeploymentState, ReplicaState
+from cluster.core.errors import ModelNotFound
 from cluster.core.limits import GIB
-from cluster.core.plan import Spare
+from cluster.core.plan import Spare, Speculation
 
 
 def stage(worker: str, start: int, end: int) -> StageState:
@@ -44,6 +47,7 @@ SMALL = DeploymentState(
     "small", "org/Small", ServingState.SERVING, max_context=1024, idle_seconds=75.0,
     replicas=(replica(stage("bob", 0, 4)), replica(stage("cyd", 0, 4), requests=("r-2", "r-3"))),
 )  # fmt: skip
+LEGAL = AdapterState("legal", "f" * 64, 1000)
 OTHER = DeploymentState("other", "org/Other", ServingState.IDLE)
 STATE = ClusterState(
     "lab", "1", ServingState.SERVING, model="org/Big", layers=16, max_context=4096, max_sequences=4, epoch=7,
@@ -75,6 +79,26 @@ def test_status_lists_all_models_and_what_each_mac_holds(capsys: pytest.CaptureF
     assert not any(line[:2] == ["spare:", "cyd:"] for line in lines)
     assert held_stages(STATE, "bob") == []
     assert held_stages(STATE, "cyd") == [stage("cyd", 0, 4)]
+
+
+def test_status_tells_the_adapters_and_the_guesses_of_each_model(capsys: pytest.CaptureFixture[str]) -> None:
+    big = replace(BIG, speculation=Speculation.NGRAM)
+    small = replace(SMALL, adapters=(LEGAL,), speculation=Speculation.DRAFT, draft_worker="dan")
+    show_state(replace(STATE, speculation=Speculation.NGRAM, deployments=(big, small, OTHER)))
+    lines = capsys.readouterr().out.splitlines()
+    assert "big: speculation (ngram): no guesses yet" in lines
+    assert "small: adapters: legal" in lines
+    assert "small: speculation (draft, draft model on dan)" in lines
+    show_state(replace(STATE, adapters=(LEGAL,), deployments=()))
+    assert "adapters: legal" in capsys.readouterr().out.splitlines()
+
+
+def test_adapters_are_those_of_the_model_that_is_named() -> None:
+    state = replace(STATE, deployments=(BIG, replace(SMALL, aliases=("tiny",), adapters=(LEGAL,)), OTHER))
+    assert find_adapters(state, "") == ("org/Big", ())
+    assert find_adapters(state, "tiny") == find_adapters(state, "org/Small") == ("small", (LEGAL,))
+    with pytest.raises(ModelNotFound, match="no model is named x; the models are big, small and other"):
+        find_adapters(state, "x")
 
 
 def test_ps_names_the_model_of_each_request(capsys: pytest.CaptureFixture[str]) -> None:
