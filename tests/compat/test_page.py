@@ -27,9 +27,11 @@ from cluster.api.page_limits import FEED_REQUESTS
 from cluster.core.cluster_state import (
     ClusterEvent,
     ClusterState,
+    DeploymentState,
     EventKind,
     LiveRequest,
     Repair,
+    ReplicaState,
     RequestState,
     ServingState,
     StageState,
@@ -97,11 +99,15 @@ def show(visit: Callable[..., Any]) -> Callable[..., Any]:
 
     def open_page(state: ClusterState, view: str, plan: Any = None) -> Any:
         facts = to_json_types(state) | {"requests_live": len(state.requests), "models": [], "loading": None}
+        for replica in (replica for one in facts["deployments"] for replica in one["replicas"]):
+            replica["requests_live"] = len(replica["requests"])
         answers = {
             "/": (FOLDER / "index.html").read_text(),
             "/api/session": json.dumps({"required": False, "name": None, "scope": "admin", "problem": None}),
             "/api/events": event(facts, "cluster").decode(),
             "/api/plan": json.dumps(plan),
+            "/api/load": json.dumps({"state": "loading"}),
+            "/api/unload": json.dumps({"state": "idle"}),
             "/api/answer": 'data: {"choices": [{"delta": {"content": "A link."}}]}\n\ndata: [DONE]\n\n',
         }
         kinds = {"/": "text/html", "/api/events": "text/event-stream"}
@@ -112,7 +118,7 @@ def show(visit: Callable[..., Any]) -> Callable[..., Any]:
             if path.startswith("/page/"):
                 route.fulfill(path=FOLDER / path.removeprefix("/page/"))
                 return
-            told.extend([route.request.post_data_json] if path == "/api/answer" else [])
+            told.extend([route.request.post_data_json] if route.request.method == "POST" else [])
             status = 400 if path == "/api/plan" and "error" in plan else 200
             route.fulfill(status=status, body=answers[path], content_type=kinds.get(path, "application/json"))
 
@@ -174,6 +180,48 @@ def stage(index: int, worker: str, idle: float | None = None) -> StageState:
 
 def worker(name: str) -> WorkerState:
     return WorkerState(name, name, "1", "", "", "", "cpu", "", 1, 1, reachable=True)
+
+
+def models() -> ClusterState:
+    """Three models: one over two Macs, two copies of another one, and one that is not loaded."""
+    live = LiveRequest("r", RequestState.DECODE, 9, 9, 1, 0, 1.0)
+    big = ReplicaState(ServingState.SERVING, "", 1, (stage(0, "fay", 0.5), stage(1, "gus", 0.25)), (), (0,), 0, 0)
+    copies = [
+        ReplicaState(ServingState.SERVING, "", 2, (stage(0, name, 0.75),), requests, (len(requests),), 1, 0)
+        for name, requests in (("gus", ()), ("eve", (live, live)))
+    ]
+    return ClusterState(
+        "lab", "1", ServingState.SERVING, model="big", layers=2, max_context=64, max_sequences=4, stages=big.stages,
+        workers=tuple(map(worker, ("eve", "fay", "gus"))),
+        deployments=(
+            DeploymentState("big", "/big", ServingState.SERVING, max_context=64, pinned=True, replicas=(big,)),
+            DeploymentState("small", "/small", ServingState.SERVING, max_context=32, replicas=tuple(copies)),
+            DeploymentState("other", "/other", ServingState.IDLE),
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.long
+def test_any_of_several_models_is_shown_loaded_and_unloaded_by_name(show: Callable[..., Any]) -> None:
+    page = show(models(), "cluster")
+    assert page.locator(".mac h3").all_inner_texts() == ["fay", "gus"]
+    assert page.inner_text("h1") == "big"
+    page.click("button[aria-label='Show small']")
+    page.wait_for_selector("h1:has-text('small')")
+    assert page.locator(".mac h3").all_inner_texts() == ["gus", "eve"]
+    assert page.inner_text("#pipeline-title") == "Pipelines"
+    assert page.inner_text("[data-key=Requests] .big") == "2"
+    assert page.inner_text("[data-key=Idle] .big") == "75 %"
+    assert page.get_attribute("button[aria-label='Show small']", "aria-pressed") == "true"
+    assert page.locator("button[aria-label='Show other']").count() == 0
+    for verb, name in (("Unload", "small"), ("Load", "other")):
+        page.click(f"button[aria-label='{verb} {name}']")
+        with page.expect_response(f"**/api/{verb.lower()}"):
+            page.click("dialog button.main")
+    assert page.told == [{"name": "small"}, {"model": "other"}]
+    page.goto("http://page.test/#plan")
+    assert page.locator("text=Unload the model").is_hidden()
+    assert not page.problems
 
 
 def test_an_idle_share_tells_its_time_and_a_lost_mac_keeps_its_colour(show: Callable[..., Any]) -> None:

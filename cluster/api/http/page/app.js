@@ -85,7 +85,7 @@ async function onRefused() {
 function render() {
   renderPulse();
   const view = currentView();
-  if (view === "cluster") showCluster(page.cluster, state, history);
+  if (view === "cluster") showCluster(page.cluster, state, history, context);
   if (view === "chat") showChat(page.chat, context);
   if (view === "plan") showPlan(page.plan, context);
 }

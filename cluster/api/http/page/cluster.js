@@ -1,11 +1,12 @@
 // The view of the cluster: notices, figures, and the pipeline of Macs.
 
+import { confirmThen } from "./confirm.js";
 import { fill, h } from "./dom.js";
 import { inFields } from "./fields.js";
 import { bandwidth, bytes, colour, count, duration, figure, layers, milliseconds, percent, whole } from "./format.js";
 import { HISTORY } from "./history.js";
 import { legend, requests } from "./requests.js";
-import { sentence } from "./server.js";
+import { post, sentence } from "./server.js";
 import { timeline } from "./timeline.js";
 
 const STATES = {
@@ -20,33 +21,65 @@ const STATES = {
 
 export const stateName = (state) => STATES[state.state] ?? state.state;
 
-export function showCluster(root, state, history) {
-  const pipeline = state.stages.length ? pipelineSection(state) : null;
+/** The model that is shown, of several; "" until somebody chooses one: the first that is loaded. */
+let chosen = "";
+/** Why the last load or unload of one of several models was refused. */
+let refusal = "";
+
+export function showCluster(root, state, history, context) {
+  const model = chosenModel(state);
+  const again = () => showCluster(root, context.state, history, context);
   fill(
     root,
-    title(state),
+    title(model),
     notices(state),
     state.loading ? loadSection(state.loading) : null,
-    figures(state, history),
-    models(state),
-    pipeline,
+    figures(model, history),
+    models(state, model.model, context, again),
+    model.stages.length ? pipelineSection(model) : null,
     spares(state),
-    requests(state),
+    requests(model),
     timeline(state),
   );
 }
 
+/** The state, with what is shown of the chosen model in the place of the default one. */
+function chosenModel(state) {
+  const loaded = state.deployments.filter((one) => one.replicas.length);
+  const one = loaded.find(({ name }) => name === chosen) ?? loaded[0];
+  if (!one) return state;
+  const ofDefault = one === state.deployments[0];
+  const sum = (count) => one.replicas.reduce((total, replica) => total + count(replica), 0);
+  const stages = one.replicas.flatMap((replica) => replica.stages);
+  return {
+    ...state,
+    forecast: ofDefault ? state.forecast : null,
+    model: one.name,
+    state: one.state,
+    rings: one.replicas.map((replica) => replica.stages),
+    stages,
+    layers: Math.max(0, ...stages.map((stage) => stage.layers[1])),
+    max_context: one.max_context,
+    max_sequences: ofDefault ? state.max_sequences : 0,
+    requests: one.replicas.flatMap((replica) => replica.requests),
+    requests_live: sum((replica) => replica.requests_live),
+    queued: sum((replica) => replica.queued),
+  };
+}
+
 function title(state) {
+  const answers = state.max_sequences ? `${count(state.max_sequences, "answer")} of ` : "";
   const facts = [
     count(state.layers, "layer"),
-    `${count(state.stages.length, "stage")}${state.route === "relay" ? " through the coordinator" : ""}`,
-    `${count(state.max_sequences, "answer")} of ${whole(state.max_context)} tokens at once`,
+    `${count((state.rings?.[0] ?? state.stages).length, "stage")}${state.route === "relay" ? " through the coordinator" : ""}`,
+    state.rings?.length > 1 ? count(state.rings.length, "replica") : "",
+    `${answers}${whole(state.max_context)} tokens ${answers ? "at once" : "of context"}`,
   ];
   return h(
     "div",
     { class: "title" },
     h("h1", {}, state.model || stateName(state)),
-    state.model ? h("p", { class: "soft" }, facts.join(" · ")) : null,
+    state.model ? h("p", { class: "soft" }, facts.filter(Boolean).join(" · ")) : null,
     state.state === "idle"
       ? h(
           "p",
@@ -61,8 +94,8 @@ function title(state) {
   );
 }
 
-/** The list of several models, each with the Macs that hold it. */
-function models(state) {
+/** The list of several models: each with the Macs that hold it, and with what can be done with it. */
+function models(state, shown, context, again) {
   if (!state.deployments.length) return null;
   return h(
     "section",
@@ -70,30 +103,82 @@ function models(state) {
     h("h2", { id: "models-title" }, "Models"),
     h(
       "ul",
-      { class: "spares" },
+      { class: "models" },
       state.deployments.map((one) => {
         const serving = one.state === "serving";
-        const live = one.replicas.reduce((sum, replica) => sum + replica.requests_live, 0);
-        const facts = [
-          one.state === "idle" ? "not loaded" : (STATES[one.state] ?? one.state).toLowerCase(),
-          one.pinned ? "pinned" : "",
-          one.replicas.length > 1 ? count(one.replicas.length, "replica") : "",
-          one.max_context ? `${whole(one.max_context)} tokens of context` : "",
-          one.replicas.length ? count(live, "live request") : "",
-          one.replicas.map(({ stages }) => stages.map((s) => `${s.worker} ${layers(s.layers)}`).join(", ")).join("; "),
-          one.activity,
-          one.problem,
-        ];
         return h(
           "li",
           { "data-key": one.name },
-          h("span", { class: `dot ${serving ? "good" : ""}`, "aria-hidden": "true" }),
-          h("strong", {}, one.name),
-          " ",
-          h("span", { class: "soft" }, facts.filter(Boolean).join(" · ")),
+          h(
+            "span",
+            {},
+            h("span", { class: `dot ${serving ? "good" : ""}`, "aria-hidden": "true" }),
+            h("strong", {}, one.name),
+            " ",
+            h("span", { class: "soft" }, modelFacts(one)),
+          ),
+          h("span", { class: "gap" }),
+          one.replicas.length ? showButton(one, one.name === shown, again) : null,
+          context.admin ? changeButton(one, again) : null,
         );
       }),
     ),
+    h("p", { role: "alert", class: "problem" }, refusal),
+  );
+}
+
+function modelFacts(one) {
+  const live = one.replicas.reduce((sum, replica) => sum + replica.requests_live, 0);
+  return [
+    one.state === "idle" ? "not loaded" : (STATES[one.state] ?? one.state).toLowerCase(),
+    one.pinned ? "pinned" : "",
+    one.replicas.length > 1 ? count(one.replicas.length, "replica") : "",
+    one.max_context ? `${whole(one.max_context)} tokens of context` : "",
+    one.replicas.length ? count(live, "live request") : "",
+    one.replicas.map(({ stages }) => stages.map((s) => `${s.worker} ${layers(s.layers)}`).join(", ")).join("; "),
+    one.activity,
+    one.problem,
+  ]
+    .filter(Boolean)
+    .join(" · ");
+}
+
+function showButton(one, pressed, again) {
+  const onclick = () => {
+    chosen = one.name;
+    again();
+  };
+  const label = `Show ${one.name}`;
+  return h(
+    "button",
+    { type: "button", class: "quiet", "aria-label": label, "aria-pressed": String(pressed), onclick },
+    "Show",
+  );
+}
+
+/** The button that loads a model with its configured options, or unloads it. */
+function changeButton(one, again) {
+  const isLoaded = one.replicas.length > 0;
+  const [verb, question, act] = isLoaded
+    ? ["Unload", `Unload ${one.name}? Its live requests end.`, () => post("api/unload", { name: one.name })]
+    : [
+        "Load",
+        `Load ${one.name}? Idle models leave if it needs their memory.`,
+        () => post("api/load", { model: one.name }),
+      ];
+  const tell = (sentence) => {
+    refusal = sentence;
+    again();
+  };
+  const onclick = () => {
+    tell("");
+    confirmThen(document.body, question, verb, act, (error) => tell(inFields(error.message)));
+  };
+  const disabled = one.state === "loading";
+  return h(
+    "button",
+    { type: "button", class: "quiet", "aria-label": `${verb} ${one.name}`, disabled, onclick },
+    verb,
   );
 }
 
@@ -216,23 +301,26 @@ function sparkline(rates) {
 
 function pipelineSection(state) {
   const macs = new Map(state.workers.map((worker) => [worker.name, worker]));
+  const rings = state.rings ?? [state.stages];
   return h(
     "section",
     { "aria-labelledby": "pipeline-title" },
-    h("h2", { id: "pipeline-title" }, "Pipeline"),
-    layerBand(state.stages, state.layers),
-    h(
-      "ol",
-      { class: "pipeline" },
-      state.stages.map((stage, i) => [
-        i ? h("li", { class: "hop", "data-key": `hop-${i}` }, hop(stage)) : null,
-        h(
-          "li",
-          { class: "mac", "data-key": `mac-${i}`, style: { "--mac": colour(stage.worker) } },
-          mac(stage, macs.get(stage.worker)),
-        ),
-      ]),
-    ),
+    h("h2", { id: "pipeline-title" }, rings.length > 1 ? "Pipelines" : "Pipeline"),
+    rings.map((stages, ring) => [
+      layerBand(stages, state.layers),
+      h(
+        "ol",
+        { class: "pipeline", "data-key": `ring-${ring}` },
+        stages.map((stage, i) => [
+          i ? h("li", { class: "hop", "data-key": `hop-${i}` }, hop(stage)) : null,
+          h(
+            "li",
+            { class: "mac", "data-key": `mac-${i}`, style: { "--mac": colour(stage.worker) } },
+            mac(stage, macs.get(stage.worker)),
+          ),
+        ]),
+      ),
+    ]),
     legend({ weights: "weights", live: "reserved caches", kept: "kept prefixes", free: "free" }),
   );
 }

@@ -1,6 +1,7 @@
 // What if: which Mac would hold which layers of a model, how fast it would be, and why. An admin can load it.
 
 import { layerBand, loadSection, quantity } from "./cluster.js";
+import { confirmThen } from "./confirm.js";
 import { fill, h } from "./dom.js";
 import { FIELDS, inFields } from "./fields.js";
 import { bytes, colour, count, figure, layers, milliseconds, whole } from "./format.js";
@@ -13,9 +14,9 @@ let context = null;
 export function showPlan(root, given) {
   context = given;
   if (!parts) parts = build(root);
-  const { loading, model } = context.state;
+  const { loading, model, deployments } = context.state;
   fill(parts.progress, loading ? loadSection(loading) : null);
-  parts.unload.hidden = !model;
+  parts.unload.hidden = !model || deployments.length > 0; // of several, each has a button in the list of models
   for (const button of [parts.ask, parts.load, parts.unload]) button.disabled = !context.admin;
   fill(
     parts.right,
@@ -61,8 +62,9 @@ function build(root) {
     "button",
     {
       type: "button",
-      onclick: () =>
-        confirmThen(`Load ${value().model}? The served model answers until the new one has a plan.`, "Load", startLoad),
+      onclick: () => {
+        if (form.reportValidity()) askFirst(loadQuestion(), "Load", startLoad);
+      },
     },
     "Load",
   );
@@ -71,7 +73,7 @@ function build(root) {
     {
       type: "button",
       class: "quiet",
-      onclick: () => confirmThen("Unload the model? Live requests end.", "Unload", () => post("api/unload", {})),
+      onclick: () => askFirst("Unload the model? Live requests end.", "Unload", () => post("api/unload", {})),
     },
     "Unload the model",
   );
@@ -136,39 +138,20 @@ function build(root) {
     }
   }
 
+  function loadQuestion() {
+    const other = context.state.deployments.length
+      ? "Idle models leave if it needs their memory."
+      : "The served model answers until the new one has a plan.";
+    return `Load ${value().model}? ${other}`;
+  }
+
   function startLoad() {
     return post("api/load", value());
   }
 
-  function confirmThen(question, verb, act) {
-    if (verb === "Load" && !form.reportValidity()) return;
-    const dialog = h(
-      "dialog",
-      { "aria-label": question },
-      h(
-        "form",
-        { method: "dialog" },
-        h("p", {}, question),
-        h(
-          "div",
-          { class: "row" },
-          h("button", { value: "no", autofocus: true }, "Cancel"),
-          h("button", { value: "yes", class: "main" }, verb),
-        ),
-      ),
-    );
-    dialog.onclose = async () => {
-      dialog.remove();
-      if (dialog.returnValue !== "yes") return;
-      fill(message, "");
-      try {
-        await act();
-      } catch (error) {
-        refuse(error);
-      }
-    };
-    root.append(dialog);
-    dialog.showModal();
+  function askFirst(question, verb, act) {
+    fill(message, "");
+    confirmThen(root, question, verb, act, refuse);
   }
 
   function refuse(error) {
