@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.api.metrics import Metrics
 from cluster.coordinator.request_timings import ClusterTotals
-from cluster.core.cluster_state import GuessCounts, ServingState
+from cluster.core.cluster_state import DeploymentState, GuessCounts, ServingState
 from cluster.core.request import FinishEvent, FinishReason, Usage
 from cluster.core.worker import WorkerState
 from coordinator.test_snapshot import LOOP, PLAN
@@ -51,7 +51,9 @@ def exposed() -> dict[str, set[str]]:
     metrics.count_response("/v1/models", 200)
     loop = replace(LOOP, guesses=(GuessCounts("ngram", 9, 5, 2, 4),), wasted_s=(0.5, 0.5))
     journal: Any = type("Journal", (), {"problem": ""})
-    text = metrics.exposition(ServingState.SERVING, PLAN, loop, journal, (WORKER,), ClusterTotals(5, 4, 3, 1)).decode()
+    models = (DeploymentState("big", "org/Big", ServingState.SERVING),)
+    totals = ClusterTotals(5, 4, 3, 1)
+    text = metrics.exposition(ServingState.SERVING, PLAN, loop, journal, (WORKER,), totals, models).decode()
     found: dict[str, set[str]] = defaultdict(set)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -92,7 +94,12 @@ def test_what_people_see_of_a_panel_is_there_and_panels_do_not_overlap() -> None
         assert panel["title"]
         assert panel["description"]
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
-    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "instance"]
+    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "instance", "model"]
+    of_models = [
+        target["expr"] for panel in panels() for target in panel["targets"] if "macpipe_model_" in target["expr"]
+    ]
+    assert len(of_models) == 5
+    assert all('model=~"$model"' in query for query in of_models)
 
 
 def test_the_counters_of_the_cluster_are_exposed_without_a_model_too() -> None:
