@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from cluster.coordinator.eviction import Resident, Room, find_room
 from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.model_host import HeldModel, ModelHost
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.model_returns import ModelReturns
 from cluster.coordinator.promised_contexts import PromisedContexts
 from cluster.coordinator.replica import Replica
 from cluster.coordinator.reporter import LoadReporter
@@ -79,10 +80,7 @@ class OnDemand:
         """When a request for each model was last about to be submitted."""
         self.contexts = PromisedContexts(host)
         """Of the models that are not loaded."""
-        self._returns: set[asyncio.Task[None]] = set()
-        """Loads of models that left for another one although they fit beside it."""
-        self._returned: dict[str, float] = {}
-        """When each of these models was used last, before it left: nobody has asked for it since."""
+        self._returns = ModelReturns(host, self._load_beside, clock, sleep)
         self._turn = asyncio.Lock()
         """Held while one model makes room for itself and is loaded."""
         self._reading = asyncio.Lock()
@@ -193,7 +191,7 @@ class OnDemand:
             left = self._note_used(room.victims)
             await self._evict(room.victims, entry)
             await self._host.load(order, follower, name=name)
-            self._bring_back(left)
+            self._returns.begin(left, name)
 
     async def make_way(self, name: str) -> bool:
         """Unload idle models so that a loaded one that has lost a worker fits on those that are left.
@@ -212,7 +210,11 @@ class OnDemand:
             except MacpipeError as e:
                 log.info("on demand: nothing leaves for a recovery reason=%s model=%s", e.sentence, name)
                 return False
-            return bool(room.victims) and await self._evict(room.victims, entry)
+            left = self._note_used(room.victims)
+            if not room.victims or not await self._evict(room.victims, entry):
+                return False
+            self._returns.begin(left, name)
+            return True
 
     async def run(self) -> None:
         """Unload models that nobody has used for their ``idle_unload_s``. Never returns."""
@@ -228,7 +230,7 @@ class OnDemand:
         names = {entry.name for entry in self._host.deployments.catalog}
         self._held_at = {name: at for name, at in self._held_at.items() if name in names}
         self._failures = {name: failure for name, failure in self._failures.items() if name in names}
-        self._returned = {name: at for name, at in self._returned.items() if name in names}
+        self._returns.keep_only(names)
         for entry in self._host.deployments.catalog.entries:
             limit_s = entry.idle_unload_s
             if limit_s is None or entry.pin or not self._is_served(entry.name):
@@ -248,7 +250,7 @@ class OnDemand:
 
     async def close(self) -> None:
         """Give up the loads that run."""
-        loads = (*self._loads.values(), *self._returns)
+        loads = (*self._loads.values(), *self._returns.tasks)
         for load in loads:
             load.cancel()
         await asyncio.gather(*loads, return_exceptions=True)
@@ -379,7 +381,7 @@ class OnDemand:
                 if not room.wait_s:
                     left = self._note_used(room.victims)
                     if await self._evict(room.victims, entry) and await self._load_once(entry, losses):
-                        self._bring_back(left)
+                        self._returns.begin(left, entry.name)
                     continue
             self._pauses[entry.name] = self._clock() + room.wait_s
             await self._sleep(room.wait_s)
@@ -389,7 +391,7 @@ class OnDemand:
 
         Return whether it is loaded. Raises the error of the load, and the last loss of too many.
         """
-        self._returned.pop(entry.name, None)
+        self._returns.forget(entry.name)
         try:
             await self._host.load(entry.order, name=entry.name)
             return True
@@ -400,29 +402,20 @@ class OnDemand:
             log.warning("on demand: loading again reason=%s model=%s", e.sentence, entry.name)
             return False
 
-    def _bring_back(self, left: Mapping[str, float]) -> None:
-        """Load models again, soon, that left for another one only since their caches had all the memory.
-
-        ``left`` has when each was used last.
-        """
-        if left:
-            task = asyncio.create_task(self._load_again(left))
-            self._returns.add(task)
-            task.add_done_callback(self._returns.discard)
-
-    async def _load_again(self, left: Mapping[str, float]) -> None:
-        """Load those of these models for which there is room beside all others. Nothing leaves for them."""
-        for name, used_at in left.items():
-            async with self._turn:
-                entry = self._host.deployments.catalog.get(name)
-                if entry is None or self._is_served(name) or self._recent_failure(entry):
-                    continue
-                try:
-                    if await self.find_room(entry, patient=False) == Room():
-                        await self._host.load(entry.order, name=name)
-                        self._returned[name] = used_at
-                except MacpipeError as e:
-                    log.info("on demand: not loaded again reason=%s model=%s", e.sentence, name)
+    async def _load_beside(self, name: str) -> bool:
+        """Load a model if there is room for it beside all others. Return whether it was loaded."""
+        async with self._turn:
+            entry = self._host.deployments.catalog.get(name)
+            if entry is None or self._is_served(name) or self._recent_failure(entry):
+                return False
+            try:
+                if await self.find_room(entry, patient=False) != Room():
+                    return False
+                await self._host.load(entry.order, name=name)
+            except MacpipeError as e:
+                log.info("on demand: not loaded again reason=%s model=%s", e.sentence, name)
+                return False
+            return True
 
     async def find_room(self, entry: ModelEntry, *, patient: bool = True) -> Room:
         """Return which models leave for this one; without ``patient``, no time is waited for models or workers.
@@ -481,10 +474,7 @@ class OnDemand:
         return {name: self._used_at(one) for name in names if (one := self._host.deployments.get(name))}
 
     def _used_at(self, deployment: Deployment) -> float:
-        used_at = deployment.used_at
-        if used_at == deployment.loaded_at:  # nobody has used it since
-            used_at = self._returned.get(deployment.name, used_at)
-        return max(used_at, self._held_at.get(deployment.name, 0.0))
+        return max(self._returns.used_at(deployment), self._held_at.get(deployment.name, 0.0))
 
     def _is_busy(self, deployment: Deployment) -> bool:
         return deployment.has_requests or self._holds[deployment.name] > 0

@@ -26,6 +26,8 @@ LOAD_TRIES: Final = 3
 """Loads in a row that lose a worker before the request that waits is told."""
 IDLE_CHECK_S: Final = 5.0
 """Interval at which models that nobody uses are looked for."""
+RETURN_WAIT_S: Final = 300.0
+"""A model that left for another one that recovers is loaded again beside it if it serves within this time."""
 MAX_COMING: Final = 6
 """Models that are yet to be loaded for which a load leaves room on certain Macs; of more, only their number counts."""
 COMING_READ_S: Final = 5.0

@@ -297,11 +297,26 @@ async def test_a_model_that_leaves_for_its_caches_alone_comes_back_and_counts_as
     assert (cluster.unloaded, cluster.now) == (["title", "title"], began), "it need not stay: nobody asked for it"
 
 
+@pytest.mark.parametrize("recovers", [True, False])
+async def test_a_model_that_leaves_for_one_that_recovers_comes_back_once_that_serves(recovers: bool) -> None:
+    cluster = three()
+    title, code = cluster.put("title", used_ago=1), cluster.put("code")
+    title.caches, code.state = MEMORY - SIZES["title"], ServingState.RECOVERING
+    assert await cluster.demand.make_way("code")
+    returning = asyncio.gather(*cluster.demand._returns.tasks)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not title.model_info, "the other one chooses its Macs first"
+    code.state = ServingState.SERVING if recovers else ServingState.FAILED
+    await returning
+    assert (title.model_info is not None, cluster.begun) == (recovers, ["title"] if recovers else [])
+
+
 async def test_what_does_not_fit_beside_the_model_that_it_left_for_does_not_come_back() -> None:
     cluster = three()
     cluster.put("chat", loaded_ago=OLD_S, used_ago=OLD_S)
     assert await cluster.ask("code") == "info of code"
-    await asyncio.gather(*cluster.demand._returns)
+    await asyncio.gather(*cluster.demand._returns.tasks)
     assert (cluster.unloaded, cluster.begun) == (["chat"], ["code"])
 
 
