@@ -346,6 +346,23 @@ async def test_where_all_places_have_requests_a_newcomer_is_turned_away_and_one_
             writer.close()
 
 
+async def test_who_comes_at_the_moment_of_the_end_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end comes in the turn of the event loop that finds a connection; an error in a callback fails the test."""
+    late: list[socket.socket] = []
+    shutdown = server._Server.shutdown
+
+    async def end(one: server._Server, sockets: list[socket.socket] | None = None) -> None:
+        late.extend(socket.create_connection(listener.getsockname(), 20) for listener in sockets or ())
+        await asyncio.create_task(shutdown(one, sockets))
+
+    monkeypatch.setattr(server._Server, "shutdown", end)
+    async with listening() as (host, port):
+        assert await exchange(f"{host}:{port}", b"GET /echo HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    (newcomer,) = late
+    with newcomer, contextlib.suppress(ConnectionError):
+        assert newcomer.recv(1) == b""
+
+
 GARBAGE = (
     b"\x16\x03\x01\r\n\r\n",
     b"GET /secret-word HTTP/9\r\n\r\n",

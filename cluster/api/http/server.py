@@ -46,7 +46,6 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._certificate = certificate
         self._limit = ConnectionLimit(MAX_CONNECTIONS)
-        self._accepting: list[asyncio.Task[None]] = []
         self._opening: set[asyncio.Task[None]] = set()
         self._reported = -REPORT_S
 
@@ -57,13 +56,16 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to accept. Uvicorn's version accepts without limit and counts a connection after its handshake."""
         self.servers = []
-        self._accepting = [asyncio.create_task(self._accept(listener)) for listener in sockets or ()]
+        for listener in sockets or ():
+            self._watch(listener)
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for task in (*self._accepting, *self._opening):
+        for listener in sockets or ():
+            asyncio.get_running_loop().remove_reader(listener)
+        for task in self._opening:
             task.cancel()
-        await asyncio.gather(*self._accepting, *self._opening, return_exceptions=True)
+        await asyncio.gather(*self._opening, return_exceptions=True)
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -74,28 +76,33 @@ class _Server(uvicorn.Server):
                 connection.sweep(now)  # type: ignore[union-attr]  # all are instances of Connection
             if self._certificate:
                 self._certificate.refresh()
-            for task in self._accepting:
-                if task.done():
-                    task.result()  # raises, so that a port that stopped accepting does not go unnoticed
             if now - self._reported >= REPORT_S and (counts := self._limit.take_counts()):
                 self._reported = now
                 log.warning("http connections closed: %s", " ".join(f"{name}={n}" for name, n in counts.items()))
         return await super().on_tick(counter)
 
-    async def _accept(self, listener: socket.socket) -> None:
-        """Accept forever. The pause between batches lets earlier connections be read before more are accepted."""
-        loop = asyncio.get_running_loop()
-        while True:
-            for _ in range(ACCEPTS_AT_ONCE):
-                try:
-                    accepted, address = await loop.sock_accept(listener)
-                except OSError as e:
-                    if e.errno in EXHAUSTED:
-                        self._limit.make_room()
-                        await asyncio.sleep(ACCEPT_PAUSE_S)
-                    break
-                self._open(accepted, address[0])
-            await asyncio.sleep(0)
+    def _watch(self, listener: socket.socket) -> None:
+        """Accept whenever a connection waits, until shutdown.
+
+        loop.sock_accept would lose a connection that comes in the turn in which it is cancelled.
+        """
+        if not self.should_exit:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept a batch. Until the next one, what earlier connections have sent is read."""
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                accepted, address = listener.accept()
+            except OSError as e:
+                if e.errno in EXHAUSTED:
+                    self._limit.make_room()
+                    loop = asyncio.get_running_loop()
+                    loop.remove_reader(listener)
+                    loop.call_later(ACCEPT_PAUSE_S, self._watch, listener)
+                return
+            accepted.setblocking(False)
+            self._open(accepted, address[0])
 
     def _open(self, accepted: socket.socket, address: str) -> None:
         """Serve a new connection, or close it if there is no free slot."""
