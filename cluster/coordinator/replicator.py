@@ -63,7 +63,7 @@ class Replicator:
         """All copies that some worker may name: those of the last set that all have stored, and of later tries."""
         self._changed, self._progress = asyncio.Event(), asyncio.Event()
         self._is_untold = False
-        """Whether a worker could not be told last."""
+        """Whether a worker could not be told last, so that workers may name different sets."""
         self._stopped = False
 
     @property
@@ -245,7 +245,7 @@ class Replicator:
                 async with asyncio.timeout(HEARTBEAT_S):  # a follower that falls silent tells nobody
                     await self._changed.wait()
             self._changed.clear()
-            if (found := self._find_in_sync()) != self._named or self._naming != self._named:
+            if (found := self._find_in_sync()) != self._named or self._naming != self._named or self._is_untold:
                 await self._name(names, found)
 
     async def _name(self, names: InSyncNames, found: frozenset[str]) -> None:

@@ -15,7 +15,8 @@ from cluster.coordinator.identity import state_folder
 from cluster.coordinator.replica_mark import ReplicaMark
 from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedService
 from cluster.coordinator.state_files import ID_FILE, KEYS_FILE, MEMBERS_FILE, state_files
-from cluster.core.errors import InvalidOption, StaleTerm
+from cluster.core.errors import InvalidOption, StaleTerm, Unreachable
+from cluster.core.term_limits import MAX_TERM
 from cluster.membership.in_sync import InSyncSet
 from cluster.platform.paths import hold_id
 from cluster.platform.private_files import CHOOSE_FOLDER, create_private_file, not_written, replace_file, write_all
@@ -126,6 +127,8 @@ class ReplicaFolder:
                 os.fsync(self._journal)
 
     def _learn_term(self, term: int) -> None:
+        if term > MAX_TERM:
+            raise Unreachable(f"the coordinator names term {term}, which cannot be")
         if 0 < term < self.term:
             raise StaleTerm(f"the coordinator leads by term {term}, but this standby has followed term {self.term}")
         if term > self.term:

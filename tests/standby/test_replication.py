@@ -162,7 +162,9 @@ Homes = tuple[Path, Path]
 
 
 @pytest.fixture
-def homes(tmp_path: Path) -> Homes:
+def homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Homes:
+    """Two state folders. Standbys may be slow, since this machine may be."""
+    monkeypatch.setattr("cluster.coordinator.replicator.STORE_S", 60.0)
     return tmp_path / "one", tmp_path / "two"
 
 

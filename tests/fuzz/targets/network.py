@@ -13,6 +13,7 @@ from cluster.client.proto_decoding import decode_accepted, decode_finish, decode
 from cluster.codec.answer import decode_token
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.codec.examination import decode_examination
+from cluster.codec.leadership import decode_leadership
 from cluster.codec.plan import decode_joint_plan, decode_plan
 from cluster.codec.request_trace import decode_trace
 from cluster.codec.stored_models import decode_removal, decode_store
@@ -21,8 +22,10 @@ from cluster.core.text import format_address, parse_address, parse_layers, parse
 from cluster.discovery import txt_record as txt
 from cluster.discovery.browse import read_sighting
 from cluster.discovery.interfaces import Interface
-from cluster.v1 import cluster_pb2, inference_pb2
+from cluster.standby.replica_folder import ReplicaFolder
+from cluster.v1 import cluster_pb2, inference_pb2, leader_pb2
 from fuzz.mutation import spoil_bytes, spoil_proto
+from fuzz.targets.kept import scratch
 from fuzz.targets.target import Prepared, Target, prepare_message
 
 
@@ -43,6 +46,35 @@ def announcements() -> Prepared:
             assert found.name.isprintable()
 
     return Prepared(run, ((7000).to_bytes(2, "big") + bytes((10, 0, 0, 9, 127, 0, 0, 1)) + record,), spoil_bytes, ())
+
+
+def updates() -> Prepared:
+    """Store what a leader sends to its standby."""
+    folder = scratch("home")
+    replica = ReplicaFolder(folder, "lab")
+    replica.__enter__()
+
+    def store(update: leader_pb2.FollowResponse) -> None:
+        replica.apply(update)
+        decode_leadership(update.leadership)
+
+    leader = cluster_pb2.Leadership.Coordinator(name="mac-1", instance="ab" * 8, addresses=["10.0.0.5:7700"])
+    standby = cluster_pb2.Leadership.Standby(name="mac-2", in_sync=True)
+    said = cluster_pb2.Leadership(role=cluster_pb2.Leadership.ROLE_LEADER, term=3, leader=leader, standbys=[standby])
+    whole = leader_pb2.JournalPiece(content=b"macpipe journal 2\n", first=True, last=True)
+    seeds = (
+        leader_pb2.FollowResponse(number=1, leadership=said),
+        *(leader_pb2.FollowResponse(number=2, file=file) for file in _state_files()),
+        leader_pb2.FollowResponse(number=3, journal=whole),
+        leader_pb2.FollowResponse(number=4, records=b"abc"),
+        leader_pb2.FollowResponse(number=5, complete=leader_pb2.ReplicaComplete()),
+    )
+    return prepare_message(leader_pb2.FollowResponse, store, *seeds)
+
+
+def _state_files() -> list[leader_pb2.ReplicatedFile]:
+    contents = {"id": b"0123456789abcdef\n", "epoch": b"7", "service.json": b"{}", "keys.json": b"{}"}
+    return [leader_pb2.ReplicatedFile(name=name, content=content) for name, content in contents.items()]
 
 
 def _text(parse: Callable[[str], object], *seeds: str) -> Callable[[], Prepared]:
@@ -158,6 +190,7 @@ TARGETS = (
     Target("layers", 150, _text(parse_layers, "0-3,4-7", "0", " 0 - 1 , 2-3")),
     Target("size", 80, _text(_size, "24GiB", "1.5 T", "24000MiB", "7")),
     Target("reply", 50, replies),
+    Target("update", 10, updates),
     Target("examination", 20, examination),
     Target("store", 20, store),
     Target("removal", 10, removal),
