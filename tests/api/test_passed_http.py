@@ -150,6 +150,8 @@ async def test_requests_are_answered_by_the_leader_which_sees_who_asks() -> None
         refused = await client.get("/busy")
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "7")
         assert (await client.get("/nothing")).status_code == 404
+        unread = await client.post("/busy", content=large)
+        assert unread.status_code == 429, "the leader answers before it has read all"
 
 
 async def test_host_and_origin_are_checked_by_the_standby_and_its_names_are_allowed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
@@ -11,23 +12,30 @@ import grpc
 from starlette.types import ASGIApp, Message, Scope
 
 from cluster.api.http.passed_answer import PASSED, KnownEvents, PassedAnswer
-from cluster.core.errors import InvalidRequest, MacpipeError
+from cluster.core.errors import InvalidRequest, MacpipeError, NotLeader
+from cluster.core.limits import LINGER_S
 from cluster.transport.rich_errors import abort
 from cluster.v1 import leader_pb2 as pb
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-async def answer_passed(app: ASGIApp, requests: AsyncIterator[pb.PassHttpRequest], context: Context) -> None:
-    """Let ``app`` answer one passed request. The standby has checked Host and Origin."""
+async def answer_passed(app: ASGIApp | None, requests: AsyncIterator[pb.PassHttpRequest], context: Context) -> None:
+    """Let ``app`` answer one passed request. The standby has checked Host and Origin.
+
+    Without ``app`` this process does not lead.
+    """
     try:
         first = await anext(requests, None)
         if first is None or not first.HasField("head"):
             raise InvalidRequest("a passed HTTP request begins with its head")
         passed = _passed_answer(first.head)
         exchange = _Exchange(requests, context, passed)
+        if app is None:
+            raise NotLeader("this coordinator stands by; ask the one that leads")
         await app({**_scope(first.head), PASSED: passed}, exchange.receive, exchange.send)
         exchange.close()
+        await exchange.drain()
     except MacpipeError as e:
         await abort(context, e)
 
@@ -56,6 +64,13 @@ class _Exchange:
             await self._context.write(pb.PassHttpResponse(head=head))
         elif (piece := message.get("body")) and not (self._known and self._known.is_known(piece)):
             await self._context.write(pb.PassHttpResponse(body=piece))
+
+    async def drain(self) -> None:
+        """Discard the rest of a body that the application did not read, for a while: the standby is sending it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not self._body_ended:
+                    await self.receive()
 
     def close(self) -> None:
         """Raise ``AnswerDiffers`` if a resumed stream has not had the events of its client."""

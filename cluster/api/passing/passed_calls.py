@@ -18,6 +18,7 @@ from cluster.core.errors import ConnectionLost, MacpipeError, NotLeader
 from cluster.security.passed_caller import CALLER_METADATA, is_passed, presented_certificate
 from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.rich_errors import STATUS_METADATA_KEY, abort, from_rpc_error
+from cluster.v1 import cluster_pb2, inference_pb2
 
 Context: TypeAlias = "aio.ServicerContext[bytes, bytes]"
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
@@ -25,6 +26,15 @@ PASSED_METADATA: Final = "x-macpipe-passed"
 """Request metadata: a standby has passed the call on."""
 _KEPT: Final = ("authorization",)
 """Request metadata that is passed on."""
+LOST: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL})
+"""Statuses of a call without an error of macpipe's: the leader is gone, or ended the call while a message was sent."""
+_STREAMING: Final = frozenset(
+    f"/{service.full_name}/{method.name}"
+    for file in (inference_pb2, cluster_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+    if method.client_streaming
+)
 _OWN: Final = "x-macpipe-"
 """Prefix of the initial metadata that is passed back."""
 
@@ -40,23 +50,57 @@ class PassedCalls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic 
         if not is_passed(method):
             return None
 
-        async def pass_on(requests: AsyncIterator[bytes], context: Context) -> None:
-            await self._pass_on(method, requests, context)
+        async def pass_one(request: bytes, context: Context) -> None:
+            await self._pass_one(method, request, context)
 
-        return grpc.stream_stream_rpc_method_handler(pass_on)
+        async def pass_stream(requests: AsyncIterator[bytes], context: Context) -> None:
+            await self._pass_stream(method, requests, context)
 
-    async def _pass_on(self, method: str, requests: AsyncIterator[bytes], context: Context) -> None:
+        if method in _STREAMING:
+            return grpc.stream_stream_rpc_method_handler(pass_stream)
+        return grpc.unary_stream_rpc_method_handler(pass_one)
+
+    async def _pass_one(self, method: str, request: bytes, context: Context) -> None:
+        """Pass on a call with one request.
+
+        It is sent with the call: grpc.aio reports a message that it cannot send any more, since the leader has answered
+        already, as an error of its own in place of the leader's.
+        """
+        address, channel = await self._open(context)
+        start: Any = channel.unary_stream(method, request_serializer=None, response_deserializer=None)
+        try:
+            with self._bodies.open(self._client(context)) as charge:
+                charge.add(len(request))
+                call = start(request, timeout=context.time_remaining(), metadata=_request_metadata(context))
+                await self._pass_back(call, address, context)
+        except MacpipeError as e:
+            await abort(context, e)
+
+    async def _pass_stream(self, method: str, requests: AsyncIterator[bytes], context: Context) -> None:
+        address, channel = await self._open(context)
+        body = _CountedRequests(requests, self._bodies, self._client(context))
+        start: Any = channel.stream_stream(method, request_serializer=None, response_deserializer=None)
+        call = start(body.read(), timeout=context.time_remaining(), metadata=_request_metadata(context))
+        body.on_refusal = call.cancel
+        try:
+            await self._pass_back(call, address, context)
+        except asyncio.CancelledError:
+            if not body.refusal:
+                raise
+        if body.refusal:
+            await abort(context, body.refusal)
+
+    async def _open(self, context: Context) -> tuple[str, aio.Channel]:
+        """Return the leader's address and channel. Abort the call if there is no leader."""
         try:
             if _was_passed(context):  # two standbys that take each other for the leader would pass it back and forth
                 raise NotLeader("this coordinator stands by; ask the one that leads")
-            address, channel = self._leader.open()
+            return self._leader.open()
         except MacpipeError as e:
             await abort(context, e)
-        body = _CountedRequests(requests, self._bodies, self._client(context))
-        timeout_s = context.time_remaining()
-        start: Any = channel.stream_stream(method, request_serializer=None, response_deserializer=None)
-        call = start(body.read(), timeout=timeout_s, metadata=_request_metadata(context))
-        body.on_refusal = call.cancel
+
+    async def _pass_back(self, call: Any, address: str, context: Context) -> None:
+        """Send what the leader answers, and end the call as it does."""
         try:
             if initial := _passed_back(await call.initial_metadata()):
                 await context.send_initial_metadata(initial)
@@ -64,25 +108,18 @@ class PassedCalls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic 
                 await context.write(reply)
         except aio.AioRpcError as e:
             await self._fail(e, address, context)
-        except asyncio.CancelledError:
-            if not body.refusal:
-                raise
         finally:
             call.cancel()
-        if body.refusal:
-            await abort(context, body.refusal)
 
     async def _fail(self, error: aio.AioRpcError, address: str, context: Context) -> None:
         """End the call as the leader did; if the leader is lost, so that the client looks for the next one."""
         trailing: Any = error.trailing_metadata() or ()
         carried = tuple((key, value) for key, value in trailing if key == STATUS_METADATA_KEY)
-        lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) and not carried
-        if not lost:
+        if carried or error.code() not in LOST:
             await context.abort(error.code(), error.details() or "", carried)
-        known = from_rpc_error(error, address)
-        if error.code() is grpc.StatusCode.CANCELLED or isinstance(known, ConnectionLost):
-            await abort(context, ConnectionLost(f"the coordinator that leads was lost at {address} during the call"))
-        await abort(context, self._leader.leave(address))
+        if error.code() is grpc.StatusCode.UNAVAILABLE and never_reached(error, address):
+            await abort(context, self._leader.leave(address))
+        await abort(context, ConnectionLost(f"the coordinator that leads was lost at {address} during the call"))
 
 
 class _CountedRequests:
@@ -103,6 +140,11 @@ class _CountedRequests:
                     self.on_refusal()
                     return
                 yield message
+
+
+def never_reached(error: aio.AioRpcError, address: str) -> bool:
+    """Return whether a call did not reach the leader, so that nothing can have been done."""
+    return not isinstance(from_rpc_error(error, address), ConnectionLost)
 
 
 def _was_passed(context: Context) -> bool:

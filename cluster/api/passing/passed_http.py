@@ -26,10 +26,11 @@ from cluster.api.http.origin_policy import OriginPolicy
 from cluster.api.http.passed_answer import CountedEvents
 from cluster.api.http.sse import EVENTS, JSON_LINES
 from cluster.api.passing.leader_channel import LeaderChannel
+from cluster.api.passing.passed_calls import LOST, never_reached
 from cluster.core.errors import Aborted, ConnectionLost, MacpipeError, NotLeader, NotServing
 from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_FOLLOW_PAUSE_S, PASS_WAIT_S
 from cluster.transport.byte_budget import ByteBudget, Charge
-from cluster.transport.rich_errors import from_rpc_error
+from cluster.transport.rich_errors import STATUS_METADATA_KEY, from_rpc_error
 from cluster.v1 import leader_pb2 as pb
 from cluster.v1.leader_pb2_grpc import LeaderServiceStub
 
@@ -138,9 +139,13 @@ class PassedHttp:
 
     def _explain(self, error: aio.AioRpcError, address: str) -> MacpipeError:
         known = from_rpc_error(error, address)
-        if error.code() is grpc.StatusCode.CANCELLED or isinstance(known, ConnectionLost):
-            return ConnectionLost(f"the coordinator that leads was lost at {address}; send the request again")
-        return self._leader.leave(address) if error.code() is grpc.StatusCode.UNAVAILABLE else known
+        trailing: Any = error.trailing_metadata() or ()
+        carried = any(key == STATUS_METADATA_KEY for key, _ in trailing)
+        if carried or error.code() not in LOST:
+            return known
+        if error.code() is grpc.StatusCode.UNAVAILABLE and never_reached(error, address):
+            return self._leader.leave(address)
+        return ConnectionLost(f"the coordinator that leads was lost at {address}; send the request again")
 
 
 class _PassedReply:
