@@ -1,0 +1,126 @@
+"""Clients that know a standby alone: what they get is the leader's, also after the leader was killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionChunk
+
+from cluster.client import Client
+from integration.daemons import Daemon, free_port, launch, until, wait_serving
+from integration.test_standby import Coordinators, leader_of, undisturbed
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
+CHAT = {
+    "messages": [{"role": "user", "content": "What is a hop?"}],
+    "temperature": 0.7,
+    "seed": 3,
+    "max_tokens": 60,
+    "stream": True,
+}
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/messages": {"messages": CHAT["messages"], "model": "faq", "temperature": 0, "max_tokens": 60, "stream": True},
+    "/v1/responses": {"input": "What is a hop?", "temperature": 0, "max_output_tokens": 60, "stream": True},
+    "/v1/completions": {"prompt": "A hop is", "temperature": 0, "max_tokens": 60, "stream": True},
+}
+
+
+class WithHttp(Coordinators):
+    """Coordinators with HTTP ports."""
+
+    def serve(self, name: str, *options: str) -> Daemon:
+        port = self.ports.setdefault(name, free_port())
+        http = self.ports.setdefault(f"{name} http", free_port())
+        home = ["--home", str(self.folder / name), "--cluster", self.cluster.name]
+        here = ["--http", f"127.0.0.1:{http}", "--port", str(port), "--peers-only"]
+        return self.cluster._start(name, ["serve", *options, *home, *here], launch)
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.ports[f'{name} http']}"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[WithHttp]:
+    """A leader, ``lead``, and a standby that is in sync, ``heir``."""
+    made = WithHttp(tmp_path)
+    try:
+        leader = made.lead("lead")
+        wait_serving(made.address("lead"), leader)
+        made.serve("heir", "--standby", "--coordinator", made.address("lead"))
+        until(lambda: made.in_sync("lead") == 1)
+        yield made
+    finally:
+        made.cluster.close()
+
+
+def events(text: str) -> list[str]:
+    """The data of the events of a stream, without its ids, its times and what is sent during silence."""
+    found = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [_text(json.loads(one)) for one in found if one != "[DONE]" and json.loads(one).get("type") != "ping"]
+
+
+def _text(data: dict[str, Any]) -> str:
+    """What an event says of the answer."""
+    if "choices" in data:
+        return json.dumps(data["choices"])
+    delta = data.get("delta")
+    return str(delta.get("text", "") if isinstance(delta, dict) else delta or data["type"])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_stream_through_a_standby_goes_on_after_the_leader_was_killed(pair: WithHttp, route: str) -> None:
+    with httpx.Client(base_url=pair.url("heir"), timeout=120) as client:
+        whole = client.post(route, json=ROUTES[route]).text
+        received, killed = "", False
+        with client.stream("POST", route, json=ROUTES[route]) as response:
+            assert response.status_code == 200
+            for piece in response.iter_text():
+                received += piece
+                if not killed and received.count("data: ") > 10:
+                    killed = True
+                    leader_of(pair).process.send_signal(signal.SIGKILL)
+        assert killed
+        assert events(received) == events(whole)
+        ids = {json.loads(line[6:]).get("id") for line in received.splitlines() if line.startswith('data: {"id"')}
+        assert len(ids) <= 1
+        assert client.get("/health").status_code == 200
+
+
+def test_openais_client_with_one_address_does_not_notice_that_the_leader_was_killed(pair: WithHttp) -> None:
+    with openai.OpenAI(base_url=f"{pair.url('heir')}/v1", api_key="none", max_retries=0) as client:
+
+        def ask() -> openai.Stream[ChatCompletionChunk]:
+            return client.chat.completions.create(
+                model="default",
+                messages=[{"role": "user", "content": "What is a hop?"}],
+                max_tokens=60,
+                seed=3,
+                stream=True,
+            )
+
+        whole = [chunk.choices[0].delta.content for chunk in ask()]
+        said = []
+        for chunk in ask():
+            said.append(chunk.choices[0].delta.content)
+            if len(said) == 10:
+                leader_of(pair).process.send_signal(signal.SIGKILL)
+        assert said == whole
+
+
+def test_calls_through_a_standby_alone_go_on_after_the_leader_was_killed(pair: WithHttp) -> None:
+    whole, said = undisturbed(pair), []
+    with Client(f"{pair.address('heir')},127.0.0.1:1", timeout_s=120) as client:
+        assert client.cluster().leadership
+        for token in client.stream([5, 6, 7], max_tokens=60, ignore_eos=True):
+            said.append(token.token)
+            if len(said) == 10:
+                leader_of(pair).process.send_signal(signal.SIGKILL)
+    assert said == whole
