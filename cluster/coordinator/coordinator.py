@@ -475,7 +475,8 @@ class Coordinator:
     def _warnings(self) -> tuple[str, ...]:
         journal = self.journal.problem if self.journal else ""
         drafts = (service.draft_problem for service in self._services())
-        return tuple(filter(None, (self.catalog_problem, journal, *drafts, *self._copies.problems())))
+        authority = self._roster.authority_problem
+        return tuple(filter(None, (self.catalog_problem, journal, authority, *drafts, *self._copies.problems())))
 
     async def plan_and_view(self) -> tuple[Plan | None, LoopView | None]:
         """Return the served plan and the engine loop's view. Ask no worker."""

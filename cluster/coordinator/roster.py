@@ -143,6 +143,16 @@ class Roster:
             return ""
         return f"{info.name} was removed from the cluster {self._cluster}, or never admitted to it"
 
+    @property
+    def authority_problem(self) -> str:
+        """What cannot be done while another Mac holds the cluster's authority; "" if this one does, or no cluster."""
+        if self.trust.members is None or self.trust.renewal is None:
+            return ""
+        from cluster.security.authority import find_holder
+
+        holder = find_holder(self.trust.renewal.folder, self.trust.members)
+        return "" if holder.here else holder.problem(self._cluster)
+
     def _revoked_serials(self) -> frozenset[int]:
         return self.trust.members.revoked() if self.trust.members else frozenset()
 

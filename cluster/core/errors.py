@@ -22,6 +22,7 @@ class Reason(StrEnum):
     TOKEN_REFUSED = "TOKEN_REFUSED"  # noqa: S105  # a name
     TOKEN_UNKNOWN = "TOKEN_UNKNOWN"  # noqa: S105
     NO_CLUSTER = "NO_CLUSTER"
+    AUTHORITY_ELSEWHERE = "AUTHORITY_ELSEWHERE"
     CLUSTER_DAMAGED = "CLUSTER_DAMAGED"
     FOREIGN_AUTHORITY = "FOREIGN_AUTHORITY"
     CLOCK_WRONG = "CLOCK_WRONG"
@@ -152,6 +153,12 @@ class NoCluster(MacpipeError):
     """There is no cluster of that name on this machine, or the machine does not lead it."""
 
     reason, grpc_status, http_status = Reason.NO_CLUSTER, "FAILED_PRECONDITION", 503
+
+
+class AuthorityElsewhere(MacpipeError):
+    """The cluster's authority is on another Mac: this one cannot admit members or renew certificates."""
+
+    reason, grpc_status, http_status = Reason.AUTHORITY_ELSEWHERE, "FAILED_PRECONDITION", 503
 
 
 class ClusterDamaged(MacpipeError):

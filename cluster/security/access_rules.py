@@ -89,6 +89,12 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "ListStores": _ADMINS,
         "RemoveFromStores": _ADMINS,
     },
+    "cluster.v1.AuthorityService": {
+        "CertifyHttp": _COORDINATORS,
+        "OfferKey": _COORDINATORS,
+        "ReceiveAuthority": _COORDINATORS,
+        "RecordMove": _COORDINATORS,
+    },
     "grpc.health.v1.Health": {"Check": _SENDERS, "List": _SENDERS, "Watch": _SENDERS},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": _CALLERS},
 }

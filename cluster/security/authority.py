@@ -19,10 +19,11 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cluster.core.errors import ClusterDamaged, InvalidOption, InvalidRequest, NoCluster
+from cluster.core.errors import AuthorityElsewhere, ClusterDamaged, InvalidOption, InvalidRequest, NoCluster
 from cluster.security.cluster_folder import ClusterFolder
-from cluster.security.keyring import private_bytes, public_bytes
+from cluster.security.keyring import date_in_words, private_bytes, public_bytes
 from cluster.security.limits import AUTHORITY_S, BACKDATED_S, LEAF_S, MAX_PEM_BYTES
+from cluster.security.members import Members
 from cluster.security.name_check import check_name
 from cluster.security.roles import ID, Role, name_of
 
@@ -66,17 +67,19 @@ class Authority:
 
     @classmethod
     def load(cls, folder: ClusterFolder) -> Authority:
-        """Read the authority of ``folder``. Raises ``NoCluster`` if this machine does not hold its key."""
-        if not folder.holds_authority:
-            if folder.exists:
-                raise NoCluster(
-                    f"this Mac is a member of the cluster {folder.cluster}, but does not lead it; run this command on"
-                    " the coordinator's Mac"
-                )
+        """Read the authority of ``folder``.
+
+        Raises ``NoCluster`` if this machine is in no cluster of that name, and ``AuthorityElsewhere`` if the authority
+        is on another machine.
+        """
+        if not folder.exists:
             raise NoCluster(
                 f"this Mac does not lead a cluster named {folder.cluster}: create one with `macpipe init`, or run this"
                 " command on the Mac that did"
             )
+        holder = find_holder(folder)
+        if not holder.here:
+            raise AuthorityElsewhere(f"{holder.problem(folder.cluster)}; run this command there", holder=holder.name)
         try:
             certificate, key = folder.authority.read_bytes(), folder.authority_key.read_bytes()
             private = load_pem_private_key(key, None)
@@ -140,6 +143,40 @@ class Authority:
             .sign(self._key, SHA256())
         )
         return leaf.public_bytes(Encoding.PEM)
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorityHolder:
+    """Where the authority is: ``name`` is its coordinator's, "" if this machine's roster does not say.
+
+    ``first_end`` is when the first certificate expires that only the authority can renew, in seconds since the epoch.
+    """
+
+    here: bool
+    name: str = ""
+    first_end: float | None = None
+
+    def problem(self, cluster: str) -> str:
+        """Say what cannot be done where the authority is not, and how long all goes on without it."""
+        where = f"the Mac of {self.name}" if self.name else "the coordinator's Mac"
+        ends = f"; the first certificate ends {date_in_words(self.first_end)}" if self.first_end else ""
+        return (
+            f"the authority of cluster {cluster} is on {where}, and without it no Mac can join and no certificate is"
+            f" renewed{ends}"
+        )
+
+
+def find_holder(folder: ClusterFolder, members: Members | None = None) -> AuthorityHolder:
+    """Return where the authority of the cluster in ``folder`` is, as far as this machine knows.
+
+    ``members`` is its roster, if the caller has one that is already read.
+    """
+    members = members or Members(folder)
+    named = members.authority_holder()
+    own = folder.keyring(Role.COORDINATOR)
+    moved = named is not None and own is not None and own.party.id != named.id
+    here = folder.holds_authority and not moved
+    return AuthorityHolder(here, named.name if named else "", members.first_end())
 
 
 def cluster_id_of(fingerprint: bytes) -> str:

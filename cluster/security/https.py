@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from cluster.core.errors import InvalidOption
-from cluster.security.authority import Authority
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from cluster.core.errors import AuthorityElsewhere, InvalidOption
+from cluster.security.authority import Authority, find_holder
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.file_version import Stamp, file_version
 from cluster.security.keyring import make_request
-from cluster.security.limits import LEAF_S, RENEWAL_SHARE
+from cluster.security.limits import LEAF_S, MAX_RENEWAL_RETRY_S, RENEWAL_SHARE
+
+log = logging.getLogger(__name__)
 
 
 class HttpCertificate(Protocol):
@@ -28,30 +35,87 @@ class HttpCertificate(Protocol):
 class OwnCertificate:
     """A certificate for ``hosts`` (names and addresses), signed by the cluster's authority and new at each start.
 
-    Raises ``NoCluster`` if this machine does not hold the authority's key.
+    Raises ``NoCluster`` outside a cluster, and ``AuthorityElsewhere`` if this machine does not hold the authority.
     """
 
     def __init__(self, folder: ClusterFolder, hosts: Sequence[str], clock: Callable[[], float] = time.time) -> None:
         self._folder, self._hosts, self._clock = folder, tuple(hosts), clock
-        self._place = folder.path / "http"
+        self._due = 0.0
         self.context = _context()
         self._make()
 
     def refresh(self) -> None:
-        """Replace the certificate after two thirds of its life."""
+        """Replace the certificate after two thirds of its life, unless the authority was moved."""
         if self._clock() >= self._due:
-            self._make()
+            try:
+                self._make()
+            except AuthorityElsewhere as e:
+                self._due = self._clock() + MAX_RENEWAL_RETRY_S
+                log.warning("certificates: HTTPS keeps the old one reason=%s", e.sentence)
 
     def _make(self) -> None:
         now = self._clock()
         key, request = make_request()
         certificate = Authority.load(self._folder).sign_http(request, self._hosts, now)
-        certificate_file = self._place / "certificate.pem"
-        key_file = self._place / "key.pem"
-        self._folder.write(key_file, key)
-        self._folder.write(certificate_file, certificate)
-        self.context.load_cert_chain(certificate_file, key_file)
+        keep_http_certificate(self._folder, key, certificate)
+        self.context.load_cert_chain(*_kept_files(self._folder))
         self._due = now + RENEWAL_SHARE * LEAF_S
+
+
+class KeptCertificate:
+    """The certificate that the authority on another machine issued for this one's HTTPS, loaded again when renewed.
+
+    Raises ``AuthorityElsewhere`` if there is none that is valid now.
+    """
+
+    def __init__(self, folder: ClusterFolder, clock: Callable[[], float] = time.time) -> None:
+        self._files = _kept_files(folder)
+        self.context = _context()
+        self._stamp = _stamps(self._files)
+        names, ends = read_http_certificate(folder)
+        if not names or ends <= clock():
+            problem = find_holder(folder).problem(folder.cluster)
+            raise AuthorityElsewhere(f"HTTPS needs a certificate of this Mac: {problem}")
+        self.context.load_cert_chain(*self._files)
+
+    def refresh(self) -> None:
+        """Load a renewed certificate. Between the two writes of a renewal the old one stays in use."""
+        stamp = _stamps(self._files)
+        if stamp != self._stamp:
+            with suppress(OSError, ssl.SSLError):
+                self.context.load_cert_chain(*self._files)
+                self._stamp = stamp
+
+
+def read_http_certificate(folder: ClusterFolder) -> tuple[frozenset[str], float]:
+    """Return the hosts of the certificate kept for HTTPS, and when it expires; no hosts if it is unusable."""
+    certificate, _ = _kept_files(folder)
+    try:
+        kept = x509.load_pem_x509_certificate(certificate.read_bytes())
+        kept.verify_directly_issued_by(x509.load_pem_x509_certificate(folder.authority.read_bytes()))
+        names = kept.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (OSError, ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+        return frozenset(), 0.0
+    hosts = {*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))}
+    return frozenset(hosts), kept.not_valid_after_utc.timestamp()
+
+
+def keep_http_certificate(folder: ClusterFolder, key: bytes, certificate: bytes) -> None:
+    """Write a key and its certificate (PEM) for HTTPS. Raises ``InvalidOption`` if they cannot be written."""
+    certificate_file, key_file = _kept_files(folder)
+    folder.write(key_file, key)
+    folder.write(certificate_file, certificate)
+
+
+def _kept_files(folder: ClusterFolder) -> tuple[Path, Path]:
+    return folder.path / "http" / "certificate.pem", folder.path / "http" / "key.pem"
+
+
+def _stamps(files: tuple[Path, Path]) -> tuple[Stamp, ...]:
+    try:
+        return tuple(file_version(file) for file in files)
+    except OSError:
+        return ()
 
 
 class GivenCertificate:

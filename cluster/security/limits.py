@@ -24,6 +24,10 @@ MAX_RENEWAL_RETRY_S: Final = 3600.0
 """Bounds of the wait after a client's failed renewal: a tenth of the certificate's remaining life."""
 RENEWAL_CLOSE_S: Final = 2.0
 """How long closing a client waits for a renewal that has begun. A renewal takes milliseconds."""
+OFFER_S: Final = 60.0
+"""How long the key is good that a coordinator offers for the move of the authority to its Mac, which takes a second."""
+MAX_HTTP_HOSTS: Final = 64
+"""Host names and addresses in a certificate for HTTPS; a Mac has a few interfaces."""
 MAX_LEAVES_VALID: Final = 8
 """Certificates of one member that may be valid at once. It is below MAX_SERIALS, so that every certificate that might
 have to be revoked is remembered."""

@@ -142,6 +142,19 @@ class Members:
             kept = self._drop_expired(tuple(sorted(merged.values(), key=lambda member: member.since)))
             edit.rows = kept[:MAX_MEMBERS]
 
+    def name_authority_holder(self, id: str, *, locked: bool = False) -> None:  # noqa: A002
+        """Record that the authority is on the machine of the coordinator ``id``. Raises ``MemberNotFound``.
+
+        ``locked`` says that the caller holds the folder's lock.
+        """
+        with self._file.edit(locked=locked) as edit:
+            at = _position(edit.rows, lambda m: m.removed is None and (m.role, m.id) == (Role.COORDINATOR, id))
+            if at is None:
+                raise MemberNotFound(
+                    f"no coordinator of this cluster has the id {id[:32]}; `macpipe members` shows them"
+                )
+            edit.rows = tuple(replace(m, authority=i == at) for i, m in enumerate(edit.rows))
+
     def _require_removable(self, rows: tuple[Member, ...], member: Member) -> None:
         if member.role is not Role.COORDINATOR:
             return

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
-from cluster.core.errors import Busy, InvalidOption, MemberNotFound, Reason, TokenRefused
+from cluster.core.errors import Busy, InvalidOption, InvalidRequest, MemberNotFound, Reason, TokenRefused
 from cluster.security.authority import cluster_id_of
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import date_in_words
@@ -164,6 +164,21 @@ class TokenStore:
         if state is TokenState.USED and not hmac.compare_digest(found.key, key):
             raise TokenRefused(f"this join token was used by {found.user}; a token admits one Mac: {new}")
         return found
+
+    def export_open(self) -> list[dict[str, Any]]:
+        """Return the rows of the tokens that may still be used, as plain values."""
+        now = self._clock()
+        return [_pack(token) for token in self.all_tokens() if token.state(now) is TokenState.OPEN]
+
+    def import_tokens(self, rows: list[Any], *, locked: bool = False) -> None:
+        """Add the tokens of ``export_open``. Raises ``InvalidRequest``."""
+        try:
+            tokens = [_unpack(**row) for row in rows[:MAX_TOKENS]]
+        except (ValueError, TypeError) as e:
+            raise InvalidRequest("the join tokens that were sent cannot be read") from e
+        with self._file.edit(locked=locked) as edit:
+            known = {token.id for token in edit.rows}
+            edit.rows = (*edit.rows, *(token for token in tokens if token.id not in known))[-MAX_TOKENS:]
 
     def spend(self, token: IssuedToken, key: bytes, user: str, certificate: bytes) -> None:
         """Mark ``token`` as used. The caller must have held the folder's lock since it accepted the token."""

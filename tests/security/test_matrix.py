@@ -35,7 +35,8 @@ from cluster.security.roles import Role
 from cluster.security.trust import ChannelOptions, Trust
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.transport.grpc_streams import DataServer
-from cluster.v1 import cluster_pb2, inference_pb2, leader_pb2, store_pb2, worker_pb2
+from cluster.v1 import authority_pb2, cluster_pb2, inference_pb2, leader_pb2, store_pb2, worker_pb2
+from cluster.v1.authority_pb2_grpc import AuthorityServiceServicer, add_AuthorityServiceServicer_to_server
 from cluster.v1.cluster_pb2_grpc import ClusterServiceServicer, add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from cluster.v1.leader_pb2_grpc import LeaderServiceServicer, add_LeaderServiceServicer_to_server
@@ -45,7 +46,7 @@ from parties import Lead
 
 FILES: tuple[FileDescriptor, ...] = (
     *(worker_pb2.DESCRIPTOR, store_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR, cluster_pb2.DESCRIPTOR),
-    *(leader_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR),
+    *(authority_pb2.DESCRIPTOR, leader_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR),
 )
 DAY_S = 86_400.0
 DENIED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE}
@@ -118,6 +119,7 @@ class Ports:
         add_InferenceServiceServicer_to_server(InferenceServiceServicer(), server)
         add_ClusterServiceServicer_to_server(ClusterServiceServicer(), server)
         add_LeaderServiceServicer_to_server(LeaderServiceServicer(), server)
+        add_AuthorityServiceServicer_to_server(AuthorityServiceServicer(), server)
         add_HealthServicer_to_server(health.HealthServicer(), server)
         reflection.enable_server_reflection((reflection.SERVICE_NAME,), server)
         port = bind(server, trust, "127.0.0.1", 0)

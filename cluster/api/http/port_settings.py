@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
@@ -14,9 +15,9 @@ from cluster.core.errors import ClusterDamaged
 from cluster.core.text import is_loopback
 from cluster.discovery.cluster_name import cluster_host_name
 from cluster.discovery.interfaces import interfaces
-from cluster.security.authority import read_authority
+from cluster.security.authority import find_holder, read_authority
 from cluster.security.cluster_folder import ClusterFolder
-from cluster.security.https import GivenCertificate, HttpCertificate, OwnCertificate
+from cluster.security.https import GivenCertificate, HttpCertificate, KeptCertificate, OwnCertificate
 from cluster.security.keys import KeyStore
 
 _OWN: Final = ("localhost", "127.0.0.1", "::1")
@@ -60,7 +61,16 @@ def _certificate(
 ) -> HttpCertificate | None:
     if settings.http.certificate:
         return GivenCertificate(*settings.http.certificate)
-    return OwnCertificate(folder, tuple(dict.fromkeys((*hosts, *_OWN)))) if network else None
+    if not network:
+        return None
+    if folder.coordinates and not find_holder(folder).here:
+        return KeptCertificate(folder)
+    return OwnCertificate(folder, hosts_to_certify(hosts))
+
+
+def hosts_to_certify(hosts: Sequence[str]) -> tuple[str, ...]:
+    """Return the names and addresses of an HTTPS certificate for a port that is reached at ``hosts``."""
+    return tuple(dict.fromkeys((*hosts, *_OWN)))
 
 
 def names_of_this_mac(host: str) -> tuple[str, ...]:

@@ -1,0 +1,98 @@
+"""Keep the certificates of a coordinator that does not hold the cluster's authority: it asks the one that leads.
+
+That one can renew them while it holds the authority. The new keys are made here and stay here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+import anyio.to_thread
+import grpc
+
+from cluster.core.errors import MacpipeError, Reason
+from cluster.core.limits import CONTROL_TIMEOUT_S
+from cluster.security.trust import COORDINATOR, Trust
+from cluster.transport.grpc_setup import control_channel
+from cluster.transport.rich_errors import from_rpc_error
+from cluster.v1 import authority_pb2, cluster_pb2
+from cluster.v1.authority_pb2_grpc import AuthorityServiceStub
+from cluster.v1.cluster_pb2_grpc import ClusterServiceStub
+
+if TYPE_CHECKING:  # grpc's classes are subscriptable only for type checkers
+    from cluster.security.certificate_renewal import Renewal
+    from cluster.security.cluster_folder import ClusterFolder
+
+    Method = grpc.aio.UnaryUnaryMultiCallable
+
+log = logging.getLogger(__name__)
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+class OwnCertificates:
+    """The certificates of one standby: its coordinator's, and that of HTTPS for ``http_hosts``, if there are any."""
+
+    def __init__(self, trust: Trust, http_hosts: Sequence[str], clock: Callable[[], float] = time.time) -> None:
+        self._trust, self._http_hosts, self._clock = trust, tuple(http_hosts), clock
+
+    async def run(self, leader: Callable[[], Sequence[str]]) -> None:
+        """Renew what is due, until cancelled. ``leader`` returns the addresses of the coordinator that leads now.
+
+        Does nothing without a cluster.
+        """
+        from cluster.security.limits import RENEWAL_LOOK_S
+
+        reported: Reason | None = None
+        while (renewal := self._trust.renewal) is not None:
+            for address in leader()[:1]:
+                try:
+                    await self.renew(renewal, address)
+                    reported = None
+                except MacpipeError as e:
+                    if e.reason is not reported:
+                        reported = e.reason
+                        log.warning("certificates: not renewed reason=%s", e.sentence)
+            await anyio.sleep(RENEWAL_LOOK_S)
+
+    async def renew(self, renewal: Renewal, address: str) -> None:
+        """Renew the certificates that are due by the coordinator at ``address``. Raises ``MacpipeError``."""
+        from cluster.security.certificate_renewal import is_due
+        from cluster.security.https import keep_http_certificate
+        from cluster.security.keyring import make_request
+
+        now = self._clock()
+        if is_due(*self._trust.validity, now):
+            async with control_channel(self._trust, address, COORDINATOR) as channel:
+                request = cluster_pb2.RenewCertificateRequest(request=renewal.request())
+                answer = await _call(ClusterServiceStub(channel).RenewCertificate, request, address)
+            await anyio.to_thread.run_sync(renewal.install, answer.certificate)
+            log.info("certificates: renewed own certificate")
+        if self._http_hosts and self._http_due(renewal.folder, now):
+            key, csr = make_request()
+            async with control_channel(self._trust, address, COORDINATOR) as channel:
+                wanted = authority_pb2.CertifyHttpRequest(request=csr, hosts=self._http_hosts)
+                issued = await _call(AuthorityServiceStub(channel).CertifyHttp, wanted, address)
+            await anyio.to_thread.run_sync(keep_http_certificate, renewal.folder, key, issued.certificate)
+            log.info("certificates: renewed that of HTTPS")
+
+    def _http_due(self, folder: ClusterFolder, now: float) -> bool:
+        """Return whether HTTPS has no certificate for its hosts, or one of which two thirds are over."""
+        from cluster.security.certificate_renewal import is_due
+        from cluster.security.https import read_http_certificate
+        from cluster.security.limits import LEAF_S
+
+        hosts, ends = read_http_certificate(folder)
+        return not hosts >= set(self._http_hosts) or is_due(ends - LEAF_S, ends, now)
+
+
+async def _call(method: Method[Q, R], request: Q, address: str) -> R:
+    """Return the answer of a call. Raises ``MacpipeError``."""
+    try:
+        return await method(request, timeout=CONTROL_TIMEOUT_S)
+    except grpc.RpcError as e:
+        raise from_rpc_error(e, address) from None

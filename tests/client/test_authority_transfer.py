@@ -1,0 +1,169 @@
+"""The authority moves between coordinators over real connections: with their certificates, to the right one alone."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.api.grpc.authority_service import AuthorityServicer
+from cluster.api.grpc.cluster_service import ClusterServicer
+from cluster.client.authority_transfer import move_authority
+from cluster.coordinator.roster import Roster
+from cluster.core.errors import AuthorityElsewhere, Forbidden, InvalidRequest, Unreachable
+from cluster.discovery.static import static_source
+from cluster.security.authority import Authority, find_holder
+from cluster.security.authority_move import find_target
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.https import KeptCertificate, read_http_certificate
+from cluster.security.keyring import make_request, read_certificate
+from cluster.security.members import Member, Members
+from cluster.security.mtls import ClusterTrust
+from cluster.security.roles import Party, Role
+from cluster.standby.own_certificates import OwnCertificates
+from cluster.transport.grpc_setup import bind, control_channel, public_server
+from cluster.transport.rich_errors import from_rpc_error
+from cluster.v1 import authority_pb2 as pb
+from cluster.v1.authority_pb2_grpc import AuthorityServiceStub, add_AuthorityServiceServicer_to_server
+from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
+from parties import Lead
+
+
+class Coordinators:
+    """Three coordinators of one cluster, each with its folder; the first made the cluster."""
+
+    def __init__(self, home: Path) -> None:
+        self.lead = Lead.make(home / "mac-1")
+        self.folders = [ClusterFolder(home / f"mac-{n}", "default") for n in (1, 2, 3)]
+        for n, folder in enumerate(self.folders, 1):
+            self.lead.admit(Role.COORDINATOR, f"mac-{n}-coordinator", f"c{n}" * 8, folder.home)
+        for folder in self.folders[1:]:
+            folder.write(folder.members, self.folders[0].members.read_bytes())
+
+    def age_certificate(self, n: int) -> Party:
+        """Give the n-th coordinator a certificate that is due to be renewed."""
+        folder, (key, request) = self.folders[n - 1], make_request()
+        now = time.time() - 70 * 86_400
+        certificate = self.lead.authority.sign(request, Role.COORDINATOR, f"c{n}" * 8, f"mac-{n}-coordinator", now)
+        folder.keep(Role.COORDINATOR, "", key=key, certificate=certificate)
+        party, ends = read_certificate(certificate)
+        self.lead.members.renew(party, ends)
+        return party
+
+    def trust(self, n: int) -> ClusterTrust:
+        return self.lead.trust(Role.COORDINATOR, home=self.folders[n - 1].home)
+
+    def target(self, n: int) -> Member:
+        return find_target(Members(self.folders[0]), f"mac-{n}")
+
+    @asynccontextmanager
+    async def serve(self, n: int) -> AsyncIterator[str]:
+        """Serve the n-th coordinator's port and yield its address."""
+        trust = self.trust(n)
+        server = public_server(trust)
+        add_ClusterServiceServicer_to_server(_only_renewals(trust), server)
+        add_AuthorityServiceServicer_to_server(AuthorityServicer(trust, self.folders[n - 1]), server)
+        port = bind(server, trust, "127.0.0.1", 0)
+        await server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            await server.stop(None)
+
+
+def _only_renewals(trust: ClusterTrust) -> ClusterServicer:
+    nothing: Any = None
+    return ClusterServicer(nothing, trust, nothing, nothing, nothing)
+
+
+@pytest.fixture
+def coordinators(tmp_path: Path) -> Coordinators:
+    return Coordinators(tmp_path)
+
+
+@pytest.mark.anyio
+async def test_it_moves_to_the_one_that_is_named_and_the_leader_learns_it(coordinators: Coordinators) -> None:
+    first, second, third = coordinators.folders
+    async with coordinators.serve(2) as at_second, coordinators.serve(3) as at_third:
+        addresses = ["127.0.0.1:1", at_third, at_second]
+        await move_authority(first, coordinators.trust(1), coordinators.target(2), addresses, [at_third])
+        assert [find_holder(folder).here for folder in (first, second, third)] == [False, True, False]
+        assert {find_holder(folder).name for folder in (first, second, third)} == {"mac-2-coordinator"}
+        assert not third.authority_key.exists()
+        Authority.load(second)
+        async with control_channel(coordinators.trust(1), at_second, "coordinator") as channel:
+            request = pb.CertifyHttpRequest(request=make_request()[1], hosts=["lab.local", "10.0.0.7"])
+            assert b"CERTIFICATE" in (await AuthorityServiceStub(channel).CertifyHttp(request)).certificate
+
+
+@pytest.mark.anyio
+async def test_a_leader_that_does_not_answer_keeps_the_holder(coordinators: Coordinators) -> None:
+    first, second, third = coordinators.folders
+    async with coordinators.serve(2) as at_second, coordinators.serve(3) as at_third:
+        with pytest.raises(Unreachable, match="until then this Mac holds the authority"):
+            await move_authority(first, coordinators.trust(1), coordinators.target(2), [at_second], ["127.0.0.1:1"])
+        assert find_holder(first).here
+        second.write(second.members, third.members.read_bytes())  # the leader's roster, as a standby gets it
+        with pytest.raises(AuthorityElsewhere, match="mac-1-coordinator"):
+            Authority.load(second)
+        await move_authority(first, coordinators.trust(1), coordinators.target(2), [at_second], [at_third])
+    assert find_holder(second).here
+
+
+def test_a_coordinator_without_it_says_how_long_all_goes_on(coordinators: Coordinators) -> None:
+    first, second, _ = (
+        Roster(static_source(()), "lab", f"c{n}" * 8, coordinators.trust(n)).authority_problem for n in (1, 2, 3)
+    )
+    assert first == ""
+    assert re.fullmatch(
+        r"the authority of cluster lab is on the Mac of mac-1-coordinator, and without it no Mac can join and no"
+        r" certificate is renewed; the first certificate ends 20\d\d-\d\d-\d\d \d\d:\d\d UTC",
+        second,
+    )
+
+
+@pytest.mark.anyio
+async def test_the_leader_renews_what_a_standby_needs(coordinators: Coordinators) -> None:
+    first, second, _ = coordinators.folders
+    old = coordinators.age_certificate(2)
+    trust = coordinators.trust(2)
+    with pytest.raises(AuthorityElsewhere, match="HTTPS needs a certificate"):
+        KeptCertificate(second)
+    own = OwnCertificates(trust, ["lab.local", "10.0.0.7"])
+    assert trust.renewal
+    async with coordinators.serve(1) as at_first:
+        await own.renew(trust.renewal, at_first)
+        renewed, kept = trust.serial, read_http_certificate(second)
+        await own.renew(trust.renewal, at_first)
+    assert renewed != old.serial
+    assert Members(first).admits(trust.keyring.party)
+    assert kept[0] == {"lab.local", "10.0.0.7"}
+    assert (trust.serial, read_http_certificate(second)) == (renewed, kept), "nothing is renewed before it is due"
+    port = KeptCertificate(second)
+    port.refresh()
+
+
+@pytest.mark.anyio
+async def test_nobody_else_gets_or_sends_it(coordinators: Coordinators) -> None:
+    first = coordinators.folders[0]
+    async with coordinators.serve(3) as at_third:
+        with pytest.raises(Unreachable, match=r"mac-2-coordinator does not answer at 127\.0\.0\.1"):
+            await move_authority(first, coordinators.trust(1), coordinators.target(2), [at_third], [])
+        async with control_channel(coordinators.trust(2), at_third, "coordinator") as channel:
+            stub = AuthorityServiceStub(channel)
+            for call, request in (
+                (stub.ReceiveAuthority, pb.ReceiveAuthorityRequest(encrypted=b"x")),
+                (stub.RecordMove, pb.RecordMoveRequest(holder="c2" * 8)),
+            ):
+                with pytest.raises(Exception) as refused:  # noqa: PT011  # grpc's class has no name of its own
+                    await call(request)
+                assert isinstance(from_rpc_error(refused.value, at_third), Forbidden)
+            with pytest.raises(Exception) as refused:  # noqa: PT011
+                await stub.CertifyHttp(pb.CertifyHttpRequest(request=make_request()[1], hosts=["x"] * 65))
+            assert isinstance(from_rpc_error(refused.value, at_third), InvalidRequest)
+    assert find_holder(first).here
