@@ -7,11 +7,15 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from faults.agent_soak import AgentSoak
 from faults.campaign import Summary
+from faults.coordinator_campaign import CoordinatorCampaign, CoordinatorSummary
+from faults.coordinator_fleet import CoordinatorFleet
+from faults.coordinator_scenario import coordinator_scenario, leader_kill
 from faults.fleet import NAMES
 from faults.games import Game, fleets
 from faults.models_soak import ModelsSoak
@@ -29,6 +33,8 @@ def main() -> int:
     parser.add_argument("--speculate", action="store_true", help="guess the answers' tokens, many of them wrong")
     parser.add_argument("--deployments", type=int, default=1, metavar="N", help="several models, one with two replicas")
     parser.add_argument("--groups", action="store_true", help="two stages, each a group of two workers, and a spare")
+    parser.add_argument("--coordinators", action="store_true", help="leader, standby, worker and pairs are hit (root)")
+    parser.add_argument("--replicate", choices=("sync", "async"), default="sync", help="with --coordinators")
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="no faults: answer and cancel for so long")
     parser.add_argument("--cycles", type=int, metavar="N", help="no faults: connect and cancel so often")
@@ -47,6 +53,8 @@ def main() -> int:
             return models(folder, options)
         if options.soak or options.cycles:
             return soak(folder, options)
+        if options.coordinators:
+            return coordinators(folder, options)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         names = NAMES[: -1 if options.no_spare else None]
         game = Game(options.kills, names, options.minutes, options.speculate, options.deployments, options.groups)
@@ -87,6 +95,27 @@ def models(folder: Path, options: argparse.Namespace) -> int:
         made.close()
     _print(found.facts(), options.json)
     return 0 if found.good else 1
+
+
+def coordinators(folder: Path, options: argparse.Namespace) -> int:
+    """Play seeds on Macs with a leader and a standby; with --kills, the leader alone. Return 1 if one failed."""
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    end = time.monotonic() + 60 * (options.minutes or float("inf"))
+    summary = CoordinatorSummary()
+    fleet = CoordinatorFleet(folder, options.replicate)
+    try:
+        campaign = CoordinatorCampaign(fleet)
+        for seed in seeds:
+            if time.monotonic() >= end:
+                break
+            outcome = campaign.play(leader_kill(seed) if options.kills else coordinator_scenario(seed))
+            summary.add(outcome)
+            if not outcome.kept:
+                print(outcome.complaint(folder), file=sys.stderr, flush=True)
+    finally:
+        fleet.close()
+    _print(summary.facts(), options.json)
+    return 1 if summary.failed else 0
 
 
 def _print(facts: Mapping[str, object], as_json: bool) -> None:

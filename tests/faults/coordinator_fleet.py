@@ -1,0 +1,226 @@
+"""Three Macs in network namespaces: a leader and a standby, and a worker on each Mac, one of them a spare.
+
+Every process runs inside its Mac's namespace, and so do the connections of this process (``inside``). A pulled cable is
+a pulled cable: packets vanish and no connection is closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.client import Client, ClusterState
+from cluster.core.errors import MacpipeError
+from cluster.security.roles import Role
+from faults.coordinator_scenario import Blow, Target
+from integration.daemons import Daemon, bound, children, watchdog_pipe
+from netns import Host, ethernet
+from parties import Lead
+
+CLUSTER = "chaos"
+MODEL = "faq"
+STAGES = 2
+GRPC_PORT, WORKER_PORT = 7700, 7800
+MEND_S = 180.0
+_CLONE_NEWNET = 0x40000000
+
+
+@contextmanager
+def inside(host: Host) -> Iterator[None]:
+    """Have this thread, and those that it starts, open their sockets in the namespace of ``host`` during the block."""
+    with Path("/proc/thread-self/ns/net").open() as outside:
+        with Path(f"/run/netns/{host.namespace}").open() as namespace:
+            _enter(namespace.fileno())
+        try:
+            yield
+        finally:
+            _enter(outside.fileno())
+
+
+def _enter(namespace: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
+
+
+@dataclass
+class Mac:
+    """One Mac: its host, its state folder, and the daemons on it."""
+
+    name: str
+    host: Host
+    home: Path
+    daemons: dict[str, Daemon] = field(default_factory=dict)
+    starts: int = 0
+
+    def start(self, role: str, *arguments: str) -> None:
+        """Start a daemon as ``role``."""
+        self.starts += 1
+        log = self.home.parent / f"{self.name}-{role}-{self.starts}.log"
+        own = ["--cluster", CLUSTER, "--home", str(self.home), "--host", self.host.address]
+        words = ["ip", "netns", "exec", self.host.namespace, *bound(*arguments, *own)]
+        with log.open("wb") as out:
+            process = subprocess.Popen(words, stdin=watchdog_pipe(), stdout=out, stderr=out, start_new_session=True)
+        self.daemons[role] = Daemon(f"{self.name} {role}", process, log)
+
+    def pids(self, role: str) -> list[int]:
+        """Return the process of a daemon and its children; nothing if it has ended."""
+        daemon = self.daemons.get(role)
+        if daemon is None or daemon.process.poll() is not None:
+            return []
+        return [daemon.process.pid, *children(daemon.process.pid)]
+
+    def send(self, role: str, number: int) -> None:
+        for pid in self.pids(role):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def running(self, role: str) -> bool:
+        return bool(self.pids(role))
+
+
+class CoordinatorFleet:
+    """The first two Macs have a coordinator each. Close it at the end."""
+
+    def __init__(self, folder: Path, replicate: str = "sync") -> None:
+        self.replicate = replicate
+        self._stack = ExitStack()
+        try:
+            *hosts, client = self._stack.enter_context(ethernet(4))
+            self.macs = [Mac(f"mac{n}", host, folder / f"mac{n}") for n, host in enumerate(hosts, 1)]
+            self._admit(folder)
+            self._stack.enter_context(inside(client))
+            for mac in self.macs:
+                self.start_worker(mac)
+            for mac in self.macs:
+                mac.daemons["worker"].wait_for("of cluster")
+            self.start_coordinator(self.macs[0], first=True)
+            self.wait_serving()
+            self.start_coordinator(self.macs[1])
+            self.mend()
+        except BaseException:
+            self.close()
+            raise
+
+    def _admit(self, folder: Path) -> None:
+        lead = Lead.make(self.macs[0].home, CLUSTER)
+        lead.admit_coordinator("mac1-coordinator")
+        lead.admit(Role.COORDINATOR, "mac2-coordinator", "c2" * 8, self.macs[1].home)
+        for mac in self.macs:
+            lead.admit_worker(mac.name, mac.home)
+        os.environ["MACPIPE_HOME"] = str(folder / "client")
+        lead.admit(Role.ADMIN, "chaos", "ad" * 8, folder / "client")
+
+    @property
+    def coordinators(self) -> list[Mac]:
+        return self.macs[:2]
+
+    @property
+    def addresses(self) -> str:
+        """Where clients look for the leader."""
+        return ",".join(f"{mac.host.address}:{GRPC_PORT}" for mac in self.coordinators)
+
+    def start_worker(self, mac: Mac) -> None:
+        options = ("--name", mac.name, "--port", str(WORKER_PORT), "--profile", "off", "--no-standby")
+        mac.start("worker", "worker", *options)
+
+    def start_coordinator(self, mac: Mac, *, first: bool = False) -> None:
+        """Start a coordinator: the very first one leads, any other follows whoever does."""
+        peers = [word for one in self.macs for word in ("--peer", f"{one.host.address}:{WORKER_PORT}")]
+        others = [f"{one.host.address}:{GRPC_PORT}" for one in self.coordinators if one is not mac]
+        role = (MODEL, "--workers", str(STAGES)) if first else ("--standby", "--coordinator", *others)
+        common = ("--http", "off", "--port", str(GRPC_PORT), "--join-port", "0", "--peers-only", *peers)
+        mac.start("coordinator", "serve", *role, *common, "--journal", "always", "--replicate", self.replicate)
+
+    # Breaking
+
+    def strike(self, target: Target, blow: Blow, number: int) -> tuple[Mac, str]:
+        """Hit the Mac that is ``target`` now; of several workers the one of ``number``. Return it, and words."""
+        mac, role = self._find(target, number)
+        match blow:
+            case Blow.KILL:
+                mac.send(role, signal.SIGKILL)
+            case Blow.STOP:
+                mac.send(role, signal.SIGSTOP)
+            case Blow.CUT:
+                mac.host.unplug()
+        return mac, f"{blow} {target} {mac.name}"
+
+    def _find(self, target: Target, number: int) -> tuple[Mac, str]:
+        leader = self.leader
+        if target is Target.WORKER:
+            with suppress(MacpipeError):
+                holding = {stage.worker for stage in self.state().stages}
+                macs = [mac for mac in self.macs if mac.name in holding]
+                return macs[number % len(macs)], "worker"
+            return self.macs[number % len(self.macs)], "worker"
+        standby = next(mac for mac in self.coordinators if mac is not leader)
+        return (leader if target is Target.LEADER else standby), "coordinator"
+
+    def bring_back(self, mac: Mac) -> None:
+        """Plug the cable in, let stopped processes go on, and start what has ended."""
+        mac.host.plug()
+        for role in tuple(mac.daemons):
+            mac.send(role, signal.SIGCONT)
+            if not mac.running(role):
+                self.start_worker(mac) if role == "worker" else self.start_coordinator(mac)
+
+    # Mending
+
+    def mend(self) -> None:
+        """Bring everything back, and wait until a whole ring serves and the standby is in sync."""
+        for mac in self.macs:
+            self.bring_back(mac)
+        end = time.monotonic() + MEND_S
+        while True:
+            with suppress(MacpipeError):
+                state = self.state()
+                if self._whole(state):
+                    self.leader = self._leader_of(state)
+                    return
+            assert time.monotonic() < end, f"the Macs do not mend: {self.said()}"
+            time.sleep(0.1)
+
+    def _whole(self, state: ClusterState) -> bool:
+        known = state.leadership
+        usable = [w for w in state.workers if w.standing == "up" and not w.problem]
+        in_sync = known is not None and [standby.in_sync for standby in known.standbys] == [True]
+        return state.state == "serving" and len(state.stages) == STAGES and len(usable) == len(self.macs) and in_sync
+
+    def _leader_of(self, state: ClusterState) -> Mac:
+        assert state.leadership
+        assert state.leadership.leader
+        addresses = state.leadership.leader.addresses
+        return next(mac for mac in self.coordinators if any(mac.host.address in a for a in addresses))
+
+    def state(self) -> ClusterState:
+        with Client(self.addresses, cluster=CLUSTER, timeout_s=5) as client:
+            return client.cluster()
+
+    def wait_serving(self) -> None:
+        end = time.monotonic() + MEND_S
+        while True:
+            with suppress(MacpipeError):
+                if self.state().state == "serving":
+                    return
+            assert time.monotonic() < end, f"nobody serves: {self.said()}"
+            time.sleep(0.1)
+
+    def said(self) -> str:
+        """Return the ends of all daemons' logs."""
+        daemons = [daemon for mac in self.macs for daemon in mac.daemons.values()]
+        return "\n".join(f"--- {daemon.name}\n{daemon.said()[-1500:]}" for daemon in daemons)
+
+    def close(self) -> None:
+        for mac in getattr(self, "macs", ()):
+            for role in tuple(mac.daemons):
+                mac.send(role, signal.SIGCONT)
+                mac.send(role, signal.SIGKILL)
+                mac.daemons[role].process.wait(10)
+        self._stack.close()
