@@ -30,6 +30,9 @@ class WorkerlessCoordinator:
 
     is_single = True
 
+    def leadership(self) -> None:
+        """Return None: no term is known."""
+
     def values(self) -> tuple[()]:
         return ()
 
