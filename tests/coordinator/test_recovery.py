@@ -38,7 +38,8 @@ def create_recovery(without_plan: int, retire: Callable[[], bool] = lambda: Fals
     context: Any = SimpleNamespace(
         loop=loop, failures=asyncio.Queue(), deps=SimpleNamespace(take_back=nothing), losses=SliceLosses()
     )
-    return ScriptedRecovery(context, None, WorkerLost("a is gone"), lambda sentence: None, retire), tries  # type: ignore[arg-type]
+    epoch: Any = SimpleNamespace(plan=SimpleNamespace(stages=(), epoch=1), controls=())
+    return ScriptedRecovery(context, epoch, WorkerLost("a is gone"), lambda sentence: None, retire), tries
 
 
 async def test_a_recovery_without_a_plan_tries_again_once_a_worker_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
