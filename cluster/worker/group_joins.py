@@ -7,7 +7,7 @@ group, the coordinator decides.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -74,7 +74,9 @@ class GroupJoins:
             raise StaleEpoch(f"no load of epoch {epoch} waits for the addresses of a group")
         waiting.set_result(hosts)
 
-    async def join(self, supervisor: Supervisor, request: pb.LoadStageRequest) -> AsyncIterator[pb.LoadStageResponse]:
+    async def join(
+        self, supervisor: Supervisor, request: pb.LoadStageRequest
+    ) -> AsyncGenerator[pb.LoadStageResponse, None]:
         """Bring a fresh engine into the group of a load, and yield the port on which it will listen meanwhile.
 
         Raises ``WorkerLost`` if the addresses or the other ranks do not come in time. The engine is killed then.

@@ -208,8 +208,9 @@ class WorkerServicer(WorkerServiceServicer):
             self.terms.accept_epoch(request.epoch)
             async with self.slots.load(request) as slot:
                 if slot.is_rank:
-                    async for event in self._joins.join(slot.supervisor, request):
-                        yield event
+                    async with aclosing(self._joins.join(slot.supervisor, request)) as joining:
+                        async for event in joining:
+                            yield event
                 calls = EngineCalls(slot, self.slots.hello, request, self.terms.require)
                 async with aclosing(self.loader.stage(request, calls)) as events:
                     async for event in events:

@@ -58,6 +58,10 @@ class GroupFleet(DeploymentFleet):
     def _whole(self, state: ClusterState) -> bool:
         return self._all_there(state) and state.state == "serving"
 
+    def plan(self) -> tuple[str, ...]:
+        """Return the names of all ranks, stage by stage."""
+        return tuple(stage.worker for stage in self.client.cluster().stages)
+
     def mend(self) -> None:
         """Start what is dead. If a loss has dissolved a group, load the model as two groups again."""
         super().mend()
