@@ -32,7 +32,10 @@ class Switch(StrEnum):
 
 Coordinator = Annotated[
     str | None,
-    typer.Option(metavar="HOST:PORT", help="The coordinator; else MACPIPE_COORDINATOR, else the one that is found."),
+    typer.Option(
+        metavar="HOST:PORT",
+        help="The coordinator, or several with commas; else MACPIPE_COORDINATOR, else what is found.",
+    ),
 ]
 _CLUSTER = {"metavar": "NAME", "envvar": "MACPIPE_CLUSTER", "help": "The cluster's name on this Mac."}
 Cluster = Annotated[str | None, typer.Option(**_CLUSTER, show_default="the last one entered, else default")]

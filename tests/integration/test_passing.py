@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def test_openais_client_with_one_address_does_not_notice_that_the_leader_was_kil
             if len(said) == 10:
                 leader_of(pair).process.send_signal(signal.SIGKILL)
         assert said == whole
+
+
+def test_a_whole_response_comes_from_the_next_leader_if_the_leader_was_killed_before_it(pair: WithHttp) -> None:
+    asked = {**CHAT, "stream": False, "max_tokens": 100, "ignore_eos": True}
+    with httpx.Client(base_url=pair.url("heir"), timeout=120) as client, ThreadPoolExecutor(1) as pool:
+        whole = client.post("/v1/chat/completions", json=asked).json()
+        waiting = pool.submit(client.post, "/v1/chat/completions", json=asked)
+        until(lambda: bool((state := pair.state("lead")) and state.requests))
+        leader_of(pair).process.send_signal(signal.SIGKILL)
+        response = waiting.result()
+    assert response.status_code == 200
+    assert response.json()["choices"] == whole["choices"]
 
 
 def test_calls_through_a_standby_alone_go_on_after_the_leader_was_killed(pair: WithHttp) -> None:
