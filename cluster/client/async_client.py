@@ -122,9 +122,14 @@ class AsyncClient:
         coroutine, but needs a running event loop. Iterating raises RequestNotFound if the request is unknown or the
         coordinator keeps no journal.
         """
-        request = encoding.encode_resume(request_id, offset)
-        resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
-        return AsyncStream(resumed, offset)
+        request, timeout_s = encoding.encode_resume(request_id, offset), self._timeout_s
+        if not self._follows:
+            return AsyncStream(self._connection.stream(lambda to: to.inference.Resume, request, timeout_s), offset)
+
+        def begin(left_s: float | None) -> AsyncStreamCall[inference_pb2.GenerateResponse]:
+            return self._connection.stream(lambda to: to.inference.Resume, request, left_s)
+
+        return AsyncStream(AsyncFollowedAnswer(self._connection, request_id, begin, timeout_s, offset), offset)
 
     async def embed(
         self, inputs: str | Sequence[PromptInput], *, model: str = "", dimensions: int | None = None

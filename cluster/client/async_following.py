@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 from cluster.client.async_calls import AsyncPause, AsyncStreamCall, AsyncStubs
@@ -55,6 +55,7 @@ class AsyncFollowedAnswer:
     """An answer that continues at another coordinator if the call breaks.
 
     ``begin`` sends the request, with the given timeout in seconds. ``timeout_s`` is the deadline of the whole answer.
+    ``offset``: an answer that was begun earlier is resumed there.
     """
 
     def __init__(
@@ -63,13 +64,15 @@ class AsyncFollowedAnswer:
         request_id: str,
         begin: Callable[[float | None], AnswerCall],
         timeout_s: float | None,
+        offset: int | Sequence[int] | None = None,
     ) -> None:
         self._connection, self._begin = connection, begin
+        self._is_new = offset is None
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._progress = ReceivedAnswer(request_id)
+        self._progress = ReceivedAnswer(request_id, offset or 0)
         self._schedule = FollowSchedule(len(connection.addresses))
         self._pause = AsyncPause()
-        self._perhaps_sent = False
+        self._perhaps_sent = not self._is_new
         self._call = begin(timeout_s)
 
     async def read(self) -> Reply | None:
@@ -82,9 +85,9 @@ class AsyncFollowedAnswer:
                 continue
             if reply is None:
                 return None
-            self._schedule.reset()
             new = self._progress.take(reply)
             if new is not None:
+                self._schedule.reset()
                 return new
 
     def cancel(self) -> None:
@@ -94,7 +97,7 @@ class AsyncFollowedAnswer:
 
     async def _follow(self, error: MacpipeError) -> None:
         """Have the answer continued, here or at another address. Raise ``error`` if it is the answer's end."""
-        if isinstance(error, RequestNotFound) and not self._progress.accepted:
+        if isinstance(error, RequestNotFound) and self._is_new and not self._progress.accepted:
             self._call = self._begin(self._left_s())  # no coordinator has it
             return
         pause_s = self._schedule.pause_s(error, patient=self._progress.accepted)

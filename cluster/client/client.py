@@ -121,9 +121,14 @@ class Client:
         ``offset`` is the index of the first token to send; for several samples, pass one offset per sample. Iterating
         raises RequestNotFound if the request is unknown or the coordinator keeps no journal.
         """
-        request = encoding.encode_resume(request_id, offset)
-        resumed = self._connection.stream(lambda to: to.inference.Resume, request, self._timeout_s)
-        return Stream(resumed, offset)
+        request, timeout_s = encoding.encode_resume(request_id, offset), self._timeout_s
+        if not self._follows:
+            return Stream(self._connection.stream(lambda to: to.inference.Resume, request, timeout_s), offset)
+
+        def begin(left_s: float | None) -> StreamCall[inference_pb2.GenerateResponse]:
+            return self._connection.stream(lambda to: to.inference.Resume, request, left_s)
+
+        return Stream(FollowedAnswer(self._connection, request_id, begin, timeout_s, offset), offset)
 
     def embed(
         self, inputs: str | Sequence[PromptInput], *, model: str = "", dimensions: int | None = None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 from cluster.client.calls import Pause, StreamCall, Stubs
@@ -56,6 +56,7 @@ class FollowedAnswer:
     """An answer that continues at another coordinator if the call breaks.
 
     ``begin`` sends the request, with the given timeout in seconds. ``timeout_s`` is the deadline of the whole answer.
+    ``offset``: an answer that was begun earlier is resumed there.
     """
 
     def __init__(
@@ -64,13 +65,15 @@ class FollowedAnswer:
         request_id: str,
         begin: Callable[[float | None], AnswerCall],
         timeout_s: float | None,
+        offset: int | Sequence[int] | None = None,
     ) -> None:
         self._connection, self._begin = connection, begin
+        self._is_new = offset is None
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._progress = ReceivedAnswer(request_id)
+        self._progress = ReceivedAnswer(request_id, offset or 0)
         self._schedule = FollowSchedule(len(connection.addresses))
         self._pause = Pause()
-        self._perhaps_sent = False
+        self._perhaps_sent = not self._is_new
         self._call = begin(timeout_s)
 
     def read(self) -> Reply | None:
@@ -83,9 +86,9 @@ class FollowedAnswer:
                 continue
             if reply is None:
                 return None
-            self._schedule.reset()
             new = self._progress.take(reply)
             if new is not None:
+                self._schedule.reset()
                 return new
 
     def cancel(self) -> None:
@@ -95,7 +98,7 @@ class FollowedAnswer:
 
     def _follow(self, error: MacpipeError) -> None:
         """Have the answer continued, here or at another address. Raise ``error`` if it is the answer's end."""
-        if isinstance(error, RequestNotFound) and not self._progress.accepted:
+        if isinstance(error, RequestNotFound) and self._is_new and not self._progress.accepted:
             self._call = self._begin(self._left_s())  # no coordinator has it
             return
         pause_s = self._schedule.pause_s(error, patient=self._progress.accepted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from cluster.core.errors import AnswerDiffers
@@ -12,12 +13,16 @@ Reply: TypeAlias = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 
 
 class ReceivedAnswer:
-    """The events of the answer to the request ``request_id`` that have arrived, from whichever coordinator."""
+    """The events of the answer to the request ``request_id`` that have arrived, from whichever coordinator.
 
-    def __init__(self, request_id: str) -> None:
+    ``offset`` is the number of tokens that the caller had before, of each sample or of all. They are not known here.
+    """
+
+    def __init__(self, request_id: str, offset: int | Sequence[int] = 0) -> None:
         self._request_id = request_id
         self._accepted: inference_pb2.PromptInfo | None = None
-        self._counts: list[int] = []
+        self._offsets = list(offset) if isinstance(offset, Sequence) else [offset]
+        self._counts = list(self._offsets) if any(self._offsets) else []
         self._digests: list[TokenDigest] = []
         self._finished: set[int] = set()
         self._prompt_tokens = 0
@@ -30,7 +35,9 @@ class ReceivedAnswer:
     def resume_request(self) -> inference_pb2.ResumeRequest:
         """Return the request for the rest of the answer."""
         return inference_pb2.ResumeRequest(
-            request_id=self._request_id, offsets=self._counts, digests=[one.digest() for one in self._digests]
+            request_id=self._request_id,
+            offsets=self._counts,
+            digests=[b"" if n else one.digest() for n, one in zip(self._offsets, self._digests, strict=False)],
         )
 
     def take(self, reply: Reply) -> Reply | None:
@@ -53,7 +60,9 @@ class ReceivedAnswer:
         known, info = self._accepted, reply.prompt
         if known is None:
             samples = max(info.samples, 1)
-            self._accepted, self._counts = info, [0] * samples
+            self._accepted = info
+            self._offsets *= samples if len(self._offsets) == 1 else 1
+            self._counts = list(self._offsets)
             self._digests = [TokenDigest() for _ in range(samples)]
             return reply
         if (info.prompt_tokens, info.seed, info.samples) != (known.prompt_tokens, known.seed, known.samples):

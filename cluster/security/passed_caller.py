@@ -17,7 +17,7 @@ from cluster.security.trust import AuthContext, Trust
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 CALLER_METADATA: Final = "x-macpipe-caller-bin"
 """Request metadata: the caller's certificate, as PEM."""
-PASSED_SERVICES: Final = ("cluster.v1.InferenceService", "cluster.v1.ClusterService")
+PASSED_SERVICES: Final = ("cluster.v1.InferenceService", "cluster.v1.ClusterService", "grpc.health.v1.Health")
 _CERTIFICATE: Final = "x509_pem_cert"
 
 

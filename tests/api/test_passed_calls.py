@@ -9,6 +9,9 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2_grpc import HealthStub, add_HealthServicer_to_server
 
 from client.scripted import Coordinator, answer_of, prompt_event
 from cluster.api.grpc.inference_service import IGNORED_METADATA, client_name
@@ -44,9 +47,17 @@ def named(*addresses: str) -> CoordinatorName:
     return CoordinatorName("mac-1", "1", addresses)
 
 
+class Healthy(Coordinator):
+    """A leader that tells its health, too."""
+
+    def add_services(self, server: grpc.aio.Server) -> None:
+        super().add_services(server)
+        add_HealthServicer_to_server(HealthServicer(), server)
+
+
 @pytest.fixture(scope="module")
 def leader() -> Iterator[Coordinator]:
-    with Coordinator() as running:
+    with Healthy() as running:
         yield running
 
 
@@ -72,6 +83,9 @@ def test_calls_of_all_forms_are_answered_by_the_leader(standby: StandingBy) -> N
         assert client.tokenize("Hi").ids == (1, 2)
         assert client.cluster().model == "faq"
         assert client.load("faq").wait().model == "faq"
+    with grpc.secure_channel(standby.address, grpc.local_channel_credentials()) as channel:
+        answer = HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_an_error_keeps_its_class_and_when_to_try_again(standby: StandingBy, script: Coordinator) -> None:

@@ -123,7 +123,10 @@ async def standby(service: Service) -> AsyncIterator[httpx.AsyncClient]:
     """A standby's HTTP port before a service, on real sockets."""
     channel = LeaderChannel(LocalTrust(), lambda: service.name)
     app = passing_application(channel, ORIGINS, ByteBudget(), wait_s=0.2)
-    async with serve(app, listen("127.0.0.1", 0)) as port, httpx.AsyncClient(base_url=f"http://{port}") as client:
+    async with (
+        serve(app, listen("127.0.0.1", 0)) as port,
+        httpx.AsyncClient(base_url=f"http://{port}", timeout=60) as client,
+    ):
         yield client
     await service.end()
 

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from client.scripted import Coordinator, answer_of, finish_event, prompt_event, token_event
+from client.scripted import Coordinator, Script, answer_of, finish_event, prompt_event, token_event
 from cluster.client import AsyncClient, Client
 from cluster.client.follow_schedule import FollowSchedule
 from cluster.client.received_answer import ReceivedAnswer
@@ -234,6 +234,27 @@ def test_too_many_and_wrong_addresses_are_told() -> None:
         Client(",".join(f"mac-{i}" for i in range(MAX_COORDINATORS + 1)))
     with pytest.raises(errors.InvalidOption, match="not an address"):
         Client("mac-1,")
+
+
+@pytest.mark.parametrize(("offset", "offsets"), [(2, [4]), (0, [2])])
+def test_an_answer_that_is_resumed_continues_at_the_next_coordinator(
+    coordinator: Coordinator, other: Coordinator, offset: int, offsets: list[int]
+) -> None:
+    async def begins(request: Any, context: Any) -> AsyncIterator[Any]:
+        prompt, *tokens, _ = answer_of(pb.GenerateRequest(request_id=request.request_id))
+        yield prompt
+        for token in tokens[offset : offset + 2]:
+            yield token
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "recvmsg: Connection reset by peer")
+
+    coordinator.script.rest, other.script.rest = begins, rest
+    with Client(both(coordinator, other)) as client:
+        assert [token.token for token in client.resume("mine", offset)] == list(range(100 + offset, 105))
+        known = [b""] if offset else [digest(100, 101)]
+        assert other.script.seen == [pb.ResumeRequest(request_id="mine", offsets=offsets, digests=known)]
+        coordinator.script.rest = other.script.rest = Script().rest
+        with pytest.raises(errors.RequestNotFound):
+            list(client.resume("mine", offset))
 
 
 # The schedule and what an answer has, without a network
