@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import anyio
 from starlette.types import ASGIApp
@@ -140,7 +140,9 @@ class CoordinatorProcess:
             state_folder(settings.home, settings.cluster) / SERVICE_FILE,
         )
         coordinator.leadership = lambda: upkeep.state
-        return Leading(self, coordinator, roster, replicator, upkeep)
+        leading = Leading(self, coordinator, roster, replicator, upkeep)
+        coordinator.hand_over = leading.hand_over
+        return leading
 
     def has_loaded_default(self, taken: Succession) -> bool:
         """Return whether the leader before had loaded the default model."""
@@ -156,11 +158,34 @@ class Leading:
     roster: Roster
     replicator: Replicator
     upkeep: LeadershipUpkeep
+    chosen: list[StandbyState] = field(default_factory=list)
+    """The standby that was asked to take over, if one was."""
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once nothing is recorded any more, before live requests end here."""
+
+    async def hand_over(self, name: str) -> str:
+        """Begin to hand over to the standby of this name, to one in sync for "". Return its name.
+
+        Raises ``NotServing`` if it does not follow, or is not in sync with a journal that is replicated.
+        """
+        standbys = self.replicator.standbys()
+        found = [one for one in standbys if name in ("", one.name)]
+        ready = [one for one in found if one.in_sync or not self.replicator.mode]
+        if not found:
+            others = f"; standbys are {', '.join(one.name for one in standbys)}" if standbys and name else ""
+            which = f"no standby named {name[:64]}" if name else "no standby"
+            raise NotServing(f"{which} follows this coordinator{others}; start one with `macpipe serve --standby`")
+        if not ready:
+            why = found[0].problem or "it is behind"
+            raise NotServing(f"{found[0].name} cannot take over without losing answers: {why}", retry_after_s=1.0)
+        self.chosen[:] = ready[:1]
+        self.upkeep.end()
+        return ready[0].name
 
     def servicer(self, http: ASGIApp) -> LeaderServicer:
         """Return the service for other coordinators, which pass HTTP requests to this application."""
         settings = self.process.settings
-        return LeaderServicer(self.process.others, settings.home, settings.cluster, self.replicator, http)
+        return LeaderServicer(self.process.others, settings.home, settings.cluster, self.replicator, http, self.leaving)
 
     async def stop(self) -> None:
         """Stop serving. If another coordinator leads, or a standby is there, leave it what it needs to go on."""
@@ -170,10 +195,12 @@ class Leading:
         if not superseded and not standbys:
             await self.coordinator.close()
             return
-        heir = None if superseded else max(standbys, key=lambda one: one.in_sync)
+        chosen = {one.name for one in self.chosen}
+        heir = None if superseded else max(standbys, key=lambda one: (one.name in chosen, one.in_sync))
         error = _handed_over(heir) if heir else _superseded(others.leader)
         await self._hold_loops()
         await self.replicator.stop(error, heir.name if heir else "")
+        self.leaving.set()
         await self.roster.terms.give_back()
         await self.coordinator.close(error)
 

@@ -40,6 +40,7 @@ EXAMPLES: Final = {
         "macpipe lora --model mlx-community/Qwen3-8B-4bit --test --data chats",
     ),
     "drain": ("macpipe drain mac-2", "macpipe drain mac-2 --undo"),
+    "handover": ("macpipe handover", "macpipe handover mac-2"),
     "status": ("macpipe status", "macpipe status --watch"),
     "trace": ("macpipe trace", "macpipe trace req-1 -o req-1.json"),
     "bench": ("macpipe bench", "macpipe bench --users 1,4,16 --prompt 2000 --tokens 200"),

@@ -23,6 +23,7 @@ from cluster.cli.drain import drain
 from cluster.cli.error_boundary import FIRST_SIGNAL_CODE, exit_at_once, run_with_error_boundary
 from cluster.cli.fuse import fuse
 from cluster.cli.generate import generate
+from cluster.cli.handover import handover
 from cluster.cli.help import HELP_WIDTH, Command, write_examples
 from cluster.cli.init import init
 from cluster.cli.join import join
@@ -50,7 +51,7 @@ from cluster.cli.worker import worker
 
 SECTIONS: Final = {
     "Set up": ("demo", "init", "join", "worker", "service", "config", "token", "members", "remove", "leave"),
-    "Serve a model": ("plan", "serve", "pull", "load", "unload", "models", "drain", "store"),
+    "Serve a model": ("plan", "serve", "pull", "load", "unload", "models", "drain", "handover", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
     "Look at it": ("status", "ps", "top", "trace", "bench", "doctor", "report"),
@@ -99,7 +100,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, init, join, worker, plan, serve, pull, convert, fuse, generate, chat, status, ps, load, unload, drain),
-    *(lora, top, trace, bench, doctor, report),
+    *(handover, lora, top, trace, bench, doctor, report),
 ):
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")

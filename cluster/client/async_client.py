@@ -249,6 +249,15 @@ class AsyncClient:
         reply = await self._connection.ask(lambda to: to.cluster.Drain, request, None, repeatable=False)
         return decode_cluster_state(reply.cluster)
 
+    async def hand_over(self, standby: str = "") -> str:
+        """Have a standby lead in the coordinator's place, one that is in sync for "". Return its name.
+
+        Answers go on there. Raise NotServing if there is no such standby, or if it is not in sync.
+        """
+        request = cluster_pb2.HandOverRequest(standby=standby)
+        reply = await self._connection.ask(lambda to: to.cluster.HandOver, request, None, repeatable=False)
+        return reply.standby
+
     async def examine(self) -> tuple[MacExamination, ...]:
         """Have each worker examine its Mac, as ``macpipe doctor`` does, and return what they find. Nothing is changed.
 

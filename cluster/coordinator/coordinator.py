@@ -20,7 +20,7 @@ from cluster.coordinator.copy_keeper import CopyKeeper
 from cluster.coordinator.deployment import Deployment, DeploymentHost
 from cluster.coordinator.deployment_states import describe_deployments
 from cluster.coordinator.deployment_table import DeploymentTable
-from cluster.coordinator.draining import drain_worker, undo_drain
+from cluster.coordinator.draining import drain_worker, refuse_handover, undo_drain
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
@@ -87,6 +87,8 @@ class Coordinator:
         """Unloads idle models so that the one with this own name can recover. Returns whether one left."""
         self.leadership: Callable[[], LeadershipState | None] = lambda: None
         """Tells who leads, if there ever was another coordinator."""
+        self.hand_over: Callable[[str], Awaitable[str]] = refuse_handover
+        """Hands over to the standby of this name, or to any for "". Returns its name. Raises ``NotServing``."""
         self.prefix_owners: OwnersOf = PrefixOwners
         """Tells who may have prefixes on the workers' disks. Set it before the first load."""
         self._cluster, self._roster, self._dialer, self._report = cluster, roster, dialer, report

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.worker_client import WorkerClient
-from cluster.core.errors import MacpipeError, NoPlan, NoWorkers
+from cluster.core.errors import MacpipeError, NoPlan, NotServing, NoWorkers
 
 
 async def drain_worker(worker: str, control: WorkerClient, deployments: Iterable[Deployment]) -> None:
@@ -39,3 +39,8 @@ async def _leave(worker: str, deployment: Deployment) -> None:
             if not deployment.can_lose(replica.holder):
                 raise
             await deployment.remove_copy(replica)
+
+
+async def refuse_handover(standby: str) -> str:
+    """Raise ``NotServing``: this coordinator has no standbys."""
+    raise NotServing("no standby follows this coordinator; start one on another Mac with `macpipe serve --standby`")

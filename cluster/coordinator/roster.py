@@ -182,6 +182,11 @@ class Roster:
         """Return whether another process with this coordinator's id owns the worker, or did until a moment ago."""
         return info.live_owner == self._coordinator and info.live_owner_process not in ("", self.instance)
 
+    @property
+    def was_elected(self) -> bool:
+        """Whether this process leads in place of another one."""
+        return self.inherited_epoch > 0
+
     def owns(self, info: WorkerInfo) -> bool:
         """Return whether the worker holds a slice from this coordinator or a predecessor with the same id."""
         return bool(info.epoch) and info.owner == self._coordinator

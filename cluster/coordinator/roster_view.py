@@ -64,6 +64,11 @@ class RosterView:
         found = [entry.info for entry in self._roster.members]
         return [*(info.epoch for info in found), *(held.epoch for info in found for held in info.slices)]
 
+    @property
+    def was_elected(self) -> bool:
+        """Whether this process leads in place of another one."""
+        return self._roster.was_elected
+
     def holds_from_before(self, info: WorkerInfo) -> bool:
         """Return whether the worker's slice is from a predecessor with the same id, see ``Roster``."""
         return self._roster.holds_from_before(info)

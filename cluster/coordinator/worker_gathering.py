@@ -10,7 +10,7 @@ from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.errors import NoWorkers
-from cluster.core.limits import RETURN_S
+from cluster.core.limits import RETURN_S, SETTLE_S
 from cluster.core.plan import ModelShape
 from cluster.core.worker import WorkerInfo
 from cluster.placement.memory_split import WorkerMemory, check_cuts, is_too_small, require_pieces
@@ -62,10 +62,11 @@ async def gather_remaining(
 ) -> tuple[tuple[WorkerInfo, ...], LoadOrder]:
     """Wait for the workers of an order that was served before. Return them, and the order for which they suffice.
 
-    A worker that is gone is waited for ``RETURN_S``, as in a recovery. Then the order no longer asks for a number of
-    workers or for layers. Raises the errors of ``gather_workers``.
+    A worker that is gone is waited for ``RETURN_S``, as in a recovery; by a leader that was elected ``SETTLE_S``, since
+    all workers were asked just before. Then the order no longer asks for a number of workers or for layers. Raises the
+    errors of ``gather_workers``.
     """
-    hurried = replace(order, wait_s=min(order.wait_s, RETURN_S))
+    hurried = replace(order, wait_s=min(order.wait_s, SETTLE_S if roster.was_elected else RETURN_S))
     try:
         return await gather_workers(roster, hurried, shape, report), order
     except NoWorkers as missing:

@@ -81,6 +81,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "LoadModel": _ADMINS,
         "UnloadModel": _ADMINS,
         "Drain": _ADMINS,
+        "HandOver": _ADMINS,
         "Train": _ADMINS,
         "AddAdapter": _ADMINS,
         "RemoveAdapter": _ADMINS,

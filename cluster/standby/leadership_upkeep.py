@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -47,11 +48,16 @@ class LeadershipUpkeep:
         self._others, self._roster, self._replicator = others, roster, replicator
         self._files, self._service, self._file = files, service, file
         self._kept = b""
+        self._ending = asyncio.Event()
         self._term, self._since = 0, continuous_seconds()
         self._announced: LeadershipState | None = None
 
+    def end(self) -> None:
+        """Have ``run`` return: a standby is to lead."""
+        self._ending.set()
+
     async def run(self) -> None:
-        """Return once another coordinator leads by a higher term."""
+        """Return once another coordinator leads by a higher term, or shall lead."""
         rounds = 0
         while True:
             await self.publish()
@@ -63,7 +69,10 @@ class LeadershipUpkeep:
                 if rounds % TELL_EVERY == 0:
                     await self._tell()
             rounds += 1
-            await asyncio.sleep(HEARTBEAT_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._ending.wait()
+                    return
 
     async def publish(self) -> None:
         """Send standbys what changed: who leads, what is served, and files. Those that follow later get it, too."""

@@ -64,6 +64,11 @@ class ClusterServiceStub:
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.HandOver = channel.unary_unary(
+                '/cluster.v1.ClusterService/HandOver',
+                request_serializer=cluster_dot_v1_dot_cluster__pb2.HandOverRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_cluster__pb2.HandOverResponse.FromString,
+                _registered_method=True)
         self.Train = channel.stream_stream(
                 '/cluster.v1.ClusterService/Train',
                 request_serializer=cluster_dot_v1_dot_cluster__pb2.TrainRequest.SerializeToString,
@@ -141,6 +146,13 @@ class ClusterServiceServicer:
 
     def Drain(self, request, context):
         """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HandOver(self, request, context):
+        """HandOver has a standby lead in place of this coordinator, which then stands by. Answers go on there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -228,6 +240,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=cluster_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_cluster__pb2.DrainResponse.SerializeToString,
+            ),
+            'HandOver': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandOver,
+                    request_deserializer=cluster_dot_v1_dot_cluster__pb2.HandOverRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_cluster__pb2.HandOverResponse.SerializeToString,
             ),
             'Train': grpc.stream_stream_rpc_method_handler(
                     servicer.Train,
@@ -427,6 +444,33 @@ class ClusterService:
             '/cluster.v1.ClusterService/Drain',
             cluster_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
             cluster_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HandOver(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.ClusterService/HandOver',
+            cluster_dot_v1_dot_cluster__pb2.HandOverRequest.SerializeToString,
+            cluster_dot_v1_dot_cluster__pb2.HandOverResponse.FromString,
             options,
             channel_credentials,
             insecure,

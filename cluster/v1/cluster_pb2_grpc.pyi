@@ -43,6 +43,8 @@ class ClusterServiceStub:
     """PlanModels returns which of several models fit at once, and which worker would hold what, as if nothing was loaded."""
     Drain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]
     """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone."""
+    HandOver: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.HandOverRequest, _cluster_pb2.HandOverResponse]
+    """HandOver has a standby lead in place of this coordinator, which then stands by. Answers go on there."""
     Train: _grpc.StreamStreamMultiCallable[_cluster_pb2.TrainRequest, _cluster_pb2.TrainResponse]
     """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
     The first message begins the run, the others bring its data. Ending the call ends the run.
@@ -75,6 +77,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """PlanModels returns which of several models fit at once, and which worker would hold what, as if nothing was loaded."""
     Drain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone."""
+    HandOver: _aio.UnaryUnaryMultiCallable[_cluster_pb2.HandOverRequest, _cluster_pb2.HandOverResponse]  # type: ignore[assignment]
+    """HandOver has a standby lead in place of this coordinator, which then stands by. Answers go on there."""
     Train: _aio.StreamStreamMultiCallable[_cluster_pb2.TrainRequest, _cluster_pb2.TrainResponse]  # type: ignore[assignment]
     """Train fine-tunes adapters of a model. Requests are refused meanwhile; the served model is loaded again afterwards.
     The first message begins the run, the others bring its data. Ending the call ends the run.
@@ -140,6 +144,14 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.DrainResponse, _abc.Awaitable[_cluster_pb2.DrainResponse]]:
         """Drain moves a worker's layers to others while requests go on. The worker gets no layers until it is undone."""
+
+    @_abc_1.abstractmethod
+    def HandOver(
+        self,
+        request: _cluster_pb2.HandOverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.HandOverResponse, _abc.Awaitable[_cluster_pb2.HandOverResponse]]:
+        """HandOver has a standby lead in place of this coordinator, which then stands by. Answers go on there."""
 
     @_abc_1.abstractmethod
     def Train(

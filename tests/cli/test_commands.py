@@ -41,6 +41,7 @@ COMMANDS = [
     "load",
     "unload",
     "drain",
+    "handover",
     "bench",
     "doctor",
     "report",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client, ClusterState
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import MacpipeError, NotServing
 from integration.daemons import Cluster, Daemon, free_port, launch, until, wait_serving
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
@@ -122,6 +122,21 @@ def test_a_leader_that_stops_hands_over_to_its_standby(pair: Coordinators) -> No
     whole, leader = undisturbed(pair), leader_of(pair)
     assert interrupted(pair, leader, signal.SIGTERM) == whole
     assert leader.process.wait(15) == 0
+
+
+def test_a_leader_that_is_told_to_hands_over_and_stands_by(pair: Coordinators) -> None:
+    whole, said = undisturbed(pair), list[int]()
+    with Client(f"{pair.address('lead')},{pair.address('heir')}", timeout_s=120) as client:
+        for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
+            said.append(token.token)
+            if len(said) == 10:
+                with Client(pair.address("lead"), timeout_s=20) as admin:
+                    with pytest.raises(NotServing, match="no standby named nobody"):
+                        admin.hand_over("nobody")
+                    assert admin.hand_over().endswith(f":{pair.ports['heir']}")
+    assert said == whole
+    until(lambda: pair.in_sync("heir") == 1)
+    assert leader_of(pair).process.poll() is None
 
 
 def test_two_standbys_agree_on_one_leader(pair: Coordinators) -> None:

@@ -139,6 +139,13 @@ class ClusterServicer(ClusterServiceServicer):
             await abort(context, e)
         return pb.DrainResponse(cluster=encode_cluster_state(await self._coordinator.snapshot()))
 
+    async def HandOver(self, request: pb.HandOverRequest, context: Context) -> pb.HandOverResponse:
+        try:
+            return pb.HandOverResponse(standby=await self._coordinator.hand_over(request.standby))
+        except MacpipeError as e:
+            await abort(context, e)
+            raise
+
     async def Train(
         self, request_iterator: AsyncIterator[pb.TrainRequest], context: Context
     ) -> AsyncIterator[pb.TrainResponse]:

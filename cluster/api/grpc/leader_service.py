@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from cluster.api.grpc.follow_call import serve_follow
 from cluster.api.passing.http_answers import answer_passed
 from cluster.codec.leadership import decode_claim, encode_leads_response
 from cluster.coordinator.replicator import Replicator
-from cluster.core.errors import NotLeader
+from cluster.core.errors import ConnectionLost, NotLeader
 from cluster.standby.other_coordinators import OtherCoordinators
 from cluster.transport.rich_errors import abort
 from cluster.v1 import leader_pb2 as pb
@@ -26,7 +27,7 @@ class LeaderServicer(LeaderServiceServicer):
     """Serves LeaderService for one process. Only coordinators may call it, which the server's rules see to.
 
     ``replicator`` sends the state in ``home`` to those that follow. ``http`` answers the requests that they pass on.
-    Both are None while this process does not lead.
+    Both are None while this process does not lead. Once ``leaving`` is set, the standbys pass these to the next leader.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class LeaderServicer(LeaderServiceServicer):
         cluster: str,
         replicator: Replicator | None = None,
         http: ASGIApp | None = None,
+        leaving: asyncio.Event | None = None,
     ) -> None:
         self._others, self._home, self._cluster = others, home, cluster
         self._replicator, self._http = replicator, http
+        self._leaving = leaving or asyncio.Event()
 
     async def Follow(
         self, request_iterator: AsyncIterator[pb.FollowRequest], context: Context
@@ -56,4 +59,15 @@ class LeaderServicer(LeaderServiceServicer):
     ) -> None:
         if self._http is None:
             await abort(context, NotLeader("this coordinator stands by; ask the one that leads"))
-        await answer_passed(self._http, request_iterator, context)
+        answering = asyncio.ensure_future(answer_passed(self._http, request_iterator, context))
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                why = "this coordinator leads no more; the answer goes on at the next one"
+                await abort(context, ConnectionLost(why))
+            await answering
+        finally:
+            leaving.cancel()
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)

@@ -1,0 +1,35 @@
+"""``macpipe handover NAME``: has a standby lead, so that the coordinator's Mac can be taken out of use."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.cli.error_boundary import errors_in_json
+from cluster.cli.options import Cluster, Coordinator, Json
+
+
+def handover(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The standby's name, as in `macpipe status`; one in sync if left out.")
+    ] = "",
+    coordinator: Coordinator = None,
+    cluster: Cluster = None,
+    json: Json = False,
+) -> None:
+    """Have a standby lead in place of the coordinator.
+
+    Running answers continue there. The coordinator stands by afterwards.
+    """
+    from cluster.client import Client
+
+    with errors_in_json(json), Client(coordinator, cluster=cluster) as client:
+        heir = client.hand_over(name)
+        if json:
+            from cluster.cli.json_output import print_json
+
+            print_json({"standby": heir})
+            return
+        sys.stdout.write(f"{heir} takes over\n")
