@@ -32,7 +32,9 @@ from cluster.discovery.sighting import Source
 from cluster.discovery.static import merge_sources, static_source
 from cluster.platform.overload import Lag
 from cluster.platform.paths import short_host_name
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
+from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
 from cluster.standby.leads_client import ask_over
@@ -61,9 +63,15 @@ class CoordinatorProcess:
     def create(
         settings: ServeSettings, source: Source, trust: Trust, http: HttpPort, front: HttpFront, url: str
     ) -> CoordinatorProcess:
-        """Return the process of these settings, which knows the coordinators that it knew before."""
-        host, port = short_host_name(), settings.port
-        name = host if port == DEFAULT_COORDINATOR_PORT else f"{host}:{port}"
+        """Return the process of these settings, which knows the coordinators that it knew before.
+
+        Others know it by its name as a member; without a cluster by the host's, and the port if it is unusual.
+        """
+        name, port = short_host_name(), settings.port
+        if trust.me and (ring := ClusterFolder(settings.home, settings.cluster).keyring(Role.COORDINATOR)):
+            name = ring.party.name
+        elif port != DEFAULT_COORDINATOR_PORT:
+            name = f"{name}:{port}"
         file = state_folder(settings.home, settings.cluster) / "coordinators"
         others = OtherCoordinators(CoordinatorName(name, secrets.token_hex(8)), ask_over(trust), file)
         return CoordinatorProcess(settings, source, trust, http, front, url, others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -22,9 +22,16 @@ from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
+from cluster.coordinator.settings import ServeSettings
 from cluster.coordinator.state_files import StateFiles
+from cluster.core.limits import DEFAULT_COORDINATOR_PORT
 from cluster.core.text import format_address
+from cluster.discovery.coordinator_announcement import look_for_coordinator
+from cluster.discovery.interfaces import LOOPBACK
+from cluster.security.cluster_choice import remembered_coordinator
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
+from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.follow_stream import FollowStream
 from cluster.standby.model_fit import ModelFit
@@ -63,10 +70,23 @@ async def follow(process: CoordinatorProcess, report: Reporter, patience_s: floa
             lambda address: FollowStream(address, trust, process.others.me, replica, own_files),
             create_roster,
             ModelFit(reader),
-            settings.coordinators,
+            await stack.enter_async_context(_find_coordinators(settings, trust)),
         )
         report.problem(f"standing by for cluster {settings.cluster} on {process.others.me.addresses[0]}")
         return await standby.run(patience_s)
+
+
+@asynccontextmanager
+async def _find_coordinators(settings: ServeSettings, trust: Trust) -> AsyncIterator[Callable[[], list[str]]]:
+    """Yield what returns where coordinators may be: as named, as remembered, and as they are announced now."""
+    known = [*settings.coordinators, remembered_coordinator(settings.home, settings.cluster) or ""]
+    ring = ClusterFolder(settings.home, settings.cluster).keyring(Role.COORDINATOR) if trust.me else None
+    if ring is None:
+        known.append(format_address(LOOPBACK, DEFAULT_COORDINATOR_PORT))
+        yield lambda: [address for address in known if address]
+        return
+    async with look_for_coordinator(ring.party.cluster_id) as source:
+        yield lambda: [*filter(None, known), *(sighting.address for sighting in source.current())]
 
 
 @asynccontextmanager

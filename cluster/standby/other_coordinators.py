@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -111,16 +110,18 @@ class OtherCoordinators:
         before = dict(self._known)
         for one in found:
             if one.addresses and one.name and not self._is_me(one):
-                self._known.pop(one.name[:MAX_FACT_CHARS], None)
-                kept = replace(one, instance="", addresses=one.addresses[:MAX_ADDRESSES], http=one.http[:MAX_ADDRESSES])
-                self._known[one.name[:MAX_FACT_CHARS]] = kept
+                kept = CoordinatorName(one.name[:MAX_FACT_CHARS], "", one.addresses[:MAX_ADDRESSES])
+                self._known.pop(key := _key(kept), None)
+                self._known[key] = kept
         self._known = dict([*self._known.items()][-MAX_COORDINATORS:])
         if self._file and {*self._known.values()} != {*before.values()}:
             _write(self._file, [*self._known.values()])
 
     def hear_followed(self, state: LeadershipState) -> None:
         """Remember the leader that is followed, and its other standbys."""
-        standbys = (CoordinatorName(one.name, "", one.addresses) for one in state.standbys if one.name != self.me.name)
+        standbys = (
+            CoordinatorName(one.name, "", one.addresses) for one in state.standbys if one.addresses != self.me.addresses
+        )
         self.remember((*standbys, *([state.leader] if state.leader else [])))
         if state.leader and state.term >= self.term and self.role is CoordinatorRole.STANDBY:
             self.term, self.leader = state.term, state.leader
@@ -156,14 +157,19 @@ class OtherCoordinators:
         return name.instance == self.me.instance
 
 
-def _read(file: Path | None) -> dict[str, CoordinatorName]:
-    """Return the coordinators in the file, by name. A file that is missing or damaged names none."""
+def _read(file: Path | None) -> dict[tuple[str, str], CoordinatorName]:
+    """Return the coordinators in the file, by their keys. A file that is missing or damaged names none."""
     try:
         content = read_json(file, _MAX_FILE_BYTES) if file else []
         found = [CoordinatorName(str(one["name"]), "", tuple(map(str, one["addresses"]))) for one in content]
     except (OSError, ValueError, TypeError, KeyError):
         return {}
-    return {one.name: one for one in found[-MAX_COORDINATORS:]}
+    return {_key(one): one for one in found[-MAX_COORDINATORS:] if one.addresses}
+
+
+def _key(one: CoordinatorName) -> tuple[str, str]:
+    """Return what tells a coordinator from others across restarts: two Macs may have one name."""
+    return one.name, one.addresses[0]
 
 
 def _write(file: Path, known: Iterable[CoordinatorName]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
@@ -79,8 +79,8 @@ class Succession:
 class Standby:
     """Follows the leader among ``others``, and stands for election when there is none.
 
-    ``create_roster`` returns the roster of the workers that the service names, for a new process. ``addresses`` are
-    those of coordinators that the user named.
+    ``create_roster`` returns the roster of the workers that the service names, for a new process. ``addresses`` returns
+    where else a coordinator may be: what the user named, and what is announced now.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Standby:
         open_stream: OpenStream,
         create_roster: Callable[[ReplicatedService], Roster],
         fit: ModelFit,
-        addresses: tuple[str, ...] = (),
+        addresses: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self._others, self._replica, self._open_stream = others, replica, open_stream
         self._create_roster, self._fit = create_roster, fit
-        self._named = addresses
+        self._addresses = addresses
         self.leadership: LeadershipState | None = None
         """What the leader said last; None while none is followed."""
         self.problem = ""
@@ -119,7 +119,7 @@ class Standby:
                 return succession
 
     async def _find_leader(self) -> CoordinatorName | None:
-        return await self._others.find_leader((*self._others.addresses, *self._named))
+        return await self._others.find_leader((*self._others.addresses, *self._addresses()))
 
     async def _follow(self, leader: CoordinatorName) -> bool:
         """Follow a leader. Return whether it is lost: it has been silent for as long as it may be, and nobody leads."""
@@ -147,8 +147,8 @@ class Standby:
         return True
 
     async def _watch(self, stream: LeaderStream) -> None:
-        """Keep what the leader says until its stream ends."""
-        while not stream.ended.is_set():
+        """Keep what the leader says until its stream ends, or has been silent for much longer than a beat."""
+        while not stream.ended.is_set() and continuous_seconds() - stream.heard_at < 2 * GONE_S:
             if stream.leadership and stream.leadership != self.leadership:
                 self.leadership = stream.leadership
                 self._others.hear_followed(stream.leadership)
@@ -164,11 +164,12 @@ class Standby:
 
         If it is alive after all, the leases of its workers protect it.
         """
-        name = self._others.me.name
+        me = self._others.me
         if stream.handover is not None:
-            return 0.0 if stream.handover in ("", name) else GONE_S + LEASE_S
+            return 0.0 if stream.handover in ("", me.name) else GONE_S + LEASE_S
         state = stream.leadership
-        in_sync = any(one.in_sync and one.name == name for one in state.standbys) if state else False
+        own = (me.name, me.addresses)
+        in_sync = any(one.in_sync and (one.name, one.addresses) == own for one in state.standbys) if state else False
         others = any(one.in_sync for one in state.standbys) if state else False
         return GONE_S + (LEASE_S if others and not in_sync else 0.0)
 

@@ -33,8 +33,8 @@ CoordinatorRequest: TypeAlias = (
 T = TypeVar("T")
 _OTHER = "another coordinator; stop that one, or give yours workers with a --cluster of their own"
 _SAME_ID = (
-    "another coordinator of the same id, since a state folder was copied; stop one of the two, or start "
-    "it with --home or MACPIPE_HOME set to a folder of its own"
+    "another coordinator of the same id: a standby that leads now, or one whose state folder was copied; stop one of "
+    "the two, or start it with --home or MACPIPE_HOME set to a folder of its own"
 )
 _DENIALS = {denial: pb.TermDenial.Value(f"TERM_DENIAL_{denial.name}") for denial in Denial}
 

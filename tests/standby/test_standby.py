@@ -91,7 +91,7 @@ class Scene:
         self.others = OtherCoordinators(ME, self._ask)
         fit: Any = ModelFit(None)  # type: ignore[arg-type]
         create: Any = lambda service: self.roster  # noqa: E731
-        self.standby = Standby(self.others, self.replica, self._open, create, fit, ("mac-1:7700",))
+        self.standby = Standby(self.others, self.replica, self._open, create, fit, lambda: ["mac-1:7700"])
         self.running = asyncio.create_task(self.standby.run())
 
     async def _ask(self, address: str, claim: LeaderClaim) -> LeaderClaim:
@@ -203,7 +203,8 @@ def test_those_in_sync_go_first_and_the_chosen_one_at_once() -> None:
     standby = Standby(OtherCoordinators(ME, None), Replica(), None, None, None)  # type: ignore[arg-type]
 
     def patience(handover: str | None, *in_sync: str) -> float:
-        found = tuple(StandbyState(name, in_sync=name in in_sync) for name in ("mac-2", "mac-3"))
+        names = ("mac-2", "mac-3")
+        found = tuple(StandbyState(name, (f"{name}:7700",), in_sync=name in in_sync) for name in names)
         state = LeadershipState(CoordinatorRole.LEADER, 5, LEADER, standbys=found)
         return standby._patience_s(Stream(0.0, state, handover=handover))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -29,7 +29,7 @@ _MAX_ADDRESSES: Final = 8
 
 async def serve_follow(
     replicator: Replicator, home: Path, cluster: str, requests: AsyncIterator[pb.FollowRequest], context: Context
-) -> AsyncIterator[pb.FollowResponse]:
+) -> AsyncGenerator[pb.FollowResponse, None]:
     """Yield the updates of a standby that ``requests`` introduces, until it leaves or the leader stops."""
     try:
         follower = await _introduce(replicator, requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,8 +49,10 @@ class LeaderServicer(LeaderServiceServicer):
     ) -> AsyncIterator[pb.FollowResponse]:
         if self._replicator is None:
             await abort(context, NotLeader("this coordinator stands by; follow the one that leads"))
-        async for update in serve_follow(self._replicator, self._home, self._cluster, request_iterator, context):
-            yield update
+        updates = serve_follow(self._replicator, self._home, self._cluster, request_iterator, context)
+        async with aclosing(updates):
+            async for update in updates:
+                yield update
 
     async def Leads(self, request: pb.LeadsRequest, context: Context) -> pb.LeadsResponse:
         return encode_leads_response(self._others.hear(decode_claim(request)))
