@@ -145,6 +145,7 @@ class JournalWriter:
                 self._apply(batch or [])
             if None in batches:
                 self._journal.close()
+                self._report()  # so that the last events leave: they say why the requests end
                 return
             self._journal.flush()
             self._report()

@@ -16,7 +16,7 @@ from cluster.codec.leadership import encode_leadership
 from cluster.coordinator.follower import Follower
 from cluster.coordinator.in_sync_names import InSyncNames
 from cluster.coordinator.journal_writer import JournalWriter
-from cluster.core.errors import Busy, MacpipeError
+from cluster.core.errors import Busy, InvalidOption, MacpipeError
 from cluster.core.leadership import CoordinatorName, LeadershipState, Replicate, StandbyState
 from cluster.core.limits import HEARTBEAT_S
 from cluster.core.replication_limits import MAX_STANDBYS, STORE_S
@@ -80,8 +80,13 @@ class Replicator:
     def follow(self, name: CoordinatorName, replica: str) -> Follower:
         """Return a new follower, which gets a whole copy first. The same standby's earlier one is closed.
 
-        Raises ``Busy`` if there are too many, or if this leader stops.
+        Raises ``Busy`` if there are too many, or if this leader stops, and ``InvalidOption`` for the leader's own copy.
         """
+        if replica == self._replica:
+            raise InvalidOption(
+                f"the state folder of {name.name} was copied from its leader's; start the standby with --home or"
+                " MACPIPE_HOME set to a folder of its own"
+            )
         if self._stopped:
             raise Busy("this coordinator stops")
         if former := self._followers.pop(replica, None):

@@ -156,3 +156,22 @@ def test_a_batch_has_a_number_and_its_records_are_given_before_it(tmp_path: Path
     (tmp_path / "copy").write_bytes(taken[0])
     for path in (tmp_path / "j", tmp_path / "copy"):
         assert Journal(path).take("a", "me")
+
+
+def wait(event: threading.Event) -> None:
+    assert event.wait(10)
+
+
+def test_what_was_recorded_last_is_reported_when_the_writer_is_closed(tmp_path: Path) -> None:
+    elsewhere, go_on = Elsewhere(), threading.Event()
+    writer = JournalWriter(Journal(tmp_path / "j"), replication=elsewhere, gated=True)
+    loop = writer.open_loop("m", "f")
+    writer.queue([lambda _: wait(go_on)])  # so that the rest is written in one go with the end
+    loop.record_opened(Request("a", (1, 2), SamplingParams(), 20, client="me"), ())
+    loop.flush()
+    closing = threading.Thread(target=writer.close)
+    closing.start()
+    go_on.set()
+    closing.join(10)
+    assert elsewhere.numbers[-1][0] >= 2
+    assert elsewhere.records

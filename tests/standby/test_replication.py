@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -306,5 +306,9 @@ async def test_a_standby_does_not_go_back_to_an_earlier_term_or_share_a_running_
         assert ReplicaMark(two, CLUSTER).is_complete
         with pytest.raises(InvalidOption, match="runs already"), ReplicaFolder(one, CLUSTER):
             pass
-        with suppress(InvalidOption), ReplicaFolder(two, CLUSTER) as replica:
+        with ReplicaFolder(two, CLUSTER) as replica:
             assert replica.term == 4
+        shutil.copytree(one, one.with_name("copied"))
+        with pytest.raises(InvalidOption, match="mac-2 was copied from its leader's"):
+            async with following(one.with_name("copied"), address):
+                pass
