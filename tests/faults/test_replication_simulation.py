@@ -215,6 +215,7 @@ def test_no_copy_that_is_named_lacks_what_a_client_saw(seed: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("first", range(0, 1000, 100))
 def test_no_copy_that_is_named_lacks_what_a_client_saw_in_many_games(first: int) -> None:
     for seed in range(first, first + 100):

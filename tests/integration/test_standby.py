@@ -147,3 +147,18 @@ def test_two_standbys_agree_on_one_leader(pair: Coordinators) -> None:
     until(lambda: pair.in_sync("heir") + pair.in_sync("third") >= 1)
     led = [state.leadership.leader for name in ("heir", "third") if (state := pair.state(name)) and state.leadership]
     assert len({one.name for one in led if one}) == 1
+
+
+def test_a_standby_that_hangs_holds_tokens_back_until_it_is_left_out_and_comes_back(pair: Coordinators) -> None:
+    whole = undisturbed(pair)
+    heir = next(daemon for daemon in pair.cluster.daemons if daemon.name == "heir")
+    said = []
+    with Client(pair.address("lead"), timeout_s=120) as client:
+        for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
+            said.append(token.token)
+            if len(said) == 10:
+                heir.process.send_signal(signal.SIGSTOP)
+    assert said == whole
+    assert pair.in_sync("lead") == 0
+    heir.process.send_signal(signal.SIGCONT)
+    until(lambda: pair.in_sync("lead") == 1)
