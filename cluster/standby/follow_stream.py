@@ -55,7 +55,7 @@ class FollowStream:
         self.problem = ""
         """Why the stream ended; "" while it lasts."""
         self._tasks: list[asyncio.Task[None]] = []
-        self._requests = asyncio.Queue[pb.FollowRequest](_MOST_UNSENT)
+        self._requests = asyncio.Queue[pb.FollowRequest | None](_MOST_UNSENT)
         self._is_unsynced = False
 
     async def __aenter__(self) -> FollowStream:
@@ -70,7 +70,7 @@ class FollowStream:
             self._replica.begin(first)
             await self._store(first)
         except BaseException as e:
-            await self._channel.close(None)
+            await self._close()
             if isinstance(e, (grpc.aio.AioRpcError, TimeoutError)):
                 raise self._error_of(e) from e
             raise
@@ -83,12 +83,19 @@ class FollowStream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._channel.close(None)
+        await self._close()
         self.ended.set()
 
     async def _send(self) -> AsyncIterator[pb.FollowRequest]:
-        while True:
-            yield await self._requests.get()
+        while (request := await self._requests.get()) is not None:
+            yield request
+
+    async def _close(self) -> None:
+        """Close the channel. gRPC's task that sends would wait for requests for ever, also once the call has ended."""
+        while not self._requests.empty():
+            self._requests.get_nowait()
+        self._requests.put_nowait(None)
+        await self._channel.close(None)
 
     async def _run(self, updates: AsyncIterator[pb.FollowResponse]) -> None:
         try:
@@ -105,7 +112,7 @@ class FollowStream:
             log.exception("standby: update not stored")
         finally:
             self.ended.set()
-            await self._channel.close(None)  # the leader need not wait for this standby
+            await self._close()  # the leader need not wait for this standby
 
     async def _store(self, update: pb.FollowResponse) -> None:
         self.heard_at = continuous_seconds()
