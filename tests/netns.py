@@ -159,10 +159,15 @@ class MdnsHost:
         return sorted({line.split()[0] for line in found})
 
 
+def has_mdns() -> bool:
+    """Return whether this machine has avahi-daemon and libnss-mdns."""
+    return bool(shutil.which("avahi-daemon") and list(Path("/").glob("lib/*/libnss_mdns4_minimal.so.2")))
+
+
 @contextlib.contextmanager
 def mdns(host: Host) -> Iterator[MdnsHost]:
     """Run avahi-daemon on a host during the block. Skips where avahi-daemon or libnss-mdns is missing."""
-    if not (shutil.which("avahi-daemon") and list(Path("/").glob("lib/*/libnss_mdns4_minimal.so.2"))):
+    if not has_mdns():
         pytest.skip("resolving CLUSTER.local as a desktop does needs avahi-daemon and libnss-mdns")
     with host.start("unshare", "--mount", "sh", "-c", AVAHI, stderr=subprocess.DEVNULL) as daemon:
         try:

@@ -76,6 +76,10 @@ class CoordinatorProcess:
         others = OtherCoordinators(CoordinatorName(name, secrets.token_hex(8)), ask_over(trust), file)
         return CoordinatorProcess(settings, source, trust, http, front, url, others)
 
+    def leader_addresses(self) -> tuple[str, ...]:
+        """Return where the leader answers gRPC, as far as this process knows one."""
+        return self.others.leader.addresses if self.others.leader else ()
+
     def listen_on(self, addresses: tuple[str, ...]) -> None:
         """Note where this process listens now. Loopback comes last: it leads other Macs to themselves."""
         urls = (self.url,) if self.url else ()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import anyio
-from anyio.abc import TaskGroup
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # made by a star import
@@ -20,15 +19,17 @@ from cluster.api.background_load import BackgroundLoad, LoadTracker
 from cluster.api.cluster_feed import ClusterFeed
 from cluster.api.coordinator_process import CoordinatorProcess, Leading
 from cluster.api.following import follow
+from cluster.api.grpc.authority_service import AUTHORITY, add_authority_service
 from cluster.api.grpc.cluster_service import ClusterServicer
 from cluster.api.grpc.inference_service import InferenceServicer, client_name
 from cluster.api.http.app import application
 from cluster.api.http.middleware import RequestMiddleware
-from cluster.api.http.port_settings import http_port
+from cluster.api.http.port_settings import hosts_certified_elsewhere
+from cluster.api.join_admission import admit_while_holder
 from cluster.api.key_usage import KeyUsage
 from cluster.api.metrics import Metrics
 from cluster.api.models_watch import ModelsWatch
-from cluster.api.ports import HttpFront, listening_hosts, serve_http
+from cluster.api.ports import HttpFront, http_port_or_off, listening_hosts, serve_http
 from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
@@ -44,8 +45,8 @@ from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import MacpipeError, PortInUse
-from cluster.core.limits import GONE_S, JOIN_RETRY_S, RETURN_S, SHUTDOWN_GRACE_S
+from cluster.core.errors import MacpipeError
+from cluster.core.limits import GONE_S, RETURN_S, SHUTDOWN_GRACE_S
 from cluster.core.term_limits import LEASE_S
 from cluster.core.text import format_address, is_loopback
 from cluster.discovery.browse import browse
@@ -53,7 +54,6 @@ from cluster.discovery.cluster_name import announce_cluster_name
 from cluster.discovery.coordinator_announcement import announce_coordinator
 from cluster.discovery.interfaces import LOOPBACK
 from cluster.discovery.static import merge_sources, static_source
-from cluster.joining.join_port import EVERYWHERE, admit_macs
 from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
@@ -62,11 +62,11 @@ from cluster.security.authority import read_authority
 from cluster.security.cluster_choice import remember_coordinator
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
-from cluster.security.limits import DEFAULT_JOIN_PORT
 from cluster.security.members import require_roster
 from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
+from cluster.standby.own_certificates import OwnCertificates
 from cluster.standby.standby import Succession
 from cluster.store.store import Store
 from cluster.transport.grpc_setup import bind, public_server
@@ -117,10 +117,15 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         if not settings.peers_only:
             source = merge_sources(source, await stack.enter_async_context(browse(settings.cluster)))
         trust = open_trust(settings.home, settings.cluster, COORDINATOR)
-        http = http_port(settings)
+        certificates = OwnCertificates(trust, hosts_certified_elsewhere(settings))
+        await certificates.renew_by_any(settings.coordinators)
+        http = http_port_or_off(settings, report)
         front = HttpFront()
         url = await stack.enter_async_context(serve_http(settings, http, front, report))
         process = CoordinatorProcess.create(settings, source, trust, http, front, url)
+        tasks.start_soon(certificates.run, process.leader_addresses)
+        if trust.me:
+            await tasks.start(admit_while_holder, settings, trust, report)
         follows, patience_s = settings.standby or await process.others.find_leader(process.others.addresses), 0.0
         while True:
             taken = await follow(process, report, patience_s) if follows else None
@@ -166,7 +171,6 @@ async def _lead(
         process.listen_on(addresses)
         stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
         stack.push_async_callback(on_demand.close)
-        await stack.enter_async_context(_join_port(settings, report, tasks))
         tasks.start_soon(_update_health, coordinator, services.checks, on_demand)
         tasks.start_soon(on_demand.run)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
@@ -238,37 +242,6 @@ def _epochs(settings: ServeSettings) -> EpochNumbers:
 
 
 @asynccontextmanager
-async def _join_port(settings: ServeSettings, report: Reporter, tasks: TaskGroup) -> AsyncIterator[None]:
-    """Admit Macs if this one leads a cluster.
-
-    While `macpipe init` still uses the port, retry in the background. Raises ``PortInUse`` if the user asked for this
-    port.
-    """
-    folder = ClusterFolder(settings.home, settings.cluster)
-    if not folder.holds_authority:
-        yield
-        return
-    host, port = settings.host or EVERYWHERE, settings.join_port
-    async with AsyncExitStack() as stack:
-        try:
-            await stack.enter_async_context(admit_macs(folder, host, DEFAULT_JOIN_PORT if port is None else port))
-        except PortInUse as e:
-            if port is not None:
-                raise
-            report.problem(f"no Mac can join until the join port is free: {e.sentence}")
-            tasks.start_soon(_retry_join_port, folder, host, DEFAULT_JOIN_PORT)
-        yield
-
-
-async def _retry_join_port(folder: ClusterFolder, host: str, port: int) -> None:
-    while True:
-        await anyio.sleep(JOIN_RETRY_S)
-        with suppress(PortInUse):
-            async with admit_macs(folder, host, port):
-                await anyio.sleep_forever()
-
-
-@asynccontextmanager
 async def _public_port(leading: Leading, trust: Trust, services: Services) -> AsyncIterator[tuple[str, ...]]:
     """Serve gRPC and yield the addresses, the one for this Mac first.
 
@@ -277,11 +250,12 @@ async def _public_port(leading: Leading, trust: Trust, services: Services) -> As
     On exit the coordinator stops first, so that live requests end with its error and not with a broken connection.
     """
     settings, requests = leading.process.settings, services.requests
-    bounds = MessageBounds(DESCRIPTORS, requests.bodies, partial(client_name, trust))
+    bounds = MessageBounds((*DESCRIPTORS, AUTHORITY), requests.bodies, partial(client_name, trust))
     server = public_server(trust, bounds)
     add_InferenceServiceServicer_to_server(InferenceServicer(requests, trust), server)
     add_ClusterServiceServicer_to_server(services.cluster, server)
     add_LeaderServiceServicer_to_server(leading.servicer(services.http.behind_standby()), server)
+    add_authority_service(server, settings, trust)
     add_HealthServicer_to_server(services.checks, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
     hosts = listening_hosts(settings, trust)

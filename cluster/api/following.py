@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 
 from cluster.api.coordinator_process import CoordinatorProcess
+from cluster.api.grpc.authority_service import add_authority_service
 from cluster.api.grpc.inference_service import client_name
 from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.passing.leader_channel import LeaderChannel
@@ -96,6 +97,7 @@ async def _standby_port(process: CoordinatorProcess, trust: Trust) -> AsyncItera
     leader = LeaderChannel(trust, lambda: process.others.leader)
     server = public_server(trust)
     add_LeaderServiceServicer_to_server(LeaderServicer(process.others, settings.home, settings.cluster), server)
+    add_authority_service(server, settings, trust)
     server.add_generic_rpc_handlers((PassedCalls(leader, ByteBudget(), partial(client_name, trust)),))
     hosts, port = listening_hosts(settings, trust), settings.port
     for host in hosts:

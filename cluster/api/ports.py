@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.api.http.port_settings import HttpPort
+from cluster.api.http.port_settings import HttpPort, http_port
 from cluster.api.http.server import listen, serve
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.settings import ServeSettings
-from cluster.core.errors import PortInUse
+from cluster.core.errors import AuthorityElsewhere, PortInUse
 from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
 from cluster.security.trust import Trust
 
-__all__ = ["HttpFront", "listening_hosts", "serve_http"]
+__all__ = ["HttpFront", "http_port_or_off", "listening_hosts", "serve_http"]
 
 
 class HttpFront:
@@ -48,13 +49,25 @@ def listening_hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
     return tuple(dict.fromkeys((LOOPBACK, best_address(interfaces()))))
 
 
+def http_port_or_off(settings: ServeSettings, report: Reporter) -> HttpPort:
+    """Return the HTTP port of ``settings``; one that is off if its certificate must come from another Mac, and has not.
+
+    Raises as ``http_port`` does.
+    """
+    try:
+        return http_port(settings)
+    except AuthorityElsewhere as e:
+        report.problem(f"HTTP is off: {e.sentence}")
+        return replace(http_port(replace(settings, http=replace(settings.http, address=None))), off=True)
+
+
 @asynccontextmanager
 async def serve_http(settings: ServeSettings, port: HttpPort, app: ASGIApp, report: Reporter) -> AsyncIterator[str]:
     """Serve HTTP and yield its URL; an empty URL if HTTP is off, or its default port is in use.
 
     Raises ``PortInUse`` if the user asked for this port.
     """
-    if settings.http.address is None:
+    if settings.http.address is None or port.off:
         yield ""
         return
     try:

@@ -51,7 +51,7 @@ def _hold_daemons(stack: ExitStack, folder: ClusterFolder) -> None:
     from cluster.platform.paths import hold_id
     from cluster.worker.identity import hold_identity
 
-    if folder.holds_authority:
+    if folder.coordinates:
         try:
             stack.enter_context(hold_id(state_folder(folder.home, folder.cluster)))
         except BlockingIOError:

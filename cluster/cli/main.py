@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from cluster import __version__
 from cluster.cli.adapter import adapter
+from cluster.cli.authority import authority
 from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.config import config
@@ -50,7 +51,10 @@ from cluster.cli.unload import unload
 from cluster.cli.worker import worker
 
 SECTIONS: Final = {
-    "Set up": ("demo", "init", "join", "worker", "service", "config", "token", "members", "remove", "leave"),
+    "Set up": (
+        *("demo", "init", "join", "worker", "service", "config"),
+        *("token", "members", "remove", "leave", "authority"),
+    ),
     "Serve a model": ("plan", "serve", "pull", "load", "unload", "models", "drain", "handover", "store"),
     "Make a model": ("convert", "lora"),
     "Send requests": ("generate", "chat", "launch", "key"),
@@ -104,6 +108,7 @@ for command in (
 ):
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")
+app.add_typer(authority)
 app.add_typer(key)
 app.add_typer(service)
 app.add_typer(config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Cluster, Home, Json, open_folder
+from cluster.cli.options import Cluster, Home, Json, open_folder, require_coordinator
 
 if TYPE_CHECKING:
     from cluster.security.members import Member
@@ -21,13 +21,14 @@ def members(
     json: Json = False,
     home: Home = None,
 ) -> None:
-    """List the members of the cluster that this Mac leads."""
-    from cluster.security.authority import Authority
+    """List the members of the cluster, on the Mac of any coordinator."""
+    from cluster.security.authority import read_authority
     from cluster.security.members import Members
 
     with errors_in_json(json):
         folder = open_folder(home, cluster)
-        cluster_id = Authority.load(folder).cluster_id
+        require_coordinator(folder)
+        cluster_id = read_authority(folder.authority.read_bytes()).cluster_id
         roster = Members(folder)
         known = roster.all_members() if everyone else roster.current()
         if json:

@@ -68,6 +68,17 @@ def open_folder(home: Path | None, cluster: str | None) -> "ClusterFolder":
     return ClusterFolder(folder, resolve_cluster(cluster, folder))
 
 
+def require_coordinator(folder: "ClusterFolder") -> None:
+    """Raise ``NoCluster`` if this Mac has no coordinator in the cluster of ``folder``."""
+    from cluster.core.errors import NoCluster
+
+    if not folder.coordinates:
+        raise NoCluster(
+            f"this Mac has no coordinator in a cluster named {folder.cluster}: create one with `macpipe init`, or run"
+            " this command on a coordinator's Mac"
+        )
+
+
 def _range(name: str) -> dict[str, Any]:
     """Return the arguments of ``typer.Option`` for a number within the range of the sampling parameter ``name``."""
     least, most = SAMPLING_RANGES[name]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
-from cluster.cli.options import Cluster, Home, Json, open_folder
+from cluster.cli.options import Cluster, Home, Json, open_folder, require_coordinator
 
 
 def remove(
@@ -22,12 +22,11 @@ def remove(
     Its certificates are refused from now on. A running coordinator notices within seconds, and answers continue
     without it. Only a new join token lets it back in.
     """
-    from cluster.security.authority import Authority
     from cluster.security.members import Members
 
     with errors_in_json(json):
         folder = open_folder(home, cluster)
-        Authority.load(folder)
+        require_coordinator(folder)
         removed = Members(folder).remove(name)
         if json:
             from cluster.cli.json_output import print_json

@@ -55,9 +55,15 @@ class CertificateRotation:
             await anyio.sleep(REVOCATION_LOOK_S)
 
     async def renew(self, renewal: Renewal) -> None:
-        """Renew the certificates that are due: this coordinator's, then those of the workers that answer now."""
+        """Renew the certificates that are due: this coordinator's, then those of the workers that answer now.
+
+        Does nothing while the authority is on another Mac, of which ``status`` warns.
+        """
+        from cluster.security.authority import find_holder
         from cluster.security.certificate_renewal import is_due
 
+        if not find_holder(renewal.folder, self._trust.members).here:
+            return
         if is_due(*self._trust.validity, self._clock()):
             await anyio.to_thread.run_sync(self._renew_own, renewal)
         for member in await self._ask():

@@ -40,7 +40,8 @@ def leave_cluster(folder: ClusterFolder, *, disband: bool = False) -> tuple[str,
 def _member_names(folder: ClusterFolder) -> tuple[str, ...]:
     """Return the names by which the coordinator lists this machine, as far as its certificates can be read."""
     names = folder.list_workers()
-    for role in (Role.CLIENT, Role.ADMIN):
+    others = (Role.CLIENT, Role.ADMIN) if folder.holds_authority else (Role.CLIENT, Role.ADMIN, Role.COORDINATOR)
+    for role in others:
         with suppress(ClusterDamaged):  # a damaged membership is a reason to leave
             if keyring := folder.keyring(role):
                 names.append(keyring.party.name)

@@ -39,6 +39,7 @@ class OwnCertificates:
 
     def __init__(self, trust: Trust, http_hosts: Sequence[str], clock: Callable[[], float] = time.time) -> None:
         self._trust, self._http_hosts, self._clock = trust, tuple(http_hosts), clock
+        self._reported: Reason | None = None
 
     async def run(self, leader: Callable[[], Sequence[str]]) -> None:
         """Renew what is due, until cancelled. ``leader`` returns the addresses of the coordinator that leads now.
@@ -47,17 +48,27 @@ class OwnCertificates:
         """
         from cluster.security.limits import RENEWAL_LOOK_S
 
-        reported: Reason | None = None
-        while (renewal := self._trust.renewal) is not None:
-            for address in leader()[:1]:
-                try:
-                    await self.renew(renewal, address)
-                    reported = None
-                except MacpipeError as e:
-                    if e.reason is not reported:
-                        reported = e.reason
-                        log.warning("certificates: not renewed reason=%s", e.sentence)
+        while self._trust.renewal is not None:
             await anyio.sleep(RENEWAL_LOOK_S)
+            await self.renew_by_any(leader()[:1])
+
+    async def renew_by_any(self, addresses: Sequence[str]) -> None:
+        """Renew what is due by the first coordinator at ``addresses`` that can. A failure is logged."""
+        problem: MacpipeError | None = None
+        renewal = self._trust.renewal
+        if renewal is None:
+            return
+        for address in addresses:
+            try:
+                await self.renew(renewal, address)
+            except MacpipeError as e:
+                problem = e
+            else:
+                self._reported = None
+                return
+        if problem is not None and problem.reason is not self._reported:
+            self._reported = problem.reason
+            log.warning("certificates: not renewed reason=%s", problem.sentence)
 
     async def renew(self, renewal: Renewal, address: str) -> None:
         """Renew the certificates that are due by the coordinator at ``address``. Raises ``MacpipeError``."""

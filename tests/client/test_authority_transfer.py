@@ -121,8 +121,8 @@ def test_a_coordinator_without_it_says_how_long_all_goes_on(coordinators: Coordi
     )
     assert first == ""
     assert re.fullmatch(
-        r"the authority of cluster lab is on the Mac of mac-1-coordinator, and without it no Mac can join and no"
-        r" certificate is renewed; the first certificate ends 20\d\d-\d\d-\d\d \d\d:\d\d UTC",
+        r"the authority of cluster lab is on the Mac of mac-1-coordinator: Macs join there alone, and no certificate"
+        r" is renewed unless that Mac leads; the first certificate ends 20\d\d-\d\d-\d\d \d\d:\d\d UTC",
         second,
     )
 

@@ -88,14 +88,14 @@ class Mac:
 class CoordinatorFleet:
     """The first two Macs have a coordinator each. Close it at the end."""
 
-    def __init__(self, folder: Path, replicate: str = "sync") -> None:
-        self.replicate = replicate
+    def __init__(self, folder: Path, replicate: str = "sync", http: str = "off") -> None:
+        self.replicate, self.http = replicate, http
         self._stack = ExitStack()
         try:
-            *hosts, client = self._stack.enter_context(ethernet(4))
+            *hosts, self.client = self._stack.enter_context(ethernet(4))
             self.macs = [Mac(f"mac{n}", host, folder / f"mac{n}") for n, host in enumerate(hosts, 1)]
             self._admit(folder)
-            self._stack.enter_context(inside(client))
+            self._stack.enter_context(inside(self.client))
             for mac in self.macs:
                 self.start_worker(mac)
             for mac in self.macs:
@@ -135,7 +135,7 @@ class CoordinatorFleet:
         peers = [word for one in self.macs for word in ("--peer", f"{one.host.address}:{WORKER_PORT}")]
         others = [f"{one.host.address}:{GRPC_PORT}" for one in self.coordinators if one is not mac]
         role = (MODEL, "--workers", str(STAGES)) if first else ("--standby", "--coordinator", *others)
-        common = ("--http", "off", "--port", str(GRPC_PORT), "--join-port", "0", "--peers-only", *peers)
+        common = ("--http", self.http, "--port", str(GRPC_PORT), "--join-port", "0", "--peers-only", *peers)
         mac.start("coordinator", "serve", *role, *common, "--journal", "always", "--replicate", self.replicate)
 
     # Breaking

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import anyio
 import grpc
 
+from cluster.coordinator.settings import ServeSettings
 from cluster.core.errors import InvalidRequest, MacpipeError
 from cluster.security.authority import Authority
 from cluster.security.authority_move import AuthorityReceiver, require_holder
@@ -19,11 +20,21 @@ from cluster.security.roles import Party
 from cluster.security.trust import Trust
 from cluster.transport.rich_errors import abort
 from cluster.v1 import authority_pb2 as pb
-from cluster.v1.authority_pb2_grpc import AuthorityServiceServicer
+from cluster.v1.authority_pb2_grpc import AuthorityServiceServicer, add_AuthorityServiceServicer_to_server
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 T = TypeVar("T")
 _MAX_HOST_CHARS = 253
+
+
+AUTHORITY: Final = pb.DESCRIPTOR.services_by_name["AuthorityService"]
+
+
+def add_authority_service(server: grpc.aio.Server, settings: ServeSettings, trust: Trust) -> None:
+    """Serve AuthorityService on a coordinator's port, if it is in a cluster."""
+    if trust.me:
+        servicer = AuthorityServicer(trust, ClusterFolder(settings.home, settings.cluster))
+        add_AuthorityServiceServicer_to_server(servicer, server)
 
 
 class AuthorityServicer(AuthorityServiceServicer):

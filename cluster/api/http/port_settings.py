@@ -28,11 +28,13 @@ class HttpPort:
     """The settings of a coordinator's HTTP port.
 
     ``keys`` None: no API key is needed. ``certificate`` None: plain HTTP, which is allowed on loopback only.
+    ``off``: the port must not be opened.
     """
 
     sites: OriginPolicy
     keys: KeyStore | None
     certificate: HttpCertificate | None
+    off: bool = False
 
 
 def http_port(settings: ServeSettings) -> HttpPort:
@@ -42,10 +44,27 @@ def http_port(settings: ServeSettings) -> HttpPort:
     network = not is_loopback(host)
     if network and not folder.exists:
         raise unprotected_port_error(host)
-    named = tuple(check_host(name) for name in settings.http.hosts)
-    hosts = (*names_of_this_mac(host), _cluster_name(folder), *named) if network else named
+    hosts = _allowed_hosts(settings, folder, host, network=network)
     sites = OriginPolicy(frozenset(hosts), frozenset(check_origin(one) for one in settings.http.origins))
     return HttpPort(sites, KeyStore(folder) if folder.exists else None, _certificate(settings, folder, hosts, network))
+
+
+def hosts_certified_elsewhere(settings: ServeSettings) -> tuple[str, ...]:
+    """Return the hosts for which this Mac's HTTPS needs a certificate from another Mac; none if it does not.
+
+    Raises as ``http_port`` does.
+    """
+    folder = ClusterFolder(settings.home, settings.cluster)
+    host = settings.http.address[0] if settings.http.address else _OWN[1]
+    if is_loopback(host) or settings.http.certificate or not folder.coordinates or find_holder(folder).here:
+        return ()
+    return _hosts_to_certify(_allowed_hosts(settings, folder, host, network=True))
+
+
+def _allowed_hosts(settings: ServeSettings, folder: ClusterFolder, host: str, *, network: bool) -> tuple[str, ...]:
+    """Return the host names and addresses, beside those of loopback, under which the port may be called."""
+    named = tuple(check_host(name) for name in settings.http.hosts)
+    return (*names_of_this_mac(host), _cluster_name(folder), *named) if network else named
 
 
 def _cluster_name(folder: ClusterFolder) -> str:
@@ -65,10 +84,10 @@ def _certificate(
         return None
     if folder.coordinates and not find_holder(folder).here:
         return KeptCertificate(folder)
-    return OwnCertificate(folder, hosts_to_certify(hosts))
+    return OwnCertificate(folder, _hosts_to_certify(hosts))
 
 
-def hosts_to_certify(hosts: Sequence[str]) -> tuple[str, ...]:
+def _hosts_to_certify(hosts: Sequence[str]) -> tuple[str, ...]:
     """Return the names and addresses of an HTTPS certificate for a port that is reached at ``hosts``."""
     return tuple(dict.fromkeys((*hosts, *_OWN)))
 

@@ -1,0 +1,76 @@
+"""The authority moves from a leader's Mac to a running standby's: real processes, each with its own state folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.security.cluster_folder import ClusterFolder
+from integration.daemons import Daemon, free_port, launch, until
+from integration.test_joining import macpipe
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
+
+
+class Mac:
+    """A coordinator's Mac on loopback."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.home, self.port, self.join_port = folder / name, free_port(), free_port()
+
+    def run(self, *words: str) -> str:
+        return macpipe(*words, "--home", str(self.home))
+
+    @contextmanager
+    def serve(self, *options: str) -> Iterator[Daemon]:
+        here = ["--host", "127.0.0.1", "--port", str(self.port), "--join-port", str(self.join_port), "--http", "off"]
+        words = ["serve", *options, *here, "--peers-only", "--home", str(self.home), "--cluster", "default"]
+        log = self.folder / f"{self.name}.log"
+        daemon = Daemon(self.name, launch(words, log), log)
+        try:
+            yield daemon
+        finally:
+            daemon.stop()
+
+    def token(self, role: str) -> str:
+        found = re.search(r"mpj1\.\w+", self.run("token", "create", "--role", role))
+        assert found
+        return found[0]
+
+
+def test_the_authority_moves_to_a_running_standby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Mac(tmp_path, "mac-1"), Mac(tmp_path, "mac-2")
+    first.run("init", "--name", "mac-1", "--macs", "0")
+    at_first = f"127.0.0.1:{first.port}"
+    with first.serve("faq", "--wait", "200"):
+        token = first.token("coordinator")
+        admitting = ("--peer", f"127.0.0.1:{first.join_port}")
+        until(lambda: _joined(second, token, *admitting))
+        with second.serve("--standby", "--coordinator", at_first) as standby:
+            standby.wait_for("standing by")
+            until(lambda: (ClusterFolder(second.home, "default").members).is_file())
+            monkeypatch.setenv("MACPIPE_HOME", str(first.home))
+            moved = macpipe("authority", "move", "mac-2", "--coordinator", at_first, "--json")
+            assert json.loads(moved)["holder"] == "mac-2-coordinator"
+            assert not ClusterFolder(first.home, "default").holds_authority
+            for mac, here in ((first, False), (second, True)):
+                until(lambda mac=mac, here=here: json.loads(mac.run("authority", "show", "--json"))["here"] is here)
+            client = Mac(tmp_path, "mac-3")
+            token = second.token("client")
+            until(lambda: _joined(client, token, "--peer", f"127.0.0.1:{second.join_port}"))
+            until(lambda: "mac-3-client" in first.run("members"))
+
+
+def _joined(mac: Mac, token: str, *options: str) -> bool:
+    try:
+        mac.run("join", token, "--name", mac.name, *options)
+    except AssertionError as error:
+        assert "no coordinator admits Macs" in str(error)  # the join port is not open yet
+        return False
+    return True
