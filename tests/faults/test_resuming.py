@@ -146,7 +146,7 @@ def test_a_client_with_two_addresses_does_not_notice_that_its_coordinator_dies(
         )
         for reader in (*readers, strike):
             reader.start()
-        assert struck.wait(60)
+        assert struck.wait(120)
         assert all(answer.begun.wait(60) for answer in answers.values())
         wait_recorded(small, answers)
         small.serve.process.kill()
@@ -154,7 +154,7 @@ def test_a_client_with_two_addresses_does_not_notice_that_its_coordinator_dies(
         small.client.close()
         small.start_coordinator(port)
         for reader in (*readers, strike):
-            reader.join(100)
+            reader.join(120)
         for kind, said in expected.items():
             assert answers[f"{kind}-followed"].stream.finish, kind
             assert answers[f"{kind}-followed"].whole == said, kind
