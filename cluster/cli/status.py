@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -154,11 +153,12 @@ class StatusView:
 
 def describe_links(stages: Sequence[StageState]) -> list[str]:
     """Return a line for each measured link between two stages."""
+    senders = {stage.index: stage.worker for stage in stages if stage.rank == 0}
     return [
-        f"link: {a.worker} to {b.worker}"
-        + link_in_words(Link(b.link_round_trip_ms / 1e3, b.link_bandwidth, b.link_interface))
-        for a, b in pairwise(stages)
-        if b.link_bandwidth
+        f"link: {senders[stage.index - 1]} to {stage.worker}"
+        + link_in_words(Link(stage.link_round_trip_ms / 1e3, stage.link_bandwidth, stage.link_interface))
+        for stage in stages
+        if stage.link_bandwidth and stage.index - 1 in senders
     ]
 
 

@@ -225,6 +225,10 @@ def test_the_links_between_stages_are_named_with_their_speed() -> None:
     assert describe_links([first, replace(rest[0], **cable), rest[1]]) == [
         "link: mac-1 to mac-2 over Thunderbolt Bridge (bridge0): 3.2 GB/s, round trip 0.3 ms"
     ]
+    pair = [replace(first, rank=rank, ranks=2, worker=f"mac-{rank + 5}") for rank in range(2)]
+    ranks = [replace(rest[0], **cable, rank=rank, ranks=2, worker=f"mac-{rank + 7}") for rank in range(2)]
+    said = [line.partition(" over ")[0] for line in describe_links([*pair, *ranks])]
+    assert said == ["link: mac-5 to mac-7", "link: mac-5 to mac-8"], "rank 0 sends to all"
 
 
 def test_a_roofline_above_100_percent_is_told_where_it_shows_a_wrong_profile() -> None:
