@@ -12,6 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from adapters import make_adapter
 from checkpoints import make
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.copy_keeper import NO_IDLE
@@ -43,10 +44,13 @@ class Asking:
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator, self.sent = coordinator, 0
 
-    async def stream(self, prompt: list[int], count: int) -> AsyncIterator[int]:
-        info = self.coordinator.served_model("")
+    async def stream(self, prompt: list[int], count: int, adapter: str = "") -> AsyncIterator[int]:
+        info = self.coordinator.served_model("", adapter)
         self.sent += 1
-        request = Request(f"r{self.sent}", tuple(prompt), SamplingParams(), max_tokens=count, ignore_eos=True)
+        key = info.adapter.key if info.adapter else ""
+        request = Request(
+            f"r{self.sent}", tuple(prompt), SamplingParams(), max_tokens=count, ignore_eos=True, adapter=key
+        )
         answer = await self.coordinator.accept(request, info)
         async for event in answer:
             if isinstance(event, TokenEvent):
@@ -67,22 +71,30 @@ async def replicated(
 
 
 @pytest.mark.timeout(120)
-def test_answers_go_on_at_the_other_replica_when_one_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["", pytest.param("one", marks=pytest.mark.long)])
+def test_answers_go_on_at_the_other_replica_when_one_is_killed(adapter: str, tmp_path: Path) -> None:
+    """With an adapter, it answers half of the requests."""
     folder, cluster = make("llama", tmp_path / "llama"), Cluster(tmp_path, mtls=False)
     try:
         ports, daemons = start_workers(cluster, "ada", "bob")
-        anyio.run(_lose_one, cluster, tmp_path / "coordinator", ports, folder, daemons)
+        anyio.run(_lose_one, cluster, tmp_path / "coordinator", ports, folder, daemons, adapter)
     finally:
         cluster.close()
 
 
-async def _lose_one(cluster: Cluster, home: Path, ports: list[int], folder: Path, daemons: dict[str, Daemon]) -> None:
+async def _lose_one(
+    cluster: Cluster, home: Path, ports: list[int], folder: Path, daemons: dict[str, Daemon], adapter: str
+) -> None:
     order = LoadOrder(str(folder), worker_count=1, cached_contexts=8)
-    expected = [greedy(folder, prompt, 400) for prompt in PROMPTS]
+    folders = {"": None, adapter: make_adapter(folder, home / adapter, 1) if adapter else None}
+    asked = list(zip(PROMPTS, (adapter, adapter, "", ""), strict=True))
+    expected = [greedy(folder, prompt, 400, adapter=folders[name]) for prompt, name in asked]
     async with replicated(cluster, home, ports, order, 2) as (coordinator, deployment):
         await until(coordinator, lambda: len(deployment.replicas) == 2)
+        if adapter:
+            await coordinator.add_adapter(adapter, str(folders[adapter]))
         asking = Asking(coordinator)
-        streams = [asking.stream(prompt, 400) for prompt in PROMPTS]
+        streams = [asking.stream(prompt, 400, name) for prompt, name in asked]
         seen = [[await anext(stream)] for stream in streams]
         assert all(replica.live for replica in deployment.replicas)
         lost = max(deployment.replicas, key=lambda replica: replica.live)
@@ -94,7 +106,7 @@ async def _lose_one(cluster: Cluster, home: Path, ports: list[int], folder: Path
         assert [tuple(tokens) for tokens in seen] == expected
         assert lost.state is not ServingState.SERVING, "nothing had to be loaded for the answers"
         assert deployment.state is ServingState.SERVING
-        assert await asking.answer(PROMPTS[0], 24) == expected[0][:24]
+        assert await asking.answer(PROMPTS[-1], 24) == expected[-1][:24]
         assert coordinator.totals.tokens == 4 * 400 + 24
         await until(coordinator, lambda: lost not in deployment.replicas)
         with anyio.fail_after(WAIT_S):
