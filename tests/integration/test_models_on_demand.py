@@ -95,6 +95,7 @@ async def serving(cluster: Cluster, folder: Path, ports: list[int], load_wait_s:
     folders = {name: make(architecture, folder / name) for name, architecture in ARCHITECTURES.items()}
     async with coordinating(cluster, folder / "coordinator", ports) as coordinator:
         on_demand = OnDemand(coordinator, load_wait_s)
+        coordinator.make_way = on_demand.make_way
         service = RequestService(coordinator, Metrics(), on_demand=on_demand)
         async with serve(application(service), listen("127.0.0.1", 0, encrypted=False), None) as address:
             served = Served(coordinator, on_demand, address, folders)
@@ -235,13 +236,18 @@ async def stream_with(served: Served, gpt: openai.AsyncOpenAI, claude: anthropic
 async def hang_up(served: Served) -> None:
     """Clients that go while their model is loaded leave nothing behind, and the load goes on."""
     body = {"model": "chat", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
-    async with httpx.AsyncClient(base_url=served.url) as client:
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as client, asyncio.timeout(60):
         for streamed in (True, False):
-            with pytest.raises(httpx.TimeoutException):
-                await client.post("/v1/messages", json={**body, "stream": streamed}, timeout=0.05)
+            asking = asyncio.create_task(client.post("/v1/messages", json={**body, "stream": streamed}))
+            while not served.on_demand._holds:
+                await asyncio.sleep(0.001)
+            asking.cancel()
+            while served.on_demand._holds:
+                await asyncio.sleep(0.001)
+            assert asking.cancelled()
     deployment = served.coordinator.deployments["chat"]
     async with asyncio.timeout(60):
-        while served.on_demand._holds or not deployment.model_info:
+        while not deployment.model_info:
             await asyncio.sleep(0.05)
     assert not deployment.has_requests
 
@@ -278,6 +284,38 @@ def test_workers_that_die_while_models_come_and_go_end_no_request(
             assert await served.text(name) == expected[name]
 
     run(tmp_path, test, workers=3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_pinned_model_that_loses_its_worker_while_all_are_idle_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three models on two workers, one worker holds two, and two remain once the other worker is lost."""
+    monkeypatch.setattr(eviction, "MIN_RESIDENT_S", 0.0)
+
+    async def test(served: Served, workers: list[Any]) -> None:
+        expected = {name: served.expected(name) for name in ARCHITECTURES}
+        for name in ARCHITECTURES:
+            assert await served.text(name) == expected[name]
+        assert served.loaded == set(ARCHITECTURES)
+        deployments = {name: served.coordinator.deployments[name] for name in ARCHITECTURES}
+        places = {name: deployment.first.workers for name, deployment in deployments.items()}
+        (alone,) = (name for name, place in places.items() if list(places.values()).count(place) == 1)
+        served.adopt(**{alone: {"pin": True}})
+        least_recent, other = (name for name in ARCHITECTURES if name != alone)
+        epoch = deployments[alone].require_service().plan.epoch
+        os.killpg(workers[int(places[alone][0][1:])].process.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while (service := deployments[alone].require_service()).plan.epoch == epoch or service.recovery:
+                await asyncio.sleep(0.05)
+        assert served.loaded == {alone, other}
+        assert served.coordinator.totals.tokens == len(ARCHITECTURES) * TOKENS, "the recovery's own token is no answer"
+        for name in (alone, least_recent, other, alone):
+            assert await served.text(name) == expected[name]
+        assert alone in served.loaded, "it is pinned"
+
+    run(tmp_path, test, workers=2)
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -14,6 +15,7 @@ import pytest
 
 from adapters import make_adapter
 from checkpoints import make
+from cluster.coordinator import copy_keeper
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.copy_keeper import NO_IDLE
 from cluster.coordinator.deployment import Deployment
@@ -27,6 +29,9 @@ from integration.test_several_models import coordinating
 
 PROMPTS = [[(i * 37 + 11 + 5 * k) % 250 for i in range(40)] for k in range(4)]
 WAIT_S = 60
+ANSWER = 200
+SMALL = ("--memory-limit", "640KiB")
+"""A worker's memory: for one of the models with 256 tokens of context, and not for the weights of another."""
 
 
 async def until(coordinator: Coordinator, seen: Callable[[], bool]) -> None:
@@ -161,12 +166,85 @@ async def _come_and_go(cluster: Cluster, home: Path, ports: list[int], folders: 
         assert await asking.answer(PROMPTS[0], 24) == expected[:24]
 
 
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_copies_outlive_workers_that_stop_and_make_way_for_a_model_that_has_lost_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_keeper, "RETRY_S", 0.5)
+    folders, cluster = [make(kind, tmp_path / kind) for kind in ("llama", "qwen3")], Cluster(tmp_path, mtls=False)
+    try:
+        anyio.run(_lose_copies, Workers(cluster, "ada", "bob", "cyd"), tmp_path / "coordinator", folders)
+    finally:
+        cluster.close()
+
+
+class Workers:
+    """Workers that hold one model each, and come back on their ports."""
+
+    def __init__(self, cluster: Cluster, *names: str) -> None:
+        self.cluster = cluster
+        ports, self._daemons = start_workers(cluster, *names, options=SMALL)
+        self.ports = dict(zip(names, ports, strict=True))
+
+    def kill(self, name: str) -> None:
+        os.killpg(self._daemons[name].process.pid, signal.SIGKILL)
+
+    async def stop(self, name: str) -> int:
+        """Stop a worker as its operator does. Return its exit code."""
+        return await anyio.to_thread.run_sync(lambda: self._daemons[name].stop(timeout_s=WAIT_S))
+
+    async def start(self, name: str) -> None:
+        """Start a worker again."""
+        self._daemons[name].process.wait(10)
+        self._daemons[name] = self.cluster.worker(name, "--port", str(self.ports[name]), *SMALL)
+        await anyio.to_thread.run_sync(self._daemons[name].wait_for, f"worker {name} of cluster")
+
+
+async def _lose_copies(workers: Workers, home: Path, folders: list[Path]) -> None:
+    small, other = (LoadOrder(str(folder), worker_count=1, max_context=256, cached_contexts=1) for folder in folders)
+    expected, theirs = greedy(folders[0], PROMPTS[0], ANSWER), greedy(folders[1], PROMPTS[0], 24)
+    ports = list(workers.ports.values())
+    async with replicated(workers.cluster, home, ports, small, None) as (coordinator, deployment):
+        await coordinator.load(other, name="other")
+        await until(coordinator, lambda: len(deployment.replicas) == 2)
+        asking, said = Asking(coordinator), asyncio.Event()
+        answers = asyncio.create_task(_keep_answering(asking, expected, said))
+        second = coordinator.deployments["other"]
+
+        async def answer_other() -> tuple[int, ...]:
+            info, request = second.require_service().model_info, Request("o", tuple(PROMPTS[0]), SamplingParams(), 24)
+            events = await coordinator.accept(replace(request, ignore_eos=True), info)
+            return tuple([event.token async for event in events if isinstance(event, TokenEvent)])
+
+        (lost,) = second.first.workers
+        workers.kill(lost)
+        assert await answer_other() == theirs
+        assert len(deployment.replicas) == 1, "its copy made way, since the other model was on no Mac"
+
+        await workers.start(lost)
+        with anyio.fail_after(WAIT_S):
+            while coordinator._copies._loading is None:
+                await anyio.sleep(0.01)
+        workers.kill(lost)
+        await until(coordinator, lambda: coordinator._copies._loading is None and len(deployment.replicas) == 1)
+        await workers.start(lost)
+        await until(coordinator, lambda: len(deployment.replicas) == 2)
+
+        retired = deployment.first
+        assert await workers.stop(*retired.workers) == 0
+        assert retired not in deployment.replicas
+        assert await answer_other() == theirs
+        said.set()
+        await answers
+
+
 async def _keep_answering(asking: Asking, expected: tuple[int, ...], said: asyncio.Event) -> None:
     """Ask for one answer after the other until ``said``, two at a time. All must be whole."""
 
     async def ask() -> None:
         while not said.is_set():
-            assert await asking.answer(PROMPTS[0], 300) == expected[:300]
+            assert await asking.answer(PROMPTS[0], ANSWER) == expected[:ANSWER]
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(2):
