@@ -125,10 +125,7 @@ class CoordinatorProcess:
         return taken.roster
 
     def replicate(self, settings: ServeSettings, coordinator: Coordinator, roster: Roster, lag: Lag) -> Leading:
-        """Return what this process does as a leader beside serving. ``coordinator`` gets its journal.
-
-        Raises the error of a file that cannot be written.
-        """
+        """Return what this process does as a leader beside serving. ``coordinator`` gets its journal."""
         mode, mark = settings.replicate, ReplicaMark(settings.home, settings.cluster)
         names = InSyncNames(roster.terms.process, [mark.id], lambda: roster.terms.number, roster.ring_workers)
         replicator = Replicator(mode, mark.id, names if mode else None, lag)

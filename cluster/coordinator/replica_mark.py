@@ -5,15 +5,19 @@ The leader's own state is a copy, too. The id stays when the copy is replaced, a
 
 from __future__ import annotations
 
+import logging
 import secrets
 from pathlib import Path
 
 from cluster.coordinator.identity import state_folder
+from cluster.core.errors import MacpipeError
 from cluster.core.term_limits import MAX_TERM
 from cluster.platform.json_file import read_json, write_json
 from cluster.platform.private_files import not_written
 
 __all__ = ["ReplicaMark"]
+
+log = logging.getLogger(__name__)
 
 _MAX_BYTES = 1024
 _ID_BYTES = 8
@@ -22,7 +26,8 @@ _ID_BYTES = 8
 class ReplicaMark:
     """The mark of this Mac's copy of a cluster's state, which is made if there is none.
 
-    ``term`` is the highest term of a leader that it was copied from. Raises the error of a file that cannot be written.
+    ``term`` is the highest term of a leader that it was copied from. A new id that cannot be stored is valid for this
+    process only, as a coordinator on a full disk serves nevertheless.
     """
 
     def __init__(self, home: Path, cluster: str) -> None:
@@ -36,7 +41,7 @@ class ReplicaMark:
             case [str(known), int(term), bool(is_complete)] if len(known) == 2 * _ID_BYTES and 0 <= term <= MAX_TERM:
                 self.id, self.term, self.is_complete = known, int(term), is_complete
             case _:
-                self._write()
+                self._write_new()
 
     def change(self, *, is_complete: bool, term: int | None = None) -> None:
         """Store the mark, synced. Raises the error of a file that cannot be written."""
@@ -44,6 +49,12 @@ class ReplicaMark:
         if changed != (self.is_complete, self.term):
             self.is_complete, self.term = changed
             self._write()
+
+    def _write_new(self) -> None:
+        try:
+            self._write()
+        except MacpipeError as e:
+            log.warning("replica: id is valid for this process only reason=%s", e)
 
     def _write(self) -> None:
         try:
