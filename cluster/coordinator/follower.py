@@ -89,7 +89,9 @@ class Follower:
         self._complete_at = self._number
 
     def reach(self, batch: int) -> None:
-        """Take note that all records up to this batch were sent."""
+        """Take note that all records up to this batch were sent; ignored once nothing is sent any more."""
+        if self._end or self._closed:
+            return
         if self._unstored:
             self._unstored[-1].batch = batch
         else:
