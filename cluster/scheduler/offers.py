@@ -19,6 +19,9 @@ _SMOOTHING: Final = 0.05
 """Weight of a frame or an answer among those before it."""
 _TYPICAL_ANSWER: Final = 256.0
 """Tokens of an answer before one has ended."""
+_ASSUMED_ROW: Final = 0.1
+"""Share of a frame of one row that each further row adds before that is measured: the least that MLX's 4-bit matrix
+products were seen to cost on Macs."""
 _HALF_LIFE_S: Final = 60.0
 """After so long without a frame, a cost counts half: the Mac may have been disturbed, and nothing would correct it."""
 
@@ -50,10 +53,14 @@ class DecodeCost:
     def measured(self) -> LinearCost:
         """Return the cost of a frame by its rows.
 
-        Frames of one length only do not tell what a row costs. Then rows are free, as for a GPU that reads weights.
+        Frames of one length only do not tell what a row costs. Then it is assumed, so that a shared beginning does not
+        gather all requests on one replica, where nobody would ever measure it.
         """
         spread = self._rows_squared - self._rows * self._rows
-        slope = (self._rows_by_us - self._rows * self._us) / spread if spread > 1e-2 else 0.0
+        if spread > 1e-2:
+            slope = (self._rows_by_us - self._rows * self._us) / spread
+        else:
+            slope = self._us / (1.0 / _ASSUMED_ROW + self._rows - 1.0)
         slope = min(max(slope, 0.0), self._us / max(self._rows, 1.0))
         return LinearCost(self._us - slope * self._rows, slope, self._weight)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,10 +95,28 @@ def test_a_decode_costs_a_line_through_what_was_measured() -> None:
     cost.learn(2, 99_000.0)
     assert cost.measured().weight == 0, "kernels were compiled"
     cost.learn(2, 3000.0)
-    assert cost.measured() == (3000.0, 0.0, 1.0), "a row may be free"
+    known = cost.measured()
+    assert (known.us(2), known.weight) == (pytest.approx(3000.0), 1.0)
+    assert 1.05 < known.us(2) / known.us(1) < 1.2, "what a further row costs is assumed until frames differ"
     for i in range(200):
         cost.learn(1 + i % 4, 1000.0 + 500.0 * (1 + i % 4))
     assert abs(cost.measured().us(8) - 5000.0) < 100.0
+
+
+def test_a_shared_beginning_does_not_gather_all_requests_on_one_replica() -> None:
+    costs = {"read": LinearCost(0.0, 500.0, 1000.0), "step": measured_alone(30_000.0)}
+    busy = Offer(kept=200, unread=20, live=3, rows=4.0, steps=256.0, **costs)
+    idle = Offer(kept=0, unread=220, live=0, steps=256.0, **costs)
+    assert choose_replica([busy, idle]) == 1
+    assert choose_replica([replace(busy, live=0, rows=1.0), idle]) == 0
+
+
+def measured_alone(us: float) -> LinearCost:
+    """The cost that a replica knows which has decoded one sequence at a time."""
+    cost = DecodeCost()
+    for _ in range(50):
+        cost.learn(1, us)
+    return cost.measured()
 
 
 def test_an_offer_knows_what_is_kept_and_what_comes_first() -> None:
