@@ -263,11 +263,16 @@ class OnDemand:
         deadline = None if wait_s is None else self._clock() + wait_s
         refusals = list[MacpipeError]()
         for entry in self._with_fallbacks(first):
+            is_late = deadline is not None and self._clock() >= deadline
+            if refusals and is_late and not self._is_served(entry.name):
+                continue
             self._holds[entry.name] += 1
             held = False
             try:
                 error = await self._refusal(entry, deadline)
                 held = error is None
+            except NotServing as late:
+                error = late
             finally:
                 if not held:
                     self._release(entry.name)

@@ -436,6 +436,19 @@ async def test_the_fallback_answers_while_a_model_cannot_be_served_and_its_own_f
     assert not cluster.demand._holds
 
 
+async def test_the_fallback_answers_a_request_that_has_waited_long_enough_but_is_not_loaded_for_it() -> None:
+    cluster = MemoryCluster(entry("code", fallback="title"), entry("title"))
+    cluster.gate.clear()
+    with pytest.raises(NotServing, match="code is not loaded yet"):
+        await cluster.ask("code", 0.0)
+    await asyncio.sleep(0.01)
+    assert cluster.begun == ["code"]
+    cluster.put("title")
+    assert await cluster.ask("code", 0.0) == "title answers"
+    assert not cluster.demand._holds
+    await cluster.demand.close()
+
+
 async def test_the_fallback_answers_for_a_model_that_cannot_recover() -> None:
     cluster = MemoryCluster(entry("chat", fallback="title"), entry("title"))
     chat = cluster.put("chat")
