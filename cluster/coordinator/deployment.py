@@ -135,9 +135,7 @@ class Deployment:
         it asks for. Raises ``MacpipeError``.
         """
         async with self._loading:
-            self.watch = LoadWatch(
-                self.title(order.model), "loading {} again after the training" if again else "loading {}"
-            )
+            self.watch = LoadWatch(self.title(order.model), "loading {} again" if again else "loading {}")
             self._host.changed()
             try:
                 await self._replace(order, BothReporters(report, self.watch), again=again)
