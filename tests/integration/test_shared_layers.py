@@ -113,7 +113,7 @@ def test_two_groups_as_two_stages(cluster: Cluster, model: Path, want: tuple[int
             client.load(str(make("llama", tmp_path / "few")), groups=[("ada", "bob", "cyd", "dee")]).wait()
         with pytest.raises(InvalidOption, match="must not guess"):
             client.load(str(model), groups=[("ada", "bob")], speculate="auto").wait()
-        wide = make("llama", tmp_path / "wide", num_key_value_heads=4, head_dim=32)  # narrower heads are not quantized
+        wide = make("llama", tmp_path / "wide", num_key_value_heads=4, head_dim=64)  # narrower heads are not quantized
         client.load(str(wide), workers=1, kv_bits=8, groups=[("dee", "ada")]).wait()
         assert [(worker, ranks) for worker, _, _, ranks in seats(client)] == [("dee", 2), ("ada", 2)]
         assert answer(client) == greedy(wide, PROMPT, TOKENS, kv_bits=8)
