@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import anyio
 from starlette.types import ASGIApp
@@ -98,6 +99,10 @@ class CoordinatorProcess:
 
     # Leading
 
+    @property
+    def _journal_file(self) -> Path:
+        return state_folder(self.settings.home, self.settings.cluster) / "journal"
+
     def settings_of(self, taken: Succession | None) -> ServeSettings:
         """Return the settings to serve with: those of the process, with the service of the leader before it."""
         if taken is None:
@@ -121,7 +126,7 @@ class CoordinatorProcess:
         epochs.learn(taken.newest_epoch)
         taken.roster.inherited_epoch = epochs.last
         if not taken.may_resume:
-            (state_folder(self.settings.home, self.settings.cluster) / "journal").unlink(missing_ok=True)
+            self._journal_file.unlink(missing_ok=True)
         return taken.roster
 
     def replicate(self, settings: ServeSettings, coordinator: Coordinator, roster: Roster, lag: Lag) -> Leading:
@@ -130,9 +135,8 @@ class CoordinatorProcess:
         names = InSyncNames(roster.terms.process, [mark.id], lambda: roster.terms.number, roster.ring_workers)
         replicator = Replicator(mode, mark.id, names if mode else None, lag)
         if settings.journal or mode:
-            file = state_folder(settings.home, settings.cluster) / "journal"
             coordinator.journal = JournalWriter(
-                Journal(file, settings.journal or Fsync.NEVER),
+                Journal(self._journal_file, settings.journal or Fsync.NEVER),
                 replication=replicator if mode else None,
                 gated=mode is Replicate.SYNC,
             )
@@ -152,10 +156,6 @@ class CoordinatorProcess:
         leading = Leading(self, coordinator, roster, replicator, upkeep)
         coordinator.hand_over = leading.hand_over
         return leading
-
-    def has_loaded_default(self, taken: Succession) -> bool:
-        """Return whether the leader before had loaded the default model."""
-        return taken.service.models[0].name in taken.service.loaded
 
 
 @dataclass(frozen=True, slots=True)

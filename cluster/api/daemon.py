@@ -29,7 +29,7 @@ from cluster.api.join_admission import admit_while_holder
 from cluster.api.key_usage import KeyUsage
 from cluster.api.metrics import Metrics
 from cluster.api.models_watch import ModelsWatch
-from cluster.api.ports import HttpFront, http_port_or_off, listening_hosts, serve_http
+from cluster.api.ports import HttpFront, bind_public, http_port_or_off, serve_http
 from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_rotation import CertificateRotation
@@ -48,7 +48,7 @@ from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import GONE_S, RETURN_S, SHUTDOWN_GRACE_S
 from cluster.core.term_limits import LEASE_S
-from cluster.core.text import format_address, is_loopback
+from cluster.core.text import is_loopback, parse_address
 from cluster.discovery.browse import browse
 from cluster.discovery.cluster_name import announce_cluster_name
 from cluster.discovery.coordinator_announcement import announce_coordinator
@@ -69,7 +69,7 @@ from cluster.standby.leadership_upkeep import LeadershipUpkeep
 from cluster.standby.own_certificates import OwnCertificates
 from cluster.standby.standby import Succession
 from cluster.store.store import Store
-from cluster.transport.grpc_setup import bind, public_server
+from cluster.transport.grpc_setup import public_server
 from cluster.transport.grpc_streams import GrpcDialer
 from cluster.transport.message_bounds import MessageBounds
 from cluster.v1 import cluster_pb2, inference_pb2
@@ -217,7 +217,7 @@ async def _load_first(
 
     Raises ``MacpipeError`` unless another coordinator leads: then the caller is about to be cancelled.
     """
-    while taken is None or process.has_loaded_default(taken):
+    while taken is None or taken.had_loaded_default:
         try:
             await coordinator.load(settings.order, again=taken is not None)
             return
@@ -258,14 +258,11 @@ async def _public_port(leading: Leading, trust: Trust, services: Services) -> As
     add_authority_service(server, settings, trust)
     add_HealthServicer_to_server(services.checks, server)
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
-    hosts = listening_hosts(settings, trust)
-    port = settings.port
-    for host in hosts:
-        port = bind(server, trust, host, port)
+    addresses = bind_public(server, settings, trust)
     await server.start()
     try:
-        async with _announced(settings, trust, hosts[-1], port):
-            yield tuple(format_address(host, port) for host in hosts)
+        async with _announced(settings, trust, *parse_address(addresses[-1])):
+            yield addresses
     finally:
         with anyio.CancelScope(shield=True):
             await leading.stop()

@@ -17,7 +17,7 @@ from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_calls import PassedCalls
 from cluster.api.passing.passed_http import passing_application
-from cluster.api.ports import listening_hosts
+from cluster.api.ports import bind_public
 from cluster.coordinator.identity import read_coordinator_id
 from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
@@ -40,7 +40,7 @@ from cluster.standby.replica_folder import ReplicaFolder
 from cluster.standby.standby import Standby, Succession
 from cluster.store.store import Store
 from cluster.transport.byte_budget import ByteBudget
-from cluster.transport.grpc_setup import bind, public_server
+from cluster.transport.grpc_setup import public_server
 from cluster.v1.leader_pb2_grpc import add_LeaderServiceServicer_to_server
 
 __all__ = ["follow"]
@@ -99,11 +99,9 @@ async def _standby_port(process: CoordinatorProcess, trust: Trust) -> AsyncItera
     add_LeaderServiceServicer_to_server(LeaderServicer(process.others, settings.home, settings.cluster), server)
     add_authority_service(server, settings, trust)
     server.add_generic_rpc_handlers((PassedCalls(leader, ByteBudget(), partial(client_name, trust)),))
-    hosts, port = listening_hosts(settings, trust), settings.port
-    for host in hosts:
-        port = bind(server, trust, host, port)
+    addresses = bind_public(server, settings, trust)
     await server.start()
-    process.listen_on(tuple(format_address(host, port) for host in hosts))
+    process.listen_on(addresses)
     process.front.answer_by(passing_application(leader, process.http.sites))
     try:
         yield

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from grpc import aio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.api.http.port_settings import HttpPort, http_port
@@ -14,10 +15,12 @@ from cluster.api.http.server import listen, serve
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.errors import AuthorityElsewhere, PortInUse
+from cluster.core.text import format_address
 from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
 from cluster.security.trust import Trust
+from cluster.transport.grpc_setup import bind
 
-__all__ = ["HttpFront", "http_port_or_off", "listening_hosts", "serve_http"]
+__all__ = ["HttpFront", "bind_public", "http_port_or_off", "serve_http"]
 
 
 class HttpFront:
@@ -42,8 +45,18 @@ class HttpFront:
         await self._app(scope, receive, send)
 
 
-def listening_hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
-    """Return the hosts on which the public port listens; the first is the one shown to users."""
+def bind_public(server: aio.Server, settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
+    """Make the server listen on the public port. Return its addresses; the first is the one shown to users.
+
+    Raises as ``bind`` does.
+    """
+    hosts, port = _listening_hosts(settings, trust), settings.port
+    for host in hosts:
+        port = bind(server, trust, host, port)
+    return tuple(format_address(host, port) for host in hosts)
+
+
+def _listening_hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
     if settings.host or not trust.me:
         return (settings.host or LOOPBACK,)
     return tuple(dict.fromkeys((LOOPBACK, best_address(interfaces()))))

@@ -75,6 +75,11 @@ class Succession:
     newest_epoch: int
     may_resume: bool
 
+    @property
+    def had_loaded_default(self) -> bool:
+        """Whether the leader before had loaded the default model."""
+        return self.service.models[0].name in self.service.loaded
+
 
 class Standby:
     """Follows the leader among ``others``, and stands for election when there is none.
