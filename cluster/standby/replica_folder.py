@@ -89,11 +89,6 @@ class ReplicaFolder:
         """Return whether commands on this Mac edit the file with this name, so that the leader must be told."""
         return name == MEMBERS_FILE or (name == KEYS_FILE and self._shared.holds_authority)
 
-    def drop_journal(self) -> None:
-        """Delete the journal: it lacks what clients have seen, so no answer may be resumed from it."""
-        self._close()
-        self._journal_path.unlink(missing_ok=True)
-
     # While a leader is followed
 
     def begin(self, first: pb.FollowResponse) -> None:
