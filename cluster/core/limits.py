@@ -253,6 +253,9 @@ REPORT_TIMEOUT_S: Final = 2.0
 STOP_GRACE_S: Final = 1.5
 """Time that an engine gets to end before it is killed, within the daemon's three seconds."""
 ENGINE_START_TIMEOUT_S: Final = 60.0
+ENGINE_START_SILENCE_S: Final = 5.0
+"""A later engine that gets no processor time for this long before it is ready is killed. Its files are cached, so that
+it waits for nothing: it hangs, as a standby may do unnoticed."""
 ENGINE_BACKOFF_S: Final = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Delays between restarts of an engine that keeps dying; the last one repeats."""
 

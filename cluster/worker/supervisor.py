@@ -23,6 +23,7 @@ from cluster.core.limits import (
     CONTROL_TIMEOUT_S,
     ENGINE_BACKOFF_S,
     ENGINE_SILENCE_S,
+    ENGINE_START_SILENCE_S,
     ENGINE_START_TIMEOUT_S,
     ENGINE_STEADY_S,
     HEARTBEAT_S,
@@ -87,6 +88,8 @@ class Supervisor:
         self._last = Reported(0, 0, 0)
         self._slow = False
         """It did not answer its last report, but has an excuse."""
+        self._hung_at_start = False
+        """Whether the last engine was killed because it hung before it said hello."""
         self.computing = False
         """Whether a busy engine got processor time recently."""
 
@@ -113,17 +116,22 @@ class Supervisor:
             await anyio.sleep(wait)
 
     async def run_once(self) -> None:
-        """Run an engine until it ends or this is cancelled; then ``wait_started`` raises."""
+        """Run an engine until it ends or this is cancelled; then ``wait_started`` raises.
+
+        One that hangs before it is ready is replaced once: it may have been a standby that hung unnoticed.
+        """
         try:
             await self._run_once()
+            if self._hung_at_start:
+                log.error("engine: hung before it was ready, starting another one number=%d", self._number)
+                await self._run_once()
         finally:
             self._over = True
             self.started.set()
 
     async def _run_once(self) -> None:
         self._verdict = ""
-        self._slow = False
-        self.computing = False
+        self._slow = self._hung_at_start = self.computing = False
         kills = out_of_memory_kills()
         try:
             self._process = await self._launcher.take()
@@ -150,7 +158,7 @@ class Supervisor:
 
     async def _watch(self, process: Process) -> None:
         """Kill an engine that does not answer reports any more: it hangs, or somebody stopped it."""
-        await self.started.wait()
+        await self._watch_start(process)
         silence, limit_s = Silence(), ENGINE_SILENCE_S * self._hangs.growth("", time.monotonic())
         while silence.seconds < limit_s:
             began = time.monotonic()
@@ -166,6 +174,26 @@ class Supervisor:
                     silence.add(elapsed_s, excused=self._slow)
         self._hangs.add("", time.monotonic())
         self._kill(process, f"the engine hung for {limit_s:.0f} s and was killed")
+
+    async def _watch_start(self, process: Process) -> None:
+        """Return once the engine has said hello. Kill it if it gets no processor time before.
+
+        How long the daemon's first engine may take, ``wait_started`` decides.
+        """
+        if not self._number:
+            await self.started.wait()
+        silence = Silence()
+        while self.hello is None:
+            had, began = await self._processor_seconds(), time.monotonic()
+            await anyio.sleep(ENGINE_START_SILENCE_S / _START_CHECKS)
+            if await self._has_computed_since(had, 0.0):
+                silence.end()
+            else:
+                silence.add(time.monotonic() - began, excused=False)
+            if silence.seconds >= ENGINE_START_SILENCE_S + extra_s(self._lag()) and self.hello is None:
+                self._hung_at_start = True
+                self._kill(process, f"the engine hung for {silence.seconds:.0f} s before it was ready and was killed")
+                return
 
     async def report(self) -> Reported:
         """Return the engine's report; the last known one if it is slow but alive.

@@ -127,6 +127,59 @@ def test_an_engine_that_computes_is_slow_and_one_that_is_stopped_is_killed(
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_standby_that_hangs_is_replaced_when_it_is_needed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the daemon's first engine, which was killed, and for a further one that a slice is to be loaded into."""
+    monkeypatch.setattr("cluster.worker.supervisor.ENGINE_START_SILENCE_S", 0.4)
+    monkeypatch.setattr("cluster.worker.engine_launcher.STANDBY_AFTER_S", 0.01)
+    hello = pack(Hello(1, "", "", "", "", 1, 1))
+    begin = "import sys, time; sys.stdin.buffer.read(1)\n"
+    program = f"{begin}sys.stdout.buffer.write({hello!r}); sys.stdout.flush(); sys.stdin.read()"
+
+    async def body() -> None:
+        launcher = EngineLauncher([sys.executable, "-S", "-c", program])
+        first, further = Supervisor(launcher), Supervisor(launcher, number=1)
+        tasks = [asyncio.create_task(first.run())]
+        await first.wait_started()
+        keeping = asyncio.create_task(launcher.keep())
+        while not launcher.ready:
+            await asyncio.sleep(0.01)
+        standby = launcher._waiting
+        assert standby
+        standby.send_signal(signal.SIGSTOP)
+        if number:
+            tasks.append(asyncio.create_task(further.run_once()))
+            await further.wait_started()
+        else:
+            first.reset("it is to take the standby")
+            while first.hello:
+                await asyncio.sleep(0.01)
+            while not first.hello:
+                await asyncio.sleep(0.01)
+        assert standby.returncode == -signal.SIGKILL
+        taken = (first, further)[number]._process
+        assert taken
+        assert (taken.pid != standby.pid, taken.returncode) == (True, None)
+        for task in (keeping, *tasks):
+            task.cancel()
+        await asyncio.wait([keeping, *tasks])
+
+    asyncio.run(body())
+
+
+def test_a_further_engine_that_hangs_twice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.worker.supervisor.ENGINE_START_SILENCE_S", 0.4)
+
+    async def body() -> None:
+        supervisor = Supervisor(EngineLauncher([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]), number=1)
+        running = asyncio.create_task(supervisor.run_once())
+        with pytest.raises(WorkerLost, match=r"hung for .* before it was ready"):
+            await supervisor.wait_started()
+        await running
+
+    asyncio.run(body())
+
+
 def test_an_engine_is_excused_while_this_machine_is_overloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.worker.supervisor.REPORT_TIMEOUT_S", 0.1)
     hello, lag = pack(Hello(1, "", "", "", "", 1, 1)), [OVERLOADED_S]
