@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--groups", action="store_true", help="two stages, each a group of two workers, and a spare")
     parser.add_argument("--coordinators", action="store_true", help="leader, standby, worker and pairs are hit (root)")
     parser.add_argument("--replicate", choices=("sync", "async"), default="sync", help="with --coordinators")
-    parser.add_argument("--minutes", type=float, help="stop after so long")
+    parser.add_argument("--minutes", type=float, help="begin no seed after so long; one takes up to two")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="no faults: answer and cancel for so long")
     parser.add_argument("--cycles", type=int, metavar="N", help="no faults: connect and cancel so often")
     parser.add_argument("--agents", type=float, metavar="MINUTES", help="no faults: sessions of agents for so long")
@@ -57,10 +58,11 @@ def main() -> int:
             return coordinators(folder, options)
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         names = NAMES[: -1 if options.no_spare else None]
-        game = Game(options.kills, names, options.minutes, options.speculate, options.deployments, options.groups)
+        until = time.monotonic() + 60 * (options.minutes or math.inf)
+        game = Game(options.kills, names, until, options.speculate, options.deployments, options.groups)
         summary = fleets(options.fleets, folder, seeds, game)
     print(json.dumps(summary.facts()) if options.json else table(summary))
-    return 1 if summary.failed else 0
+    return 0 if summary.good else 1
 
 
 def soak(folder: Path, options: argparse.Namespace) -> int:
@@ -100,7 +102,7 @@ def models(folder: Path, options: argparse.Namespace) -> int:
 def coordinators(folder: Path, options: argparse.Namespace) -> int:
     """Play seeds on Macs with a leader and a standby; with --kills, the leader alone. Return 1 if one failed."""
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    end = time.monotonic() + 60 * (options.minutes or float("inf"))
+    end = time.monotonic() + 60 * (options.minutes or math.inf)
     summary = CoordinatorSummary()
     fleet = CoordinatorFleet(folder, options.replicate)
     try:

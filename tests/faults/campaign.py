@@ -173,7 +173,10 @@ class _Run:
 
 @dataclass
 class Summary:
-    """The output of ``ops/chaos``. Times are milliseconds, over the seeds in which something was lost."""
+    """The output of ``ops/chaos``. Times are milliseconds, over the seeds in which something was lost.
+
+    ``unplayed`` seeds had no time, or their fleet ended early, as ``ended_early`` says.
+    """
 
     seeds: int = 0
     requests: int = 0
@@ -182,9 +185,16 @@ class Summary:
     differing: int = 0
     slow: int = 0
     evicted: int = 0
+    unplayed: int = 0
+    ended_early: list[str] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
     detect: list[float] = field(default_factory=list)
     resume: list[float] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether every seed that was played kept the promise, and every fleet could go on."""
+        return not self.failed and not self.ended_early
 
     def add(self, outcome: Outcome) -> None:
         v = outcome.verdict
@@ -217,6 +227,8 @@ class Summary:
             "detect_ms": quantiles(self.detect),
             "resume_ms": quantiles(self.resume),
             "failed_seeds": sorted(self.failed),
+            "unplayed": self.unplayed,
+            "ended_early": self.ended_early,
         }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,11 +25,11 @@ BLOCK = 50
 
 @dataclass(frozen=True)
 class Game:
-    """What to run, on which workers, and for how long at most."""
+    """What to run, on which workers, and until when (monotonic seconds, the same in all of a machine's processes)."""
 
     kills: bool = False
     names: tuple[str, ...] = NAMES
-    minutes: float | None = None
+    until: float = math.inf
     speculate: bool = False
     deployments: int = 1
     groups: bool = False
@@ -73,21 +75,33 @@ def in_blocks(scenarios: Sequence[Scenario]) -> list[Scenario]:
 
 
 def run(folder: Path, seeds: Sequence[int], game: Game) -> Summary:
+    """Play on one fleet, until the time is over. A fleet that does not start or does not mend ends early."""
     folder.mkdir(parents=True, exist_ok=True)
-    campaign, summary, began = game.campaign(folder), Summary(), time.monotonic()
+    summary, began = Summary(unplayed=len(seeds)), time.monotonic()
+    campaign: Campaign | None = None
     try:
-        for done, played in enumerate(in_blocks([game.scenario(seed, campaign) for seed in seeds]), 1):
-            if game.minutes and time.monotonic() - began > 60 * game.minutes:
+        campaign = game.campaign(folder)
+        for played in in_blocks([game.scenario(seed, campaign) for seed in seeds]):
+            if time.monotonic() >= game.until:
                 break
-            outcome = campaign.play(played)
-            summary.add(outcome)
-            with (folder / "outcomes.jsonl").open("a", encoding="utf-8") as out:
-                out.write(json.dumps(outcome.facts()) + "\n")
-            if not outcome.kept:
-                print(complaint(outcome, folder), file=sys.stderr, flush=True)
-            if done % 25 == 0:
-                rate = (time.monotonic() - began) / done
-                print(f"{done} of {len(seeds)} seeds, {rate:.1f} s each", file=sys.stderr, flush=True)
+            _play(campaign, played, summary, folder)
+            if summary.seeds % 25 == 0:
+                rate = (time.monotonic() - began) / summary.seeds
+                print(f"{summary.seeds} of {len(seeds)} seeds, {rate:.1f} s each", file=sys.stderr, flush=True)
+    except Exception as error:  # the edge of this fleet: the others' results count all the same
+        traceback.print_exc()
+        summary.ended_early.append(f"{folder.name}: {type(error).__name__}: {str(error)[:200]}")
     finally:
-        campaign.fleet.close()
+        if campaign:
+            campaign.fleet.close()
     return summary
+
+
+def _play(campaign: Campaign, played: Scenario, summary: Summary, folder: Path) -> None:
+    outcome = campaign.play(played)
+    summary.add(outcome)
+    summary.unplayed -= 1
+    with (folder / "outcomes.jsonl").open("a", encoding="utf-8") as out:
+        out.write(json.dumps(outcome.facts()) + "\n")
+    if not outcome.kept:
+        print(complaint(outcome, folder), file=sys.stderr, flush=True)

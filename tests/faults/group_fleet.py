@@ -14,7 +14,7 @@ from checkpoints import make
 from cluster.core.cluster_state import ClusterState
 from faults.campaign import Campaign
 from faults.deployment_fleet import DeploymentFleet, process_scenario
-from faults.scenario import Kind, Scenario
+from faults.scenario import Fault, Kind, Scenario
 
 GROUPS = (("mac0", "mac1"), ("mac2", "mac3"))
 WORKERS = 5
@@ -25,6 +25,7 @@ class GroupFleet(DeploymentFleet):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, deployments=1)
+        self._with_standby = False
 
     def _name_workers(self) -> tuple[str, ...]:
         self.stages = len(GROUPS)
@@ -38,8 +39,13 @@ class GroupFleet(DeploymentFleet):
         file.write_text("\n".join(["[[model]]", *facts, "pin = true", "max-context = 512"]))
         return file
 
+    def strike(self, fault: Fault, plan: tuple[str, ...]) -> str:
+        """Hit a worker's rank alone, or its standby, too: then nothing is ready to take the rank's place."""
+        self._with_standby = fault.data
+        return super().strike(fault, plan)
+
     def _strike_process(self, kind: Kind, name: str) -> str:
-        """Hit the rank of a worker, which is not its first engine, or all of its processes."""
+        """Hit the engines of a worker behind its first one, which holds nothing here; or all of its processes."""
         party = self.parties[name]
         sent = {
             Kind.KILL_ENGINE: signal.SIGKILL,
@@ -50,10 +56,11 @@ class GroupFleet(DeploymentFleet):
             Kind.STOP_WORKER: signal.SIGSTOP,
         }[kind]
         whole = kind in (Kind.KILL_WORKER, Kind.STOP_WORKER)
-        for pid in party.pids if whole else party.pids[2:]:
+        ranks = party.pids[2:] if self._with_standby else party.pids[2:3]
+        for pid in party.pids if whole else ranks:
             with suppress(ProcessLookupError):
                 os.kill(pid, sent)
-        return f"{kind} {name}"
+        return f"{kind} {name}{' and its standby' if self._with_standby and not whole else ''}"
 
     def _whole(self, state: ClusterState) -> bool:
         return self._all_there(state) and state.state == "serving"

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from faults.campaign import Campaign, Summary
 from faults.checker import SLACK_S, check
-from faults.games import BLOCK, in_blocks
+from faults.games import BLOCK, Game, in_blocks, run
 from faults.history import History
 from faults.monitor import StatusMonitor
 from faults.scenario import HARMLESS, LINK, Kind, Moment, pool, scenario
@@ -97,6 +98,25 @@ def test_scenarios_are_played_in_blocks_with_few_changes_of_how_workers_are_foun
     played = in_blocks(made)
     assert sorted(s.seed for s in played) == list(range(3 * BLOCK))
     assert sum(a.announced != b.announced for a, b in pairwise(played)) == 3
+
+
+class NoFleet(Game):
+    """One whose workers do not start."""
+
+    def campaign(self, folder: Path) -> Campaign:
+        raise AssertionError("the fleet does not mend")
+
+
+def test_a_fleet_that_ends_early_is_told_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The results of other fleets are not lost with it."""
+    ended = run(tmp_path / "fleet-1", range(3), NoFleet())
+    assert "does not mend" in capsys.readouterr().err, "with its traceback"
+    whole = Summary(seeds=5)
+    assert whole.good
+    whole.merge(ended)
+    assert not whole.good
+    assert (whole.seeds, whole.unplayed) == (5, 3)
+    assert whole.facts()["ended_early"] == ["fleet-1: AssertionError: the fleet does not mend"]
 
 
 def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:
