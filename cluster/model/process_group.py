@@ -13,17 +13,19 @@ import mlx.core as mx
 from cluster.core.errors import MacpipeError, ModelUnsupported, RankFailed, WorkerLost
 from cluster.model.sharding import Group
 
-__all__ = ["as_rank", "join_group", "meet"]
+__all__ = ["as_rank", "join_group", "meet", "require_nccl"]
 
 
 def join_group(rank: int, hosts: Sequence[str], backend: str) -> Group:
     """Return the group of the processes at ``hosts``, of which this one is number ``rank``, once all have met.
 
     It waits without a limit: whoever calls it has to end a process that waits too long. Raises ModelUnsupported if this
-    MLX has no such backend, and WorkerLost if the others cannot be reached.
+    MLX has no such backend or cannot use it here, and WorkerLost if the others cannot be reached.
     """
     if not mx.distributed.is_available(backend):
         raise ModelUnsupported(f"MLX has no {backend} backend on this machine; install a build of MLX that has it")
+    if backend == "nccl":
+        require_nccl(rank, hosts, mx.device_count(mx.gpu))
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump([[host] for host in hosts], file)
         file.flush()
@@ -35,6 +37,21 @@ def join_group(rank: int, hosts: Sequence[str], backend: str) -> Group:
     if (group.rank(), group.size()) != (rank, len(hosts)):
         raise MacpipeError(f"MLX made a group of {group.size()} processes, not of {len(hosts)}")
     return group
+
+
+def require_nccl(rank: int, hosts: Sequence[str], gpus: int) -> None:
+    """Raise ModelUnsupported unless NVIDIA's library can connect ranks from a process that sees this many GPUs.
+
+    An engine computes on its first GPU, but MLX connects the GPU whose number is the rank, if there are so many. And it
+    looks for rank 0 by an IPv4 address.
+    """
+    if gpus > 1 and rank % gpus:
+        raise ModelUnsupported(
+            f"the engine of rank {rank} sees {gpus} GPUs, and would compute on one and send from another; "
+            "start its worker with CUDA_VISIBLE_DEVICES set to one GPU"
+        )
+    if ":" in hosts[0].rpartition(":")[0]:
+        raise ModelUnsupported(f"MLX connects GPUs by IPv4 alone, and rank 0 is at {hosts[0]}; give its worker --host")
 
 
 def meet(group: Group) -> None:

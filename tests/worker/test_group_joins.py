@@ -127,3 +127,16 @@ def test_a_held_port_is_for_mlx_alone() -> None:
         held.close()
     with pytest.raises(PortInUse):
         HeldPort("192.0.2.1")
+
+
+def test_rank_0_can_listen_on_its_held_port_for_nvidias_library() -> None:
+    held = HeldPort("127.0.0.1")
+    try:
+        with socket.socket() as nccl:  # MLX's: any address, and another option than the ring's
+            nccl.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            nccl.bind(("", held.number))
+            nccl.listen()
+            with socket.create_connection(("127.0.0.1", held.number), timeout=5), nccl.accept()[0]:
+                pass
+    finally:
+        held.close()
