@@ -35,11 +35,11 @@ class Host:
 
     def run(self, *argv: str, timeout: float = WAIT_S, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command to its end and return its output as text."""
-        return subprocess.run(self._inside(*argv), timeout=timeout, capture_output=True, text=True, **options)
+        return subprocess.run(self.inside(*argv), timeout=timeout, capture_output=True, text=True, **options)
 
     def start(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
         """Start and return; whatever still runs when the namespaces go is killed."""
-        return subprocess.Popen(self._inside(*argv), text=True, **options)
+        return subprocess.Popen(self.inside(*argv), text=True, **options)
 
     def unplug(self) -> None:
         """Pull the cable: packets vanish, no connection is closed."""
@@ -48,7 +48,8 @@ class Host:
     def plug(self) -> None:
         ip("-n", self.switch, "link", "set", self.port, "up")
 
-    def _inside(self, *argv: str) -> list[str]:
+    def inside(self, *argv: str) -> list[str]:
+        """Return the command that runs another one on this host."""
         return ["ip", "netns", "exec", self.namespace, *argv]
 
 

@@ -14,9 +14,7 @@ from pathlib import Path
 
 from faults.agent_soak import AgentSoak
 from faults.campaign import Summary
-from faults.coordinator_campaign import CoordinatorCampaign, CoordinatorSummary
-from faults.coordinator_fleet import CoordinatorFleet
-from faults.coordinator_scenario import coordinator_scenario, leader_kill
+from faults.coordinator_games import CoordinatorGame, play_coordinators
 from faults.fleet import NAMES
 from faults.games import Game, fleets
 from faults.models_soak import ModelsSoak
@@ -36,6 +34,9 @@ def main() -> int:
     parser.add_argument("--groups", action="store_true", help="two stages, each a group of two workers, and a spare")
     parser.add_argument("--coordinators", action="store_true", help="leader, standby, worker and pairs are hit (root)")
     parser.add_argument("--replicate", choices=("sync", "async"), default="sync", help="with --coordinators")
+    parser.add_argument(
+        "--loopback", action="store_true", help="with --coordinators: no namespaces, no cables, no root"
+    )
     parser.add_argument("--minutes", type=float, help="begin no seed after so long; one takes up to two")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="no faults: answer and cancel for so long")
     parser.add_argument("--cycles", type=int, metavar="N", help="no faults: connect and cancel so often")
@@ -101,23 +102,13 @@ def models(folder: Path, options: argparse.Namespace) -> int:
 
 def coordinators(folder: Path, options: argparse.Namespace) -> int:
     """Play seeds on Macs with a leader and a standby; with --kills, the leader alone. Return 1 if one failed."""
+    began = time.monotonic()
+    end = began + 60 * (options.minutes or float("inf"))
+    game = CoordinatorGame(folder, options.replicate, options.kills, options.loopback, end)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    end = time.monotonic() + 60 * (options.minutes or math.inf)
-    summary = CoordinatorSummary()
-    fleet = CoordinatorFleet(folder, options.replicate)
-    try:
-        campaign = CoordinatorCampaign(fleet)
-        for seed in seeds:
-            if time.monotonic() >= end:
-                break
-            outcome = campaign.play(leader_kill(seed) if options.kills else coordinator_scenario(seed))
-            summary.add(outcome)
-            if not outcome.kept:
-                print(outcome.complaint(folder), file=sys.stderr, flush=True)
-    finally:
-        fleet.close()
-    _print(summary.facts(), options.json)
-    return 1 if summary.failed else 0
+    summary = play_coordinators(seeds, options.fleets, game)
+    _print(summary.facts() | {"minutes": round((time.monotonic() - began) / 60, 1)}, options.json)
+    return 1 if summary.failed or summary.crashed else 0
 
 
 def _print(facts: Mapping[str, object], as_json: bool) -> None:

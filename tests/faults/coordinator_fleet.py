@@ -6,22 +6,21 @@ a pulled cable: packets vanish and no connection is closed.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.client import Client, ClusterState
 from cluster.core.errors import MacpipeError
 from cluster.security.roles import Role
-from faults.coordinator_scenario import Blow, Target
+from faults.coordinator_scenario import Blow, Strike, Target
+from faults.hosts import FleetHost
 from integration.daemons import Daemon, bound, children, watchdog_pipe
-from netns import Host, ethernet
 from parties import Lead
 
 CLUSTER = "chaos"
@@ -29,24 +28,6 @@ MODEL = "faq"
 STAGES = 2
 GRPC_PORT, WORKER_PORT = 7700, 7800
 MEND_S = 180.0
-_CLONE_NEWNET = 0x40000000
-
-
-@contextmanager
-def inside(host: Host) -> Iterator[None]:
-    """Have this thread, and those that it starts, open their sockets in the namespace of ``host`` during the block."""
-    with Path("/proc/thread-self/ns/net").open() as outside:
-        with Path(f"/run/netns/{host.namespace}").open() as namespace:
-            _enter(namespace.fileno())
-        try:
-            yield
-        finally:
-            _enter(outside.fileno())
-
-
-def _enter(namespace: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
 
 
 @dataclass
@@ -54,7 +35,7 @@ class Mac:
     """One Mac: its host, its state folder, and the daemons on it."""
 
     name: str
-    host: Host
+    host: FleetHost
     home: Path
     daemons: dict[str, Daemon] = field(default_factory=dict)
     starts: int = 0
@@ -64,7 +45,7 @@ class Mac:
         self.starts += 1
         log = self.home.parent / f"{self.name}-{role}-{self.starts}.log"
         own = ["--cluster", CLUSTER, "--home", str(self.home), "--host", self.host.address]
-        words = ["ip", "netns", "exec", self.host.namespace, *bound(*arguments, *own)]
+        words = self.host.inside(*bound(*arguments, *own))
         with log.open("wb") as out:
             process = subprocess.Popen(words, stdin=watchdog_pipe(), stdout=out, stderr=out, start_new_session=True)
         self.daemons[role] = Daemon(f"{self.name} {role}", process, log)
@@ -85,17 +66,18 @@ class Mac:
         return bool(self.pids(role))
 
 
-class CoordinatorFleet:
-    """The first two Macs have a coordinator each. Close it at the end."""
+class Unmended(Exception):
+    """The Macs did not come back to a whole ring and a standby in sync in ``MEND_S``."""
 
-    def __init__(self, folder: Path, replicate: str = "sync", http: str = "off") -> None:
+
+class CoordinatorFleet:
+    """Three Macs on ``hosts``; the first two have a coordinator each. Close it at the end."""
+
+    def __init__(self, folder: Path, hosts: Sequence[FleetHost], replicate: str = "sync", http: str = "off") -> None:
         self.replicate, self.http = replicate, http
-        self._stack = ExitStack()
+        self.macs = [Mac(f"mac{n}", host, folder / f"mac{n}") for n, host in enumerate(hosts, 1)]
         try:
-            *hosts, self.client = self._stack.enter_context(ethernet(4))
-            self.macs = [Mac(f"mac{n}", host, folder / f"mac{n}") for n, host in enumerate(hosts, 1)]
             self._admit(folder)
-            self._stack.enter_context(inside(self.client))
             for mac in self.macs:
                 self.start_worker(mac)
             for mac in self.macs:
@@ -140,9 +122,26 @@ class CoordinatorFleet:
 
     # Breaking
 
-    def strike(self, target: Target, blow: Blow, number: int) -> tuple[Mac, str]:
-        """Hit the Mac that is ``target`` now; of several workers the one of ``number``. Return it, and words."""
-        mac, role = self._find(target, number)
+    def aim(self, strikes: Sequence[Strike], number: int) -> list[tuple[Mac, str]]:
+        """Return the Mac and the role of the process that each strike is to hit, while all is well.
+
+        Workers are those that hold layers, beginning with the one of ``number``.
+        """
+        holding = [stage.worker for stage in self.state().stages]
+        standby = next(mac for mac in self.coordinators if mac is not self.leader)
+        found = []
+        for i, strike in enumerate(strikes):
+            name = holding[(number + i) % len(holding)]
+            macs = {
+                Target.LEADER: self.leader,
+                Target.STANDBY: standby,
+                Target.WORKER: next(mac for mac in self.macs if mac.name == name),
+            }
+            found.append((macs[strike.target], "worker" if strike.target is Target.WORKER else "coordinator"))
+        return found
+
+    def strike(self, mac: Mac, role: str, blow: Blow) -> None:
+        """Hit a process, or the cable of its Mac."""
         match blow:
             case Blow.KILL:
                 mac.send(role, signal.SIGKILL)
@@ -150,48 +149,53 @@ class CoordinatorFleet:
                 mac.send(role, signal.SIGSTOP)
             case Blow.CUT:
                 mac.host.unplug()
-        return mac, f"{blow} {target} {mac.name}"
 
-    def _find(self, target: Target, number: int) -> tuple[Mac, str]:
-        leader = self.leader
-        if target is Target.WORKER:
-            with suppress(MacpipeError):
-                holding = {stage.worker for stage in self.state().stages}
-                macs = [mac for mac in self.macs if mac.name in holding]
-                return macs[number % len(macs)], "worker"
-            return self.macs[number % len(self.macs)], "worker"
-        standby = next(mac for mac in self.coordinators if mac is not leader)
-        return (leader if target is Target.LEADER else standby), "coordinator"
+    def undo(self, mac: Mac, role: str, blow: Blow) -> None:
+        """Start what was killed with its disk, have what was stopped go on, or plug the cable in."""
+        match blow:
+            case Blow.KILL:
+                self._restart(mac, role)
+            case Blow.STOP:
+                mac.send(role, signal.SIGCONT)
+            case Blow.CUT:
+                mac.host.plug()
 
-    def bring_back(self, mac: Mac) -> None:
-        """Plug the cable in, let stopped processes go on, and start what has ended."""
-        mac.host.plug()
-        for role in tuple(mac.daemons):
-            mac.send(role, signal.SIGCONT)
-            if not mac.running(role):
-                self.start_worker(mac) if role == "worker" else self.start_coordinator(mac)
+    def _restart(self, mac: Mac, role: str) -> None:
+        if not mac.running(role):
+            self.start_worker(mac) if role == "worker" else self.start_coordinator(mac)
 
     # Mending
 
     def mend(self) -> None:
         """Bring everything back, and wait until a whole ring serves and the standby is in sync."""
         for mac in self.macs:
-            self.bring_back(mac)
+            mac.host.plug()
+            for role in tuple(mac.daemons):
+                mac.send(role, signal.SIGCONT)
+                self._restart(mac, role)
         end = time.monotonic() + MEND_S
         while True:
             with suppress(MacpipeError):
                 state = self.state()
-                if self._whole(state):
+                if self._is_complete(state) and state.leadership:
                     self.leader = self._leader_of(state)
-                    return
-            assert time.monotonic() < end, f"the Macs do not mend: {self.said()}"
+                    if len(state.stages) == STAGES:
+                        return
+                    self._load()  # the last loss left one Mac, which holds the whole model
+            if time.monotonic() >= end:
+                raise Unmended(f"the Macs do not mend in {MEND_S:.0f} s:\n{self.said()}")
             time.sleep(0.1)
 
-    def _whole(self, state: ClusterState) -> bool:
+    def _is_complete(self, state: ClusterState) -> bool:
+        """Return whether a ring serves, all workers can be used, and the standby is in sync."""
         known = state.leadership
         usable = [w for w in state.workers if w.standing == "up" and not w.problem]
         in_sync = known is not None and [standby.in_sync for standby in known.standbys] == [True]
-        return state.state == "serving" and len(state.stages) == STAGES and len(usable) == len(self.macs) and in_sync
+        return state.state == "serving" and len(usable) == len(self.macs) and in_sync
+
+    def _load(self) -> None:
+        with Client(self.addresses, cluster=CLUSTER, timeout_s=MEND_S) as client:
+            client.load(MODEL, workers=STAGES).wait()
 
     def _leader_of(self, state: ClusterState) -> Mac:
         assert state.leadership
@@ -218,9 +222,9 @@ class CoordinatorFleet:
         return "\n".join(f"--- {daemon.name}\n{daemon.said()[-1500:]}" for daemon in daemons)
 
     def close(self) -> None:
-        for mac in getattr(self, "macs", ()):
-            for role in tuple(mac.daemons):
+        """Kill all processes."""
+        for mac in self.macs:
+            for role, daemon in mac.daemons.items():
                 mac.send(role, signal.SIGCONT)
                 mac.send(role, signal.SIGKILL)
-                mac.daemons[role].process.wait(10)
-        self._stack.close()
+                daemon.process.wait(10)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.coordinator_scenario import Blow, Target, coordinator_scenario, leader_kill
+from faults.coordinator_games import CoordinatorSummary
+from faults.coordinator_scenario import PAIRS, Blow, Course, Target, coordinator_scenario, leader_kill
 from netns import ROOT, missing
 
 SEEDS = 4
@@ -19,13 +20,42 @@ SEEDS = 4
 def test_seeds_draw_every_fault_and_pair() -> None:
     drawn = [coordinator_scenario(seed) for seed in range(500)]
     assert drawn[7] == coordinator_scenario(7)
-    single = {(one.strikes[0].target, one.strikes[0].blow) for one in drawn if len(one.strikes) == 1}
-    assert single == {(target, blow) for target in Target for blow in Blow}
-    pairs = {frozenset(strike.target for strike in one.strikes) for one in drawn if len(one.strikes) == 2}
-    assert pairs == {frozenset((a, b)) for a in Target for b in Target if a is not b}
-    assert all(one.keeps_all for one in drawn if len(one.strikes) == 1)
-    assert {one.keeps_all for one in drawn if len(one.strikes) == 2} == {True, False}
+    single = {one.kind for one in drawn if one.course is Course.SINGLE}
+    assert single == {f"{blow} {target}" for target in Target for blow in Blow}
+    for course in (Course.RESTART, Course.PAIR, Course.LOST_PAIR):
+        hit = {tuple(strike.target for strike in one.strikes) for one in drawn if one.course is course}
+        assert hit == set(PAIRS)
+    restarts = [one.strikes for one in drawn if one.course is Course.RESTART]
+    assert {(s.blow, s.after_s) for strikes in restarts for s in strikes} == {(Blow.KILL, 0.0)}
+    assert {s.back_s is None for one in drawn if not one.keeps_all for s in one.strikes} == {True}
     assert {leader_kill(number).strikes[0].target for number in range(10)} == {Target.LEADER}
+
+
+def test_without_cables_nothing_is_cut() -> None:
+    blows = Blow.KILL, Blow.STOP
+    drawn = [coordinator_scenario(seed, blows) for seed in range(200)]
+    assert {strike.blow for one in drawn for strike in one.strikes} == {*blows}
+
+
+def test_a_summary_says_by_kind_how_long_answers_paused() -> None:
+    played = {"requests": 1, "lost": [], "hung": [], "differing": [], "ended": [], "refused": []}
+    summary = CoordinatorSummary(
+        [
+            played | {"seed": 1, "kind": "kill leader", "resume_ms": 4000.0},
+            played | {"seed": 2, "kind": "kill leader", "resume_ms": 6000.0},
+            played | {"seed": 3, "kind": "stop worker", "resume_ms": None},
+            played | {"seed": 4, "kind": "cut leader", "resume_ms": 9000.0, "lost": ["c4-0: NOT_FOUND"]},
+        ],
+        unmended=[5],
+    )
+    facts = summary.facts()
+    assert facts["resume_ms"] == {"p50": 6000.0, "p99": 9000.0, "n": 3}
+    assert facts["resume_ms_by_kind"] == {
+        "cut leader": {"p50": 9000.0, "p99": 9000.0, "n": 1},
+        "kill leader": {"p50": 5000.0, "p99": 6000.0, "n": 2},
+        "stop worker": {},
+    }
+    assert (facts["lost"], facts["failed_seeds"]) == (1, [4, 5])
 
 
 @pytest.mark.netns
@@ -33,11 +63,17 @@ def test_seeds_draw_every_fault_and_pair() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("faults")
 def test_whatever_coordinator_goes_the_promise_is_kept(tmp_path: Path) -> None:
-    """In a process of its own, which enters a namespace with all of its threads."""
     if reason := missing():
         pytest.skip(reason)
-    words = [sys.executable, "-m", "faults", "--coordinators", "--seeds", str(SEEDS), "--json", "--keep", str(tmp_path)]
+    play(SEEDS, tmp_path)
+
+
+def play(seeds: int, folder: Path, *more: str) -> None:
+    """Run ``ops/chaos``, whose fleets are processes of their own: each enters a namespace with all of its threads."""
+    words = [sys.executable, "-m", "faults", "--coordinators", "--seeds", str(seeds), "--json", "--keep", str(folder)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    played = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=540)
+    played = subprocess.run(
+        [*words, *more], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=540
+    )
     assert played.returncode == 0, played.stderr
-    assert json.loads(played.stdout)["seeds"] == SEEDS
+    assert json.loads(played.stdout)["seeds"] == seeds

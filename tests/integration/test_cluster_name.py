@@ -19,18 +19,26 @@ from pathlib import Path
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keys import KeyStore
 from faults.coordinator_fleet import CLUSTER, CoordinatorFleet
-from netns import mdns
+from faults.hosts import inside
+from netns import ethernet, mdns
 
-folder = Path(sys.argv[1])
-fleet = CoordinatorFleet(folder, http="0.0.0.0:8080")
-try:
+
+def play(hosts, client):
+    fleet = CoordinatorFleet(Path(sys.argv[1]), hosts, http="0.0.0.0:8080")
+    try:
+        ask_by_name(fleet, client)
+    finally:
+        fleet.close()
+
+
+def ask_by_name(fleet, client):
     shared = ClusterFolder(fleet.macs[0].home, CLUSTER)
     _, key = KeyStore(shared).create("desktop")
     fleet.mend()
     body = json.dumps({"model": "default", "prompt": "What is a hop?", "max_tokens": 3})
     url = f"https://{CLUSTER}.local:8080/v1/completions"
     ask = ["curl", "-sS", "-m", "3", "--cacert", str(shared.authority), "-H", f"Authorization: Bearer {key}"]
-    with mdns(fleet.client) as desktop:
+    with mdns(client) as desktop:
         def answered():
             found = desktop.run(*ask, "-H", "Content-Type: application/json", "-d", body, url)
             return '"choices"' in found.stdout or print(found.stdout[-300:], found.stderr[-300:], file=sys.stderr)
@@ -45,8 +53,10 @@ try:
         while not answered():
             assert time.monotonic() < pulled + 60, fleet.said()
         print(json.dumps({"seconds": time.monotonic() - pulled, "now": desktop.addresses_of(f"{CLUSTER}.local")}))
-finally:
-    fleet.close()
+
+
+with ethernet(4) as (*hosts, client), inside(client):
+    play(hosts, client)
 """
 
 
