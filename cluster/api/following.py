@@ -94,7 +94,7 @@ async def _find_coordinators(settings: ServeSettings, trust: Trust) -> AsyncIter
 async def _standby_port(process: CoordinatorProcess, trust: Trust) -> AsyncIterator[None]:
     """Answer other coordinators, and pass the calls and requests of clients on to the one that leads."""
     settings = process.settings
-    leader = LeaderChannel(trust, lambda: process.others.leader)
+    leader = LeaderChannel(trust, lambda: process.others.leader, lambda: process.others.problem)
     server = public_server(trust)
     add_LeaderServiceServicer_to_server(LeaderServicer(process.others, settings.home, settings.cluster), server)
     add_authority_service(server, settings, trust)

@@ -294,6 +294,9 @@ class _LeadershipCollector(Collector):
         leads = float(state.role is CoordinatorRole.LEADER)
         yield _gauge("macpipe_leader", "1 while this coordinator leads.", [], [([], leads)])
         yield _gauge("macpipe_leader_term", "The term of the leader.", [], [([], float(state.term))])
+        follows: Values = [([one.name], float(not one.away)) for one in state.standbys]
+        text = "1 while the standby follows; a standby that was lost is shown for ten minutes."
+        yield _gauge("macpipe_standby_follows", text, ["standby"], follows)
         in_sync: Values = [([one.name], float(one.in_sync)) for one in state.standbys]
         text = "1 while the standby has every record of live requests."
         yield _gauge("macpipe_standby_in_sync", text, ["standby"], in_sync)

@@ -28,5 +28,7 @@ def _describe_standby(standby: StandbyState, replicate: Replicate | None) -> str
     where = f" at {standby.addresses[0]}" if standby.addresses else ""
     if standby.in_sync and replicate is Replicate.SYNC:
         return f"{where}, in sync: answers go on there if the leader is lost"
+    if standby.away:
+        return f"{where}, does not follow: {standby.problem}"
     behind = f"{standby.behind} updates behind" if standby.behind else "follows"
     return f"{where}, {standby.problem or behind}"

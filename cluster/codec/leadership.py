@@ -78,7 +78,10 @@ def decode_coordinator(message: pb.Leadership.Coordinator) -> CoordinatorName:
 def encode_leads_request(claim: LeaderClaim) -> leader_pb2.LeadsRequest:
     """Encode what a coordinator tells another; who leads is asked, not told, unless it does itself."""
     return leader_pb2.LeadsRequest(
-        coordinator=encode_coordinator(claim.coordinator), role=_ROLES[claim.role], term=claim.term
+        coordinator=encode_coordinator(claim.coordinator),
+        role=_ROLES[claim.role],
+        term=claim.term,
+        problem=claim.problem,
     )
 
 
@@ -89,6 +92,7 @@ def encode_leads_response(claim: LeaderClaim) -> leader_pb2.LeadsResponse:
         role=_ROLES[claim.role],
         term=claim.term,
         leader=encode_coordinator(claim.leader) if claim.leader else None,
+        problem=claim.problem,
     )
 
 
@@ -98,7 +102,7 @@ def decode_claim(message: leader_pb2.LeadsRequest | leader_pb2.LeadsResponse) ->
     if isinstance(message, leader_pb2.LeadsResponse) and message.HasField("leader"):
         leader = decode_coordinator(message.leader)
     role = _ROLE_OF.get(message.role, CoordinatorRole.UNKNOWN)
-    return LeaderClaim(decode_coordinator(message.coordinator), role, message.term, leader)
+    return LeaderClaim(decode_coordinator(message.coordinator), role, message.term, leader, message.problem)
 
 
 def _encode_standby(standby: StandbyState) -> pb.Leadership.Standby:
@@ -108,8 +112,11 @@ def _encode_standby(standby: StandbyState) -> pb.Leadership.Standby:
         in_sync=standby.in_sync,
         behind=standby.behind,
         problem=standby.problem,
+        away=standby.away,
     )
 
 
 def _decode_standby(message: pb.Leadership.Standby) -> StandbyState:
-    return StandbyState(message.name, tuple(message.addresses), message.in_sync, message.behind, message.problem)
+    return StandbyState(
+        message.name, tuple(message.addresses), message.in_sync, message.behind, message.problem, message.away
+    )

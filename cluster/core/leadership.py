@@ -37,6 +37,7 @@ class StandbyState:
     """A standby of the leader. ``behind`` is how many updates it has not stored yet.
 
     One in sync has every record that left; only it may resume answers. ``problem`` says why it is not; "" if it is.
+    ``away``: it does not follow now, although it did, or said that it stands by.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StandbyState:
     in_sync: bool = False
     behind: int = 0
     problem: str = ""
+    away: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,11 @@ class LeaderClaim:
     """What one coordinator tells another: what it is, and who leads as far as it knows.
 
     ``term`` is that by which it leads, or the one of its leader; 0 if there is none. ``leader`` is itself if it leads.
+    ``problem`` says why it neither leads nor follows; "" if nothing is wrong.
     """
 
     coordinator: CoordinatorName
     role: CoordinatorRole
     term: int = 0
     leader: CoordinatorName | None = None
+    problem: str = ""

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import anyio
 
@@ -22,6 +22,8 @@ from cluster.platform.continuous_clock import continuous_seconds
 
 __all__ = ["CandidateWorker", "Election", "FitsWorkers"]
 
+_MOST_NAMED: Final = 3
+"""How many workers' refusals are named, in one line."""
 FitsWorkers: TypeAlias = Callable[[Sequence[WorkerInfo]], bool]
 """Whether these workers can hold what is to be served."""
 
@@ -65,6 +67,8 @@ class Election:
         """The newest epoch that any worker holds a slice of, or was asked to load."""
         self.in_sync = NOT_NAMED
         """The latest set of copies in sync that any worker was told."""
+        self._refusals: dict[str, str] = {}
+        """Why each worker could not be asked, or would not grant a term, by address."""
         self._led = asyncio.Event()
         self._asking: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,6 +107,17 @@ class Election:
         """Why workers refused last, by address."""
         return self._candidate.denials
 
+    @property
+    def problem(self) -> str:
+        """Why it is not won yet."""
+        known = self._roster.addresses()
+        refusals = "; ".join(
+            [self._refusals[address] for address in sorted(known & self._refusals.keys())][:_MOST_NAMED]
+        )
+        if refusals:
+            return refusals
+        return "the workers that answer cannot hold the model" if self._found else "no worker answers"
+
     def _fits(self, addresses: frozenset[str]) -> bool:
         return self._fits_workers([self._found[address] for address in sorted(addresses) if address in self._found])
 
@@ -121,12 +136,17 @@ class Election:
         try:
             if asks and not await self._describe(worker):
                 return
-            answer, _ = await worker.request_term(call)
-        except MacpipeError:
+            answer, refusal = await worker.request_term(call)
+        except MacpipeError as e:
+            self._refusals[call.worker] = e.sentence
             return  # it is asked again in the next round
         finally:
             if asks:
                 self._asking.discard(call.worker)
+        if answer.denial:
+            self._refusals[call.worker] = f"worker {worker.name}: {refusal}"
+        else:
+            self._refusals.pop(call.worker, None)
         self.in_sync = max(self.in_sync, answer.in_sync)
         self.newest_epoch = max(self.newest_epoch, answer.newest_epoch)
         self._start(self._candidate.on_answer(answer))
@@ -136,8 +156,10 @@ class Election:
     async def _describe(self, worker: CandidateWorker) -> bool:
         """Ask a worker what it is. Return whether it may be led. Raises as ``describe``."""
         info, _ = await worker.describe(GONE_S)
-        if info.draining or self._roster.why_foreign(info):
+        if info.draining or (foreign := self._roster.why_foreign(info)):
             self._found.pop(worker.address, None)
+            why = "it is draining" if info.draining else foreign
+            self._refusals[worker.address] = f"worker {info.name}: {why}"
             return False
         self._found[worker.address] = info
         self.newest_epoch = max(self.newest_epoch, info.epoch, *(held.epoch for held in info.slices))

@@ -52,8 +52,8 @@ class FollowStream:
         """Set once the stream has ended, for whatever reason."""
         self.handover: str | None = None
         """Which standby shall lead, once the leader said that it stops; "" if any may. None if it did not say so."""
-        self.problem = ""
-        """Why the stream ended; "" while it lasts."""
+        self.error: MacpipeError | None = None
+        """Why the stream ended; None while it lasts."""
         self._tasks: list[asyncio.Task[None]] = []
         self._requests = asyncio.Queue[pb.FollowRequest | None](_MOST_UNSENT)
         self._is_unsynced = False
@@ -101,14 +101,13 @@ class FollowStream:
         try:
             async for update in updates:
                 await self._store(update)
-            self.problem = "the leader ended the stream"
+            self.error = Unreachable(f"the leader at {self._address} ended the stream")
         except grpc.aio.AioRpcError as e:
-            self.problem = self._error_of(e).sentence
+            self.error = self._error_of(e)
         except MacpipeError as e:  # this Mac's disk, or an old leader
-            self.problem = e.sentence
-            log.error("standby: update not stored reason=%s", e.sentence)
+            self.error = e
         except Exception as e:  # top of the task
-            self.problem = f"the standby failed: {type(e).__name__}: {e}"
+            self.error = MacpipeError(f"the standby failed: {type(e).__name__}: {e}")
             log.exception("standby: update not stored")
         finally:
             self.ended.set()
@@ -146,5 +145,5 @@ class FollowStream:
     def _error_of(self, error: grpc.aio.AioRpcError | TimeoutError) -> MacpipeError:
         if isinstance(error, TimeoutError):
             return Unreachable(f"the coordinator at {self._address} does not answer")
-        found = from_rpc_error(error, self._address, peer="the coordinator")
+        found = from_rpc_error(error, self._address, peer="leader")
         return Unreachable(found.sentence) if isinstance(found, DeadlineExceeded) else found

@@ -16,7 +16,7 @@ from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedServi
 from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.state_files import StateFiles
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, StandbyState
 from cluster.core.limits import HEARTBEAT_S
 from cluster.platform.continuous_clock import continuous_seconds
 from cluster.platform.private_files import replace_file
@@ -81,7 +81,7 @@ class LeadershipUpkeep:
             self._term, self._since = number, continuous_seconds()
         self._others.lead(number)
         standbys = self._replicator.standbys()
-        self._others.remember(CoordinatorName(one.name, "", one.addresses) for one in standbys)
+        self._others.hear_following(CoordinatorName(one.name, "", one.addresses) for one in standbys)
         now = replace(self._state(), since_seconds=0.0)
         if now != self._announced:
             self._announced = now
@@ -111,6 +111,12 @@ class LeadershipUpkeep:
         """Who leads, for ``status``; None if no other coordinator was ever known."""
         return self._state() if self._others.addresses else None
 
+    def _standbys(self) -> tuple[StandbyState, ...]:
+        """Return the standbys that follow, and those that do not, although they were heard."""
+        following = self._replicator.standbys()
+        places = {address for one in following for address in one.addresses}
+        return following + tuple(one for one in self._others.away() if places.isdisjoint(one.addresses))
+
     def _state(self) -> LeadershipState:
         return LeadershipState(
             CoordinatorRole.LEADER,
@@ -118,6 +124,6 @@ class LeadershipUpkeep:
             self._others.me,
             continuous_seconds() - self._since,
             self._replicator.mode,
-            self._replicator.standbys(),
+            self._standbys(),
             tuple(claim.coordinator for claim in self._others.others.values()),
         )

@@ -26,7 +26,7 @@ def ask_over(trust: Trust) -> AskCoordinator:
         try:
             answer = await LeaderServiceStub(channel).Leads(encode_leads_request(claim), timeout=GONE_S)
         except grpc.aio.AioRpcError as e:
-            error = from_rpc_error(e, address, peer="the coordinator")
+            error = from_rpc_error(e, address, peer="other coordinator")
             raise Unreachable(error.sentence) if isinstance(error, DeadlineExceeded) else error from e
         finally:
             await channel.close(None)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from cluster.core.errors import MacpipeError
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim, LeadershipState
-from cluster.core.limits import GONE_S, MAX_FACT_CHARS
+from cluster.core.errors import DeadlineExceeded, MacpipeError
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim, LeadershipState, StandbyState
+from cluster.core.limits import GONE_S, MAX_FACT_CHARS, MAX_SENTENCE_CHARS, REMEMBER_S
+from cluster.platform.continuous_clock import continuous_seconds
 from cluster.platform.json_file import read_json, write_json
 
 __all__ = ["MAX_COORDINATORS", "AskCoordinator", "OtherCoordinators"]
@@ -32,14 +34,29 @@ AskCoordinator: TypeAlias = Callable[[str, LeaderClaim], Awaitable[LeaderClaim]]
 """Tells the coordinator at an address a claim, and returns its own. Raises ``MacpipeError``."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """A standby that was heard ``at`` some moment, and its problem then."""
+
+    name: CoordinatorName
+    problem: str
+    at: float
+
+
 class OtherCoordinators:
     """The coordinators beside ``me``. ``file`` keeps their addresses across restarts; None keeps them in memory.
 
-    ``ask`` calls one of them.
+    ``ask`` calls one of them. ``clock`` returns seconds, and counts sleep.
     """
 
-    def __init__(self, me: CoordinatorName, ask: AskCoordinator, file: Path | None = None) -> None:
-        self.me, self._ask, self._file = me, ask, file
+    def __init__(
+        self,
+        me: CoordinatorName,
+        ask: AskCoordinator,
+        file: Path | None = None,
+        clock: Callable[[], float] = continuous_seconds,
+    ) -> None:
+        self.me, self._ask, self._file, self._clock = me, ask, file, clock
         self.role = CoordinatorRole.STANDBY
         self.term = 0
         """The highest term of a leader that this process knows; its own while it leads."""
@@ -49,7 +66,13 @@ class OtherCoordinators:
         """Set when somebody leads, or is said to. The waiter clears it."""
         self.others: dict[str, LeaderClaim] = {}
         """What other leaders of a lower term said last, by their process."""
+        self.problem = ""
+        """Why this process neither leads nor follows; "" if nothing is wrong. The others are told."""
         self._known = _read(file)
+        self._standbys: dict[tuple[str, str], _Heard] = {}
+        """The standbys that were heard, by their keys."""
+        self._failures: dict[str, MacpipeError] = {}
+        """Why coordinators did not answer, by the addresses that were asked last."""
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -59,7 +82,7 @@ class OtherCoordinators:
     @property
     def claim(self) -> LeaderClaim:
         """What this process tells others."""
-        return LeaderClaim(self.me, self.role, self.term, self.leader)
+        return LeaderClaim(self.me, self.role, self.term, self.leader, self.problem)
 
     @property
     def is_superseded(self) -> bool:
@@ -68,7 +91,7 @@ class OtherCoordinators:
 
     def lead(self, term: int) -> None:
         """Lead by this term from now on, 0 before the first; unless another one leads by a higher term."""
-        self.role = CoordinatorRole.LEADER
+        self.role, self.problem = CoordinatorRole.LEADER, ""
         if self.leader is None or self._is_me(self.leader) or term > self.term:
             self.term, self.leader = term, self.me
 
@@ -92,11 +115,14 @@ class OtherCoordinators:
         else:
             self.others.pop(claim.coordinator.instance, None)
             self.lose(claim.coordinator)
+            self._note_standby(claim.coordinator, claim.problem)
         return self.claim
 
     def _hear_leader(self, claim: LeaderClaim) -> None:
         instance = claim.coordinator.instance
         self.others.pop(instance, None)
+        if claim.coordinator.addresses:
+            self._standbys.pop(_key(claim.coordinator), None)
         if claim.term > self.term or (self.leader is None and claim.term >= self.term):
             log.info("leader: found leader=%s term=%d", claim.coordinator.name, claim.term)
             self.term, self.leader = claim.term, claim.coordinator
@@ -110,12 +136,34 @@ class OtherCoordinators:
         before = dict(self._known)
         for one in found:
             if one.addresses and one.name and not self._is_me(one):
-                kept = CoordinatorName(one.name[:MAX_FACT_CHARS], "", one.addresses[:MAX_ADDRESSES])
+                kept = _bounded(one)
                 self._known.pop(key := _key(kept), None)
                 self._known[key] = kept
         self._known = dict([*self._known.items()][-MAX_COORDINATORS:])
         if self._file and {*self._known.values()} != {*before.values()}:
             _write(self._file, [*self._known.values()])
+
+    def hear_following(self, found: Iterable[CoordinatorName]) -> None:
+        """Remember the standbys that follow this process."""
+        following = tuple(found)
+        self.remember(following)
+        for one in following:
+            self._note_standby(one, "")
+
+    def _note_standby(self, name: CoordinatorName, problem: str) -> None:
+        if name.addresses and name.name:
+            self._standbys.pop(key := _key(name), None)
+            self._standbys[key] = _Heard(_bounded(name), problem[:MAX_SENTENCE_CHARS], self._clock())
+            self._standbys = dict([*self._standbys.items()][-MAX_COORDINATORS:])
+
+    def away(self) -> tuple[StandbyState, ...]:
+        """Return the standbys that were heard within ``REMEMBER_S``, as if none of them followed now."""
+        now = self._clock()
+        self._standbys = {key: one for key, one in self._standbys.items() if now - one.at < REMEMBER_S}
+        return tuple(
+            StandbyState(one.name.name, one.name.addresses, problem=_why_away(one, now - one.at), away=True)
+            for _, one in sorted(self._standbys.items())
+        )
 
     def hear_followed(self, state: LeadershipState) -> None:
         """Remember the leader that is followed, and its other standbys."""
@@ -131,8 +179,13 @@ class OtherCoordinators:
         try:
             async with asyncio.timeout(GONE_S):
                 claim = await self._ask(address, self.claim)
-        except (MacpipeError, TimeoutError):
+        except MacpipeError as e:
+            self._failures[address] = e
             return None
+        except TimeoutError:
+            self._failures[address] = DeadlineExceeded(f"the other coordinator at {address} does not answer")
+            return None
+        self._failures.pop(address, None)
         self.hear(claim)
         return claim
 
@@ -143,6 +196,7 @@ class OtherCoordinators:
         """
         asked = set[str]()
         found = list[LeaderClaim]()
+        self._failures.clear()
         coming = [*dict.fromkeys(addresses)][:MAX_COORDINATORS]
         for _ in range(_MOST_HOPS):
             asked.update(coming)
@@ -152,6 +206,11 @@ class OtherCoordinators:
             coming = [address for address in dict.fromkeys(named) if address not in asked][:MAX_COORDINATORS]
         leading = [claim for claim in found if not self._is_me(claim.coordinator)]
         return max(leading, key=lambda claim: claim.term).coordinator if leading else None
+
+    @property
+    def failures(self) -> tuple[MacpipeError, ...]:
+        """Why those that ``find_leader`` asked last did not answer, in the order in which they failed."""
+        return tuple(self._failures.values())
 
     def _is_me(self, name: CoordinatorName) -> bool:
         return name.instance == self.me.instance
@@ -165,6 +224,17 @@ def _read(file: Path | None) -> dict[tuple[str, str], CoordinatorName]:
     except (OSError, ValueError, TypeError, KeyError):
         return {}
     return {_key(one): one for one in found[-MAX_COORDINATORS:] if one.addresses}
+
+
+def _bounded(one: CoordinatorName) -> CoordinatorName:
+    """Return a name as it is kept: what it claims of itself may be of any length."""
+    return CoordinatorName(one.name[:MAX_FACT_CHARS], "", one.addresses[:MAX_ADDRESSES])
+
+
+def _why_away(heard: _Heard, silent_s: float) -> str:
+    if silent_s > 2 * GONE_S:
+        return "it does not answer"
+    return heard.problem or "it has not begun to follow"
 
 
 def _key(one: CoordinatorName) -> tuple[str, str]:

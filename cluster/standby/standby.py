@@ -11,7 +11,7 @@ from typing import Final, Protocol, TypeAlias
 
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.roster import Roster
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import MacpipeError, NoWorkers, Reason
 from cluster.core.leadership import CoordinatorName, LeadershipState, Replicate
 from cluster.core.limits import GONE_S, HEARTBEAT_S
 from cluster.core.term_limits import LEASE_S
@@ -41,6 +41,8 @@ class LeaderStream(Protocol):
     """Set once the stream has ended, for whatever reason."""
     handover: str | None
     """Which standby shall lead, once the leader said that it stops; "" if any may. None if it did not say so."""
+    error: MacpipeError | None
+    """Why the stream ended; None while it lasts."""
 
 
 OpenStream: TypeAlias = Callable[[str], AbstractAsyncContextManager[LeaderStream]]
@@ -102,8 +104,26 @@ class Standby:
         self._addresses = addresses
         self.leadership: LeadershipState | None = None
         """What the leader said last; None while none is followed."""
-        self.problem = ""
-        """Why this standby does not follow, or could not lead; "" if nothing is wrong."""
+        self._reported = set[tuple[str, Reason]]()
+        """The problems that are in the log already, until this standby follows again."""
+
+    @property
+    def problem(self) -> str:
+        """Why this standby does not follow, or cannot lead; "" if nothing is wrong."""
+        return self._others.problem
+
+    def _note_problem(self, what: str, error: MacpipeError) -> None:
+        """Tell whoever asks what cannot be done, and the log, unless the log has it for the same reason already."""
+        self._others.problem = f"{what}: {error.sentence}"
+        if (what, error.reason) not in self._reported:
+            self._reported.add((what, error.reason))
+            log.warning("standby: not following reason=%s", self._others.problem)
+
+    def _end_problem(self) -> None:
+        if self._reported:
+            log.info("standby: follows again")
+        self._others.problem = ""
+        self._reported.clear()
 
     async def run(self, patience_s: float = 0.0) -> Succession:
         """Return once this process has been elected. Look only for a leader in the first ``patience_s`` seconds."""
@@ -117,11 +137,16 @@ class Standby:
             try:
                 service = self._replica.service()
             except MacpipeError as e:
-                self.problem = f"no leader answers, and this Mac cannot take its place: {e.sentence}"
+                self._note_problem("no leader answers, and this Mac cannot take its place", self._why_alone(e))
                 await asyncio.sleep(LOOK_S)
                 continue
             if succession := await self._stand(service):
                 return succession
+
+    def _why_alone(self, error: MacpipeError) -> MacpipeError:
+        """Return why no coordinator could be asked who leads; ``error`` if none was known."""
+        failures = self._others.failures
+        return MacpipeError.of(failures[0].reason, f"{failures[0].sentence}; {error.sentence}") if failures else error
 
     async def _find_leader(self) -> CoordinatorName | None:
         return await self._others.find_leader((*self._others.addresses, *self._addresses()))
@@ -133,10 +158,9 @@ class Standby:
             try:
                 async with self._open_stream(address) as stream:
                     log.info("standby: following leader=%s address=%s", leader.name, address)
-                    self.problem = ""
                     await self._watch(stream)
             except MacpipeError as e:
-                self.problem = f"the leader {leader.name} cannot be followed: {e.sentence}"
+                self._note_problem(f"cannot follow {leader.name}", e)
             if stream:
                 break
         self.leadership = None
@@ -144,7 +168,12 @@ class Standby:
         if stream is None:
             await asyncio.sleep(LOOK_S)
             return False
-        log.warning("standby: stream ended leader=%s stopping=%s", leader.name, stream.handover is not None)
+        if stream.handover is not None:
+            log.info("standby: the leader stops leader=%s", leader.name)
+        elif stream.error:
+            self._note_problem(f"cannot follow {leader.name} any more", stream.error)
+        if stream.handover is None and not self._replica.is_complete:
+            await asyncio.sleep(LOOK_S)  # another copy will most likely end as this one did
         with suppress(TimeoutError):
             async with asyncio.timeout(self._patience_s(stream) - (continuous_seconds() - stream.heard_at)):
                 await self._wait_for_leader()
@@ -158,6 +187,7 @@ class Standby:
                 self.leadership = stream.leadership
                 self._others.hear_followed(stream.leadership)
             if self._replica.is_complete:
+                self._end_problem()
                 with suppress(MacpipeError):
                     await self._fit.prepare(self._replica.service())
             with suppress(TimeoutError):
@@ -186,8 +216,11 @@ class Standby:
         log.info("standby: standing for election workers=%d", len(service.workers))
         running = asyncio.create_task(election.run())
         watching = asyncio.create_task(self._wait_for_leader())
+        both = (running, watching)
         try:
-            await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
+            while not (await asyncio.wait(both, timeout=2 * LOOK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+                why = NoWorkers(self._fit.problem or election.problem)
+                self._note_problem("no leader answers, and this Mac cannot take its place yet", self._why_alone(why))
             if not running.done():
                 return None
             leadership = running.result()

@@ -962,6 +962,7 @@ class Leadership(_message.Message):
         IN_SYNC_FIELD_NUMBER: _builtins.int
         BEHIND_FIELD_NUMBER: _builtins.int
         PROBLEM_FIELD_NUMBER: _builtins.int
+        AWAY_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         in_sync: _builtins.bool
         """It has every record that left, so it may resume answers."""
@@ -969,6 +970,8 @@ class Leadership(_message.Message):
         """Updates that it has not stored yet."""
         problem: _builtins.str
         """Why it is not in sync; empty if it is."""
+        away: _builtins.bool
+        """It does not follow now, although it did or said that it stands by."""
         @_builtins.property
         def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
         def __init__(
@@ -979,10 +982,11 @@ class Leadership(_message.Message):
             in_sync: _builtins.bool = ...,
             behind: _builtins.int = ...,
             problem: _builtins.str = ...,
+            away: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "behind", b"behind", "in_sync", b"in_sync", "name", b"name", "problem", b"problem"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "away", b"away", "behind", b"behind", "in_sync", b"in_sync", "name", b"name", "problem", b"problem"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -255,9 +255,12 @@ class LeadsRequest(_message.Message):
     COORDINATOR_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     role: _cluster_pb2.Leadership.Role.ValueType
     term: _builtins.int
     """The term by which it leads; a standby's is that of its leader. 0 if there is none."""
+    problem: _builtins.str
+    """Why it neither leads nor follows; empty if nothing is wrong."""
     @_builtins.property
     def coordinator(self) -> _cluster_pb2.Leadership.Coordinator: ...
     def __init__(
@@ -266,10 +269,11 @@ class LeadsRequest(_message.Message):
         coordinator: _cluster_pb2.Leadership.Coordinator | None = ...,
         role: _cluster_pb2.Leadership.Role.ValueType = ...,
         term: _builtins.int = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "role", b"role", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "problem", b"problem", "role", b"role", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -283,8 +287,11 @@ class LeadsResponse(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
     LEADER_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     role: _cluster_pb2.Leadership.Role.ValueType
     term: _builtins.int
+    problem: _builtins.str
+    """Why it neither leads nor follows; empty if nothing is wrong."""
     @_builtins.property
     def coordinator(self) -> _cluster_pb2.Leadership.Coordinator: ...
     @_builtins.property
@@ -298,10 +305,11 @@ class LeadsResponse(_message.Message):
         role: _cluster_pb2.Leadership.Role.ValueType = ...,
         term: _builtins.int = ...,
         leader: _cluster_pb2.Leadership.Coordinator | None = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "leader", b"leader"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "leader", b"leader", "role", b"role", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "leader", b"leader", "problem", b"problem", "role", b"role", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,10 +59,13 @@ def test_several_models_are_told_apart_by_a_label() -> None:
 
 def test_a_leader_shows_its_term_and_how_far_its_standbys_are() -> None:
     assert not [line for line in exposition() if "leader" in line]
-    standbys = (StandbyState("mac-2", in_sync=True), StandbyState("mac-3", behind=7))
+    standbys = (StandbyState("mac-2", in_sync=True), StandbyState("mac-3", behind=7, away=True))
     state = LeadershipState(CoordinatorRole.LEADER, 4, standbys=standbys)
     lines = Metrics().exposition(ServingState.SERVING, None, None, leadership=state).decode().splitlines()
     assert {"macpipe_leader 1.0", "macpipe_leader_term 4.0"} <= set(lines)
     assert 'macpipe_standby_in_sync{standby="mac-2"} 1.0' in lines
     assert 'macpipe_standby_in_sync{standby="mac-3"} 0.0' in lines
     assert 'macpipe_standby_behind{standby="mac-3"} 7.0' in lines
+    assert {'macpipe_standby_follows{standby="mac-2"} 1.0', 'macpipe_standby_follows{standby="mac-3"} 0.0'} <= set(
+        lines
+    )

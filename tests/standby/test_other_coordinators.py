@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.core.errors import Unreachable
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim, StandbyState
+from cluster.core.limits import GONE_S, REMEMBER_S
 from cluster.standby.other_coordinators import MAX_ADDRESSES, MAX_COORDINATORS, OtherCoordinators
 
 
@@ -16,12 +17,13 @@ class Network:
 
     def __init__(self, *names: str, folder: Path | None = None) -> None:
         self.gone: set[str] = set()
+        self.now = 0.0
         self.folder = folder
         self.all = {f"{name}:7700": self.start(name) for name in names}
 
     def start(self, name: str, instance: str = "1") -> OtherCoordinators:
         me = CoordinatorName(name, f"{name}-{instance}", (f"{name}:7700",))
-        return OtherCoordinators(me, self._ask, self.folder / name if self.folder else None)
+        return OtherCoordinators(me, self._ask, self.folder / name if self.folder else None, lambda: self.now)
 
     async def _ask(self, address: str, claim: LeaderClaim) -> LeaderClaim:
         if address in self.gone or address not in self.all:
@@ -109,3 +111,29 @@ def test_addresses_survive_a_restart_within_limits(tmp_path: Path) -> None:
     (tmp_path / "ada").write_text("{")
     assert network.start("ada", "3").addresses == ()
     assert network.start("ada", "3").claim.role is CoordinatorRole.STANDBY
+
+
+@pytest.mark.anyio
+async def test_a_leader_knows_for_a_while_who_does_not_follow_and_why() -> None:
+    network = Network("ada", "bob", "cyd")
+    ada, bob, cyd = network.all.values()
+    ada.lead(3)
+    assert not ada.away()
+    bob.problem = "cannot follow ada: the disk is full"
+    await bob.ask("ada:7700")
+    ada.hear_following([cyd.me])
+    assert ada.away() == (
+        StandbyState("bob", ("bob:7700",), problem=bob.problem, away=True),
+        StandbyState("cyd", ("cyd:7700",), problem="it has not begun to follow", away=True),
+    )
+    network.gone.add("cyd:7700")
+    network.now += 2 * GONE_S + 1
+    await ada.ask("bob:7700")
+    assert await ada.find_leader(["cyd:7700"]) is None
+    assert [failure.sentence for failure in ada.failures] == ["no answer from cyd:7700"]
+    assert [one.problem for one in ada.away()] == [bob.problem, "it does not answer"]
+    network.now = REMEMBER_S + 1
+    assert [one.name for one in ada.away()] == ["bob"]
+    bob.lead(5)
+    await ada.ask("bob:7700")
+    assert not ada.away()

@@ -13,7 +13,7 @@ import pytest
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.term_holder import TermHolder
-from cluster.core.errors import InvalidOption, Unreachable
+from cluster.core.errors import DiskFull, Forbidden, InvalidOption, MacpipeError, Unreachable
 from cluster.core.leadership import (
     CoordinatorName,
     CoordinatorRole,
@@ -46,6 +46,7 @@ class Stream:
     leadership: LeadershipState | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     handover: str | None = None
+    error: MacpipeError | None = None
 
 
 @dataclass
@@ -84,6 +85,10 @@ class Scene:
 
     def __init__(self, *, leased: bool = False) -> None:
         self.leads = True
+        self.refusal: MacpipeError | None = None
+        """Why the leader, which answers, is not followed."""
+        self.told: list[str] = []
+        """What the standby has told the leader of its problem."""
         self.streams: list[Stream] = []
         self.roster = Roster("ada", "bob", "cyd")
         if not leased:
@@ -98,10 +103,13 @@ class Scene:
     async def _ask(self, address: str, claim: LeaderClaim) -> LeaderClaim:
         if not self.leads:
             raise Unreachable("nobody answers")
+        self.told.append(claim.problem)
         return LeaderClaim(LEADER, CoordinatorRole.LEADER, 5, LEADER)
 
     @asynccontextmanager
     async def _open(self, address: str) -> AsyncIterator[Stream]:
+        if self.refusal:
+            raise self.refusal
         self.streams.append(Stream())
         yield self.streams[-1]
 
@@ -197,6 +205,41 @@ async def test_who_has_no_copy_waits_for_a_leader() -> None:
     scene.leads, scene.replica.content = False, None
     await until(lambda: "there is no copy yet" in scene.standby.problem)
     assert not scene.roster.asked
+    await scene.end()
+
+
+@pytest.mark.anyio
+async def test_one_that_cannot_follow_says_why_once_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "cluster.standby.standby")
+    scene = Scene()
+    scene.refusal = DiskFull("the disk is full")
+    await until(lambda: scene.told[3:])
+    assert scene.standby.problem == scene.told[-1] == "cannot follow mac-1: the disk is full"
+    scene.refusal = Forbidden("this Mac was removed")
+    await until(lambda: "removed" in scene.told[-1])
+    scene.refusal = None
+    await until(lambda: scene.streams and not scene.standby.problem)
+    assert [record.message for record in caplog.records if "reason=" in record.message] == [
+        "standby: not following reason=cannot follow mac-1: the disk is full",
+        "standby: not following reason=cannot follow mac-1: this Mac was removed",
+    ]
+    assert "standby: follows again" in caplog.messages
+    scene.streams[0].error = DiskFull("the disk is full again")
+    scene.replica.is_complete = False
+    scene.streams[0].ended.set()
+    await until(lambda: "cannot follow mac-1 any more: the disk is full again" in scene.told)
+    await until(lambda: len(scene.streams) == 2)
+    assert scene.standby.problem, "a copy that is not complete is no end of it"
+    await scene.end()
+
+
+@pytest.mark.anyio
+async def test_one_that_nobody_answers_says_who_refused_it_and_why_it_is_not_elected() -> None:
+    scene = Scene(leased=True)
+    scene.leads = False
+    await until(lambda: "cannot take its place yet: nobody answers; worker ada" in scene.standby.problem)
+    scene.leads = True
+    await until(lambda: scene.streams and not scene.standby.problem)
     await scene.end()
 
 

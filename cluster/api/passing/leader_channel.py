@@ -14,10 +14,15 @@ from cluster.transport.grpc_setup import passing_channel
 
 
 class LeaderChannel:
-    """Dials whoever ``leader`` names, at the first of its addresses that was not found unreachable last."""
+    """Dials whoever ``leader`` names, at the first of its addresses that was not found unreachable last.
 
-    def __init__(self, trust: Trust, leader: Callable[[], CoordinatorName | None]) -> None:
-        self._trust, self._leader = trust, leader
+    ``problem`` says why this standby follows nobody; "" if it does not know.
+    """
+
+    def __init__(
+        self, trust: Trust, leader: Callable[[], CoordinatorName | None], problem: Callable[[], str] = str
+    ) -> None:
+        self._trust, self._leader, self._problem = trust, leader, problem
         self._instance = ""
         self._tried = 0
         """Number of addresses of this leader that were unreachable in a row."""
@@ -30,10 +35,8 @@ class LeaderChannel:
         """
         leader = self._leader()
         if leader is None or not leader.addresses:
-            raise NotLeader(
-                "this coordinator stands by, and none leads now; try again, or start one with `macpipe serve MODEL`",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            why = self._problem() or "try again, or start one with `macpipe serve MODEL`"
+            raise NotLeader(f"this coordinator stands by, and none leads now; {why}", retry_after_s=RETRY_AFTER_S)
         if leader.instance != self._instance:
             self._instance, self._tried = leader.instance, 0
         address = leader.addresses[self._tried % len(leader.addresses)]
