@@ -18,6 +18,8 @@ from cluster.model.weight_conversion import Conversion
 from effort import chosen
 from integration.daemons import serve_model
 from integration.reference import greedy
+from model.ranks import ANSWER, run_group
+from model.ring import PROMPT as SHORT
 
 pytestmark = [pytest.mark.xdist_group("session-cluster"), pytest.mark.timeout(180)]
 
@@ -117,3 +119,15 @@ def test_chunks_of_any_length_give_the_tokens_of_one_process(client: Client, lla
     assert answer.tokens == greedy(llama, PROMPT, 4)
     with pytest.raises(InvalidRequest, match="prefill_chunk is 8193; it must be from 1 to 8192"):
         serve_model(client, llama, 2, prefill_chunk=8193)
+
+
+def test_a_group_of_two_gives_the_tokens_of_mlx_lm_sharded_alike(client: Client, models: Path, tmp_path: Path) -> None:
+    """Over MLX's ring, like two ranks of mlx-lm alone, whose logits agree bit for bit."""
+    folder = make("llama", models / "llama-shared", num_key_value_heads=4)
+    for _ in client.load(str(folder), workers=1, groups=[("ada", "bob")]):
+        pass
+    assert [(s.worker, s.rank, s.ranks) for s in client.cluster().stages] == [("ada", 0, 2), ("bob", 1, 2)]
+    answer = client.generate(SHORT, max_tokens=ANSWER, ignore_eos=True)
+    alone, other = (rank[str(folder)] for rank in run_group(2, tmp_path, "compare", str(folder)))
+    assert answer.tokens == tuple(alone["tokens"])
+    assert (alone["same"], alone["digest"]) == ([True, True], other["digest"])
