@@ -51,7 +51,7 @@ class LoadTracker:
         self._report.planned(plan)
 
     def progress(self, progress: LoadProgress) -> None:
-        stages = tuple(progress if s.layers == progress.layers else s for s in self.state.stages)
+        stages = tuple(progress if s.worker == progress.worker else s for s in self.state.stages)
         self.state = replace(self.state, stages=stages)
         self._report.progress(progress)
 

@@ -228,6 +228,8 @@ class _StateCollector(Collector):
             return [*values, *[0.0] * len(stages)][: len(stages)]
 
         labels = ["stage", "worker"]
+        text = "Workers that share the stage's layers; 1 without a group. Its other series are rank 0's."
+        yield _gauge("macpipe_stage_workers", text, labels, by_stage(float(s.spec.ranks) for s in stages))
         yield _gauge(
             "macpipe_kv_reserved_bytes", "KV cache reserved for live requests.", labels, by_stage(loop.reserved_bytes)
         )

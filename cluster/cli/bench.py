@@ -9,6 +9,7 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
+from cluster.core.cluster_state import count_stages
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import MAX_QUEUE
 from cluster.core.text import count_in_words
@@ -143,7 +144,7 @@ def _announce(trial: Trial, state: ClusterState) -> None:
         others = count_in_words(len(state.requests), "other request")
         note(f"live beside the bench: {others}, so the results are those of a busy cluster")
     note(
-        f"{state.model} on {count_in_words(len(state.stages), 'stage')}: random prompts of {trial.prompt} tokens,"
+        f"{state.model} on {count_stages(state.stages)}: random prompts of {trial.prompt} tokens,"
         f" answers of {trial.tokens}, {count_in_words(trial.rounds, 'round')} ..."
     )
 

@@ -12,6 +12,7 @@ import typer
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.generate import require_utf8
 from cluster.cli.options import Cluster, Coordinator, Json, answer_options, takes_options
+from cluster.core.cluster_state import holders_in_words
 from cluster.core.errors import InvalidOption, NotServing
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def converse(client: Client, options: Options, system: str = "") -> None:
 def _greet(state: ClusterState) -> None:
     from cluster.cli.screen import note
 
-    stages = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
-    note(f"{state.model} on {stages}. /help lists the commands, Ctrl-D exits.")
+    note(f"{state.model} on {holders_in_words(state.stages)}. /help lists the commands, Ctrl-D exits.")
     if state.model == BUNDLED:
         note(f"Try: {'  '.join(SUGGESTIONS)}")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cluster.cli.chat import BUNDLED, converse
+from cluster.core.cluster_state import holders_in_words
 from cluster.core.limits import CANARY_TIMEOUT_S, CONNECT_TIMEOUT_S, DISCOVERY_TIMEOUT_S, ENGINE_START_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -147,8 +148,7 @@ def print_answer(client: Client, state: ClusterState, prompt: str, max_tokens: i
     from cluster.cli.generate import print_stream
     from cluster.cli.screen import note
 
-    held = ", ".join(f"{stage.worker} layers {stage.layers}" for stage in state.stages)
-    note(f"serving {state.model}: {held}")
+    note(f"serving {state.model}: {holders_in_words(state.stages, ' layers ')}")
     with client.stream_chat([("user", prompt)], max_tokens=max_tokens) as stream:
         print_stream(stream, client)
         if stream.finish and sys.stderr.isatty():

@@ -9,6 +9,7 @@ import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
+from cluster.core.cluster_state import holders_in_words
 
 
 def drain(
@@ -31,6 +32,6 @@ def drain(
 
             print_json(state)
             return
-        held = ", ".join(f"{stage.worker} {stage.layers}" for stage in state.stages)
+        held = holders_in_words(state.stages)
         outcome = "is in use again" if undo else "holds no layers"
         sys.stdout.write(f"{name} {outcome}{f'; {held}' if held else ''}\n")

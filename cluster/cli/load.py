@@ -13,6 +13,7 @@ from cluster.cli.model_options import STEP_HELP, Draft, Exact, Model, Speculate,
 from cluster.cli.options import CONTEXT_HELP, Cluster, Coordinator, Json, Switch, takes_options
 from cluster.cli.plan_options import plan_options
 from cluster.cli.status import idle_spares
+from cluster.core.cluster_state import holders_in_words
 from cluster.core.plan import Speculation
 from cluster.core.text import count_in_words
 
@@ -75,8 +76,7 @@ def describe_loaded(state: ClusterState, name: str) -> Iterator[str]:
     """Yield lines about the model that was loaded under ``name``, and then about spare workers."""
     loaded = next((one for one in state.deployments if name in (one.name, one.model, *one.aliases)), None)
     shown, stages = (loaded.name, loaded.stages) if loaded else (state.model, state.stages)
-    held = ", ".join(f"{stage.worker} {stage.layers}" for stage in stages)
-    yield f"serving {shown} on {count_in_words(len(stages), 'worker')}: {held}"
+    yield f"serving {shown} on {count_in_words(len(stages), 'worker')}: {holders_in_words(stages)}"
     if state.draft_worker:
         yield f"draft model on {state.draft_worker}"
     for spare in idle_spares(state):

@@ -28,6 +28,7 @@ from cluster.cli.throughput import (
     turn,
 )
 from cluster.client import AsyncClient, ClusterState
+from cluster.core.cluster_state import first_ranks
 from cluster.core.errors import MacpipeError, NotServing
 from cluster.platform.process import first_error
 
@@ -172,7 +173,7 @@ class LoadGenerator:
 
 def activities(state: ClusterState) -> list[StageActivity]:
     """Return each stage's current counters."""
-    return [StageActivity(stage.busy_seconds, stage.active_seconds) for stage in state.stages]
+    return [StageActivity(stage.busy_seconds, stage.active_seconds) for stage in first_ranks(state.stages)]
 
 
 def energy(state: ClusterState) -> float | None:
@@ -191,5 +192,5 @@ def rooflines(level: LoadLevel, state: ClusterState) -> list[Roofline]:
             bandwidths.get(stage.worker, 0.0),
             stage.expected_ms or (stage.predicted_ms if level.users == 1 else 0.0),
         )
-        for time, stage in zip(level.stages, state.stages, strict=False)
+        for time, stage in zip(level.stages, first_ranks(state.stages), strict=False)
     ]

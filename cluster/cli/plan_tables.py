@@ -70,10 +70,10 @@ def _stages_of_all(made: JointPlan) -> Table:
     shown = table("model", "worker", "layers", "weights", "for caches", "ms a token", right=numbers)
     for model in made.models:
         for stage in model.plan.stages:
-            name = printable(model.name) if stage.index == 0 else ""
+            name = printable(model.name) if stage is model.plan.stages[0] else ""
             ms = f"{stage.predicted_ms:.1f}" if stage.predicted_ms else "-"
             sizes = format_bytes(stage.weight_bytes), format_bytes(stage.cache_bytes)
-            shown.add_row(name, printable(stage.worker), str(stage.layers), *sizes, ms)
+            shown.add_row(name, printable(stage.worker), stage.share, *sizes, ms)
     return shown
 
 

@@ -11,7 +11,7 @@ import typer
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.leadership_lines import describe_leadership
 from cluster.cli.options import Cluster, Coordinator, Json
-from cluster.core.cluster_state import ServingState, count_stages
+from cluster.core.cluster_state import ServingState, count_stages, holders_in_words
 from cluster.core.limits import FAR_OFF
 from cluster.core.plan import Link, Spare, Speculation
 from cluster.core.text import count_in_words, figure_in_words, gib_in_words, link_in_words, with_subject
@@ -116,9 +116,7 @@ def _models(state: ClusterState) -> Table:
 
     shown = table("model", "state", "context", "requests", "idle", "layers", right=MODELS_RIGHT)
     for one in state.deployments:
-        held = "; ".join(
-            ", ".join(f"{stage.worker} {stage.layers}" for stage in replica.stages) for replica in one.replicas
-        )
+        held = "; ".join(holders_in_words(replica.stages) for replica in one.replicas)
         shown.add_row(
             printable(one.name) + (" (pinned)" if one.pinned else ""),
             "not loaded" if one.state is ServingState.IDLE else one.state,
@@ -340,7 +338,7 @@ def _workers(state: ClusterState, *, wide: bool) -> Table:
         shown.add_row(
             printable(worker.name),
             *((printable(_machine(worker)),) if wide else ()),
-            printable(", ".join(f"{name} {stage.layers}".strip() for name, stage in named)) or without_layers,
+            printable("; ".join(f"{name} {stage.share}".strip() for name, stage in named)) or without_layers,
             gib_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
             format_share(worker.memory_used, worker.memory_limit) if worker.reachable else "-",
             *_decode_ms(held_stages(state, worker.name), wide=wide),

@@ -157,7 +157,7 @@ def _stage_cells(worker: WorkerState | None, stage: StageState | None, *, wide: 
     columns = 12 if wide else 6
     name = worker.name if worker else stage.worker if stage else ""
     cells: list[Text | str] = [Text(printable(name), overflow="ellipsis", no_wrap=True)]
-    cells.append(str(stage.layers) if stage else "-")
+    cells.append(stage.share if stage else "-")
     cells += _memory_cells(worker, columns)
     idle = stage.bubble_share if stage else None
     cells += [Text(), "-"] if idle is None else [bar(1 - idle, columns, "green"), f"{1 - idle:.0%}"]

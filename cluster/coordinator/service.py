@@ -31,7 +31,7 @@ from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.stage_setup import Progress
 from cluster.coordinator.step_times import StageStepTime, StepTimes
 from cluster.coordinator.worker_client import WorkerClient
-from cluster.core.cluster_state import EventKind
+from cluster.core.cluster_state import EventKind, holders_in_words
 from cluster.core.errors import (
     Aborted,
     DeadlineExceeded,
@@ -322,7 +322,7 @@ class ModelService:
     def _notify_done(self, kind: EventKind, change: EpochChange) -> None:
         what = "serving again" if kind is EventKind.RECOVERY else "layers moved"
         elapsed_s = time.monotonic() - change.began
-        layers = ", ".join(f"{s.worker} {s.layers}" for s in self.plan.stages)
+        layers = holders_in_words(self.plan.stages)
         self._notify(f"{what} after {elapsed_s:.1f} s ({change.reason}): {layers}")
         self._deps.timeline.add(kind, f"{change.reason}; {what}: {layers}", change.worker, change.began)
 

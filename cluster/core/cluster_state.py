@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.core.leadership import LeadershipState
-from cluster.core.plan import Forecast, LayerRange, Objective, Route, Spare, Speculation
+from cluster.core.plan import Forecast, LayerRange, Objective, PlannedStage, Route, Spare, Speculation
 from cluster.core.request import StageFigures
 from cluster.core.text import count_in_words, place_in_words
 from cluster.core.worker import WorkerState
@@ -126,10 +126,29 @@ class StageState:
         """Where it is in the plan, in words."""
         return place_in_words(self.index, self.rank, self.ranks)
 
+    @property
+    def share(self) -> str:
+        """What it holds of the model, in words."""
+        return f"{self.layers}, rank {self.rank} of {self.ranks}" if self.ranks > 1 else str(self.layers)
+
+
+def first_ranks(stages: Iterable[StageState]) -> tuple[StageState, ...]:
+    """Return the stages of a pipeline, each once: of a group, rank 0."""
+    return tuple(stage for stage in stages if stage.rank == 0)
+
 
 def count_stages(stages: Iterable[StageState]) -> str:
     """Return the number of stages, in words: the ranks of a group are one."""
-    return count_in_words(len({stage.index for stage in stages}), "stage")
+    return count_in_words(len(first_ranks(stages)), "stage")
+
+
+def holders_in_words(stages: Iterable[StageState | PlannedStage], between: str = " ") -> str:
+    """Return which workers hold which layers: ``ada 0-3, bob+cyd 4-7``, where bob and cyd are a group."""
+    parts: list[tuple[str, LayerRange]] = []
+    for stage in stages:
+        name = f"{parts.pop()[0]}+{stage.worker}" if stage.rank else stage.worker
+        parts.append((name, stage.layers))
+    return ", ".join(f"{name}{between}{layers}" for name, layers in parts)
 
 
 @dataclass(frozen=True, slots=True)

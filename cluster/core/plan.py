@@ -339,6 +339,10 @@ class PlannedStage:
     def layers(self) -> LayerRange:
         return self.spec.layers
 
+    @property
+    def rank(self) -> int:
+        return self.spec.rank
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -26,6 +26,18 @@ def test_guesses_are_counted_by_source_and_waste_by_stage() -> None:
     assert 'macpipe_wasted_compute_seconds_total{stage="1",worker="bob"} 0.0' in lines
 
 
+def test_a_group_is_one_stage() -> None:
+    first, last = PLAN.stages
+    ranks = [replace(first, spec=replace(first.spec, rank=rank, ranks=2)) for rank in range(2)]
+    plan = replace(PLAN, stages=(ranks[0], replace(ranks[1], worker="cyd"), last))
+    lines = Metrics().exposition(ServingState.SERVING, plan, LOOP).decode().splitlines()
+    shown = [line for line in lines if line.startswith("macpipe_stage_workers")]
+    assert shown == [
+        'macpipe_stage_workers{stage="0",worker="ada"} 2.0',
+        'macpipe_stage_workers{stage="1",worker="bob"} 1.0',
+    ]
+
+
 def test_without_guesses_no_source_is_named() -> None:
     assert not [line for line in exposition() if "source=" in line]
     assert "macpipe_guess_window 1.0" in exposition()

@@ -492,3 +492,7 @@ def test_the_progress_of_any_load_is_kept() -> None:
     assert tracker.state.model == "m"
     assert tracker.state.stages[1] == done
     assert tracker.state.stages[0].done_bytes == 0
+    shared = tuple(replace(stage, spec=replace(stage.spec, layers=plan.stages[0].layers)) for stage in plan.stages)
+    tracker.planned(replace(plan, stages=shared))
+    tracker.progress(LoadProgress("bob", shared[1].layers, 5, 10, "reading"))
+    assert [(one.worker, one.done_bytes) for one in tracker.state.stages] == [("ada", 0), ("bob", 5)], "a group's ranks"

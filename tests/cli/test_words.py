@@ -17,6 +17,7 @@ from client.scripted import cluster_reply
 from cluster.cli.bench_tables import describe_doubt
 from cluster.cli.command_name import command_name
 from cluster.cli.convert_progress import ConversionBar
+from cluster.cli.load_generator import activities
 from cluster.cli.load_progress import TerminalReport
 from cluster.cli.ps import show_requests
 from cluster.cli.screen import (
@@ -41,6 +42,8 @@ from cluster.core.cluster_state import (
     ServingState,
     StageState,
     TrainingProgress,
+    count_stages,
+    holders_in_words,
 )
 from cluster.core.errors import InvalidOption
 from cluster.core.json_types import to_json_types
@@ -229,6 +232,17 @@ def test_the_links_between_stages_are_named_with_their_speed() -> None:
     ranks = [replace(rest[0], **cable, rank=rank, ranks=2, worker=f"mac-{rank + 7}") for rank in range(2)]
     said = [line.partition(" over ")[0] for line in describe_links([*pair, *ranks])]
     assert said == ["link: mac-5 to mac-7", "link: mac-5 to mac-8"], "rank 0 sends to all"
+
+
+def test_a_group_is_named_as_one_holder() -> None:
+    whole = StageState(0, "ada", LayerRange(0, 4), 1, 1, Route.RELAY)
+    pair = [replace(whole, index=1, worker=name, rank=rank, ranks=2) for rank, name in enumerate(("bob", "cyd"))]
+    assert holders_in_words([whole, *pair]) == "ada 0-3, bob+cyd 0-3"
+    assert holders_in_words([whole, replace(whole, worker="dee")], " layers ") == "ada layers 0-3, dee layers 0-3"
+    assert [one.share for one in (whole, *pair)] == ["0-3", "0-3, rank 0 of 2", "0-3, rank 1 of 2"]
+    state = ClusterState("lab", "1", ServingState.SERVING, stages=(whole, *pair))
+    assert len(activities(state)) == 2, "of each stage that an answer names"
+    assert count_stages(state.stages) == "2 stages"
 
 
 def test_a_roofline_above_100_percent_is_told_where_it_shows_a_wrong_profile() -> None:

@@ -201,6 +201,18 @@ def models() -> ClusterState:
     )  # fmt: skip
 
 
+def test_a_group_is_one_stage_with_a_box_for_each_rank(show: Callable[..., Any]) -> None:
+    pair = [replace(stage(0, name, 0.5), rank=rank, ranks=2) for rank, name in enumerate(("fay", "gus"))]
+    workers = tuple(map(worker, ("eve", "fay", "gus")))
+    state = ClusterState("lab", "1", ServingState.SERVING, model="m", layers=2, workers=workers)
+    page = show(replace(state, stages=(*pair, stage(1, "eve", 0.0))), "cluster")
+    assert page.inner_text(".title .soft").startswith("2 layers · 2 stages")
+    assert (page.locator(".hop").count(), page.locator(".beside").count()) == (1, 1)
+    boxes = page.locator(".mac .facts").all_inner_texts()
+    assert [one.split("\n")[1] for one in boxes] == ["0, rank 0 of 2", "0, rank 1 of 2", "1"]
+    assert page.inner_text("[data-key=Idle] .big") == "25 %", "of two stages"
+
+
 @pytest.mark.long
 def test_any_of_several_models_is_shown_loaded_and_unloaded_by_name(show: Callable[..., Any]) -> None:
     page = show(models(), "cluster")

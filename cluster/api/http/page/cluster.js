@@ -3,7 +3,21 @@
 import { confirmThen } from "./confirm.js";
 import { fill, h } from "./dom.js";
 import { inFields } from "./fields.js";
-import { bandwidth, bytes, colour, count, duration, figure, layers, milliseconds, percent, whole } from "./format.js";
+import {
+  bandwidth,
+  bytes,
+  colour,
+  count,
+  duration,
+  figure,
+  groups,
+  holders,
+  holding,
+  layers,
+  milliseconds,
+  percent,
+  whole,
+} from "./format.js";
 import { HISTORY } from "./history.js";
 import { legend, requests } from "./requests.js";
 import { post, sentence } from "./server.js";
@@ -71,7 +85,7 @@ function title(state) {
   const answers = state.max_sequences ? `${count(state.max_sequences, "answer")} of ` : "";
   const facts = [
     count(state.layers, "layer"),
-    `${count((state.rings?.[0] ?? state.stages).length, "stage")}${state.route === "relay" ? " through the coordinator" : ""}`,
+    `${count(groups(state.rings?.[0] ?? state.stages).length, "stage")}${state.route === "relay" ? " through the coordinator" : ""}`,
     state.rings?.length > 1 ? count(state.rings.length, "replica") : "",
     `${answers}${whole(state.max_context)} tokens ${answers ? "at once" : "of context"}`,
   ];
@@ -135,7 +149,7 @@ function modelFacts(one) {
     one.replicas.length > 1 ? count(one.replicas.length, "replica") : "",
     one.max_context ? `${whole(one.max_context)} tokens of context` : "",
     one.replicas.length ? count(live, "live request") : "",
-    one.replicas.map(({ stages }) => stages.map((s) => `${s.worker} ${layers(s.layers)}`).join(", ")).join("; "),
+    one.replicas.map(({ stages }) => holders(stages)).join("; "),
     one.activity,
     one.problem,
   ]
@@ -248,7 +262,7 @@ export function loadSection(loading) {
 }
 
 function figures(state, history) {
-  const idle = state.stages.map((stage) => stage.bubble_share).filter((share) => share !== null);
+  const idle = state.stages.flatMap((stage) => (stage.rank ? [] : (stage.bubble_share ?? [])));
   const none = state.stages.length ? "no work in the last 30 s" : "no stage yet";
   const prompts = state.prompt_tokens ?? 0;
   const waiting = state.queued ? `${state.queued} waiting` : "none waiting";
@@ -311,13 +325,16 @@ function pipelineSection(state) {
       h(
         "ol",
         { class: "pipeline", "data-key": `ring-${ring}` },
-        stages.map((stage, i) => [
-          i ? h("li", { class: "hop", "data-key": `hop-${i}` }, hop(stage)) : null,
-          h(
-            "li",
-            { class: "mac", "data-key": `mac-${i}`, style: { "--mac": colour(stage.worker) } },
-            mac(stage, macs.get(stage.worker)),
-          ),
+        groups(stages).map((ranks, i) => [
+          i ? h("li", { class: "hop", "data-key": `hop-${i}` }, hop(ranks[0])) : null,
+          ranks.map((stage, rank) => [
+            rank ? h("li", { class: "beside", "data-key": `beside-${i}-${rank}` }, "shares each layer with") : null,
+            h(
+              "li",
+              { class: "mac", "data-key": `mac-${i}-${rank}`, style: { "--mac": colour(stage.worker) } },
+              mac(stage, macs.get(stage.worker)),
+            ),
+          ]),
         ]),
       ),
     ]),
@@ -332,16 +349,21 @@ export function layerBand(stages, total) {
     {
       class: "band",
       role: "img",
-      "aria-label": stages.map((stage) => `${stage.worker}: layers ${layers(stage.layers)}`).join("; "),
+      "aria-label": stages.map((stage) => `${stage.worker}: layers ${holding(stage)}`).join("; "),
     },
-    stages.map((stage) =>
-      h(
-        "span",
-        {
-          style: { "flex-grow": String(stage.layers[1] - stage.layers[0]), background: colour(stage.worker) },
-          title: `${stage.worker}: layers ${layers(stage.layers)} of ${total}`,
-        },
-        layers(stage.layers),
+    groups(stages).flatMap((ranks) =>
+      ranks.map((stage) =>
+        h(
+          "span",
+          {
+            style: {
+              "flex-grow": String((stage.layers[1] - stage.layers[0]) / ranks.length),
+              background: colour(stage.worker),
+            },
+            title: `${stage.worker}: layers ${holding(stage)} of ${total}`,
+          },
+          layers(stage.layers),
+        ),
       ),
     ),
   );
@@ -371,7 +393,7 @@ function mac(stage, worker) {
     h(
       "dl",
       { class: "facts" },
-      fact("Layers", layers(stage.layers)),
+      fact("Layers", holding(stage)),
       fact("Weights", bytes(stage.weight_bytes)),
       worker ? fact("Memory", `${bytes(worker.memory_used)} of ${bytes(worker.memory_limit)}`) : null,
       step

@@ -44,6 +44,20 @@ export const count = (number, word) => `${whole(number)} ${word}${number === 1 ?
 /** Layers [start, end) as people write them. */
 export const layers = ([start, end]) => (end - start === 1 ? `${start}` : `${start}–${end - 1}`);
 
+/** What a Mac holds: its layers, and its number among the Macs that share them. */
+export const holding = (stage) =>
+  stage.ranks > 1 ? `${layers(stage.layers)}, rank ${stage.rank} of ${stage.ranks}` : layers(stage.layers);
+
+/** The stages of a pipeline, each as the list of the Macs that share its layers; most have one. */
+export const groups = (stages) =>
+  stages.filter((stage) => !stage.rank).map((first) => stages.filter((stage) => stage.index === first.index));
+
+/** Which Macs hold which layers: "ada 0–3, bob+cyd 4–7", where bob and cyd share theirs. */
+export const holders = (stages) =>
+  groups(stages)
+    .map((ranks) => `${ranks.map((stage) => stage.worker).join("+")} ${layers(ranks[0].layers)}`)
+    .join(", ");
+
 const COLOURS = 8;
 const numbers = new Map();
 

@@ -4,7 +4,7 @@ import { layerBand, loadSection, quantity } from "./cluster.js";
 import { confirmThen } from "./confirm.js";
 import { fill, h } from "./dom.js";
 import { FIELDS, inFields } from "./fields.js";
-import { bytes, colour, count, figure, layers, milliseconds, whole } from "./format.js";
+import { bytes, colour, count, figure, groups, holding, milliseconds, whole } from "./format.js";
 import { post, sentence } from "./server.js";
 
 let parts = null;
@@ -169,7 +169,7 @@ function planElement(plan, state) {
     h(
       "p",
       { class: "soft" },
-      `${count(plan.layers, "layer")} in ${count(plan.stages.length, "stage")} · ${count(plan.max_sequences, "answer")} of ${whole(plan.max_context)} tokens at once`,
+      `${count(plan.layers, "layer")} in ${count(groups(plan.stages).length, "stage")} · ${count(plan.max_sequences, "answer")} of ${whole(plan.max_context)} tokens at once`,
     ),
     layerBand(plan.stages, plan.layers),
     plan.forecast
@@ -205,7 +205,7 @@ function planElement(plan, state) {
                 h("span", { class: "swatch", style: { background: colour(stage.worker) } }),
                 stage.worker,
               ),
-              h("td", { class: "num right" }, layers(stage.layers)),
+              h("td", { class: "num right" }, holding(stage)),
               h("td", { class: "num right" }, bytes(stage.weight_bytes)),
               h("td", { class: "num right" }, bytes(stage.cache_bytes)),
               h("td", { class: "num right" }, stage.predicted_ms ? milliseconds(stage.predicted_ms) : "–"),
