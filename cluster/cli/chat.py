@@ -151,12 +151,13 @@ def read_piped_lines() -> Iterator[str]:
 
 def _send_once(client: Client, message: str, system: str | None, options: Options, *, json: bool) -> None:
     from cluster.cli.answer_summary import answer_as_json
-    from cluster.cli.generate import print_stream
+    from cluster.cli.generate import print_stream, tell_fallback
     from cluster.cli.json_output import print_json
 
     opening = [] if system is None else [("system", system)]
     with client.stream_chat([*opening, ("user", message)], **options) as stream:
         if json:
+            tell_fallback(stream.wait_accepted(), options)
             print_json(answer_as_json(stream.completion()))
         else:
-            print_stream(stream, client)
+            print_stream(stream, client, lambda accepted: tell_fallback(accepted, options))

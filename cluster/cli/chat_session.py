@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from cluster.cli.answer_summary import summarize_answer
-from cluster.cli.generate import print_stream
+from cluster.cli.generate import print_stream, tell_fallback
 from cluster.cli.screen import note
 from cluster.core.request import ChatMessage, FinishReason
 
 if TYPE_CHECKING:
-    from cluster.client import Client, Finish, Options, Stream
+    from cluster.client import AcceptedRequest, Client, Finish, Options, Stream
 
 COMMANDS: Final = """\
 /system TEXT  start over with this system message; without TEXT, with none
@@ -29,6 +29,7 @@ class ChatSession:
         self._system = system
         self._history: list[ChatMessage] = []
         self._last: Finish | None = None
+        self._fallback = ""
 
     def handle_line(self, line: str) -> bool:
         """Run a command or send a message. Return False to end the chat. Raise MacpipeError if the turn fails."""
@@ -66,10 +67,15 @@ class ChatSession:
         question = ChatMessage("user", text)
         with self._client.stream_chat([*opening, *self._history, question], **self._options) as stream:
             try:
-                print_stream(stream, self._client)
+                print_stream(stream, self._client, self._tell_new_fallback)
             except KeyboardInterrupt:
                 note("(stopped)")
             self._remember(question, stream)
+
+    def _tell_new_fallback(self, accepted: AcceptedRequest) -> None:
+        if accepted.fallback != self._fallback:
+            tell_fallback(accepted, self._options)
+        self._fallback = accepted.fallback
 
     def _remember(self, question: ChatMessage, stream: Stream) -> None:
         if stream.text or stream.finish:

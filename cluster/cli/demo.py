@@ -150,6 +150,6 @@ def print_answer(client: Client, state: ClusterState, prompt: str, max_tokens: i
 
     note(f"serving {state.model}: {holders_in_words(state.stages, ' layers ')}")
     with client.stream_chat([("user", prompt)], max_tokens=max_tokens) as stream:
-        print_stream(stream, client)
+        print_stream(stream, client, tell_accepted=lambda _: None)
         if stream.finish and sys.stderr.isatty():
             note(summarize_answer(stream.finish))

@@ -16,7 +16,9 @@ from cluster.cli.options import Cluster, Coordinator, Json, answer_options, take
 from cluster.core.errors import InvalidOption
 
 if TYPE_CHECKING:
-    from cluster.client import Client, Options, Stream
+    from collections.abc import Callable
+
+    from cluster.client import AcceptedRequest, Client, Options, Stream
 
 
 @takes_options(answer_options)
@@ -108,9 +110,10 @@ def _answer(
 
     with _ask(client, text, system, options, raw=raw) as stream:
         if json:
+            tell_fallback(stream.wait_accepted(), options)
             print_json(answer_as_json(stream.completion()))
             return
-        print_stream(stream, client)
+        print_stream(stream, client, lambda accepted: tell_fallback(accepted, options))
         if stream.finish and (verbose or sys.stderr.isatty()):
             note(summarize_answer(stream.finish))
 
@@ -122,10 +125,20 @@ def _ask(client: Client, text: str, system: str | None, options: Options, *, raw
     return client.stream_chat([*opening, ("user", text)], **options)
 
 
-def print_stream(stream: Stream, client: Client) -> None:
+def tell_fallback(accepted: AcceptedRequest, options: Options) -> None:
+    """Say on stderr that another model answers than the one that ``options`` ask for, if one does."""
+    from cluster.cli.screen import note
+
+    if accepted.fallback:
+        asked = options.get("model") or "the default model"
+        note(f"(answered by {accepted.fallback}, the fallback: {asked} cannot be served now)")
+
+
+def print_stream(stream: Stream, client: Client, tell_accepted: Callable[[AcceptedRequest], None]) -> None:
     """Print an answer as it arrives, and end with a line break. On a terminal, say why it pauses.
 
-    The line break is printed after an error too, so that later output starts on a new line.
+    ``tell_accepted`` is called before the first text. The line break is printed after an error too, so that later
+    output starts on a new line.
     """
     from cluster.cli.pause_watch import PauseWatch
     from cluster.cli.screen import note, printable, write_answer
@@ -142,6 +155,7 @@ def print_stream(stream: Stream, client: Client) -> None:
     watch = PauseWatch(client, tell) if sys.stderr.isatty() else None
     try:
         with watch or nullcontext():
+            tell_accepted(stream.wait_accepted())
             for piece in stream.texts():
                 with writing:
                     write_answer(wrapper.add(printable(piece)) if wrapper else piece)

@@ -17,8 +17,15 @@ from cluster.v1 import cluster_pb2, inference_pb2
 
 def decode_accepted(reply: inference_pb2.PromptInfo) -> AcceptedRequest:
     """Decode the acceptance of a request."""
-    samples = max(reply.samples, 1)
-    return AcceptedRequest(reply.request_id, reply.model, reply.prompt_tokens, reply.seed, reply.max_tokens, samples)
+    return AcceptedRequest(
+        request_id=reply.request_id,
+        model=reply.model,
+        prompt_tokens=reply.prompt_tokens,
+        seed=reply.seed,
+        max_tokens=reply.max_tokens,
+        samples=max(reply.samples, 1),
+        fallback=reply.fallback,
+    )
 
 
 def decode_finish(reply: inference_pb2.FinishInfo) -> Finish:

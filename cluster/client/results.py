@@ -23,7 +23,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class AcceptedRequest:
-    """The acceptance of a request: its id, model and prompt length, and the effective seed and token limit."""
+    """The acceptance of a request: its id, model and prompt length, and the effective seed and token limit.
+
+    ``fallback`` is the name of the model that answers if the requested one cannot be served now, else "".
+    """
 
     request_id: str
     model: str
@@ -31,6 +34,7 @@ class AcceptedRequest:
     seed: int
     max_tokens: int
     samples: int = 1
+    fallback: str = ""
 
 
 @dataclass(frozen=True, slots=True)

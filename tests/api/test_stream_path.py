@@ -357,6 +357,19 @@ async def test_the_model_that_answers_in_place_of_another_is_named() -> None:
 
 
 @pytest.mark.parametrize("method", ["Generate", "Chat"])
+async def test_grpc_names_the_model_that_answers_in_place_of_another(method: str, stub: Any, service: Any) -> None:
+    service.on_demand = OneLoad()
+    service.on_demand.end()
+    for asked, fallback in (("fallen", "other"), ("faq", "")):
+        hi = pb.ChatMessage(role="user", content="hi")
+        generate = method == "Generate"
+        message = pb.GenerateRequest(model=asked, text="hi") if generate else pb.ChatRequest(model=asked, messages=[hi])
+        call = getattr(stub, method)(message)
+        assert [reply.prompt.fallback async for reply in call if reply.HasField("prompt")] == [fallback]
+        assert dict(await call.initial_metadata()).get("x-macpipe-fallback", "") == fallback
+
+
+@pytest.mark.parametrize("method", ["Generate", "Chat"])
 async def test_a_token_passes_three_generators_at_most_over_grpc(method: str, stub: Any, coordinator: OneToken) -> None:
     hi = pb.ChatMessage(role="user", content="hi")
     message = pb.GenerateRequest(text="hi") if method == "Generate" else pb.ChatRequest(messages=[hi])

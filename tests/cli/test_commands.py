@@ -437,6 +437,25 @@ def test_chat_with_one_message(macpipe: Macpipe, coordinator: Coordinator) -> No
     assert json.loads(macpipe("chat", "-m", "Why?", "--json", to=coordinator).stdout)["text"] == ANSWER.strip()
 
 
+def test_an_answer_of_a_fallback_says_so_on_stderr(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    async def answer(request: Any, context: Any) -> Any:
+        for event in answer_of(request):
+            if event.HasField("prompt") and len(coordinator.script.seen) != 3:
+                event.prompt.model = event.prompt.fallback = "small"
+            yield event
+
+    coordinator.script.answer = answer
+    told = "(answered by small, the fallback: big cannot be served now)\n"
+    plain = macpipe("generate", "-p", "Why?", "--model", "big", to=coordinator)
+    assert (plain.stdout, plain.stderr) == (ANSWER, told)
+    in_json = macpipe("chat", "-m", "Why?", "--model", "big", "--json", to=coordinator)
+    assert (json.loads(in_json.stdout)["model"], in_json.stderr) == ("small", told)
+    assert macpipe("generate", "-p", "Why?", to=coordinator).stderr == "", "the third one is the model's own"
+    chatted = macpipe("chat", to=coordinator, stdin="Why?\nHow?\n")
+    assert chatted.stdout == ANSWER * 2
+    assert chatted.stderr == "(answered by small, the fallback: the default model cannot be served now)\n", "once"
+
+
 def test_chat_needs_a_model(macpipe: Macpipe, coordinator: Coordinator) -> None:
     coordinator.script.cluster = cluster_reply(cluster_pb2.SERVING_STATE_IDLE, model="")
     done = macpipe("chat", to=coordinator, stdin="Why?\n")

@@ -58,15 +58,16 @@ class InferenceServicer(InferenceServiceServicer):
         self._trust = trust
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        async with self._answer(request, generate_params, request_validation.generate_request, context) as running:
-            for reply in _yield_opening(running, self._name(running)):
+        async with self._answer(request, generate_params, request_validation.generate_request, context) as answer:
+            running, info = answer
+            for reply in _yield_opening(running, info):
                 yield reply
             async for event in running.all_events:
                 yield _encode_generated(event, running)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
-        async with self._answer(request, chat_params, request_validation.chat_request, context) as running:
-            yield pb.ChatResponse(prompt=_prompt_info(running, self._name(running)))
+        async with self._answer(request, chat_params, request_validation.chat_request, context) as (running, info):
+            yield pb.ChatResponse(prompt=info)
             async for event in running.events:
                 yield _encode_event(pb.ChatResponse, event, running)
 
@@ -77,8 +78,11 @@ class InferenceServicer(InferenceServiceServicer):
         decode: Callable[[Message], Params],
         validate: Callable[[Params, int, ModelInfo, Caller], Awaitable[PreparedRequest]],
         context: Context,
-    ) -> AsyncIterator[RunningRequest]:
-        """Submit the request of a message, and end it with the block. An error in the block ends the call."""
+    ) -> AsyncIterator[tuple[RunningRequest, pb.PromptInfo]]:
+        """Submit the request of a message, and end it with the block. An error in the block ends the call.
+
+        Yields it with what the client is told of it first.
+        """
         async with _errors_sent(context):
             with rename_fields(field_names(message)):
                 size = message.ByteSize()
@@ -90,7 +94,7 @@ class InferenceServicer(InferenceServiceServicer):
             if any(told.values()):
                 await context.send_initial_metadata(tuple((name, value) for name, value in told.items() if value))
             async with aclosing(running.all_events):
-                yield running
+                yield running, self._prompt_info(running, held.fallback)
 
     @asynccontextmanager
     async def _hold(self, model: str, adapter: str) -> AsyncIterator[HeldModel]:
@@ -132,7 +136,7 @@ class InferenceServicer(InferenceServiceServicer):
             known = known_tokens(request)
             running = await self._service.resume(request.request_id, known, self._caller(context).client)
             async with aclosing(running.all_events):
-                for reply in _yield_opening(running, self._name(running)):
+                for reply in _yield_opening(running, self._prompt_info(running)):
                     yield reply
                 async for event in running.all_events:
                     yield _encode_generated(event, running)
@@ -164,8 +168,10 @@ class InferenceServicer(InferenceServiceServicer):
         waiting = [pb.Model(id=name, unloaded=True) for name in self._coordinator.deployments.unloaded_names()]
         return pb.ListModelsResponse(models=(*models, *waiting))
 
-    def _name(self, running: RunningRequest) -> str:
-        return self._coordinator.deployments.given_name(running.model_info)
+    def _prompt_info(self, running: RunningRequest, fallback: str = "") -> pb.PromptInfo:
+        name = self._coordinator.deployments.given_name(running.model_info)
+        shown = join_model_name(name, name_of_key(running.request.adapter))
+        return proto_encoding.prompt_info(running.request, shown, fallback)
 
     def _list_model(self, model_info: ModelInfo) -> list[pb.Model]:
         """Return a loaded model, and it with each of its adapters."""
@@ -200,14 +206,9 @@ async def _errors_sent(context: Context) -> AsyncIterator[None]:
         await abort(context, e)
 
 
-def _prompt_info(running: RunningRequest, name: str) -> pb.PromptInfo:
-    shown = join_model_name(name, name_of_key(running.request.adapter))
-    return proto_encoding.prompt_info(running.request, shown)
-
-
-def _yield_opening(running: RunningRequest, name: str) -> Iterator[pb.GenerateResponse]:
-    """Yield the prompt for the model of this name, and its first token if its log-probabilities follow."""
-    yield pb.GenerateResponse(prompt=_prompt_info(running, name))
+def _yield_opening(running: RunningRequest, info: pb.PromptInfo) -> Iterator[pb.GenerateResponse]:
+    """Yield what is told of the prompt first, and its first token if its log-probabilities follow."""
+    yield pb.GenerateResponse(prompt=info)
     if running.request.prompt_logprobs is not None:
         first = proto_encoding.first_prompt_token(running.request, running.model_info.tokenizer)
         yield pb.GenerateResponse(prompt_logprobs=first)

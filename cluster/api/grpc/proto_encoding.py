@@ -12,7 +12,7 @@ from cluster.model.tokenizer import Tokenizer
 from cluster.v1 import inference_pb2 as pb
 
 
-def prompt_info(request: Request, model: str) -> pb.PromptInfo:
+def prompt_info(request: Request, model: str, fallback: str = "") -> pb.PromptInfo:
     return pb.PromptInfo(
         request_id=request.id,
         model=model,
@@ -20,6 +20,7 @@ def prompt_info(request: Request, model: str) -> pb.PromptInfo:
         seed=request.sampling.seed,
         max_tokens=request.max_tokens,
         samples=request.samples,
+        fallback=fallback,
     )
 
 
