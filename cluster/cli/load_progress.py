@@ -54,7 +54,8 @@ class LoadBars:
         sources = [(progress.hub_bytes, "the hub"), (progress.peer_bytes, "other Macs")]
         received = ", ".join(f"{format_bytes(count)} from {source}" for count, source in sources if count)
         model = f" draft model {progress.draft}," if progress.draft else ""
-        what = f"{progress.worker}{model} layers {progress.layers}"
+        own = f"{progress.model}: " if progress.model else ""
+        what = f"{own}{progress.worker}{model} layers {progress.layers}"
         state = f"{progress.state} ({received})" if received else progress.state
         self.show_as(what, state, progress.done_bytes, progress.total_bytes)
 

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
+from functools import partial
 
 import anyio
 
@@ -186,7 +187,8 @@ class Coordinator:
 
     def _create_ring_deps(self, holder: str, avoids: Callable[[str], bool]) -> ServiceDeps:
         deps = self._create_deps(RosterView(self._roster, holder, self._claims, avoids))
-        return replace(deps, take_back=lambda: self._free_memory(holder))
+        name = partial(self._deployments.name_among_others, holder)
+        return replace(deps, take_back=partial(self._free_memory, holder), model_name=name)
 
     async def _free_memory(self, holder: str) -> bool:
         """Take back a copy, or unload idle models, for a ring without a plan, unless others go on with its requests."""
@@ -373,10 +375,6 @@ class Coordinator:
     async def check_grammar(self, grammar: Grammar, model_info: ModelInfo) -> None:
         """Raise ``InvalidGrammar`` if the grammar cannot be enforced (see ``ModelInfo.check_grammar``)."""
         await model_info.check_grammar(grammar, self._max_schema_bytes)
-
-    def submit(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
-        """Queue a request that was tokenized for ``model_info``. Raises as ``Deployment.submit``."""
-        return self._serving(model_info).submit(request, model_info)
 
     def _serving(self, model_info: ModelInfo) -> Deployment:
         """Return the deployment that serves this very load of a model, else the default one. Raises ``NotServing``."""

@@ -282,17 +282,12 @@ class Deployment:
         """Return whether this very load of a model is served."""
         return self.model_info is not None and self.model_info.is_same_load(model_info)
 
-    def submit(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
-        """Queue a request that was tokenized for ``model_info``.
+    async def route(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
+        """Queue a request that was tokenized for ``model_info`` at the replica that is predicted to be done first.
 
         The returned queue yields ``Accepted`` first, or an error. Raises ``NotServing`` if no model is served, or if
         another model was loaded in the meantime.
         """
-        self._require_same(model_info)
-        return self._replicas.router.least_loaded().submit(request)
-
-    async def route(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
-        """Queue a request, as ``submit`` does, at the replica that is predicted to be done with it first."""
         self._require_same(model_info)
         return await self._replicas.router.submit(request)
 

@@ -174,6 +174,18 @@ class DeploymentTable:
         entry = self.catalog.get(deployment.name)
         return self.catalog.public_name(entry) if entry else ""
 
+    def name_among_others(self, holder: str) -> str:
+        """Return what a replica's model is called, and the replica's number if there are several.
+
+        Return "" if there is one replica of one model alone.
+        """
+        deployment = self.find_holder(holder)
+        count = len(deployment.replicas) if deployment else 0
+        if deployment is None or (self.is_single and count == 1):
+            return ""
+        number = next(i for i, replica in enumerate(deployment.replicas, 1) if replica.holder == holder)
+        return f"{self.public_name(deployment)}{f' #{number}' if count > 1 else ''}"
+
     def names_of(self, model_info: ModelInfo) -> tuple[str, ...]:
         """Return the names under which a loaded model is listed, its public one first."""
         model = model_info.shape.model

@@ -76,6 +76,8 @@ class ServiceDeps:
     timeline: Timeline = field(default_factory=Timeline)
     take_back: Callable[[], Awaitable[bool]] = _take_nothing
     """Frees memory that another model can do without. Returns whether there was any."""
+    model_name: Callable[[], str] = lambda: ""
+    """Tells what the model is called among others, with the number of the replica if it has several; "" if alone."""
 
     def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker as the last heartbeats found it, with the service's own slices."""
@@ -145,6 +147,10 @@ class EpochChange(ABC):
     def _elapsed(self) -> float:
         return time.monotonic() - self.began
 
+    @property
+    def _title(self) -> str:
+        return self._context.model_info.shape.title
+
     def _choose_assignment(self, members: tuple[RosterEntry, ...]) -> Assignment:
         return self._choose_without(members, self._without)
 
@@ -183,7 +189,7 @@ class EpochChange(ABC):
 
     def _on_chosen(self) -> None:
         """Report that the next plan is chosen; ``doing`` says what it needs."""
-        log.info("epoch: plan chosen reason=%s step=%s", self.reason, self.doing)
+        log.info("epoch: plan chosen reason=%s step=%s model=%s", self.reason, self.doing, self._title)
 
     async def _while_all_live(
         self, chosen: Assignment, load: Coroutine[Any, Any, None], check: Callable[[], None] = lambda: None
@@ -306,7 +312,7 @@ class Recovery(EpochChange):
         lost = verdicts(plan, members, self._epoch.workers)
         self._lost = len(lost)
         self._count_losses(lost)
-        log.warning("recovery: ring lost reason=%s epoch=%d", self.cause.sentence, plan.epoch)
+        log.warning("recovery: ring lost reason=%s epoch=%d model=%s", self.cause.sentence, plan.epoch, self._title)
         deadlines = self._context.loop.deadlines
         if deadlines.overdue <= EXCUSES:  # after more overdue frames, even an engine that computes counts as hung
             members = tuple(m for m in members if not is_excused(m))
@@ -378,7 +384,7 @@ class Recovery(EpochChange):
 
         End live requests after ``RECOVERY_TRIES`` tries and ``RECOVERY_WAIT_S``.
         """
-        log.warning("recovery: attempt failed reason=%s attempt=%d", why.sentence, self.attempts)
+        log.warning("recovery: attempt failed reason=%s attempt=%d model=%s", why.sentence, self.attempts, self._title)
         self.doing = f"trying again: {why.sentence}"
         worker = why.details.get("worker")
         if worker and isinstance(why, WorkerLost):

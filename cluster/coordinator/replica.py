@@ -272,7 +272,7 @@ class Replica:
                 lambda: self._retire(self),
             )
             try:
-                await service.open(report.progress)
+                await service.open(lambda at: report.progress(replace(at, model=deps.model_name())))
             except StaleEpoch as e:
                 if not deps.epochs.learn_refusal(e):
                     raise

@@ -85,7 +85,7 @@ class ModelService:
         changed: Callable[[], None] = lambda: None,
         retire: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._deps, self._notify, self._first = deps, notify, first
+        self._deps, self._tell, self._first = deps, notify, first
         self._changed, self._retire = changed, retire
         self.model_info = model_info
         self._events = asyncio.get_running_loop()
@@ -97,7 +97,7 @@ class ModelService:
         self._links = LinkUpkeep(self._steady_epoch, self._is_idle, deps.members)
         self._contacted: set[str] = set()  # control addresses
         limits = capacity(first.plan, model_info.shape, order, first.workers)
-        self._draft = DraftService(model_info, draft, deps, self._control, notify) if draft else None
+        self._draft = DraftService(model_info, draft, deps, self._control, self._notify) if draft else None
         scheduler = Scheduler(first.plan.epoch, limits, model_info.tokenizer.eos, self._guesser(order.speculation))
         tokenizer = model_info.tokenizer
         step_times = StepTimes.of(model_info.shape, first.plan, first.workers)
@@ -116,6 +116,14 @@ class ModelService:
         self._sent_step_times: tuple[StageStepTime, ...] = ()
         self.recovery: Recovery | None = None
         self.move: PlannedMove | None = None
+
+    def _notify(self, sentence: str) -> None:
+        self._tell(self._of_model(sentence))
+
+    def _of_model(self, sentence: str) -> str:
+        """Return a sentence for people that says which model it is about, if there are others."""
+        name = self._deps.model_name()
+        return f"{name}: {sentence}" if name else sentence
 
     @property
     def plan(self) -> Plan:
@@ -290,7 +298,9 @@ class ModelService:
             try:
                 await self._handle_next()
             except Exception as e:  # top of the task: requests wait for it, so it must outlive errors
-                log.exception("service: recovery or move failed epoch=%d", self.plan.epoch)
+                log.exception(
+                    "service: recovery or move failed epoch=%d model=%s", self.plan.epoch, self.model_info.shape.title
+                )
                 self._failures.put_nowait(MacpipeError(f"the coordinator failed: {type(e).__name__}: {e}"))
                 await asyncio.sleep(RECOVERY_PAUSE_S)
 
@@ -324,7 +334,8 @@ class ModelService:
         elapsed_s = time.monotonic() - change.began
         layers = holders_in_words(self.plan.stages)
         self._notify(f"{what} after {elapsed_s:.1f} s ({change.reason}): {layers}")
-        self._deps.timeline.add(kind, f"{change.reason}; {what}: {layers}", change.worker, change.began)
+        sentence = self._of_model(f"{change.reason}; {what}: {layers}")
+        self._deps.timeline.add(kind, sentence, change.worker, change.began)
 
     async def _carry_out(self, move: PlannedMove, chosen: Assignment | None = None) -> None:
         """Move layers while requests continue.

@@ -397,6 +397,8 @@ class LoadProgress:
     """All sentences so far that a person should read about the bytes that were found."""
     draft: str = ""
     """The name of the draft model that is being loaded; "" if it is the model that serves."""
+    model: str = ""
+    """The name of the model that serves, or will; "" if there is one alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -346,10 +346,12 @@ def test_a_served_model_is_reported_in_plain_lines() -> None:
         for percent in range(101):
             report.progress(LoadProgress("mac-0", LayerRange(0, 4), percent, 100, "reading", notices=("a is damaged",)))
         report.progress(LoadProgress("mac-2", LayerRange(0, 2), 100, 100, "ready", draft="faq-draft"))
+        report.progress(LoadProgress("mac-2", LayerRange(0, 2), 100, 100, "ready", model="small"))
         report.serving(["127.0.0.1:7701"], a_plan(), "http://127.0.0.1:8081")
         report.problem("mac-1 stopped answering")
     said = stream.getvalue()
     assert "mac-2 draft model faq-draft, layers 0-1: ready" in said
+    assert "small: mac-2 layers 0-1: ready" in said
     assert said.count("waiting for 2 workers") == 1
     assert (
         "1 of 2 workers: mac-0 (Apple M4)\n"

@@ -28,6 +28,7 @@ class Idle:
         self.service: Any = None
         self.fingerprint = ""
         self.services: list[Any] = []
+        self.replicas: tuple[Any, ...] = (SimpleNamespace(holder=name),)
 
     def load(self, model: str) -> Any:
         reference = SimpleNamespace(name=model, path=f"/hub/{model.replace('/', '--')}/1")
@@ -68,6 +69,20 @@ def test_names_find_the_deployments_of_a_catalog() -> None:
     assert table.unloaded_names() == ["big", "large"]
     assert table.loaded_models() == [loaded]
     assert table.names_of(loaded) == ("small",)
+
+
+def test_sentences_name_a_model_only_where_there_are_others() -> None:
+    table = Table(BIG, SMALL)
+    table.load("small", "org/Small")
+    assert table.name_among_others("small") == "small"
+    assert table.name_among_others("nobody") == ""
+    table["small"].replicas = tuple(SimpleNamespace(holder=name) for name in ("small", "small#3"))  # type: ignore[misc]
+    assert [table.name_among_others(name) for name in ("small", "small#3")] == ["small #1", "small #2"]
+    alone = Table()
+    alone.load(DEFAULT, "org/Big")
+    assert alone.name_among_others(DEFAULT) == ""
+    alone.load("third", "org/Third")
+    assert [alone.name_among_others(name) for name in (DEFAULT, "third")] == ["org/Big", "third"]
 
 
 def coming(table: DeploymentTable, name: str) -> list[str]:

@@ -77,7 +77,7 @@ class Asking:
         info = deployment.require_service().model_info
         self._sent += 1
         request = Request(f"r{self._sent}", tuple(PROMPT), SamplingParams(), max_tokens=count, ignore_eos=True)
-        async for event in self._coordinator.submit(request, info):
+        async for event in await self._coordinator.accept(request, info):
             if isinstance(event, TokenEvent):
                 yield event.token
 
