@@ -8,6 +8,9 @@ mlx-lm in two independent processes with half of the users each, which is the mo
 of what they send again needs not be read again, with requests routed by what the copies keep, and drawn at random.
 
 ``--gpus`` gives each worker a GPU of its own in place of a core. ``--shape`` serves a model of real shapes.
+
+With several numbers of ``--users``, the names of figures end with theirs. What a copy brings depends on them: where a
+batch of twice as many rows takes less than twice as long, one copy gains by its larger batches what two copies lose.
 """
 
 from __future__ import annotations
@@ -59,41 +62,51 @@ class Rates:
             _start(stack, model, folder / name, count, cores, places, replicas=copies)
             for name, count, copies in (("copies", COPIES, COPIES), ("one", 1, 0), ("stages", COPIES, 0))
         )
-        self.found: dict[str, list[float]] = {name: [] for name in self._ways()}
+        self._rates: dict[tuple[str, int], list[float]] = {
+            (name, users): [] for users in asked.users for name in self._ways()
+        }
 
-    def _ways(self) -> dict[str, Callable[[int, int], float]]:
+    def _ways(self) -> dict[str, Callable[[int, int, int], float]]:
         return {
-            "copies": lambda tokens, salt: self._rate(self._copies, tokens, salt),
-            "one": lambda tokens, salt: self._rate(self._one, tokens, salt),
-            "stages": lambda tokens, salt: self._rate(self._stages, tokens, salt),
-            "independent": lambda tokens, salt: self._independent_rate(tokens),
+            "copies": lambda *what: self._rate(self._copies, *what),
+            "one": lambda *what: self._rate(self._one, *what),
+            "stages": lambda *what: self._rate(self._stages, *what),
+            "independent": lambda users, tokens, salt: self._independent_rate(users, tokens),
         }
 
     def play(self, number: int) -> None:
-        """Measure each way once; round 0 warms up."""
-        ways = list(self._ways().items())
-        for name, measure in ways[:: 1 if number % 2 else -1]:
-            rate = measure(self._asked.tokens if number else WARM, 100 * number)
+        """Measure each way once with each number of users; round 0 warms up."""
+        for users in self._asked.users:
+            for name, measure in list(self._ways().items())[:: 1 if number % 2 else -1]:
+                rate = measure(users, self._asked.tokens if number else WARM, 100 * number)
+                if number:
+                    self._rates[name, users].append(rate)
             if number:
-                self.found[name].append(rate)
-        if number:
-            took = ", ".join(f"{name} {rates[-1]:.1f}" for name, rates in self.found.items())
-            print(f"round {number}, tokens/s: {took}", file=sys.stderr, flush=True)
+                took = ", ".join(f"{name} {rates[-1]:.1f}" for (name, of), rates in self._rates.items() if of == users)
+                print(f"round {number}, {users} users, tokens/s: {took}", file=sys.stderr, flush=True)
 
-    def _rate(self, client: Client, tokens: int, salt: int) -> float:
-        return batch_rate(client.address, self._asked.users, self._asked.prompt, tokens, salt)
+    def _rate(self, client: Client, users: int, tokens: int, salt: int) -> float:
+        return batch_rate(client.address, users, self._asked.prompt, tokens, salt)
 
-    def _independent_rate(self, tokens: int) -> float:
-        half = self._asked.users // COPIES
+    def _independent_rate(self, users: int, tokens: int) -> float:
+        half = users // COPIES
         return sum(
             at_once(self._singles, lambda single: half * tokens / single.batch(half, self._asked.prompt, tokens))
         )
 
+    def _named(self, name: str, users: int) -> str:
+        return name if len(self._asked.users) == 1 else f"{name}_{users}"
+
+    def figures(self) -> list[Figure]:
+        return [Figure(self._named(*of), "tokens/s", rates) for of, rates in self._rates.items()]
+
     def ratios(self) -> dict[str, float]:
         """Return the median ratios of the copies to each other way, round by round."""
         return {
-            f"over_{name}": median(ours / theirs for ours, theirs in zip(self.found["copies"], rates, strict=True))
-            for name, rates in self.found.items()
+            f"over_{self._named(name, users)}": median(
+                ours / theirs for ours, theirs in zip(self._rates["copies", users], rates, strict=True)
+            )
+            for (name, users), rates in self._rates.items()
             if name != "copies"
         }
 
@@ -188,7 +201,7 @@ def main() -> int:
     parser = options(str(__doc__))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which measurements")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--users", type=int, default=8)
+    parser.add_argument("--users", type=int, nargs="+", default=[8], help="how many at once")
     parser.add_argument("--prompt", type=int, default=4, help="tokens of each user's prompt")
     parser.add_argument("--tokens", type=int, default=24, help="of each user")
     parser.add_argument("--width", type=int, default=1536, help="of the random llama, in 4 bits")
@@ -212,7 +225,7 @@ def main() -> int:
                 rates = Rates(stack, asked, model, _places(asked))
                 for number in range(asked.rounds + 1):
                     rates.play(number)
-            figures += [Figure(name, "tokens/s", found) for name, found in rates.found.items()]
+            figures += rates.figures()
             ratios |= rates.ratios()
         if "routing" in asked.parts:
             for name, coordinator in (("routed", None), ("random", RANDOM)):
