@@ -10,7 +10,6 @@ Figures are in ``--record FILE`` as soon as they are measured, so that a run whi
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -18,21 +17,19 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from figures import as_facts, options, print_figures
+from figures import options
 from loopback import start_cluster
-from pipeline_rounds import PROMPT, RATES, Pair, Rounds, Sizes, rate_name
+from pipeline_rounds import PROMPT, RATES, Pair, Sizes, rate_name
 from random_llama import SHAPES, write
+from record import Record
 from simulated_ring import StageCosts, fit_prompt, formula, simulate_one_user, simulate_prompt, simulate_users
 from single_process import SingleProcess, prompt_ids
 
 from cluster.client import Client
 
 REPLAY = Path(__file__).with_name("replay_coordinator.py")
-LOG_LINES = 200
-"""How many of the coordinator's last log lines are kept where it had to recover, or where the bench failed."""
 STOP_ROOM = 64
 """Tokens of the context that are left for an answer to the longest prompt."""
 
@@ -69,42 +66,13 @@ def devices(asked: Namespace) -> list[Mapping[str, str]]:
     return [{} if asked.cpu else {"CUDA_VISIBLE_DEVICES": str(i)} for i in range(asked.stages)]
 
 
-@dataclass
-class Record:
-    """What has been found so far, in a file too if there is one. ``most_s`` is the time for all rounds."""
-
-    file: Path | None
-    most_s: float
-    facts: dict[str, object] = field(default_factory=dict)
-    log: Path | None = None
-    """The coordinator's, once it runs."""
-
-    def __post_init__(self) -> None:
-        self.rounds = Rounds(self.keep, self.most_s)
-
-    def keep(self) -> None:
-        """Write the file anew."""
-        if self.file:
-            packed = json.dumps(as_facts("medians", self.rounds.figures, self.ratios, self.facts))
-            partial = self.file.with_suffix(".partial")
-            partial.write_text(packed + "\n", encoding="utf-8")
-            partial.replace(self.file)
-
-    def keep_log(self) -> None:
-        """Keep the end of the coordinator's log: it says why it had to recover."""
-        if self.log and self.log.exists():
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            self.facts["coordinator_log"] = lines[-LOG_LINES:]
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """Return the ratios to one process of all figures that both sides have."""
-        m = self.rounds.medians
-        found = {f"{name}_over_single": m[name] / m[f"single_{name}"] for name in m if f"single_{name}" in m}
-        if "single_decode1" in m:
-            guessed = (name for name in map(rate_name, RATES) if name in m)
-            found |= {f"{name}_over_single": m[name] / m["single_decode1"] for name in guessed}
-        return found
+def over_single(m: Mapping[str, float]) -> dict[str, float]:
+    """Return the ratios to one process of all medians that both sides have."""
+    found = {f"{name}_over_single": m[name] / m[f"single_{name}"] for name in m if f"single_{name}" in m}
+    if "single_decode1" in m:
+        guessed = (name for name in map(rate_name, RATES) if name in m)
+        found |= {f"{name}_over_single": m[name] / m["single_decode1"] for name in guessed}
+    return found
 
 
 def start(asked: Namespace, stack: ExitStack, record: Record) -> Pair:
@@ -200,20 +168,8 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.cpu:
         os.environ["MACPIPE_DEVICE"] = "cpu"
-    record = Record(asked.record, asked.seconds, {"shape": asked.shape, "stages_asked": asked.stages})
-    try:
-        with ExitStack() as stack:
-            try:
-                measure(asked, stack, record)
-            except Exception:
-                record.keep_log()
-                raise
-    except Exception as error:
-        record.facts["failed"] = f"{type(error).__name__}: {error}"
-        print(f"failed: {record.facts['failed']}", file=sys.stderr, flush=True)
-    record.keep()
-    print_figures("medians", record.rounds.figures, record.ratios, asked.json, record.facts)
-    return 1 if "failed" in record.facts else 0
+    record = Record(asked.record, asked.seconds, over_single, {"shape": asked.shape, "stages_asked": asked.stages})
+    return record.fill(lambda stack: measure(asked, stack, record), as_json=asked.json)
 
 
 if __name__ == "__main__":

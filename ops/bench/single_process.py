@@ -1,4 +1,7 @@
-"""Runs mlx-lm in one process, to compare a pipeline with. Reads commands from stdin, writes JSON lines to stdout."""
+"""Runs mlx-lm in one process, to compare a pipeline with. Reads commands from stdin, writes JSON lines to stdout.
+
+With BENCH_BACKEND, it is a rank of one of MLX's groups, and holds its part of the model (``sharded_processes``).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 
 STEP = 512
 """Tokens per chunk of a prompt. mlx-lm's own default is 2,048."""
+SUM_ROUNDS = 5
 
 
 class SingleProcess:
@@ -42,6 +46,10 @@ class SingleProcess:
     def greedy(self, prompt: int, tokens: int) -> list[tuple[int, float]]:
         """Return greedy tokens, each with the distance to the second best logit."""
         return [(int(token), float(gap)) for token, gap in self._ask(f"greedy 1 {prompt} {tokens}")]
+
+    def sum_s(self, count: int, nbytes: int) -> float:
+        """Return the seconds of one sum over all ranks, in a chain of ``count``. All ranks have to be asked at once."""
+        return float(self._ask(f"sums {count} {nbytes}"))
 
     def _ask(self, command: str) -> Any:
         assert self._process.stdin
@@ -107,7 +115,23 @@ def _greedy(model: Any, users: int, prompt: int, tokens: int) -> list[tuple[int,
     return said
 
 
-COMMANDS = {"batch": _batch, "prefill": _prefill, "decode": _decode, "greedy": _greedy}
+def _sums(model: Any, count: int, nbytes: int) -> float:
+    """Add bfloat16 arrays of ``nbytes`` of all ranks, ``count`` times in a chain. Return the seconds of one sum."""
+    import mlx.core as mx
+
+    took = []
+    for _ in range(SUM_ROUNDS):
+        array = mx.zeros((nbytes // 2,), mx.bfloat16)
+        mx.eval(mx.distributed.all_sum(array))
+        began = time.perf_counter()
+        for _ in range(count):
+            array = mx.distributed.all_sum(array)
+        mx.eval(array)
+        took.append((time.perf_counter() - began) / count)
+    return sorted(took)[SUM_ROUNDS // 2]
+
+
+COMMANDS = {"batch": _batch, "prefill": _prefill, "decode": _decode, "greedy": _greedy, "sums": _sums}
 
 
 def main(model_folder: str, where: str) -> None:
@@ -119,7 +143,12 @@ def main(model_folder: str, where: str) -> None:
         mx.set_default_device(mx.cpu)  # before mlx-lm makes its stream, which stays where it was made
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(Path(model_folder))
+    backend = os.environ.get("BENCH_BACKEND", "")
+    group = mx.distributed.init(strict=True, backend=backend) if backend else None
+    model, _ = load_model(Path(model_folder), lazy=group is not None)
+    if group is not None:
+        model.shard(group)
+        mx.eval(model.parameters())
     for line in sys.stdin:
         kind, *figures = line.split()
         print(json.dumps(COMMANDS[kind](model, *map(int, figures))), flush=True)

@@ -16,7 +16,7 @@ def test_a_rank_that_computes_where_it_sends_from_can_join(rank: int, gpus: int)
 
 
 def test_a_rank_that_would_send_from_another_gpu_is_refused() -> None:
-    with pytest.raises(ModelUnsupported, match="rank 1 sees 2 GPUs.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ModelUnsupported, match=r"rank 1 sees 2 GPUs.*CUDA_VISIBLE_DEVICES"):
         require_nccl(1, HOSTS, 2)
 
 
