@@ -13,6 +13,8 @@ MAX_COPIES: Final = MAX_STANDBYS + 1
 """Most copies of a leader's state that are in sync: its own, and one of each standby."""
 STORE_S: Final = 2.0
 """A standby that does not store an update within this time is not in sync any more."""
+IN_SYNC_WAIT_S: Final = 20.0
+"""How long a standby whose copy lacks something leaves the lead to one whose copy lacks nothing, if that comes back."""
 PIECE_BYTES: Final = MIB
 """Size of the pieces in which a whole journal is sent."""
 MAX_UNSTORED_BYTES: Final = 4 * JOURNAL_BYTES

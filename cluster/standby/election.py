@@ -15,15 +15,17 @@ from cluster.core.errors import MacpipeError
 from cluster.core.limits import GONE_S, HEARTBEAT_S
 from cluster.core.worker import WorkerInfo
 from cluster.membership.candidacy import LeaderCandidate
-from cluster.membership.in_sync import NOT_NAMED
+from cluster.membership.in_sync import NOT_NAMED, InSyncSet
 from cluster.membership.leadership import Leadership
 from cluster.membership.terms import NO_TERM, Process, TermAnswer, TermCall, TermRequest
 from cluster.platform.continuous_clock import continuous_seconds
 
-__all__ = ["CandidateWorker", "Election", "FitsWorkers"]
+__all__ = ["CandidateWorker", "Election", "FitsWorkers", "MayLead"]
 
 _MOST_NAMED: Final = 3
 """How many workers' refusals are named, in one line."""
+MayLead: TypeAlias = Callable[[InSyncSet], bool]
+"""Whether to lead now, if this is the latest set of copies in sync that the workers name."""
 FitsWorkers: TypeAlias = Callable[[Sequence[WorkerInfo]], bool]
 """Whether these workers can hold what is to be served."""
 
@@ -58,8 +60,9 @@ class Election:
         fits: FitsWorkers,
         clock: Callable[[], float] = continuous_seconds,
         draw: Callable[[], float] = random.random,
+        may_lead: MayLead = lambda named: True,
     ) -> None:
-        self._roster, self._fits_workers = roster, fits
+        self._roster, self._fits_workers, self._may_lead = roster, fits, may_lead
         self._candidate = LeaderCandidate(process, (), self._fits, clock, draw)
         self._found: dict[str, WorkerInfo] = {}
         """What each worker said of itself last, by address."""
@@ -89,7 +92,7 @@ class Election:
                 await asyncio.wait(self._tasks, timeout=HEARTBEAT_S)
         except asyncio.CancelledError:
             with anyio.CancelScope(shield=True):
-                await self._withdraw()
+                await self.withdraw()
             raise
         finally:
             for task in self._tasks:
@@ -97,6 +100,15 @@ class Election:
         leadership = self._candidate.leadership
         assert leadership
         return leadership
+
+    async def withdraw(self) -> None:
+        """Give back what was granted, or may have been."""
+        leadership = self._candidate.leadership
+        calls = leadership.step_down() if leadership else self._candidate.see(NO_TERM)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GONE_S):
+                sent = (self._roster.control(call.worker).request_term(call) for call in calls)
+                await asyncio.gather(*sent, return_exceptions=True)
 
     def clients(self, addresses: Collection[str]) -> list[CandidateWorker]:
         """Return the clients of the workers at these addresses."""
@@ -119,7 +131,8 @@ class Election:
         return "the workers that answer cannot hold the model" if self._found else "no worker answers"
 
     def _fits(self, addresses: frozenset[str]) -> bool:
-        return self._fits_workers([self._found[address] for address in sorted(addresses) if address in self._found])
+        found = [self._found[address] for address in sorted(addresses) if address in self._found]
+        return self._may_lead(self.in_sync) and self._fits_workers(found)
 
     def _start(self, calls: Sequence[TermCall]) -> None:
         """Send calls, each in a task of its own. A worker that has not answered a question is not asked again."""
@@ -164,12 +177,3 @@ class Election:
         self._found[worker.address] = info
         self.newest_epoch = max(self.newest_epoch, info.epoch, *(held.epoch for held in info.slices))
         return True
-
-    async def _withdraw(self) -> None:
-        """Give back what was granted, or may have been."""
-        leadership = self._candidate.leadership
-        calls = leadership.step_down() if leadership else self._candidate.see(NO_TERM)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(GONE_S):
-                sent = (self._roster.control(call.worker).request_term(call) for call in calls)
-                await asyncio.gather(*sent, return_exceptions=True)

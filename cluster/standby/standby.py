@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 from cluster.coordinator.replicated_service import ReplicatedService
@@ -14,8 +15,9 @@ from cluster.coordinator.roster import Roster
 from cluster.core.errors import MacpipeError, NoWorkers, Reason
 from cluster.core.leadership import CoordinatorName, LeadershipState, Replicate
 from cluster.core.limits import GONE_S, HEARTBEAT_S
+from cluster.core.replication_limits import IN_SYNC_WAIT_S
 from cluster.core.term_limits import LEASE_S
-from cluster.membership.in_sync import InSyncSet
+from cluster.membership.in_sync import NOT_NAMED, InSyncSet
 from cluster.membership.leadership import Leadership
 from cluster.platform.continuous_clock import continuous_seconds
 from cluster.standby.election import Election
@@ -106,6 +108,10 @@ class Standby:
         """What the leader said last; None while none is followed."""
         self._reported = set[tuple[str, Reason]]()
         """The problems that are in the log already, until this standby follows again."""
+        self._leaderless_since: float | None = None
+        """When nobody was found to lead, in seconds of the continuous clock; None while somebody does."""
+        self._in_sync = NOT_NAMED
+        """The latest set of copies in sync that a worker named since then."""
 
     @property
     def problem(self) -> str:
@@ -134,6 +140,7 @@ class Standby:
             leader = await self._find_leader()
             if leader and not await self._follow(leader):
                 continue
+            self._leaderless_since = self._leaderless_since or continuous_seconds()
             try:
                 service = self._replica.service()
             except MacpipeError as e:
@@ -158,6 +165,7 @@ class Standby:
             try:
                 async with self._open_stream(address) as stream:
                     log.info("standby: following leader=%s address=%s", leader.name, address)
+                    self._leaderless_since, self._in_sync = None, NOT_NAMED
                     await self._watch(stream)
             except MacpipeError as e:
                 self._note_problem(f"cannot follow {leader.name}", e)
@@ -212,10 +220,11 @@ class Standby:
         """Stand for election until it is won, or until somebody leads: then return None."""
         await self._fit.prepare(service)
         roster = self._create_roster(service)
-        election = Election(roster.terms.process, roster, self._fit)
+        election = Election(roster.terms.process, roster, self._fit, may_lead=partial(self._may_lead, service))
         log.info("standby: standing for election workers=%d", len(service.workers))
         running = asyncio.create_task(election.run())
         watching = asyncio.create_task(self._wait_for_leader())
+        won = False
         both = (running, watching)
         try:
             while not (await asyncio.wait(both, timeout=2 * LOOK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
@@ -224,17 +233,32 @@ class Standby:
             if not running.done():
                 return None
             leadership = running.result()
+            if not self._may_lead(service, election.in_sync):  # of workers that answered after the first grants
+                await election.withdraw()
+                return None
+            won = True
         finally:
             for task in (running, watching):
                 task.cancel()
             await asyncio.gather(running, watching, return_exceptions=True)
-            if not running.done() or running.cancelled():
+            self._in_sync = max(self._in_sync, election.in_sync)
+            if not won:
                 await roster.close()
-        in_sync = service.replicate is not Replicate.SYNC or self._replica.is_in_sync(election.in_sync)
-        may_resume = in_sync and self._replica.is_complete
+        may_resume = self._has_all(service, election.in_sync)
         log.warning("standby: elected term=%d may_resume=%s", leadership.term.number, may_resume)
         roster.terms.begin(leadership, election.clients(leadership.workers))
         return Succession(roster, leadership, service, election.newest_epoch, may_resume)
+
+    def _may_lead(self, service: ReplicatedService, named: InSyncSet) -> bool:
+        """Return whether to lead now: the answers that were live can be resumed, or who could do that does not come."""
+        if self._has_all(service, max(named, self._in_sync)) or not service.loaded:
+            return True
+        return continuous_seconds() - (self._leaderless_since or 0.0) >= IN_SYNC_WAIT_S
+
+    def _has_all(self, service: ReplicatedService, named: InSyncSet) -> bool:
+        """Return whether the copy on this Mac has all that clients saw, if the workers name these copies."""
+        in_sync = service.replicate is not Replicate.SYNC or self._replica.is_in_sync(named)
+        return in_sync and self._replica.is_complete
 
     async def _wait_for_leader(self) -> None:
         """Return once somebody leads."""

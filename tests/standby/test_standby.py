@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,9 @@ from cluster.core.leadership import (
 )
 from cluster.core.limits import GONE_S
 from cluster.core.term_limits import LEASE_S
+from cluster.core.worker import WorkerInfo
 from cluster.membership.in_sync import InSyncSet
+from cluster.membership.terms import TermAnswer, TermCall
 from cluster.platform.continuous_clock import continuous_seconds
 from cluster.standby import election
 from cluster.standby import standby as module
@@ -80,10 +82,20 @@ class Roster(Workers):
         self.closed = True
 
 
+class FitsAnyWorkers:
+    """A model that any workers can hold."""
+
+    async def prepare(self, service: ReplicatedService) -> None:
+        pass
+
+    def __call__(self, workers: Sequence[WorkerInfo]) -> bool:
+        return bool(workers)
+
+
 class Scene:
     """One standby, a leader that may be there, and three workers whose leases are over unless ``leased``."""
 
-    def __init__(self, *, leased: bool = False) -> None:
+    def __init__(self, *, leased: bool = False, fits_any: bool = False) -> None:
         self.leads = True
         self.refusal: MacpipeError | None = None
         """Why the leader, which answers, is not followed."""
@@ -95,7 +107,7 @@ class Scene:
             self.roster.clock.now += LEASE_S
         self.replica = Replica()
         self.others = OtherCoordinators(ME, self._ask)
-        fit: Any = ModelFit(None)  # type: ignore[arg-type]
+        fit: Any = FitsAnyWorkers() if fits_any else ModelFit(None)  # type: ignore[arg-type]
         create: Any = lambda service: self.roster  # noqa: E731
         self.standby = Standby(self.others, self.replica, self._open, create, fit, lambda: ["mac-1:7700"])
         self.running = asyncio.create_task(self.standby.run())
@@ -174,6 +186,49 @@ async def test_a_copy_that_lacks_something_resumes_nothing(
     for worker in scene.roster.all:
         worker.in_sync = InSyncSet(5, 3, named)
     assert (await scene.elected()).may_resume is may_resume
+
+
+@pytest.mark.parametrize("told", [range(3), range(1, 3), range(0)])
+@pytest.mark.anyio
+async def test_a_copy_that_lacks_something_leaves_the_lead_to_one_in_sync_and_leads_if_none_comes(
+    told: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(fits_any=True)
+    scene.leads, scene.replica.content = False, replace(SERVICE, loaded=("default",))
+    for number in told:  # a worker that was told nothing may answer first
+        scene.roster.all[number].in_sync = InSyncSet(5, 3, ("other",))
+    await until(lambda: scene.roster.asked)
+    await asyncio.sleep(0.3)
+    assert not scene.running.done()
+    scene.leads = True  # the one in sync is back
+    await until(lambda: scene.streams)
+    assert not scene.running.done()
+    scene.leads = False
+    scene.streams[0].handover = ""
+    scene.streams[0].ended.set()
+    monkeypatch.setattr(module, "IN_SYNC_WAIT_S", 0.1)
+    assert not (await scene.elected()).may_resume
+
+
+@pytest.mark.anyio
+async def test_grants_are_given_back_once_a_later_worker_names_another_copy() -> None:
+    scene = Scene(fits_any=True)
+    scene.leads, scene.replica.content = False, replace(SERVICE, loaded=("default",))
+    ada, bob, cyd = scene.roster.all
+    ada.in_sync, bob.in_sync, cyd.gone = InSyncSet(5, 2, ("mine",)), InSyncSet(5, 3, ("other",)), True
+    granted, answer = asyncio.Event(), bob.request_term
+
+    async def answer_late(call: TermCall) -> tuple[TermAnswer, str]:
+        await granted.wait()
+        return await answer(call)
+
+    bob.request_term = answer_late  # type: ignore[method-assign]
+    await until(lambda: ada.record.term.number == 6)
+    granted.set()
+    await until(lambda: not ada.record.has_lease())
+    await until(lambda: scene.standby._in_sync.replicas == ("other",))
+    assert not scene.running.done()
+    await scene.end()
 
 
 @pytest.mark.anyio
