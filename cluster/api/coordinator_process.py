@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from cluster.coordinator.identity import state_folder
 from cluster.coordinator.in_sync_names import InSyncNames
 from cluster.coordinator.journal import Fsync, Journal
 from cluster.coordinator.journal_writer import JournalWriter
+from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.replica_mark import ReplicaMark
 from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedService
 from cluster.coordinator.replicator import Replicator
@@ -31,6 +33,7 @@ from cluster.core.leadership import CoordinatorName, Replicate, StandbyState
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT, LOOP_STOP_S
 from cluster.discovery.sighting import Source
 from cluster.discovery.static import merge_sources, static_source
+from cluster.membership.in_sync import NOT_NAMED
 from cluster.platform.overload import Lag
 from cluster.platform.paths import short_host_name
 from cluster.security.cluster_folder import ClusterFolder
@@ -129,10 +132,24 @@ class CoordinatorProcess:
             self._journal_file.unlink(missing_ok=True)
         return taken.roster
 
-    def replicate(self, settings: ServeSettings, coordinator: Coordinator, roster: Roster, lag: Lag) -> Leading:
-        """Return what this process does as a leader beside serving. ``coordinator`` gets its journal."""
+    def replicate(
+        self, settings: ServeSettings, coordinator: Coordinator, roster: Roster, lag: Lag, taken: Succession | None
+    ) -> Leading:
+        """Return what this process does as a leader beside serving. ``coordinator`` gets its journal.
+
+        A process that was not elected cannot be sure that its copy of the journal is in sync, if there were others.
+        """
         mode, mark = settings.replicate, ReplicaMark(settings.home, settings.cluster)
-        names = InSyncNames(roster.terms.process, [mark.id], lambda: roster.terms.number, roster.ring_workers)
+        mark.own()
+        trusts_itself = taken or mode is not Replicate.SYNC or not self.others.addresses
+        names = InSyncNames(
+            roster.terms.process,
+            [mark.id],
+            lambda: roster.terms.number,
+            roster.ring_workers,
+            lambda: NOT_NAMED if trusts_itself else roster.terms.in_sync,
+            roster.spare_workers,
+        )
         replicator = Replicator(mode, mark.id, names if mode else None, lag)
         if settings.journal or mode:
             coordinator.journal = JournalWriter(
@@ -143,17 +160,19 @@ class CoordinatorProcess:
             if mode:
                 replicator.attach(coordinator.journal)
                 roster.on_taken = names.join
+        first = settings.models[0].name if settings.models else DEFAULT
+        coming = [*(taken.service.loaded if taken else (first,))]
         files = StateFiles(settings.home, settings.cluster)
         upkeep = LeadershipUpkeep(
             self.others,
             roster,
             replicator,
             files,
-            lambda: _describe_service(settings, coordinator, roster),
+            lambda: _describe_service(settings, coordinator, roster, coming),
             state_folder(settings.home, settings.cluster) / SERVICE_FILE,
         )
         coordinator.leadership = lambda: upkeep.state
-        leading = Leading(self, coordinator, roster, replicator, upkeep)
+        leading = Leading(self, coordinator, roster, replicator, upkeep, coming)
         coordinator.hand_over = leading.hand_over
         return leading
 
@@ -167,6 +186,8 @@ class Leading:
     roster: Roster
     replicator: Replicator
     upkeep: LeadershipUpkeep
+    coming: list[str]
+    """The names of the models that are loaded at first. Until that is done, a successor is to load them, too."""
     chosen: list[StandbyState] = field(default_factory=list)
     """The standby that was asked to take over, if one was."""
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
@@ -224,13 +245,15 @@ class Leading:
                 await asyncio.wrap_future(loop.view())  # behind all that was to be done before
 
 
-def _describe_service(settings: ServeSettings, coordinator: Coordinator, roster: Roster) -> ReplicatedService:
-    """Return what is served now, as another coordinator would go on with it."""
+def _describe_service(
+    settings: ServeSettings, coordinator: Coordinator, roster: Roster, coming: Sequence[str]
+) -> ReplicatedService:
+    """Return what is served now, as another coordinator would go on with it. ``coming`` is loaded soon."""
     served = {model.name: model.order for model in coordinator.deployments.served() if model.order}
     entries = tuple(replace(one, order=served.get(one.name, one.order)) for one in coordinator.catalog)
     return ReplicatedService(
         entries,
-        tuple(served),
+        tuple(dict.fromkeys((*coming, *served))),
         tuple(sorted(roster.addresses())),
         settings.journal,
         settings.replicate,

@@ -45,7 +45,7 @@ from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import MacpipeError, NotLeader
 from cluster.core.limits import GONE_S, RETURN_S, SHUTDOWN_GRACE_S
 from cluster.core.term_limits import LEASE_S
 from cluster.core.text import is_loopback, parse_address
@@ -129,7 +129,10 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         follows, patience_s = settings.standby or await process.others.find_leader(process.others.addresses), 0.0
         while True:
             taken = await follow(process, report, patience_s) if follows else None
-            await _lead(process, report, None if taken else file, taken)
+            try:
+                await _lead(process, report, None if taken else file, taken)
+            except* NotLeader as group:
+                report.problem(first_error(group).sentence)
             follows, patience_s = True, GONE_S + LEASE_S  # whoever takes its place goes first
 
 
@@ -153,7 +156,7 @@ async def _lead(
             settings.cluster, roster, dialer, tracker, store, settings.max_schema_bytes, epochs, lag
         )
         coordinator.adopt_catalog(_catalog(settings))
-        leading = process.replicate(settings, coordinator, roster, lag)
+        leading = process.replicate(settings, coordinator, roster, lag, taken)
         keys = process.http.keys
         coordinator.prefix_owners = partial(prefix_owners, keys, trust)
         key_usage = KeyUsage(keys) if keys else None
@@ -180,6 +183,7 @@ async def _lead(
         await _load_first(coordinator, settings, report, process, taken)
         models = ModelsWatch(coordinator, file, report, on_demand)
         await models.load_pinned()
+        leading.coming.clear()
         tasks.start_soon(models.run)
         gc.freeze()  # a full collection would look at a million objects of the libraries: 0.1 s for every thread
         plan, _ = await coordinator.plan_and_view()

@@ -50,6 +50,13 @@ class ReplicaMark:
             self.is_complete, self.term = changed
             self._write()
 
+    def own(self) -> None:
+        """Note that this Mac leads, so that its copy is the whole state."""
+        try:
+            self.change(is_complete=True)
+        except MacpipeError as e:
+            log.warning("replica: not marked, it resumes no answers after a restart as a standby reason=%s", e)
+
     def _write_new(self) -> None:
         try:
             self._write()

@@ -252,6 +252,8 @@ class Replicator:
             self._changed.clear()
             if (found := self._find_in_sync()) != self._named or self._naming != self._named or self._is_untold:
                 await self._name(names, found)
+            if self._naming == self._named and not self._is_untold:
+                names.tell_spares()
 
     async def _name(self, names: InSyncNames, found: frozenset[str]) -> None:
         self._naming |= found  # from now on, events wait for those that are added, too

@@ -93,6 +93,11 @@ class Roster:
         """Return the clients of all workers that hold something."""
         return [self.control(address) for address in set().union(*self._pinned.values())]
 
+    def spare_workers(self) -> list[WorkerClient]:
+        """Return the clients of the workers that are led and hold nothing."""
+        holding = set().union(*self._pinned.values())
+        return [self.control(address) for address in self.terms.led if address not in holding]
+
     def holders(self, address: str) -> set[str]:
         """Return the names of those for whom the worker at an address is pinned."""
         return {holder for holder, workers in self._pinned.items() if address in workers}

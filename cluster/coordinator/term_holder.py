@@ -17,6 +17,7 @@ from cluster.core.errors import MacpipeError, NotLeader, StaleTerm, WorkerTaken
 from cluster.core.limits import GONE_S, HEARTBEAT_S, MAX_ROSTER
 from cluster.core.term_limits import FENCE_S, GRANT_TRIES
 from cluster.membership.candidacy import LeaderCandidate
+from cluster.membership.in_sync import NOT_NAMED
 from cluster.membership.leadership import Leadership
 from cluster.membership.terms import Denial, Process, TermAnswer, TermCall, TermRequest
 from cluster.platform.continuous_clock import continuous_seconds
@@ -44,6 +45,8 @@ class TermHolder:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.process = process
+        self.in_sync = NOT_NAMED
+        """The latest set of copies in sync that any worker named, this process's own sets included."""
         self._clock, self._draw = clock, draw
         self._leadership: Leadership | None = None
         self._led: dict[str, TermWorker] = {}
@@ -59,6 +62,11 @@ class TermHolder:
     @property
     def number(self) -> int:
         return self._leadership.term.number if self._leadership else 0
+
+    @property
+    def led(self) -> tuple[str, ...]:
+        """The addresses of the workers that have granted the present term, as far as they answered."""
+        return tuple(sorted(self._leadership.workers)) if self._leadership else ()
 
     def begin(self, leadership: Leadership, workers: Sequence[TermWorker]) -> None:
         """Go on with the term that an election took. These workers granted it."""
@@ -159,6 +167,7 @@ class TermHolder:
             async with asyncio.timeout(GONE_S + FENCE_S):
                 while calls and self._leadership is leadership:
                     answer, _ = await worker.request_term(calls.pop())
+                    self.in_sync = max(self.in_sync, answer.in_sync)
                     calls += leadership.on_answer(answer)
                     if call.worker in leadership.workers:
                         self._led.setdefault(worker.address, worker)
@@ -194,6 +203,7 @@ class TermHolder:
 
     async def _send(self, call: TermCall, worker: TermWorker) -> TermAnswer:
         answer, problem = await worker.request_term(call)
+        self.in_sync = max(self.in_sync, answer.in_sync)
         if problem:
             self._problem = f"worker {worker.name}: {problem}"
         if answer.denial is Denial.LEASED:

@@ -12,6 +12,7 @@ from cluster.coordinator.term_holder import TermHolder
 from cluster.core.errors import NotLeader, StaleTerm, WorkerLost, WorkerTaken
 from cluster.core.limits import HEARTBEAT_S
 from cluster.core.term_limits import LEASE_S
+from cluster.membership.in_sync import NOT_NAMED, InSyncSet
 from cluster.membership.leadership import Leadership
 from cluster.membership.term_record import TermRecord
 from cluster.membership.terms import Denial, Process, Term, TermAnswer, TermCall, TermRequest
@@ -34,6 +35,7 @@ class Worker:
     name: str
     clock: Clock
     gone: bool = False
+    in_sync: InSyncSet = NOT_NAMED
     asked: list[TermRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -58,7 +60,8 @@ class Worker:
                 denial = self.record.renew(call.term)
             case TermRequest.RETURN:
                 self.record.give_back(call.term)
-        return TermAnswer(call, denial, self.record.term), "it serves llama for another coordinator" if denial else ""
+        problem = "it serves llama for another coordinator" if denial else ""
+        return TermAnswer(call, denial, self.record.term, self.in_sync), problem
 
 
 @pytest.fixture
@@ -80,9 +83,11 @@ async def test_a_term_is_above_all_numbers_of_its_workers_and_stays_for_the_next
     ada, bob, cyd = workers
     bob.grant(Term(6, OTHER))
     bob.record.give_back(Term(6, OTHER))
+    ada.in_sync, bob.in_sync = InSyncSet(6, 2, ("a",)), InSyncSet(6, 3, ("b",))
     mine = holder(workers)
-    assert mine.number == 0
+    assert (mine.number, mine.in_sync) == (0, NOT_NAMED)
     await mine.take([ada, bob])
+    assert mine.in_sync == bob.in_sync
     assert (numbers(workers), mine.number) == ([7, 7, 0], 7)
     for worker in workers:
         worker.asked.clear()

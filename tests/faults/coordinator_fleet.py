@@ -25,7 +25,6 @@ from parties import Lead
 
 CLUSTER = "chaos"
 MODEL = "faq"
-STAGES = 2
 GRPC_PORT, WORKER_PORT = 7700, 7800
 MEND_S = 180.0
 
@@ -73,8 +72,10 @@ class Unmended(Exception):
 class CoordinatorFleet:
     """Three Macs on ``hosts``; the first two have a coordinator each. Close it at the end."""
 
-    def __init__(self, folder: Path, hosts: Sequence[FleetHost], replicate: str = "sync", http: str = "off") -> None:
-        self.replicate, self.http = replicate, http
+    def __init__(
+        self, folder: Path, hosts: Sequence[FleetHost], replicate: str = "sync", http: str = "off", stages: int = 2
+    ) -> None:
+        self.replicate, self.http, self.stages = replicate, http, stages
         self.macs = [Mac(f"mac{n}", host, folder / f"mac{n}") for n, host in enumerate(hosts, 1)]
         try:
             self._admit(folder)
@@ -82,7 +83,7 @@ class CoordinatorFleet:
                 self.start_worker(mac)
             for mac in self.macs:
                 mac.daemons["worker"].wait_for("of cluster")
-            self.start_coordinator(self.macs[0], first=True)
+            self.start_coordinator(self.macs[0])
             self.wait_serving()
             self.start_coordinator(self.macs[1])
             self.mend()
@@ -112,11 +113,12 @@ class CoordinatorFleet:
         options = ("--name", mac.name, "--port", str(WORKER_PORT), "--profile", "off", "--no-standby")
         mac.start("worker", "worker", *options)
 
-    def start_coordinator(self, mac: Mac, *, first: bool = False) -> None:
-        """Start a coordinator: the very first one leads, any other follows whoever does."""
+    def start_coordinator(self, mac: Mac) -> None:
+        """Start a coordinator by its Mac's own command. The first Mac's names the model, and leads if nobody does."""
         peers = [word for one in self.macs for word in ("--peer", f"{one.host.address}:{WORKER_PORT}")]
         others = [f"{one.host.address}:{GRPC_PORT}" for one in self.coordinators if one is not mac]
-        role = (MODEL, "--workers", str(STAGES)) if first else ("--standby", "--coordinator", *others)
+        first = mac is self.macs[0]
+        role = (MODEL, "--workers", str(self.stages)) if first else ("--standby", "--coordinator", *others)
         common = ("--http", self.http, "--port", str(GRPC_PORT), "--join-port", "0", "--peers-only", *peers)
         mac.start("coordinator", "serve", *role, *common, "--journal", "always", "--replicate", self.replicate)
 
@@ -179,7 +181,7 @@ class CoordinatorFleet:
                 state = self.state()
                 if self._is_complete(state) and state.leadership:
                     self.leader = self._leader_of(state)
-                    if len(state.stages) == STAGES:
+                    if len(state.stages) == self.stages:
                         return
                     self._load()  # the last loss left one Mac, which holds the whole model
             if time.monotonic() >= end:
@@ -195,7 +197,7 @@ class CoordinatorFleet:
 
     def _load(self) -> None:
         with Client(self.addresses, cluster=CLUSTER, timeout_s=MEND_S) as client:
-            client.load(MODEL, workers=STAGES).wait()
+            client.load(MODEL, workers=self.stages).wait()
 
     def _leader_of(self, state: ClusterState) -> Mac:
         assert state.leadership

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from queue import Empty
@@ -91,7 +92,10 @@ class CoordinatorSummary:
 
 
 def play_coordinators(seeds: range, fleets: int, game: CoordinatorGame) -> CoordinatorSummary:
-    """Play on that many fleets. Each takes the next seed when it is free, so a time that ends leaves out the last."""
+    """Play on that many fleets. Each takes the next seed when it is free, so a time that ends leaves out the last.
+
+    SIGTERM ends it as well. Call it on the main thread.
+    """
     context, summary = get_context("spawn"), CoordinatorSummary()
     results: Queue[tuple[str, Any]] = context.Queue()
     coming = context.Value("q", seeds.start)
@@ -100,9 +104,12 @@ def play_coordinators(seeds: range, fleets: int, game: CoordinatorGame) -> Coord
     ]
     for process in processes:
         process.start()
-    playing = set[int]()
+    playing, told = set[int](), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:
-        while any(process.is_alive() for process in processes) and time.monotonic() < game.end + GRACE_S:
+        while any(process.is_alive() for process in processes) and not told.is_set():
+            if time.monotonic() >= game.end + GRACE_S:
+                break
             _take(results, summary, playing, game)
     finally:
         for process in processes:
@@ -148,17 +155,20 @@ def _play(
 ) -> None:
     """Play one seed after the other, in this process; on a new fleet after one that does not mend."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    tries = 0
+    parent, tries = parent_process(), 0
+
+    def has_parent() -> bool:
+        return parent is not None and parent.is_alive()
 
     def take() -> int | None:
         with coming.get_lock():
-            if coming.value >= stop or time.monotonic() >= game.end:
+            if coming.value >= stop or time.monotonic() >= game.end or not has_parent():
                 return None
             coming.value += 1
             return coming.value - 1
 
     try:
-        while time.monotonic() < game.end and coming.value < stop:
+        while time.monotonic() < game.end and coming.value < stop and has_parent():
             tries += 1
             folder = game.folder / f"fleet-{number}-{tries}"
             _play_until_unmended(game, folder, take, results)

@@ -6,12 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from faults.coordinator_campaign import CoordinatorCampaign
+from faults.coordinator_fleet import CoordinatorFleet
 from faults.coordinator_games import CoordinatorSummary
-from faults.coordinator_scenario import PAIRS, Blow, Course, Target, coordinator_scenario, leader_kill
+from faults.coordinator_scenario import (
+    PAIRS,
+    Blow,
+    CoordinatorScenario,
+    Course,
+    Strike,
+    Target,
+    coordinator_scenario,
+    leader_kill,
+)
+from faults.hosts import loopback_hosts
 from netns import ROOT, missing
 
 SEEDS = 4
@@ -56,6 +69,49 @@ def test_a_summary_says_by_kind_how_long_answers_paused() -> None:
         "stop worker": {},
     }
     assert (facts["lost"], facts["failed_seeds"]) == (1, [4, 5])
+
+
+@pytest.fixture
+def campaign(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CoordinatorCampaign]:
+    """Macs on loopback, whose ring has as many stages as the test's parameter."""
+    if sys.platform != "linux":
+        pytest.skip("needs loopback addresses beside 127.0.0.1, and /proc")
+    monkeypatch.setenv("MACPIPE_HOME", str(tmp_path))
+    with loopback_hosts(3) as hosts:
+        fleet = CoordinatorFleet(tmp_path, hosts, stages=request.param)
+        try:
+            yield CoordinatorCampaign(fleet)
+        finally:
+            fleet.close()
+
+
+def kill_at_once(campaign: CoordinatorCampaign, seed: int, pair: tuple[Target, Target], *back_s: float | None) -> None:
+    """Kill two processes in mid-answer, which start again so many seconds later, if ever. Require all four answers."""
+    strikes = tuple(Strike(target, Blow.KILL, 0.0, s) for target, s in zip(pair, back_s, strict=True))
+    outcome = campaign.play(CoordinatorScenario(seed, (0, 1, 2, 3), 10, Course.RESTART, strikes))
+    assert outcome.kept, outcome.facts()
+    assert outcome.verdict.requests == 4
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize("campaign", [2], indirect=True)
+def test_two_processes_that_die_at_once_and_start_again_with_their_disks_lose_no_answer(
+    campaign: CoordinatorCampaign,
+) -> None:
+    for seed, pair in enumerate(PAIRS):
+        kill_at_once(campaign, seed, pair, 1.0, 4.0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize("campaign", [1], indirect=True)
+def test_answers_go_on_over_a_spare_after_the_leader_and_the_whole_ring_are_gone(campaign: CoordinatorCampaign) -> None:
+    kill_at_once(campaign, 0, (Target.LEADER, Target.WORKER), None, None)
 
 
 @pytest.mark.netns

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,14 +96,40 @@ def interrupted(pair: Coordinators, leader: Daemon, number: int) -> list[int]:
 
 
 def leader_of(pair: Coordinators) -> Daemon:
-    return next(daemon for daemon in pair.cluster.daemons if daemon.name == "lead")
+    return named(pair, "lead")
+
+
+def named(pair: Coordinators, name: str) -> Daemon:
+    """Return the last process of a coordinator."""
+    return next(daemon for daemon in reversed(pair.cluster.daemons) if daemon.name == name)
+
+
+def kill(*daemons: Daemon) -> None:
+    for daemon in daemons:
+        daemon.process.kill()
+        daemon.process.wait(10)
+
+
+def stand_by(pair: Coordinators, name: str, other: str) -> Daemon:
+    return pair.serve(name, "--standby", "--coordinator", pair.address(other))
+
+
+def read(pair: Coordinators, interrupt: Callable[[], object]) -> list[int]:
+    """Return the tokens of a sampled answer whose client knows both coordinators. Call a function at its tenth one."""
+    said = []
+    with Client(f"{pair.address('lead')},{pair.address('heir')}", timeout_s=120) as client:
+        for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True, temperature=0.8, seed=3):
+            said.append(token.token)
+            if len(said) == 10:
+                interrupt()
+    return said
 
 
 def test_an_answer_goes_on_at_a_standby_after_its_leader_was_killed_which_then_stands_by(pair: Coordinators) -> None:
     whole, leader = undisturbed(pair), leader_of(pair)
     assert interrupted(pair, leader, signal.SIGKILL) == whole
     leader.process.wait(10)
-    heir = next(daemon for daemon in pair.cluster.daemons if daemon.name == "heir")
+    heir = named(pair, "heir")
     assert "reading, 0%" not in heir.said(), "it adopts what the workers hold"
     again = pair.lead("lead")
     until(lambda: pair.in_sync("heir") == 1)
@@ -151,7 +178,7 @@ def test_two_standbys_agree_on_one_leader(pair: Coordinators) -> None:
 
 def test_a_standby_that_hangs_holds_tokens_back_until_it_is_left_out_and_comes_back(pair: Coordinators) -> None:
     whole = undisturbed(pair)
-    heir = next(daemon for daemon in pair.cluster.daemons if daemon.name == "heir")
+    heir = named(pair, "heir")
     said = []
     with Client(pair.address("lead"), timeout_s=120) as client:
         for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
@@ -162,3 +189,44 @@ def test_a_standby_that_hangs_holds_tokens_back_until_it_is_left_out_and_comes_b
     assert pair.in_sync("lead") == 0
     heir.process.send_signal(signal.SIGCONT)
     until(lambda: pair.in_sync("lead") == 1)
+
+
+def test_a_leader_whose_standby_died_too_goes_on_as_a_standby_that_comes_back_first(pair: Coordinators) -> None:
+    whole = read(pair, lambda: None)
+
+    def lose_both() -> None:
+        kill(named(pair, "heir"), leader_of(pair))
+        stand_by(pair, "lead", "heir")
+
+    assert read(pair, lose_both) == whole
+
+
+def test_a_standby_that_missed_tokens_leaves_the_lead_to_the_leader_that_comes_back_later(pair: Coordinators) -> None:
+    whole = read(pair, lambda: None)
+
+    def lose_both() -> None:
+        kill(named(pair, "heir"))
+        until(lambda: pair.in_sync("lead") == 0)
+        with Client(pair.address("lead"), timeout_s=60) as client:
+            client.generate(PROMPT, max_tokens=3)  # the leader goes on alone
+        kill(leader_of(pair))
+        heir = stand_by(pair, "heir", "lead")
+        heir.wait_for("standing for election")
+        time.sleep(5)
+        assert "elected" not in heir.said()
+        stand_by(pair, "lead", "heir")
+
+    assert read(pair, lose_both) == whole
+
+
+def test_a_leader_that_missed_tokens_stands_by_though_it_is_started_with_its_model(pair: Coordinators) -> None:
+    whole = read(pair, lambda: None)
+    kill(leader_of(pair))
+    wait_serving(pair.address("heir"), named(pair, "heir"))
+
+    def lose_both() -> None:
+        kill(named(pair, "heir"))
+        pair.lead("lead").wait_for("lacks something")
+        stand_by(pair, "heir", "lead")
+
+    assert read(pair, lose_both) == whole, "the answer was accepted by the standby alone"
