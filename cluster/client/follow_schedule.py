@@ -52,8 +52,8 @@ class FollowSchedule:
         self._unreachable = self._unreachable + 1 if isinstance(error, Unreachable) else 0
         if self._clock() >= self._ends_at or (not patient and self._unreachable >= self._addresses):
             return None
-        if self._failures < self._addresses and is_elsewhere(error):
-            return 0.0
+        if self._failures % self._addresses and is_elsewhere(error):
+            return 0.0  # only a whole round of addresses is worth a pause
         self._pauses += 1
         longest: float = min(FOLLOW_PAUSE_S * 2**self._pauses, MAX_FOLLOW_PAUSE_S)
         wished = error.retry_after_s or 0.0 if isinstance(error, Busy) else 0.0

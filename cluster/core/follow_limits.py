@@ -8,7 +8,7 @@ FOLLOW_S: Final = 60.0
 """How long a client looks for the coordinator that goes on with its answer."""
 FOLLOW_PAUSE_S: Final = 0.1
 """Pause after no address of a client had the leader; it doubles each time."""
-MAX_FOLLOW_PAUSE_S: Final = 1.0
+MAX_FOLLOW_PAUSE_S: Final = 0.5
 FOLLOW_CONNECT_MS: Final = 2_000
 """Timeout of one connection attempt of a client that has other addresses to try."""
 FOLLOW_PING_MS: Final = 4_000
