@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from itertools import chain
 from typing import Any, Final
 
+import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -78,10 +79,9 @@ def table(service: RequestService) -> list[DeclaredRoute]:
     """Return the routes of the API, each with the access level that it needs in a cluster."""
     names = ModelNames(service.coordinator, service.on_demand)
     health, models, tokenize = Health(service, names), Models(names), Tokenize(names)
-    document = description()
 
     async def openapi(request: Request) -> Response:
-        return Json(document)
+        return Json(await anyio.to_thread.run_sync(description))  # not before: a new leader has to answer at once
 
     return [
         *_get("/health", health.ready, Access.ANYONE),
