@@ -17,6 +17,7 @@ NOT_QUICK = frozenset(
         "client/test_renewal.py",
         "compat",
         "conversion",
+        "coordinator/test_model_reader.py",
         "discovery/test_lan.py",
         "discovery/test_multicast.py",
         "faults/test_drafts.py",

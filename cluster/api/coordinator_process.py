@@ -34,8 +34,9 @@ from cluster.core.limits import DEFAULT_COORDINATOR_PORT, LOOP_STOP_S
 from cluster.discovery.sighting import Source
 from cluster.discovery.static import merge_sources, static_source
 from cluster.membership.in_sync import NOT_NAMED
-from cluster.platform.overload import Lag
+from cluster.platform.overload import Lag, TimerLag
 from cluster.platform.paths import short_host_name
+from cluster.security.authority import read_authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
 from cluster.security.roles import Role
@@ -49,10 +50,28 @@ __all__ = ["CoordinatorProcess", "Leading"]
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterNames:
+    """The names in this Mac's certificate as a coordinator: its own, and the cluster's with its id."""
+
+    own: str
+    cluster: str
+    cluster_id: str
+
+    @staticmethod
+    def read(settings: ServeSettings, trust: Trust) -> ClusterNames | None:
+        """Return the names with which ``trust`` was opened; None without a cluster."""
+        ring = ClusterFolder(settings.home, settings.cluster).keyring(Role.COORDINATOR) if trust.me else None
+        if ring is None:
+            return None
+        return ClusterNames(ring.party.name, read_authority(ring.authority).cluster, ring.party.cluster_id)
+
+
+@dataclass(frozen=True, slots=True)
 class CoordinatorProcess:
     """One process. ``source`` has the workers' announcements, and ``trust`` is the one with which it asks others.
 
-    ``front`` answers at its HTTP port, ``url``: "" if there is none.
+    ``front`` answers at its HTTP port, ``url``: "" if there is none. ``names`` is None without a cluster.
+    ``lag`` is that of this machine.
     """
 
     settings: ServeSettings
@@ -61,7 +80,9 @@ class CoordinatorProcess:
     http: HttpPort
     front: HttpFront
     url: str
+    names: ClusterNames | None
     others: OtherCoordinators
+    lag: Lag
 
     @staticmethod
     def create(
@@ -71,14 +92,12 @@ class CoordinatorProcess:
 
         Others know it by its name as a member; without a cluster by the host's, and the port if it is unusual.
         """
-        name, port = short_host_name(), settings.port
-        if trust.me and (ring := ClusterFolder(settings.home, settings.cluster).keyring(Role.COORDINATOR)):
-            name = ring.party.name
-        elif port != DEFAULT_COORDINATOR_PORT:
-            name = f"{name}:{port}"
+        names, port = ClusterNames.read(settings, trust), settings.port
+        alone = short_host_name() if port == DEFAULT_COORDINATOR_PORT else f"{short_host_name()}:{port}"
+        name = names.own if names else alone
         file = state_folder(settings.home, settings.cluster) / "coordinators"
         others = OtherCoordinators(CoordinatorName(name, secrets.token_hex(8)), ask_over(trust), file)
-        return CoordinatorProcess(settings, source, trust, http, front, url, others)
+        return CoordinatorProcess(settings, source, trust, http, front, url, names, others, TimerLag().start())
 
     def leader_addresses(self) -> tuple[str, ...]:
         """Return where the leader answers gRPC, as far as this process knows one."""
@@ -133,7 +152,7 @@ class CoordinatorProcess:
         return taken.roster
 
     def replicate(
-        self, settings: ServeSettings, coordinator: Coordinator, roster: Roster, lag: Lag, taken: Succession | None
+        self, settings: ServeSettings, coordinator: Coordinator, roster: Roster, taken: Succession | None
     ) -> Leading:
         """Return what this process does as a leader beside serving. ``coordinator`` gets its journal.
 
@@ -150,7 +169,7 @@ class CoordinatorProcess:
             lambda: NOT_NAMED if trusts_itself else roster.terms.in_sync,
             roster.spare_workers,
         )
-        replicator = Replicator(mode, mark.id, names if mode else None, lag)
+        replicator = Replicator(mode, mark.id, names if mode else None, self.lag)
         if settings.journal or mode:
             coordinator.journal = JournalWriter(
                 Journal(self._journal_file, settings.journal or Fsync.NEVER),

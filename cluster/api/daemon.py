@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -54,16 +55,12 @@ from cluster.discovery.cluster_name import announce_cluster_name
 from cluster.discovery.coordinator_announcement import announce_coordinator
 from cluster.discovery.interfaces import LOOPBACK
 from cluster.discovery.static import merge_sources, static_source
-from cluster.platform.overload import TimerLag
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error, stop_on_signal
 from cluster.platform.sleep import stay_awake
-from cluster.security.authority import read_authority
 from cluster.security.cluster_choice import remember_coordinator
-from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
 from cluster.security.members import require_roster
-from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
 from cluster.standby.own_certificates import OwnCertificates
@@ -76,6 +73,8 @@ from cluster.v1 import cluster_pb2, inference_pb2
 from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
 from cluster.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from cluster.v1.leader_pb2_grpc import add_LeaderServiceServicer_to_server
+
+log = logging.getLogger(__name__)
 
 DESCRIPTORS = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
@@ -148,15 +147,9 @@ async def _lead(
         roster = process.begin(own_id, epochs, taken)
         trust = roster.trust
         require_roster(trust.members, settings.cluster)
-        store = Store(settings.home)
-        lag = TimerLag().start()
-        dialer = GrpcDialer(trust, lag, lambda: roster.terms.number)
         tracker = LoadTracker(report)
-        coordinator = Coordinator(
-            settings.cluster, roster, dialer, tracker, store, settings.max_schema_bytes, epochs, lag
-        )
-        coordinator.adopt_catalog(_catalog(settings))
-        leading = process.replicate(settings, coordinator, roster, lag, taken)
+        coordinator = _coordinator(process, settings, roster, tracker, epochs, taken)
+        leading = process.replicate(settings, coordinator, roster, taken)
         keys = process.http.keys
         coordinator.prefix_owners = partial(prefix_owners, keys, trust)
         key_usage = KeyUsage(keys) if keys else None
@@ -168,10 +161,11 @@ async def _lead(
         app = application(service, process.http.sites, loads, feed, settings.order)
         process.front.answer_by(app)
         stack.callback(feed.close)
-        services = Services(service, _cluster_servicer(coordinator, roster, store, settings, on_demand), app)
+        services = Services(service, _cluster_servicer(coordinator, roster, settings, on_demand), app)
         await leading.upkeep.publish()
         addresses = await stack.enter_async_context(_public_port(leading, trust, services))
         process.listen_on(addresses)
+        log.info("leader: listening term=%d address=%s", roster.terms.number, addresses[0])
         stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
         stack.push_async_callback(on_demand.close)
         tasks.start_soon(_update_health, coordinator, services.checks, on_demand)
@@ -181,6 +175,7 @@ async def _lead(
         tasks.start_soon(leading.replicator.run)
         tasks.start_soon(_stay_leader, leading.upkeep, tasks.cancel_scope)
         await _load_first(coordinator, settings, report, process, taken)
+        log.info("leader: serving term=%d model=%s", roster.terms.number, settings.order.model)
         models = ModelsWatch(coordinator, file, report, on_demand)
         await models.load_pinned()
         leading.coming.clear()
@@ -196,11 +191,35 @@ async def _lead(
         await anyio.sleep_forever()
 
 
+def _coordinator(
+    process: CoordinatorProcess,
+    settings: ServeSettings,
+    roster: Roster,
+    tracker: LoadTracker,
+    epochs: EpochNumbers,
+    taken: Succession | None,
+) -> Coordinator:
+    """Return the coordinator of the models that the settings name. Nothing is loaded yet."""
+    coordinator = Coordinator(
+        settings.cluster,
+        roster,
+        GrpcDialer(roster.trust, process.lag, lambda: roster.terms.number),
+        tracker,
+        Store(settings.home),
+        settings.max_schema_bytes,
+        epochs,
+        process.lag,
+        taken.reader if taken else None,
+    )
+    coordinator.adopt_catalog(_catalog(settings))
+    return coordinator
+
+
 def _cluster_servicer(
-    coordinator: Coordinator, roster: Roster, store: Store, settings: ServeSettings, on_demand: OnDemand
+    coordinator: Coordinator, roster: Roster, settings: ServeSettings, on_demand: OnDemand
 ) -> ClusterServicer:
     examinations = Examinations(roster, coordinator.members)
-    stores = ClusterStores(roster, coordinator.members, store.home)
+    stores = ClusterStores(roster, coordinator.members, settings.home)
     return ClusterServicer(coordinator, roster.trust, settings.order, examinations, stores, on_demand)
 
 
@@ -265,7 +284,7 @@ async def _public_port(leading: Leading, trust: Trust, services: Services) -> As
     addresses = bind_public(server, settings, trust)
     await server.start()
     try:
-        async with _announced(settings, trust, *parse_address(addresses[-1])):
+        async with _announced(leading.process, *parse_address(addresses[-1])):
             yield addresses
     finally:
         with anyio.CancelScope(shield=True):
@@ -274,17 +293,15 @@ async def _public_port(leading: Leading, trust: Trust, services: Services) -> As
 
 
 @asynccontextmanager
-async def _announced(settings: ServeSettings, trust: Trust, host: str, port: int) -> AsyncIterator[None]:
+async def _announced(process: CoordinatorProcess, host: str, port: int) -> AsyncIterator[None]:
     """Announce the port to the clients of this cluster, if there is one, and the cluster's own host name."""
-    if not trust.me:
+    names = process.names
+    if names is None:
         yield
         return
-    ring = ClusterFolder(settings.home, settings.cluster).keyring(Role.COORDINATOR)
-    assert ring is not None  # ``trust`` was opened with it
-    name = read_authority(ring.authority).cluster
     async with (
-        announce_coordinator(cluster_id=ring.party.cluster_id, host=host, port=port),
-        announce_cluster_name(name, _host_of_name(settings, host), port),
+        announce_coordinator(cluster_id=names.cluster_id, host=host, port=port),
+        announce_cluster_name(names.cluster, _host_of_name(process.settings, host), port),
     ):
         yield
 

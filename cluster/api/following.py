@@ -6,9 +6,9 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from types import TracebackType
 
 import anyio
-import anyio.to_thread
 
 from cluster.api.coordinator_process import CoordinatorProcess
 from cluster.api.grpc.authority_service import add_authority_service
@@ -23,16 +23,13 @@ from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
-from cluster.coordinator.settings import ServeSettings
 from cluster.coordinator.state_files import StateFiles
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT
 from cluster.core.text import format_address
 from cluster.discovery.coordinator_announcement import look_for_coordinator
 from cluster.discovery.interfaces import LOOPBACK
 from cluster.security.cluster_choice import remembered_coordinator
-from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
-from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.follow_stream import FollowStream
 from cluster.standby.model_fit import ModelFit
@@ -59,7 +56,7 @@ async def follow(process: CoordinatorProcess, report: Reporter, patience_s: floa
         replica = stack.enter_context(ReplicaFolder(settings.home, settings.cluster))
         own_files = StateFiles(settings.home, settings.cluster)
         reader = ModelReader(Store(settings.home))
-        stack.push_async_callback(anyio.to_thread.run_sync, reader.close)
+        stack.push_async_exit(partial(_close_unless_elected, reader))
         await stack.enter_async_context(_standby_port(process, trust))
 
         def create_roster(service: ReplicatedService) -> Roster:
@@ -71,22 +68,32 @@ async def follow(process: CoordinatorProcess, report: Reporter, patience_s: floa
             lambda address: FollowStream(address, trust, process.others.me, replica, own_files),
             create_roster,
             ModelFit(reader),
-            await stack.enter_async_context(_find_coordinators(settings, trust)),
+            await stack.enter_async_context(_find_coordinators(process)),
+            process.lag,
         )
         report.problem(f"standing by for cluster {settings.cluster} on {process.others.me.addresses[0]}")
         return await standby.run(patience_s)
 
 
+async def _close_unless_elected(
+    reader: ModelReader, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+) -> None:
+    """Close the reader if ``follow`` ends by an error, which a cancellation is, too."""
+    if error:
+        with anyio.CancelScope(shield=True):
+            await reader.close()
+
+
 @asynccontextmanager
-async def _find_coordinators(settings: ServeSettings, trust: Trust) -> AsyncIterator[Callable[[], list[str]]]:
+async def _find_coordinators(process: CoordinatorProcess) -> AsyncIterator[Callable[[], list[str]]]:
     """Yield what returns where coordinators may be: as named, as remembered, and as they are announced now."""
+    settings = process.settings
     known = [*settings.coordinators, remembered_coordinator(settings.home, settings.cluster) or ""]
-    ring = ClusterFolder(settings.home, settings.cluster).keyring(Role.COORDINATOR) if trust.me else None
-    if ring is None:
+    if process.names is None:
         known.append(format_address(LOOPBACK, DEFAULT_COORDINATOR_PORT))
         yield lambda: [address for address in known if address]
         return
-    async with look_for_coordinator(ring.party.cluster_id) as source:
+    async with look_for_coordinator(process.names.cluster_id) as source:
         yield lambda: [*filter(None, known), *(sighting.address for sighting in source.current())]
 
 

@@ -66,7 +66,7 @@ from cluster.transport.streams import Dialer
 class Coordinator:
     """The coordinator of one cluster. All methods must be called on the event loop that created it.
 
-    ``report`` receives every event, no matter which client caused it.
+    ``report`` receives every event, no matter which client caused it. ``reader`` is closed with the coordinator.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Coordinator:
         max_schema_bytes: int = MAX_SCHEMA_BYTES,
         epochs: EpochNumbers | None = None,
         lag: Lag = no_lag,
+        reader: ModelReader | None = None,
     ) -> None:
         self.journal: JournalWriter | None = None
         """Records live requests so that a restarted coordinator can resume them. Set it before the first load."""
@@ -96,7 +97,7 @@ class Coordinator:
         self._epochs = epochs or EpochNumbers()
         self._started = time.monotonic()
         self._totals = SummedTotals()
-        self._reader = ModelReader(store)
+        self._reader = reader or ModelReader(store)
         self._claims = SliceClaims()
         self._turns = LoadTurns()
         self.inherited = InheritedSlices(roster, self._claims)
@@ -104,7 +105,7 @@ class Coordinator:
         self.joint_planner = ClusterPlanner(RosterView(roster, "plans"), self._reader, report)
         """Plans as if nothing was loaded."""
         self._weights = WeightDistribution(store, roster)
-        self._max_schema_bytes = max_schema_bytes
+        self._max_schema_bytes, self._lag = max_schema_bytes, lag
         self._exclusive = asyncio.Lock()
         """Held by a training, in whose place nothing is served or loaded."""
         self._training = TrainingMode(
@@ -112,7 +113,6 @@ class Coordinator:
         )
         self._preparation = LoadWatch()
         """What is done before a training begins."""
-        self._lag = lag
         self._heartbeat = HeartbeatMonitor(roster, self._on_belief, self._alive, lag)
         self._refresh = RosterRefresh(roster)
         self._timeline = Timeline()
@@ -319,7 +319,7 @@ class Coordinator:
         await self._heartbeat.close()
         await self._refresh.close()
         await self._roster.close()
-        await anyio.to_thread.run_sync(self._reader.close)
+        await self._reader.close()
 
     # Serving
 

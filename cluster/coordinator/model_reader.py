@@ -6,6 +6,7 @@ For a model of the hub that is not on this Mac, fetch only small files and heade
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,13 @@ import anyio
 from cluster.coordinator.served_adapters import ServedAdapters
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.adapter import Adapter, count_adapters, require_adapter_name
-from cluster.core.errors import InvalidGrammar, InvalidOption, ModelNotFound
+from cluster.core.errors import InvalidGrammar, InvalidOption, MacpipeError, ModelNotFound
+from cluster.core.futures import ignore_error
 from cluster.core.limits import MIN_CONTEXT
 from cluster.core.plan import ModelShape, Speculation, TensorMap
 from cluster.core.request import Grammar
 from cluster.model.adapters import read_adapter
+from cluster.model.checkpoint import open_checkpoint
 from cluster.model.device import close_thread
 from cluster.model.model_shape import read_shape
 from cluster.model.sentence_embedding import NO_EMBEDDINGS, SentenceEmbedding, read_sentence_embedding
@@ -30,6 +33,8 @@ from cluster.model.tokenizer import Tokenizer, load_tokenizer
 from cluster.sandbox.process import SandboxProcess
 from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer, TextService
 from cluster.store.store import FoundModel, Store
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -103,6 +108,19 @@ class ModelReader:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model-reader")
+        self._ahead: tuple[LoadOrder, asyncio.Task[ModelInfo]] | None = None
+        """What is read ahead, or has been."""
+
+    async def read_ahead(self, order: LoadOrder) -> None:
+        """Begin to read an order's model, so that the next ``read`` of this order need not wait for its tokenizer.
+
+        Drop what was read ahead by another order.
+        """
+        if self._ahead is None or self._ahead[0] != order:
+            await self._drop_ahead()
+            reading = asyncio.create_task(self._read_for_later(order))
+            reading.add_done_callback(ignore_error)  # ``read`` tries again
+            self._ahead = order, reading
 
     async def read(self, order: LoadOrder) -> ModelInfo:
         """Read an order's model. The tokenizer is first loaded in a sandboxed process, which rejects a hostile one.
@@ -110,6 +128,37 @@ class ModelReader:
         Raises ``ModelNotFound``, ``BadCheckpoint``, ``ModelUnsupported`` or ``InvalidOption``, and for a model of the
         hub also ``ModelForbidden`` or ``HubUnreachable``.
         """
+        return await self._take_ahead(order) or await self._read_now(order)
+
+    async def _read_for_later(self, order: LoadOrder) -> ModelInfo:
+        model_info = await self._read_now(order)
+        log.info("model: read ahead model=%s", order.model)
+        return model_info
+
+    async def _take_ahead(self, order: LoadOrder) -> ModelInfo | None:
+        """Return what was read ahead by this order, unless that failed or the model's files are others now."""
+        if self._ahead is None or self._ahead[0] != order:
+            return None
+        reading, self._ahead = self._ahead[1], None
+        try:
+            ref = (await reading).shape.model
+            if (await self._on_thread(open_checkpoint, Path(ref.path))).fingerprint == ref.fingerprint:
+                return reading.result()
+        except MacpipeError as e:
+            log.info("model: read ahead in vain reason=%s model=%s", e.sentence, order.model)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await _drop(reading)
+            raise
+        await _drop(reading)
+        return None
+
+    async def _drop_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead:
+            await _drop(ahead[1])
+
+    async def _read_now(self, order: LoadOrder) -> ModelInfo:
         process = await SandboxProcess.start()  # started first, since its imports take as long as reading the headers
         try:
             found, shape = await self._on_thread(_find_model, self._store, order)
@@ -142,10 +191,19 @@ class ModelReader:
     async def _on_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.wrap_future(self._pool.submit(work, *arguments))
 
-    def close(self) -> None:
-        """Release the thread's MLX streams and end it."""
-        self._pool.submit(close_thread).result()
-        self._pool.shutdown()
+    async def close(self) -> None:
+        """Drop what was read ahead, release the thread's MLX streams and end it."""
+        await self._drop_ahead()
+        await self._on_thread(close_thread)
+        await anyio.to_thread.run_sync(self._pool.shutdown)
+
+
+async def _drop(reading: asyncio.Task[ModelInfo]) -> None:
+    """Stop reading a model, and end its processes."""
+    reading.cancel()
+    await asyncio.wait((reading,))
+    if not reading.cancelled() and reading.exception() is None:
+        await reading.result().close()
 
 
 def _find_model(store: Store, order: LoadOrder) -> tuple[FoundModel, ModelShape]:

@@ -8,6 +8,8 @@ LEASE_S: Final = 2.0
 """After each heartbeat, a worker grants no other coordinator a term for this long. It paces, and is not for safety."""
 LEASE_MARGIN_S: Final = 0.2
 """A leader's count of a lease ends so much earlier than its worker's: enough for clocks whose speeds differ by 5 %."""
+ASK_AGAIN_S: Final = 0.1
+"""About how often a new candidate asks workers again, for two leases: one of a lost leader ends within that time."""
 MAX_BACK_OFF: Final = 8.0
 """The longest random wait between two tries to become the leader, in leases."""
 RELEASE_S: Final = 3 * LEASE_S

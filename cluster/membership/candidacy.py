@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from enum import StrEnum
 
 from cluster.core.limits import HEARTBEAT_S
-from cluster.core.term_limits import LEASE_S, MAX_BACK_OFF
+from cluster.core.term_limits import ASK_AGAIN_S, LEASE_S, MAX_BACK_OFF
 from cluster.membership.in_sync import NOT_NAMED
 from cluster.membership.leadership import Fits, Leadership
 from cluster.membership.terms import NO_TERM, Process, Term, TermAnswer, TermCall, TermRequest
@@ -30,7 +30,8 @@ class CandidatePhase(StrEnum):
 class LeaderCandidate:
     """One process that wants to lead ``workers``. Call ``step`` whenever time has passed, at least each heartbeat.
 
-    ``draw`` returns a random number from 0 to 1.
+    It asks most often in the beginning, since a lost leader's leases end then. ``draw`` returns a random number from 0
+    to 1.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class LeaderCandidate:
         self._term = NO_TERM
         self._seen = 0
         """The highest number that any worker has granted."""
-        self._until = clock()
+        self._began = self._until = clock()
         """When the present phase ends."""
         self._tries = 0
         self._willing: set[str] = set()
@@ -109,7 +110,8 @@ class LeaderCandidate:
         return calls
 
     def _ask(self, now: float) -> list[TermCall]:
-        self.phase, self._until = CandidatePhase.ASKING, now + HEARTBEAT_S * (0.5 + self._draw())
+        pace_s = ASK_AGAIN_S if now - self._began < 2 * LEASE_S else HEARTBEAT_S
+        self.phase, self._until = CandidatePhase.ASKING, now + pace_s * (0.5 + self._draw())
         self._willing.clear()
         return [TermCall(TermRequest.ASK, worker, Term(0, self._process), now) for worker in sorted(self.workers)]
 

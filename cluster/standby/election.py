@@ -13,6 +13,7 @@ import anyio
 from cluster.coordinator.term_holder import TermWorker
 from cluster.core.errors import MacpipeError
 from cluster.core.limits import GONE_S, HEARTBEAT_S
+from cluster.core.term_limits import ASK_AGAIN_S
 from cluster.core.worker import WorkerInfo
 from cluster.membership.candidacy import LeaderCandidate
 from cluster.membership.in_sync import NOT_NAMED, InSyncSet
@@ -86,7 +87,7 @@ class Election:
                 self._candidate.workers = frozenset(self._roster.addresses())
                 self._start(self._candidate.step())
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(HEARTBEAT_S / 2):
+                    async with asyncio.timeout(ASK_AGAIN_S / 2):
                         await self._led.wait()
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=HEARTBEAT_S)

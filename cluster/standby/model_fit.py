@@ -17,17 +17,23 @@ __all__ = ["ModelFit"]
 
 
 class ModelFit:
-    """Whether workers can hold the model that is loaded first. If none was loaded, any worker will do."""
+    """Whether workers can hold the model that is loaded first. If none was loaded, any worker will do.
+
+    ``reader`` then has begun to read that model ahead.
+    """
 
     def __init__(self, reader: ModelReader) -> None:
-        self._reader = reader
+        self.reader = reader
         self._order: LoadOrder | None = None
         self._shape: ModelShape | None = None
         self.problem = ""
         """Why the model cannot be read on this Mac, so that it cannot lead; "" if it can."""
 
     async def prepare(self, service: ReplicatedService) -> None:
-        """Read the headers of the model that is loaded first, unless they are known. A failure is noted."""
+        """Read the headers of the model that is loaded first, unless they are known. A failure is noted.
+
+        Without one, begin to read the rest of what a leader needs of the model.
+        """
         first = next(iter(service.loaded), "")
         order = next((entry.order for entry in service.models if entry.name == first), None)
         if order == self._order and not self.problem:
@@ -36,9 +42,11 @@ class ModelFit:
         if order is None:
             return
         try:
-            self._shape = await self._reader.read_shape(order)
+            self._shape = await self.reader.read_shape(order)
         except MacpipeError as e:
             self.problem = f"this Mac could not serve {order.model}: {e.sentence}"
+        else:
+            await self.reader.read_ahead(order)
 
     def __call__(self, workers: Sequence[WorkerInfo]) -> bool:
         """Return whether these workers can hold the model, in as many pieces as it takes."""

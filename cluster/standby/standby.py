@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol, TypeAlias
 
+from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.roster import Roster
 from cluster.core.errors import MacpipeError, NoWorkers, Reason
@@ -19,7 +20,9 @@ from cluster.core.replication_limits import IN_SYNC_WAIT_S
 from cluster.core.term_limits import LEASE_S
 from cluster.membership.in_sync import NOT_NAMED, InSyncSet
 from cluster.membership.leadership import Leadership
+from cluster.membership.slowness import extra_s
 from cluster.platform.continuous_clock import continuous_seconds
+from cluster.platform.overload import Lag, no_lag
 from cluster.standby.election import Election
 from cluster.standby.model_fit import ModelFit
 from cluster.standby.other_coordinators import OtherCoordinators
@@ -30,6 +33,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 2 * HEARTBEAT_S
 """How often a standby looks for a leader while none is known."""
+ALIVE_S: Final = 0.2
+"""A leader of which only the stream broke answers within this time, and is followed again."""
 
 
 class LeaderStream(Protocol):
@@ -70,7 +75,8 @@ class Succession:
     """What a standby leads with: the roster whose process has the term, and the service that it goes on with.
 
     ``newest_epoch`` is above all epochs of earlier terms that its workers know. ``may_resume``: the journal's copy has
-    everything that clients saw.
+    everything that clients saw. ``reader`` has begun to read the default model if that was loaded; whoever leads closes
+    it.
     """
 
     roster: Roster
@@ -78,6 +84,7 @@ class Succession:
     service: ReplicatedService
     newest_epoch: int
     may_resume: bool
+    reader: ModelReader
 
     @property
     def had_loaded_default(self) -> bool:
@@ -89,7 +96,7 @@ class Standby:
     """Follows the leader among ``others``, and stands for election when there is none.
 
     ``create_roster`` returns the roster of the workers that the service names, for a new process. ``addresses`` returns
-    where else a coordinator may be: what the user named, and what is announced now.
+    where else a coordinator may be: what the user named, and what is announced now. ``lag`` is that of this machine.
     """
 
     def __init__(
@@ -100,10 +107,11 @@ class Standby:
         create_roster: Callable[[ReplicatedService], Roster],
         fit: ModelFit,
         addresses: Callable[[], Iterable[str]] = tuple,
+        lag: Lag = no_lag,
     ) -> None:
         self._others, self._replica, self._open_stream = others, replica, open_stream
         self._create_roster, self._fit = create_roster, fit
-        self._addresses = addresses
+        self._addresses, self._lag = addresses, lag
         self.leadership: LeadershipState | None = None
         """What the leader said last; None while none is followed."""
         self._reported = set[tuple[str, Reason]]()
@@ -182,15 +190,16 @@ class Standby:
             self._note_problem(f"cannot follow {leader.name} any more", stream.error)
         if stream.handover is None and not self._replica.is_complete:
             await asyncio.sleep(LOOK_S)  # another copy will most likely end as this one did
+        wait_s = self._patience_s(stream) - (continuous_seconds() - stream.heard_at)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._patience_s(stream) - (continuous_seconds() - stream.heard_at)):
+            async with asyncio.timeout(wait_s if stream.handover is not None else max(wait_s, ALIVE_S)):
                 await self._wait_for_leader()
                 return False
         return True
 
     async def _watch(self, stream: LeaderStream) -> None:
         """Keep what the leader says until its stream ends, or has been silent for much longer than a beat."""
-        while not stream.ended.is_set() and continuous_seconds() - stream.heard_at < 2 * GONE_S:
+        while not stream.ended.is_set() and continuous_seconds() - stream.heard_at < GONE_S + extra_s(self._lag()):
             if stream.leadership and stream.leadership != self.leadership:
                 self.leadership = stream.leadership
                 self._others.hear_followed(stream.leadership)
@@ -203,18 +212,20 @@ class Standby:
                     await stream.ended.wait()
 
     def _patience_s(self, stream: LeaderStream) -> float:
-        """Return how long a leader may be silent. Those in sync go first, and the one that it chose at once.
+        """Return how long a leader may be silent before this standby asks the workers.
 
-        If it is alive after all, the leases of its workers protect it.
+        The first of those in sync asks at once, and so does the one that the leader chose: if the leader is alive after
+        all, the leases of its workers protect it. The others wait, so that not all ask at once.
         """
         me = self._others.me
         if stream.handover is not None:
             return 0.0 if stream.handover in ("", me.name) else GONE_S + LEASE_S
-        state = stream.leadership
+        standbys = stream.leadership.standbys if stream.leadership else ()
         own = (me.name, me.addresses)
-        in_sync = any(one.in_sync and (one.name, one.addresses) == own for one in state.standbys) if state else False
-        others = any(one.in_sync for one in state.standbys) if state else False
-        return GONE_S + (LEASE_S if others and not in_sync else 0.0)
+        turns = [(one.name, one.addresses) for one in standbys if one.in_sync]
+        if own not in turns:
+            return GONE_S + (LEASE_S if turns else 0.0)
+        return GONE_S + HEARTBEAT_S * turns.index(own) if turns[0] != own else 0.0
 
     async def _stand(self, service: ReplicatedService) -> Succession | None:
         """Stand for election until it is won, or until somebody leads: then return None."""
@@ -247,7 +258,7 @@ class Standby:
         may_resume = self._has_all(service, election.in_sync)
         log.warning("standby: elected term=%d may_resume=%s", leadership.term.number, may_resume)
         roster.terms.begin(leadership, election.clients(leadership.workers))
-        return Succession(roster, leadership, service, election.newest_epoch, may_resume)
+        return Succession(roster, leadership, service, election.newest_epoch, may_resume, self._fit.reader)
 
     def _may_lead(self, service: ReplicatedService, named: InSyncSet) -> bool:
         """Return whether to lead now: the answers that were live can be resumed, or who could do that does not come."""

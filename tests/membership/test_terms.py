@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from cluster.core.limits import HEARTBEAT_S, LAG_STEPS
-from cluster.core.term_limits import LEASE_MARGIN_S, LEASE_S
+from cluster.core.term_limits import ASK_AGAIN_S, LEASE_MARGIN_S, LEASE_S
 from cluster.membership.candidacy import CandidatePhase, LeaderCandidate
 from cluster.membership.in_sync import InSyncSet
 from cluster.membership.leadership import Leadership
@@ -122,6 +123,18 @@ def test_a_candidate_takes_nothing_before_enough_workers_would_grant_it() -> Non
     assert one.leadership
     assert one.leadership.held == {"a", "c"}
     assert (one.in_sync, one.newest_epoch) == (newer, 7), "the set of the highest term, among all its grants"
+
+
+def test_a_new_candidate_asks_often_for_two_leases_and_then_each_heartbeat() -> None:
+    clock = Clock()
+    one, asked = candidate(clock), list[float]()
+    while clock.now < 100.0 + 4 * LEASE_S:
+        asked += [clock.now for call in one.step() if call.worker == "a"]
+        clock.now += 0.01
+    pauses = [after - before for before, after in pairwise(asked)]
+    early = sum(at < 100.0 + 2 * LEASE_S for at in asked)
+    assert max(pauses[: early - 1]) < 2 * ASK_AGAIN_S
+    assert min(pauses[early:]) > HEARTBEAT_S / 2
 
 
 def test_a_candidate_without_a_full_ring_gives_all_back_even_what_comes_late() -> None:

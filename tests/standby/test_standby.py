@@ -298,7 +298,9 @@ async def test_one_that_nobody_answers_says_who_refused_it_and_why_it_is_not_ele
     await scene.end()
 
 
-def test_those_in_sync_go_first_and_the_chosen_one_at_once() -> None:
+def test_the_first_one_in_sync_and_the_chosen_one_go_at_once_and_the_others_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     standby = Standby(OtherCoordinators(ME, None), Replica(), None, None, None)  # type: ignore[arg-type]
 
     def patience(handover: str | None, *in_sync: str) -> float:
@@ -309,5 +311,8 @@ def test_those_in_sync_go_first_and_the_chosen_one_at_once() -> None:
 
     assert patience("mac-2") == patience("") == 0.0
     assert patience("mac-3") > GONE_S
-    assert patience(None, "mac-2", "mac-3") == patience(None) == GONE_S
-    assert patience(None, "mac-3") > GONE_S
+    assert patience(None, "mac-2", "mac-3") == patience(None, "mac-2") == 0.0
+    assert patience(None) == GONE_S
+    assert patience(None, "mac-3") == GONE_S + LEASE_S
+    monkeypatch.setattr(standby._others, "me", CoordinatorName("mac-3", "c", ("mac-3:7700",)))
+    assert LEASE_S < GONE_S < patience(None, "mac-2", "mac-3") < GONE_S + LEASE_S
