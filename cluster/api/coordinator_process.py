@@ -234,7 +234,15 @@ class Leading:
     def servicer(self, http: ASGIApp) -> LeaderServicer:
         """Return the service for other coordinators, which pass HTTP requests to this application."""
         settings = self.process.settings
-        return LeaderServicer(self.process.others, settings.home, settings.cluster, self.replicator, http, self.leaving)
+        return LeaderServicer(
+            self.process.others,
+            settings.home,
+            settings.cluster,
+            self.replicator,
+            http,
+            self.leaving,
+            self.upkeep.publish,
+        )
 
     async def stop(self) -> None:
         """Stop serving. If another coordinator leads, or a standby is there, leave it what it needs to go on."""

@@ -26,12 +26,12 @@ __all__ = ["LeadershipUpkeep"]
 
 log = logging.getLogger(__name__)
 
-TELL_EVERY: Final = 2
-"""Heartbeats between two rounds in which the other coordinators are told."""
+TELL_S: Final = 2 * HEARTBEAT_S
+"""Pause between two rounds in which the other coordinators are told."""
 
 
 class LeadershipUpkeep:
-    """What a leader does beside serving, for as long as it knows of other coordinators; little before that.
+    """What a leader does beside serving, for as long as it knows of other coordinators; next to nothing before that.
 
     ``files`` are its state, and ``service`` returns what it serves now, which is kept in ``file`` for its next start.
     """
@@ -47,7 +47,10 @@ class LeadershipUpkeep:
     ) -> None:
         self._others, self._roster, self._replicator = others, roster, replicator
         self._files, self._service, self._file = files, service, file
-        self._kept = b""
+        self._served: ReplicatedService | None = None
+        """What was published last."""
+        self._is_kept = False
+        """Whether ``file`` has it."""
         self._ending = asyncio.Event()
         self._term, self._since = 0, continuous_seconds()
         self._announced: LeadershipState | None = None
@@ -58,24 +61,40 @@ class LeadershipUpkeep:
 
     async def run(self) -> None:
         """Return once another coordinator leads by a higher term, or shall lead."""
-        rounds = 0
+        async with asyncio.TaskGroup() as tasks:
+            telling = tasks.create_task(self._keep_telling())
+            await self._keep_workers()
+            telling.cancel()
+
+    async def _keep_workers(self) -> None:
         while True:
-            await self.publish()
-            if self._others.is_superseded:
-                return
             if self._others.addresses:
+                await self.publish()
                 controls = [self._roster.control(address) for address in self._roster.addresses()]
                 await self._roster.terms.renew(controls)
-                if rounds % TELL_EVERY == 0:
-                    await self._tell()
-            rounds += 1
+            else:
+                self._claim()
+            if self._others.is_superseded:
+                return
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._ending.wait()
                     return
 
     async def publish(self) -> None:
-        """Send standbys what changed: who leads, what is served, and files. Those that follow later get it, too."""
+        """Send standbys what changed: who leads, what is served, and files. Call it before one begins to follow."""
+        self._claim()
+        for name, content in (await anyio.to_thread.run_sync(self._files.read_changed)).items():
+            self._replicator.publish(name, content)
+        if (served := self._service()) != self._served:
+            self._served, self._is_kept = served, False
+            self._replicator.publish(SERVICE_FILE, served.encode())
+        if self._others.addresses and not self._is_kept:
+            self._is_kept = True
+            await anyio.to_thread.run_sync(self._keep, served.encode())
+
+    def _claim(self) -> None:
+        """Lead by the present term, and tell the standbys so if that changed."""
         number = self._roster.terms.number
         if number != self._term:
             self._term, self._since = number, continuous_seconds()
@@ -86,13 +105,6 @@ class LeadershipUpkeep:
         if now != self._announced:
             self._announced = now
             self._replicator.announce(self._state())
-        for name, content in (await anyio.to_thread.run_sync(self._files.read_changed)).items():
-            self._replicator.publish(name, content)
-        service = self._service().encode()
-        self._replicator.publish(SERVICE_FILE, service)
-        if self._others.addresses and service != self._kept:
-            self._kept = service
-            await anyio.to_thread.run_sync(self._keep, service)
 
     def _keep(self, service: bytes) -> None:
         try:
@@ -100,11 +112,13 @@ class LeadershipUpkeep:
         except OSError as e:
             log.warning("service: not kept for the next start reason=%s file=%s", e.strerror, self._file)
 
-    async def _tell(self) -> None:
-        """Tell those that do not follow who leads, and hear who leads there."""
-        following = {address for one in self._replicator.standbys() for address in one.addresses}
-        silent = [address for address in self._others.addresses if address not in following]
-        await asyncio.gather(*map(self._others.ask, silent))
+    async def _keep_telling(self) -> None:
+        """Tell those that do not follow who leads, and hear who leads there. One that is gone holds up nothing else."""
+        while True:
+            following = {address for one in self._replicator.standbys() for address in one.addresses}
+            silent = [address for address in self._others.addresses if address not in following]
+            await asyncio.gather(*map(self._others.ask, silent))
+            await asyncio.sleep(TELL_S)
 
     @property
     def state(self) -> LeadershipState | None:

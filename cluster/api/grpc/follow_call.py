@@ -30,7 +30,10 @@ _MAX_ADDRESSES: Final = 8
 async def serve_follow(
     replicator: Replicator, home: Path, cluster: str, requests: AsyncIterator[pb.FollowRequest], context: Context
 ) -> AsyncGenerator[pb.FollowResponse, None]:
-    """Yield the updates of a standby that ``requests`` introduces, until it leaves or the leader stops."""
+    """Yield the updates of a standby that ``requests`` introduces, until it leaves or the leader stops.
+
+    What it gets first is what was published last.
+    """
     try:
         follower = await _introduce(replicator, requests)
     except MacpipeError as e:

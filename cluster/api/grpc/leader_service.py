@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,8 +27,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class LeaderServicer(LeaderServiceServicer):
     """Serves LeaderService for one process. Only coordinators may call it, which the server's rules see to.
 
-    ``replicator`` sends the state in ``home`` to those that follow. ``http`` answers the requests that they pass on.
-    Both are None while this process does not lead. Once ``leaving`` is set, the standbys pass these to the next leader.
+    ``replicator`` sends the state in ``home`` to those that follow, and ``publish`` gives it what is new of that.
+    ``http`` answers the requests that they pass on. Both are None while this process does not lead. Once ``leaving`` is
+    set, the standbys pass these to the next leader.
     """
 
     def __init__(
@@ -39,16 +40,20 @@ class LeaderServicer(LeaderServiceServicer):
         replicator: Replicator | None = None,
         http: ASGIApp | None = None,
         leaving: asyncio.Event | None = None,
+        publish: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._others, self._home, self._cluster = others, home, cluster
         self._replicator, self._http = replicator, http
         self._leaving = leaving or asyncio.Event()
+        self._publish = publish
 
     async def Follow(
         self, request_iterator: AsyncIterator[pb.FollowRequest], context: Context
     ) -> AsyncIterator[pb.FollowResponse]:
         if self._replicator is None:
             await abort(context, NotLeader("this coordinator stands by; follow the one that leads"))
+        if self._publish:
+            await self._publish()
         updates = serve_follow(self._replicator, self._home, self._cluster, request_iterator, context)
         async with aclosing(updates):
             async for update in updates:
