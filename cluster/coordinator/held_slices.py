@@ -24,14 +24,17 @@ async def adopt_held_slices(
     """Return the workers and the order that keep all held slices where they are.
 
     Look ``ADOPTION_LOOKS`` times while one holds a slice of this model from before, since not every worker may have
-    answered yet.
+    answered yet. In an election all have, so a leader that was elected waits for none that did not.
     Without a complete set of slices, return ``workers`` and ``order`` unchanged.
     """
     for _ in range(ADOPTION_LOOKS):
         held = roster.held_slices
         adopted = adoptable_plan(shape, order, held)
-        if adopted or not any(_is_slice_of(shape, order, f) and roster.holds_from_before(f) for f in held):
-            return adopted or (workers, order)
+        if adopted:
+            return adopted
+        from_before = any(_is_slice_of(shape, order, f) and roster.holds_from_before(f) for f in held)
+        if not from_before or roster.has_all_heard:
+            break
         await anyio.sleep(SETTLE_S)
         await roster.refresh()
     return workers, order

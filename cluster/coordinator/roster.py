@@ -22,7 +22,7 @@ from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.term_holder import TermHolder
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import DuplicateId, DuplicateName, MacpipeError, NoWorkers, VersionMismatch
-from cluster.core.limits import DESCRIBE_TIMEOUT_S, RESTART_S, SETTLE_S
+from cluster.core.limits import DESCRIBE_TIMEOUT_S, HEARTBEAT_S, RESTART_S, SETTLE_S
 from cluster.core.text import count_in_words
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Source
@@ -62,6 +62,8 @@ class Roster:
         self.instance = secrets.token_hex(8)
         self.inherited_epoch = 0
         """Slices up to this epoch are from the leader before this one, although the workers are led by this one now."""
+        self.silent: set[str] = set()
+        """Addresses at which no worker answered in this process's election. Nobody waits for one before it answers."""
         self.terms = TermHolder(Process(coordinator, self.instance))
         """The term by which this process leads the workers that it loads."""
         self.on_taken: Callable[[Sequence[WorkerClient]], Awaitable[None]] | None = None
@@ -127,12 +129,14 @@ class Roster:
 
     async def _ask(self, address: str, answers: dict[str, RosterEntry]) -> None:
         try:
-            info, problem = await self.control(address).describe(DESCRIBE_TIMEOUT_S)
+            timeout_s = HEARTBEAT_S if address in self.silent else DESCRIBE_TIMEOUT_S
+            info, problem = await self.control(address).describe(timeout_s)
         except MacpipeError as e:
             pinned = (workers[address] for workers in self._pinned.values() if address in workers)
             known = next(pinned, None) or _unknown_worker(address)
             answers[address] = RosterEntry(known, e.sentence, reachable=False, outside=e.details.get(OUTSIDE, ""))
         else:
+            self.silent.discard(address)
             answers[address] = self.member(info, problem)
 
     def member(self, info: WorkerInfo, problem: str) -> RosterEntry:
@@ -191,6 +195,12 @@ class Roster:
     def was_elected(self) -> bool:
         """Whether this process leads in place of another one."""
         return self.inherited_epoch > 0
+
+    @property
+    def has_all_heard(self) -> bool:
+        """Whether this process was elected, and all workers that answered it then are members now."""
+        reachable = {member.info.control_address for member in self.members if member.reachable}
+        return self.was_elected and self.addresses() - self.silent <= reachable
 
     def owns(self, info: WorkerInfo) -> bool:
         """Return whether the worker holds a slice from this coordinator or a predecessor with the same id."""

@@ -69,6 +69,11 @@ class RosterView:
         """Whether this process leads in place of another one."""
         return self._roster.was_elected
 
+    @property
+    def has_all_heard(self) -> bool:
+        """Whether all workers that answered in this process's election are members, see ``Roster``."""
+        return self._roster.has_all_heard
+
     def holds_from_before(self, info: WorkerInfo) -> bool:
         """Return whether the worker's slice is from a predecessor with the same id, see ``Roster``."""
         return self._roster.holds_from_before(info)

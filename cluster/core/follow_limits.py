@@ -11,7 +11,7 @@ FOLLOW_PAUSE_S: Final = 0.1
 MAX_FOLLOW_PAUSE_S: Final = 0.5
 FOLLOW_CONNECT_MS: Final = 2_000
 """Timeout of one connection attempt of a client that has other addresses to try."""
-FOLLOW_PING_MS: Final = 4_000
+FOLLOW_PING_MS: Final = 3_000
 """After this silence such a client gives up a connection. A network may lose a few packets; a Mac that sleeps is silent
 for longer."""
 MAX_COORDINATORS: Final = 16

@@ -116,6 +116,11 @@ class Election:
         return [self._roster.control(address) for address in addresses]
 
     @property
+    def found(self) -> frozenset[str]:
+        """The addresses at which a worker has answered that may be led."""
+        return frozenset(self._found)
+
+    @property
     def denials(self) -> Mapping[str, TermAnswer]:
         """Why workers refused last, by address."""
         return self._candidate.denials

@@ -51,6 +51,8 @@ class LeadershipUpkeep:
         """What was published last."""
         self._is_kept = False
         """Whether ``file`` has it."""
+        self._publishing = asyncio.Lock()
+        """Held until what one call found to be new has been sent: another call would not find it any more."""
         self._ending = asyncio.Event()
         self._term, self._since = 0, continuous_seconds()
         self._announced: LeadershipState | None = None
@@ -84,14 +86,15 @@ class LeadershipUpkeep:
     async def publish(self) -> None:
         """Send standbys what changed: who leads, what is served, and files. Call it before one begins to follow."""
         self._claim()
-        for name, content in (await anyio.to_thread.run_sync(self._files.read_changed)).items():
-            self._replicator.publish(name, content)
-        if (served := self._service()) != self._served:
-            self._served, self._is_kept = served, False
-            self._replicator.publish(SERVICE_FILE, served.encode())
-        if self._others.addresses and not self._is_kept:
-            self._is_kept = True
-            await anyio.to_thread.run_sync(self._keep, served.encode())
+        async with self._publishing:
+            for name, content in (await anyio.to_thread.run_sync(self._files.read_changed)).items():
+                self._replicator.publish(name, content)
+            if (served := self._service()) != self._served:
+                self._served, self._is_kept = served, False
+                self._replicator.publish(SERVICE_FILE, served.encode())
+            if self._others.addresses and not self._is_kept:
+                self._is_kept = True
+                await anyio.to_thread.run_sync(self._keep, served.encode())
 
     def _claim(self) -> None:
         """Lead by the present term, and tell the standbys so if that changed."""

@@ -257,6 +257,7 @@ class Standby:
                 await roster.close()
         may_resume = self._has_all(service, election.in_sync)
         log.warning("standby: elected term=%d may_resume=%s", leadership.term.number, may_resume)
+        roster.silent = roster.addresses() - election.found
         roster.terms.begin(leadership, election.clients(leadership.workers))
         return Succession(roster, leadership, service, election.newest_epoch, may_resume, self._fit.reader)
 

@@ -141,6 +141,14 @@ async def test_only_slices_from_before_are_waited_for(monkeypatch: pytest.Monkey
     workers = tuple(member.info for member in before.members)
     assert await adopt_held_slices(SHAPE, ORDER, workers, RosterView(before, "m")) == (workers, ORDER)
     assert before.looks == ADOPTION_LOOKS
+    elected = Looks(holding("ada", 0, 2, owner="me"))
+    elected.inherited_epoch, elected.silent = EPOCH, {"bob:1"}
+    monkeypatch.setattr(elected, "addresses", lambda: {"ada:1", "bob:1"})
+    assert await adopt_held_slices(SHAPE, ORDER, workers, RosterView(elected, "m")) == (workers, ORDER)
+    assert elected.looks == 0, "a worker was waited for that did not answer in the election"
+    elected.silent.clear()
+    assert await adopt_held_slices(SHAPE, ORDER, workers, RosterView(elected, "m")) == (workers, ORDER)
+    assert elected.looks == ADOPTION_LOOKS, "bob answered in the election, and may be slow"
     now = Looks()
     now.members = (RosterEntry(holding("ada", 0, 2, owner="me", live_owner_process=now.instance)),)
     assert await adopt_held_slices(SHAPE, ORDER, workers, RosterView(now, "m")) == (workers, ORDER)

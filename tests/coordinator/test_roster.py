@@ -15,7 +15,7 @@ from cluster.coordinator.roster import MLX_LM, Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
 from cluster.core.errors import MacpipeError, NoPlan, NoWorkers, VersionMismatch, WorkerLost
-from cluster.core.limits import GIB
+from cluster.core.limits import DESCRIBE_TIMEOUT_S, GIB, HEARTBEAT_S
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, ModelShape, Plan
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.static import static_source
@@ -99,6 +99,28 @@ def test_a_worker_that_may_come_back_is_waited_for(monkeypatch: pytest.MonkeyPat
     assert time.monotonic() - began >= 0.3
     assert error.sentence.startswith("wanted 1 worker of cluster c, found no worker")
     assert "found no worker; worker ada does not answer; bob belongs to the cluster lab" in error.sentence
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_did_not_answer_in_the_election_holds_up_nobody_until_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = dict[str, list[float]]()
+
+    async def describe(self: Telling, timeout_s: float) -> tuple[WorkerInfo, str]:
+        given.setdefault(self._address, []).append(timeout_s)
+        return await told(self, timeout_s)
+
+    told = Telling.describe
+    monkeypatch.setattr(Telling, "describe", describe)
+    roster = a_roster(monkeypatch, ADA, replace(BOB, version=""))
+    roster.silent = {ADA.control_address, BOB.control_address}
+    for _ in range(2):
+        await roster.refresh()
+    assert given == {
+        ADA.control_address: [HEARTBEAT_S, DESCRIBE_TIMEOUT_S],
+        BOB.control_address: [HEARTBEAT_S, HEARTBEAT_S],
+    }
 
 
 def test_a_plan_that_waits_for_nobody_does_not_say_that_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:

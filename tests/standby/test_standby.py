@@ -166,6 +166,14 @@ async def test_a_standby_takes_the_place_of_a_leader_that_hands_over_and_resumes
     assert not scene.roster.closed
 
 
+@pytest.mark.anyio
+async def test_who_leads_knows_which_workers_did_not_answer_in_the_election() -> None:
+    scene = Scene()
+    scene.leads = False
+    scene.roster.all[2].gone = True
+    assert (await scene.elected()).roster.silent == {scene.roster.all[2].address}
+
+
 @pytest.mark.parametrize(
     ("complete", "replicate", "named", "may_resume"),
     [
