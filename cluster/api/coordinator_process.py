@@ -242,6 +242,7 @@ class Leading:
             http,
             self.leaving,
             self.upkeep.publish,
+            self.upkeep.confirm,
         )
 
     async def stop(self) -> None:

@@ -17,6 +17,7 @@ from cluster.cli.help import Command
 from cluster.cli.options import Cluster, Home, Json, open_folder
 
 if TYPE_CHECKING:
+    from cluster.cli.stored_edits import StandbyFacts
     from cluster.security.keys import ApiKey, KeyScope, KeyStore
 
 BOUNDS: Final = ("requests/min", "tokens/min", "at once")
@@ -55,6 +56,13 @@ class NewKey(KeyFacts):
     """A created key with its secret, which is shown only once."""
 
     key: str
+
+
+@dataclass(frozen=True, slots=True)
+class RevokedKey(KeyFacts):
+    """A revoked key. ``standbys`` is null if no other coordinator is known."""
+
+    standbys: StandbyFacts | None
 
 
 @key.command(cls=Command)
@@ -110,15 +118,22 @@ def revoke(
     home: Home = None,
     json: Json = False,
 ) -> None:
-    """Revoke a key; its running answers end within seconds."""
+    """Revoke a key; its running answers end within seconds.
+
+    Waits a few seconds for the standbys to store it.
+    """
+    from cluster.cli.stored_edits import confirm_keys, print_standbys
+
     with errors_in_json(json):
         revoked = keys_of(cluster, home).revoke(name)
+        standbys = confirm_keys(open_folder(home, cluster))
         if json:
             from cluster.cli.json_output import print_json
 
-            print_json(KeyFacts(**facts(revoked)))
+            print_json(RevokedKey(**facts(revoked), standbys=standbys))
             return
         sys.stdout.write(f"{revoked.name} ({revoked.id}) is revoked\n")
+        print_standbys(standbys)
 
 
 def keys_of(cluster: str | None, home: Path | None) -> KeyStore:

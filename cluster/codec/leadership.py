@@ -11,6 +11,7 @@ from cluster.core.leadership import (
     LeadershipState,
     Replicate,
     StandbyState,
+    StoredEdit,
 )
 from cluster.v1 import cluster_pb2 as pb
 from cluster.v1 import leader_pb2
@@ -19,10 +20,12 @@ __all__ = [
     "decode_claim",
     "decode_coordinator",
     "decode_leadership",
+    "decode_stored_edit",
     "encode_coordinator",
     "encode_leadership",
     "encode_leads_request",
     "encode_leads_response",
+    "encode_stored_edit",
 ]
 
 _ROLES: Final = {
@@ -103,6 +106,18 @@ def decode_claim(message: leader_pb2.LeadsRequest | leader_pb2.LeadsResponse) ->
         leader = decode_coordinator(message.leader)
     role = _ROLE_OF.get(message.role, CoordinatorRole.UNKNOWN)
     return LeaderClaim(decode_coordinator(message.coordinator), role, message.term, leader, message.problem)
+
+
+def encode_stored_edit(edit: StoredEdit) -> leader_pb2.StoreEditResponse:
+    """Encode which standbys have stored an edit."""
+    return leader_pb2.StoreEditResponse(
+        stored=map(_encode_standby, edit.stored), missing=map(_encode_standby, edit.missing)
+    )
+
+
+def decode_stored_edit(message: leader_pb2.StoreEditResponse) -> StoredEdit:
+    """Decode which standbys have stored an edit."""
+    return StoredEdit(tuple(map(_decode_standby, message.stored)), tuple(map(_decode_standby, message.missing)))
 
 
 def _encode_standby(standby: StandbyState) -> pb.Leadership.Standby:

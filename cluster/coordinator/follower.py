@@ -50,6 +50,15 @@ class Follower:
         return 0 < self._complete_at <= self._stored
 
     @property
+    def newest(self) -> int:
+        """The number of the last update that it was sent."""
+        return self._number
+
+    def has_stored(self, number: int) -> bool:
+        """Return whether it has stored all updates up to this number."""
+        return self._stored >= number
+
+    @property
     def behind(self) -> int:
         """How many updates it has not stored yet."""
         return len(self._unstored)

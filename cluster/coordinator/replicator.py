@@ -17,9 +17,9 @@ from cluster.coordinator.follower import Follower
 from cluster.coordinator.in_sync_names import InSyncNames
 from cluster.coordinator.journal_writer import JournalWriter
 from cluster.core.errors import Busy, InvalidOption, MacpipeError
-from cluster.core.leadership import CoordinatorName, LeadershipState, Replicate, StandbyState
+from cluster.core.leadership import CoordinatorName, LeadershipState, Replicate, StandbyState, StoredEdit
 from cluster.core.limits import HEARTBEAT_S
-from cluster.core.replication_limits import MAX_STANDBYS, STORE_S
+from cluster.core.replication_limits import CONFIRM_S, MAX_STANDBYS, STORE_S
 from cluster.membership.slowness import extra_s
 from cluster.platform.continuous_clock import continuous_seconds
 from cluster.platform.overload import Lag, no_lag
@@ -119,6 +119,7 @@ class Replicator:
             del self._followers[follower.replica]
             log.info("replication: standby left name=%s replica=%s", follower.name.name, follower.replica)
             self._changed.set()
+            self._progress.set()
 
     def acknowledge(self, follower: Follower, number: int) -> None:
         """Take note that a follower has stored its updates up to this number."""
@@ -144,12 +145,28 @@ class Replicator:
     def standbys(self) -> tuple[StandbyState, ...]:
         """Return the standbys that follow, sorted by name."""
         followers = sorted(self._followers.values(), key=lambda one: (one.name.name, one.replica))
-        return tuple(
-            StandbyState(
-                one.name.name, one.name.addresses, one.replica in self._named, one.behind, self._why_not_in_sync(one)
-            )
-            for one in followers
-        )
+        return tuple(map(self._describe, followers))
+
+    def _describe(self, one: Follower) -> StandbyState:
+        in_sync = one.replica in self._named
+        return StandbyState(one.name.name, one.name.addresses, in_sync, one.behind, self._why_not_in_sync(one))
+
+    async def confirm(self) -> StoredEdit:
+        """Return which standbys have stored all that they were sent until now, after ``CONFIRM_S`` at most."""
+        sent = [(follower, follower.newest) for follower in self._followers.values()]
+
+        def is_done(follower: Follower, number: int) -> bool:
+            return follower.has_stored(number) or self._followers.get(follower.replica) is not follower
+
+        await self._wait_for(lambda: all(is_done(*one) for one in sent), CONFIRM_S)
+        stored, missing = list[StandbyState](), list[StandbyState]()
+        for follower, number in sent:
+            state = self._describe(follower)
+            if follower.has_stored(number):
+                stored.append(state)
+            else:
+                missing.append(dataclasses.replace(state, problem="it has not stored this in time"))
+        return StoredEdit(tuple(stored), tuple(missing))
 
     def _encode_leadership(self, leadership: LeadershipState) -> pb.FollowResponse:
         current = dataclasses.replace(leadership, replicate=self.mode, standbys=self.standbys())
@@ -296,10 +313,10 @@ class Replicator:
         if self._journal and self._journal.gate:
             self._journal.gate.end(why)
 
-    async def _wait_for(self, is_done: Callable[[], bool]) -> None:
-        """Wait until something is done, at most ``STORE_S``."""
+    async def _wait_for(self, is_done: Callable[[], bool], most_s: float = STORE_S) -> None:
+        """Wait until something is done, at most ``most_s``."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(STORE_S + extra_s(self._lag())):
+            async with asyncio.timeout(most_s + extra_s(self._lag())):
                 while not is_done():
                     self._progress.clear()
                     await self._progress.wait()

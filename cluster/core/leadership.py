@@ -79,3 +79,11 @@ class LeaderClaim:
     term: int = 0
     leader: CoordinatorName | None = None
     problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEdit:
+    """Which standbys of a leader have stored an edit of its state, and which have not."""
+
+    stored: tuple[StandbyState, ...] = ()
+    missing: tuple[StandbyState, ...] = ()

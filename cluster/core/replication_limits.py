@@ -15,6 +15,8 @@ STORE_S: Final = 2.0
 """A standby that does not store an update within this time is not in sync any more."""
 IN_SYNC_WAIT_S: Final = 20.0
 """How long a standby whose copy lacks something leaves the lead to one whose copy lacks nothing, if that comes back."""
+CONFIRM_S: Final = 5.0
+"""How long a command waits for the standbys to store what it edited: one that takes longer is not in sync by then."""
 PIECE_BYTES: Final = MIB
 """Size of the pieces in which a whole journal is sent."""
 MAX_UNSTORED_BYTES: Final = 4 * JOURNAL_BYTES

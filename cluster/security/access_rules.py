@@ -62,6 +62,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     "cluster.v1.LeaderService": {
         "Follow": _COORDINATORS,
         "Leads": _COORDINATORS,
+        "StoreEdit": _COORDINATORS,
         "PassHttp": _COORDINATORS,
     },
     "cluster.v1.InferenceService": {

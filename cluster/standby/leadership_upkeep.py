@@ -16,7 +16,7 @@ from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedServi
 from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.state_files import StateFiles
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, StandbyState
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, StandbyState, StoredEdit
 from cluster.core.limits import HEARTBEAT_S
 from cluster.platform.continuous_clock import continuous_seconds
 from cluster.platform.private_files import replace_file
@@ -96,6 +96,12 @@ class LeadershipUpkeep:
                 self._is_kept = True
                 await anyio.to_thread.run_sync(self._keep, served.encode())
 
+    async def confirm(self) -> StoredEdit:
+        """Send standbys what changed. Return which of them have stored it, after ``CONFIRM_S`` at most."""
+        await self.publish()
+        edit = await self._replicator.confirm()
+        return replace(edit, missing=edit.missing + self._away())
+
     def _claim(self) -> None:
         """Lead by the present term, and tell the standbys so if that changed."""
         number = self._roster.terms.number
@@ -130,9 +136,11 @@ class LeadershipUpkeep:
 
     def _standbys(self) -> tuple[StandbyState, ...]:
         """Return the standbys that follow, and those that do not, although they were heard."""
-        following = self._replicator.standbys()
-        places = {address for one in following for address in one.addresses}
-        return following + tuple(one for one in self._others.away() if places.isdisjoint(one.addresses))
+        return self._replicator.standbys() + self._away()
+
+    def _away(self) -> tuple[StandbyState, ...]:
+        places = {address for one in self._replicator.standbys() for address in one.addresses}
+        return tuple(one for one in self._others.away() if places.isdisjoint(one.addresses))
 
     def _state(self) -> LeadershipState:
         return LeadershipState(

@@ -316,6 +316,54 @@ class LeadsResponse(_message.Message):
 Global___LeadsResponse: _TypeAlias = LeadsResponse  # noqa: Y015
 
 @_typing.final
+class StoreEditRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> Global___ReplicatedFile: ...
+    def __init__(
+        self,
+        *,
+        file: Global___ReplicatedFile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreEditRequest: _TypeAlias = StoreEditRequest  # noqa: Y015
+
+@_typing.final
+class StoreEditResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORED_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def stored(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.Leadership.Standby]:
+        """The standbys that have stored the edit."""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.Leadership.Standby]:
+        """Those that have not, those that do not follow now included."""
+
+    def __init__(
+        self,
+        *,
+        stored: _abc.Iterable[_cluster_pb2.Leadership.Standby] | None = ...,
+        missing: _abc.Iterable[_cluster_pb2.Leadership.Standby] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreEditResponse: _TypeAlias = StoreEditResponse  # noqa: Y015
+
+@_typing.final
 class PassHttpRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

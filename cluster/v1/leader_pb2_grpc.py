@@ -44,6 +44,11 @@ class LeaderServiceStub:
                 request_serializer=cluster_dot_v1_dot_leader__pb2.LeadsRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_leader__pb2.LeadsResponse.FromString,
                 _registered_method=True)
+        self.StoreEdit = channel.unary_unary(
+                '/cluster.v1.LeaderService/StoreEdit',
+                request_serializer=cluster_dot_v1_dot_leader__pb2.StoreEditRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_leader__pb2.StoreEditResponse.FromString,
+                _registered_method=True)
         self.PassHttp = channel.stream_stream(
                 '/cluster.v1.LeaderService/PassHttp',
                 request_serializer=cluster_dot_v1_dot_leader__pb2.PassHttpRequest.SerializeToString,
@@ -69,6 +74,14 @@ class LeaderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StoreEdit(self, request, context):
+        """StoreEdit takes over a file that a command has edited on the caller's Mac. It answers once all standbys have stored
+        it, or after a few seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PassHttp(self, request_iterator, context):
         """PassHttp has the leader answer an HTTP request that a standby received.
         """
@@ -88,6 +101,11 @@ def add_LeaderServiceServicer_to_server(servicer, server):
                     servicer.Leads,
                     request_deserializer=cluster_dot_v1_dot_leader__pb2.LeadsRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_leader__pb2.LeadsResponse.SerializeToString,
+            ),
+            'StoreEdit': grpc.unary_unary_rpc_method_handler(
+                    servicer.StoreEdit,
+                    request_deserializer=cluster_dot_v1_dot_leader__pb2.StoreEditRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_leader__pb2.StoreEditResponse.SerializeToString,
             ),
             'PassHttp': grpc.stream_stream_rpc_method_handler(
                     servicer.PassHttp,
@@ -149,6 +167,33 @@ class LeaderService:
             '/cluster.v1.LeaderService/Leads',
             cluster_dot_v1_dot_leader__pb2.LeadsRequest.SerializeToString,
             cluster_dot_v1_dot_leader__pb2.LeadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreEdit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.LeaderService/StoreEdit',
+            cluster_dot_v1_dot_leader__pb2.StoreEditRequest.SerializeToString,
+            cluster_dot_v1_dot_leader__pb2.StoreEditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class LeaderServiceStub:
     """
     Leads: _grpc.UnaryUnaryMultiCallable[_leader_pb2.LeadsRequest, _leader_pb2.LeadsResponse]
     """Leads tells another coordinator who leads, and asks it the same."""
+    StoreEdit: _grpc.UnaryUnaryMultiCallable[_leader_pb2.StoreEditRequest, _leader_pb2.StoreEditResponse]
+    """StoreEdit takes over a file that a command has edited on the caller's Mac. It answers once all standbys have stored
+    it, or after a few seconds.
+    """
     PassHttp: _grpc.StreamStreamMultiCallable[_leader_pb2.PassHttpRequest, _leader_pb2.PassHttpResponse]
     """PassHttp has the leader answer an HTTP request that a standby received."""
 
@@ -51,6 +55,10 @@ class LeaderServiceAsyncStub(LeaderServiceStub):
     """
     Leads: _aio.UnaryUnaryMultiCallable[_leader_pb2.LeadsRequest, _leader_pb2.LeadsResponse]  # type: ignore[assignment]
     """Leads tells another coordinator who leads, and asks it the same."""
+    StoreEdit: _aio.UnaryUnaryMultiCallable[_leader_pb2.StoreEditRequest, _leader_pb2.StoreEditResponse]  # type: ignore[assignment]
+    """StoreEdit takes over a file that a command has edited on the caller's Mac. It answers once all standbys have stored
+    it, or after a few seconds.
+    """
     PassHttp: _aio.StreamStreamMultiCallable[_leader_pb2.PassHttpRequest, _leader_pb2.PassHttpResponse]  # type: ignore[assignment]
     """PassHttp has the leader answer an HTTP request that a standby received."""
 
@@ -72,6 +80,16 @@ class LeaderServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_leader_pb2.LeadsResponse, _abc.Awaitable[_leader_pb2.LeadsResponse]]:
         """Leads tells another coordinator who leads, and asks it the same."""
+
+    @_abc_1.abstractmethod
+    def StoreEdit(
+        self,
+        request: _leader_pb2.StoreEditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_leader_pb2.StoreEditResponse, _abc.Awaitable[_leader_pb2.StoreEditResponse]]:
+        """StoreEdit takes over a file that a command has edited on the caller's Mac. It answers once all standbys have stored
+        it, or after a few seconds.
+        """
 
     @_abc_1.abstractmethod
     def PassHttp(

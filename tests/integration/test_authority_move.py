@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.keys import KeyStore
 from integration.daemons import Daemon, free_port, launch, until
 from integration.test_joining import macpipe
 
@@ -65,6 +66,35 @@ def test_the_authority_moves_to_a_running_standby(tmp_path: Path, monkeypatch: p
             token = second.token("client")
             until(lambda: _joined(client, token, "--peer", f"127.0.0.1:{second.join_port}"))
             until(lambda: "mac-3-client" in first.run("members"))
+
+
+def test_what_is_removed_and_revoked_is_confirmed_by_the_standbys(tmp_path: Path) -> None:
+    first, second, third = (Mac(tmp_path, f"mac-{number}") for number in (1, 2, 3))
+    first.run("init", "--name", "mac-1", "--macs", "0")
+    at_first, admitting = f"127.0.0.1:{first.port}", ("--peer", f"127.0.0.1:{first.join_port}")
+    with first.serve("faq", "--wait", "200"):
+        for mac, role in ((second, "coordinator"), (third, "client")):
+            token = first.token(role)
+            until(lambda mac=mac, token=token: _joined(mac, token, *admitting))
+        first.run("key", "create", "amy")
+        assert json.loads(first.run("key", "revoke", "amy", "--json"))["standbys"] is None, "no standby was ever there"
+        with second.serve("--standby", "--coordinator", at_first) as standby:
+            standby.wait_for("standing by")
+            until(lambda: ClusterFolder(second.home, "default").keys.is_file())
+            first.run("key", "create", "bob")
+            revoked = json.loads(first.run("key", "revoke", "bob", "--json"))
+            assert revoked["standbys"] == {"stored": ["mac-2-coordinator"], "missing": [], "problem": ""}
+            copied = KeyStore(ClusterFolder(second.home, "default")).all_keys()
+            assert [key.revoked is None for key in copied if key.name == "bob"] == [False]
+            removed = json.loads(second.run("remove", "mac-3-client", "--json"))
+            assert removed["standbys"]["stored"] == ["mac-2-coordinator"]
+            assert "mac-3-client" not in first.run("members"), "the leader has it, too"
+        first.run("key", "create", "cyd")
+        missing = json.loads(first.run("key", "revoke", "cyd", "--json"))["standbys"]["missing"]
+        assert [one.partition(":")[0] for one in missing] == ["mac-2-coordinator"]
+    first.run("key", "create", "dee")
+    standbys = json.loads(first.run("key", "revoke", "dee", "--json"))["standbys"]
+    assert "no coordinator of cluster default says that it leads" in standbys["problem"]
 
 
 def _joined(mac: Mac, token: str, *options: str) -> bool:

@@ -23,7 +23,7 @@ from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedServi
 from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.state_files import StateFiles
 from cluster.core.errors import InvalidOption, MacpipeError, NotLeader, StaleTerm, WorkerLost
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, Replicate
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, Replicate, StoredEdit
 from cluster.core.request import Accepted, Request, SamplingParams, TokenEvent
 from cluster.membership.in_sync import InSyncSet
 from cluster.membership.terms import Process
@@ -149,6 +149,32 @@ async def following(home: Path, address: str) -> AsyncIterator[tuple[FollowStrea
     with ReplicaFolder(home, CLUSTER) as replica:
         async with FollowStream(address, LocalTrust(), STANDBY, replica, StateFiles(home, CLUSTER)) as stream:
             yield stream, replica
+
+
+@pytest.mark.anyio
+async def test_an_edit_is_confirmed_once_the_standbys_have_stored_it(
+    homes: Homes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = homes
+    async with leading(one, None) as (leader, address):
+        assert await leader.replicator.confirm() == StoredEdit()
+        async with following(two, address) as (stream, replica):
+            await until(lambda: replica.is_complete)
+            leader.replicator.publish("epoch", b"78\n")
+            edit = await leader.replicator.confirm()
+            assert (state_folder(two, CLUSTER) / "epoch").read_bytes() == b"78\n"
+            assert ([state.name for state in edit.stored], edit.missing) == (["mac-2"], ())
+            monkeypatch.setattr("cluster.coordinator.replicator.CONFIRM_S", 0.1)
+            disk = asyncio.Event()
+            monkeypatch.setattr(stream, "_store", lambda update: disk.wait())
+            leader.replicator.publish("epoch", b"79\n")
+            edit = await leader.replicator.confirm()
+            assert ([state.name for state in edit.missing], edit.stored) == (["mac-2"], ())
+            assert edit.missing[0].problem
+            monkeypatch.setattr("cluster.coordinator.replicator.CONFIRM_S", 60.0)
+            waiting = asyncio.create_task(leader.replicator.confirm())
+        edit = await waiting
+        assert ([state.name for state in edit.missing], edit.stored) == (["mac-2"], ()), "it has left"
 
 
 def resumable(home: Path, name: str) -> list[list[int]] | None:
