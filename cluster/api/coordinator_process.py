@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.http.port_settings import HttpPort
 from cluster.api.ports import HttpFront
+from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.epoch_numbers import EpochNumbers
 from cluster.coordinator.identity import state_folder
@@ -41,6 +42,7 @@ from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
 from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
+from cluster.standby.authority_holder import AuthorityClient
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
 from cluster.standby.leads_client import ask_over
 from cluster.standby.other_coordinators import OtherCoordinators
@@ -99,9 +101,10 @@ class CoordinatorProcess:
         others = OtherCoordinators(CoordinatorName(name, secrets.token_hex(8)), ask_over(trust), file)
         return CoordinatorProcess(settings, source, trust, http, front, url, names, others, TimerLag().start())
 
-    def leader_addresses(self) -> tuple[str, ...]:
-        """Return where the leader answers gRPC, as far as this process knows one."""
-        return self.others.leader.addresses if self.others.leader else ()
+    def authority_addresses(self) -> tuple[str, ...]:
+        """Return where the authority's holder may answer gRPC: where it was heard, else where the leader is."""
+        leader = self.others.leader.addresses[:1] if self.others.leader else ()
+        return AuthorityClient(self.trust, self.others).addresses() or leader
 
     def listen_on(self, addresses: tuple[str, ...]) -> None:
         """Note where this process listens now. Loopback comes last: it leads other Macs to themselves."""
@@ -120,6 +123,12 @@ class CoordinatorProcess:
         return Roster(source, settings.cluster, coordinator_id, trust)
 
     # Leading
+
+    def issuer(self, trust: Trust) -> CertificateIssuer | None:
+        """Return what issues certificates while this process leads; None without a cluster."""
+        if trust.renewal is None or trust.members is None:
+            return None
+        return CertificateIssuer(trust.renewal.folder, trust.members, AuthorityClient(trust, self.others).renew)
 
     @property
     def _journal_file(self) -> Path:
@@ -179,6 +188,7 @@ class CoordinatorProcess:
             if mode:
                 replicator.attach(coordinator.journal)
                 roster.on_taken = names.join
+        roster.hears_coordinator = self.others.hears
         first = settings.models[0].name if settings.models else DEFAULT
         coming = [*(taken.service.loaded if taken else (first,))]
         files = StateFiles(settings.home, settings.cluster)

@@ -33,6 +33,7 @@ from cluster.api.models_watch import ModelsWatch
 from cluster.api.ports import HttpFront, bind_public, http_port_or_off, serve_http
 from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
+from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.certificate_rotation import CertificateRotation
 from cluster.coordinator.cluster_stores import ClusterStores
 from cluster.coordinator.coordinator import Coordinator
@@ -122,7 +123,7 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         front = HttpFront()
         url = await stack.enter_async_context(serve_http(settings, http, front, report))
         process = CoordinatorProcess.create(settings, source, trust, http, front, url)
-        tasks.start_soon(certificates.run, process.leader_addresses)
+        tasks.start_soon(certificates.run, process.authority_addresses)
         if trust.me:
             await tasks.start(admit_while_holder, settings, trust, report)
         follows, patience_s = settings.standby or await process.others.find_leader(process.others.addresses), 0.0
@@ -161,7 +162,8 @@ async def _lead(
         app = application(service, process.http.sites, loads, feed, settings.order)
         process.front.answer_by(app)
         stack.callback(feed.close)
-        services = Services(service, _cluster_servicer(coordinator, roster, settings, on_demand), app)
+        issuer = process.issuer(trust)
+        services = Services(service, _cluster_servicer(coordinator, roster, settings, on_demand, issuer), app)
         await leading.upkeep.publish()
         addresses = await stack.enter_async_context(_public_port(leading, trust, services))
         process.listen_on(addresses)
@@ -171,7 +173,8 @@ async def _lead(
         tasks.start_soon(_update_health, coordinator, services.checks, on_demand)
         tasks.start_soon(on_demand.run)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)
-        tasks.start_soon(CertificateRotation(roster, coordinator.members).run)
+        if issuer:
+            tasks.start_soon(CertificateRotation(roster, coordinator.members, issuer).run)
         tasks.start_soon(leading.replicator.run)
         tasks.start_soon(_stay_leader, leading.upkeep, tasks.cancel_scope)
         await _load_first(coordinator, settings, report, process, taken)
@@ -216,11 +219,15 @@ def _coordinator(
 
 
 def _cluster_servicer(
-    coordinator: Coordinator, roster: Roster, settings: ServeSettings, on_demand: OnDemand
+    coordinator: Coordinator,
+    roster: Roster,
+    settings: ServeSettings,
+    on_demand: OnDemand,
+    issuer: CertificateIssuer | None,
 ) -> ClusterServicer:
     examinations = Examinations(roster, coordinator.members)
     stores = ClusterStores(roster, coordinator.members, settings.home)
-    return ClusterServicer(coordinator, roster.trust, settings.order, examinations, stores, on_demand)
+    return ClusterServicer(coordinator, roster.trust, settings.order, examinations, stores, on_demand, issuer)
 
 
 async def _stay_leader(upkeep: LeadershipUpkeep, scope: anyio.CancelScope) -> None:

@@ -6,24 +6,20 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import anyio
 
+from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.core.errors import MacpipeError
 from cluster.core.worker import WorkerInfo
 from cluster.security.limits import RENEWAL_LOOK_S, REVOCATION_LOOK_S
 
-if TYPE_CHECKING:
-    from cluster.security.certificate_renewal import Renewal
-    from cluster.security.cluster_folder import ClusterFolder
-
 log = logging.getLogger(__name__)
 
 
 class CertificateRotation:
-    """Spreads revocations and renews certificates. Does nothing without a cluster.
+    """Spreads revocations and renews workers' certificates.
 
     ``ask`` asks every worker to describe itself; that call also carries the list of revoked certificates.
     """
@@ -32,59 +28,55 @@ class CertificateRotation:
         self,
         roster: Roster,
         ask: Callable[[], Awaitable[tuple[RosterEntry, ...]]],
+        issuer: CertificateIssuer,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._roster, self._ask, self._clock = roster, ask, clock
-        self._trust = roster.trust
+        self._roster, self._ask, self._issuer, self._clock = roster, ask, issuer, clock
+        self._members = roster.trust.members
 
     async def run(self) -> None:
-        """Run until cancelled."""
-        if self._trust.members is None or (renewal := self._trust.renewal) is None:
+        """Run until cancelled. Does nothing without a cluster."""
+        if self._members is None:
             return
-        known = self._trust.members.revoked()
+        known = self._members.revoked()
         checked_at = float("-inf")
+        problem = ""
         while True:
             try:
-                if known != (known := self._trust.members.revoked()):
+                if known != (known := self._members.revoked()):
                     await self._ask()
                 if time.monotonic() - checked_at > RENEWAL_LOOK_S:
                     checked_at = time.monotonic()
-                    await self.renew(renewal)
+                    if bool(problem) != bool(problem := self._roster.authority_problem):
+                        _log_authority(problem)
+                    await self.renew()
             except MacpipeError as e:
                 log.warning("certificates: cannot refresh cluster membership reason=%s", e.sentence)
             await anyio.sleep(REVOCATION_LOOK_S)
 
-    async def renew(self, renewal: Renewal) -> None:
-        """Renew the certificates that are due: this coordinator's, then those of the workers that answer now.
-
-        Does nothing while the authority is on another Mac, of which ``status`` warns.
-        """
-        from cluster.security.authority import find_holder
+    async def renew(self) -> None:
+        """Renew the certificates that are due of the workers that answer now, unless the authority's Mac does not."""
         from cluster.security.certificate_renewal import is_due
 
-        if not find_holder(renewal.folder, self._trust.members).here:
+        if self._roster.authority_problem:
             return
-        if is_due(*self._trust.validity, self._clock()):
-            await anyio.to_thread.run_sync(self._renew_own, renewal)
         for member in await self._ask():
             if member.reachable and member.info.certificate[1] and is_due(*member.info.certificate, self._clock()):
-                await self._renew_worker(member.info, renewal.folder)
+                await self._renew_worker(member.info)
 
-    def _renew_own(self, renewal: Renewal) -> None:
-        from cluster.security.certificate_renewal import renew_certificate
-
-        own = renewal.held().party
-        renewal.install(renew_certificate(renewal.folder, own.role, own.id, renewal.request(), self._clock()))
-        log.info("certificates: renewed own certificate")
-
-    async def _renew_worker(self, info: WorkerInfo, folder: ClusterFolder) -> None:
-        from cluster.security.certificate_renewal import renew_certificate
+    async def _renew_worker(self, info: WorkerInfo) -> None:
         from cluster.security.roles import Role
 
-        certify = partial(renew_certificate, folder, Role.WORKER, info.id, now=self._clock())
         try:
-            await self._roster.control(info.control_address).renew(certify)
+            await self._roster.control(info.control_address).renew(partial(self._issuer.renew, Role.WORKER, info.id))
         except MacpipeError as e:
             log.warning("certificates: not renewed reason=%s worker=%s", e.sentence, info.name)
         else:
             log.info("certificates: renewed worker=%s", info.name)
+
+
+def _log_authority(problem: str) -> None:
+    if problem:
+        log.warning("certificates: the authority is out of reach reason=%s", problem)
+    else:
+        log.info("certificates: the authority answers again")

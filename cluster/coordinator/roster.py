@@ -66,6 +66,8 @@ class Roster:
         """Addresses at which no worker answered in this process's election. Nobody waits for one before it answers."""
         self.terms = TermHolder(Process(coordinator, self.instance))
         """The term by which this process leads the workers that it loads."""
+        self.hears_coordinator: Callable[[str], bool] = lambda name: False
+        """Whether the coordinator of this name answers, which may hold the cluster's authority."""
         self.on_taken: Callable[[Sequence[WorkerClient]], Awaitable[None]] | None = None
         """Called with the workers of each load once they have granted the term, before anything is loaded."""
         self.trust = trust
@@ -154,13 +156,13 @@ class Roster:
 
     @property
     def authority_problem(self) -> str:
-        """What cannot be done while another Mac holds the cluster's authority; "" if this one does, or no cluster."""
+        """What cannot be done while the authority's Mac does not answer; "" if it does, or is this one."""
         if self.trust.members is None or self.trust.renewal is None:
             return ""
         from cluster.security.authority import find_holder
 
         holder = find_holder(self.trust.renewal.folder, self.trust.members)
-        return "" if holder.here else holder.problem(self._cluster)
+        return "" if holder.here or self.hears_coordinator(holder.name) else holder.problem(self._cluster)
 
     def _revoked_serials(self) -> frozenset[int]:
         return self.trust.members.revoked() if self.trust.members else frozenset()

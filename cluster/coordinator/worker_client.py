@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
 import grpc
 
 from cluster.codec.examination import decode_results
@@ -384,11 +383,11 @@ class WorkerClient:
         async with self._map_errors():
             await self._stub.RemoveStored(pb.RemoveStoredRequest(fingerprint=fingerprint), timeout=STORE_S)
 
-    async def renew(self, certify: Callable[[bytes], bytes]) -> None:
-        """Renew the worker's certificate. ``certify`` makes it from the worker's signing request, on a thread."""
+    async def renew(self, certify: Callable[[bytes], Awaitable[bytes]]) -> None:
+        """Renew the worker's certificate. ``certify`` makes it from the worker's signing request."""
         async with self._map_errors():
             answer = await self._stub.RequestCertificate(pb.RequestCertificateRequest(), timeout=CONTROL_TIMEOUT_S)
-        certificate = await anyio.to_thread.run_sync(certify, answer.request)
+        certificate = await certify(answer.request)
         async with self._map_errors():
             fresh = pb.InstallCertificateRequest(certificate=certificate)
             await self._stub.InstallCertificate(fresh, timeout=CONTROL_TIMEOUT_S)

@@ -93,6 +93,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
     },
     "cluster.v1.AuthorityService": {
         "CertifyHttp": _COORDINATORS,
+        "RenewMember": _COORDINATORS,
         "OfferKey": _COORDINATORS,
         "ReceiveAuthority": _COORDINATORS,
         "RecordMove": _COORDINATORS,

@@ -162,7 +162,7 @@ class AuthorityHolder:
         ends = f"; the first certificate ends {date_in_words(self.first_end)}" if self.first_end else ""
         return (
             f"the authority of cluster {cluster} is on {where}: Macs join there alone, and no certificate is renewed"
-            f" unless that Mac leads{ends}"
+            f" while no coordinator answers there{ends}"
         )
 
 

@@ -29,6 +29,8 @@ MAX_ADDRESSES: Final = 8
 """Most addresses of one coordinator that are believed."""
 _MOST_HOPS: Final = 3
 """How often those that are named are asked in turn."""
+_SILENT_S: Final = 2 * GONE_S
+"""A standby that was not heard for this long does not answer."""
 _MAX_FILE_BYTES: Final = 64 * 1024
 AskCoordinator: TypeAlias = Callable[[str, LeaderClaim], Awaitable[LeaderClaim]]
 """Tells the coordinator at an address a claim, and returns its own. Raises ``MacpipeError``."""
@@ -78,6 +80,16 @@ class OtherCoordinators:
     def addresses(self) -> tuple[str, ...]:
         """The gRPC addresses of all known coordinators, the last heard ones first."""
         return tuple(address for name in reversed(self._known.values()) for address in name.addresses)
+
+    def addresses_of(self, name: str) -> tuple[str, ...]:
+        """Return the gRPC addresses of the known coordinators with this name, the last heard one first."""
+        return tuple(address for one in reversed(self._known.values()) if one.name == name for address in one.addresses)
+
+    def hears(self, name: str) -> bool:
+        """Return whether a coordinator of this name was heard just now, as one that leads or stands by."""
+        now = self._clock()
+        standbys = (one.name.name for one in self._standbys.values() if now - one.at <= _SILENT_S)
+        return name in (*standbys, self.leader.name if self.leader else "")
 
     @property
     def claim(self) -> LeaderClaim:
@@ -232,7 +244,7 @@ def _bounded(one: CoordinatorName) -> CoordinatorName:
 
 
 def _why_away(heard: _Heard, silent_s: float) -> str:
-    if silent_s > 2 * GONE_S:
+    if silent_s > _SILENT_S:
         return "it does not answer"
     return heard.problem or "it has not begun to follow"
 

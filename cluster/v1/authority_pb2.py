@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/v1/authority.proto\x12\ncluster.v1\"4\n\x12\x43\x65rtifyHttpRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\r\n\x05hosts\x18\x02 \x03(\t\"*\n\x13\x43\x65rtifyHttpResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x11\n\x0fOfferKeyRequest\"&\n\x10OfferKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\",\n\x17ReceiveAuthorityRequest\x12\x11\n\tencrypted\x18\x01 \x01(\x0c\"\x1a\n\x18ReceiveAuthorityResponse\"#\n\x11RecordMoveRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\"\x14\n\x12RecordMoveResponse2\xd5\x02\n\x10\x41uthorityService\x12N\n\x0b\x43\x65rtifyHttp\x12\x1e.cluster.v1.CertifyHttpRequest\x1a\x1f.cluster.v1.CertifyHttpResponse\x12\x45\n\x08OfferKey\x12\x1b.cluster.v1.OfferKeyRequest\x1a\x1c.cluster.v1.OfferKeyResponse\x12]\n\x10ReceiveAuthority\x12#.cluster.v1.ReceiveAuthorityRequest\x1a$.cluster.v1.ReceiveAuthorityResponse\x12K\n\nRecordMove\x12\x1d.cluster.v1.RecordMoveRequest\x1a\x1e.cluster.v1.RecordMoveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/v1/authority.proto\x12\ncluster.v1\"4\n\x12\x43\x65rtifyHttpRequest\x12\x0f\n\x07request\x18\x01 \x01(\x0c\x12\r\n\x05hosts\x18\x02 \x03(\t\"*\n\x13\x43\x65rtifyHttpResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"?\n\x12RenewMemberRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07request\x18\x03 \x01(\x0c\"*\n\x13RenewMemberResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x11\n\x0fOfferKeyRequest\"&\n\x10OfferKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\",\n\x17ReceiveAuthorityRequest\x12\x11\n\tencrypted\x18\x01 \x01(\x0c\"\x1a\n\x18ReceiveAuthorityResponse\"#\n\x11RecordMoveRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\"\x14\n\x12RecordMoveResponse2\xa5\x03\n\x10\x41uthorityService\x12N\n\x0b\x43\x65rtifyHttp\x12\x1e.cluster.v1.CertifyHttpRequest\x1a\x1f.cluster.v1.CertifyHttpResponse\x12N\n\x0bRenewMember\x12\x1e.cluster.v1.RenewMemberRequest\x1a\x1f.cluster.v1.RenewMemberResponse\x12\x45\n\x08OfferKey\x12\x1b.cluster.v1.OfferKeyRequest\x1a\x1c.cluster.v1.OfferKeyResponse\x12]\n\x10ReceiveAuthority\x12#.cluster.v1.ReceiveAuthorityRequest\x1a$.cluster.v1.ReceiveAuthorityResponse\x12K\n\nRecordMove\x12\x1d.cluster.v1.RecordMoveRequest\x1a\x1e.cluster.v1.RecordMoveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,18 +35,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CERTIFYHTTPREQUEST']._serialized_end=94
   _globals['_CERTIFYHTTPRESPONSE']._serialized_start=96
   _globals['_CERTIFYHTTPRESPONSE']._serialized_end=138
-  _globals['_OFFERKEYREQUEST']._serialized_start=140
-  _globals['_OFFERKEYREQUEST']._serialized_end=157
-  _globals['_OFFERKEYRESPONSE']._serialized_start=159
-  _globals['_OFFERKEYRESPONSE']._serialized_end=197
-  _globals['_RECEIVEAUTHORITYREQUEST']._serialized_start=199
-  _globals['_RECEIVEAUTHORITYREQUEST']._serialized_end=243
-  _globals['_RECEIVEAUTHORITYRESPONSE']._serialized_start=245
-  _globals['_RECEIVEAUTHORITYRESPONSE']._serialized_end=271
-  _globals['_RECORDMOVEREQUEST']._serialized_start=273
-  _globals['_RECORDMOVEREQUEST']._serialized_end=308
-  _globals['_RECORDMOVERESPONSE']._serialized_start=310
-  _globals['_RECORDMOVERESPONSE']._serialized_end=330
-  _globals['_AUTHORITYSERVICE']._serialized_start=333
-  _globals['_AUTHORITYSERVICE']._serialized_end=674
+  _globals['_RENEWMEMBERREQUEST']._serialized_start=140
+  _globals['_RENEWMEMBERREQUEST']._serialized_end=203
+  _globals['_RENEWMEMBERRESPONSE']._serialized_start=205
+  _globals['_RENEWMEMBERRESPONSE']._serialized_end=247
+  _globals['_OFFERKEYREQUEST']._serialized_start=249
+  _globals['_OFFERKEYREQUEST']._serialized_end=266
+  _globals['_OFFERKEYRESPONSE']._serialized_start=268
+  _globals['_OFFERKEYRESPONSE']._serialized_end=306
+  _globals['_RECEIVEAUTHORITYREQUEST']._serialized_start=308
+  _globals['_RECEIVEAUTHORITYREQUEST']._serialized_end=352
+  _globals['_RECEIVEAUTHORITYRESPONSE']._serialized_start=354
+  _globals['_RECEIVEAUTHORITYRESPONSE']._serialized_end=380
+  _globals['_RECORDMOVEREQUEST']._serialized_start=382
+  _globals['_RECORDMOVEREQUEST']._serialized_end=417
+  _globals['_RECORDMOVERESPONSE']._serialized_start=419
+  _globals['_RECORDMOVERESPONSE']._serialized_end=439
+  _globals['_AUTHORITYSERVICE']._serialized_start=442
+  _globals['_AUTHORITYSERVICE']._serialized_end=863
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,11 @@ class AuthorityServiceStub:
                 request_serializer=cluster_dot_v1_dot_authority__pb2.CertifyHttpRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_authority__pb2.CertifyHttpResponse.FromString,
                 _registered_method=True)
+        self.RenewMember = channel.unary_unary(
+                '/cluster.v1.AuthorityService/RenewMember',
+                request_serializer=cluster_dot_v1_dot_authority__pb2.RenewMemberRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_authority__pb2.RenewMemberResponse.FromString,
+                _registered_method=True)
         self.OfferKey = channel.unary_unary(
                 '/cluster.v1.AuthorityService/OfferKey',
                 request_serializer=cluster_dot_v1_dot_authority__pb2.OfferKeyRequest.SerializeToString,
@@ -61,6 +66,13 @@ class AuthorityServiceServicer:
 
     def CertifyHttp(self, request, context):
         """CertifyHttp returns a certificate for the caller's HTTPS port.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewMember(self, request, context):
+        """RenewMember returns a new certificate for a member: for the caller itself, or for a member that is no coordinator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +106,11 @@ def add_AuthorityServiceServicer_to_server(servicer, server):
                     servicer.CertifyHttp,
                     request_deserializer=cluster_dot_v1_dot_authority__pb2.CertifyHttpRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_authority__pb2.CertifyHttpResponse.SerializeToString,
+            ),
+            'RenewMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewMember,
+                    request_deserializer=cluster_dot_v1_dot_authority__pb2.RenewMemberRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_authority__pb2.RenewMemberResponse.SerializeToString,
             ),
             'OfferKey': grpc.unary_unary_rpc_method_handler(
                     servicer.OfferKey,
@@ -138,6 +155,33 @@ class AuthorityService:
             '/cluster.v1.AuthorityService/CertifyHttp',
             cluster_dot_v1_dot_authority__pb2.CertifyHttpRequest.SerializeToString,
             cluster_dot_v1_dot_authority__pb2.CertifyHttpResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.AuthorityService/RenewMember',
+            cluster_dot_v1_dot_authority__pb2.RenewMemberRequest.SerializeToString,
+            cluster_dot_v1_dot_authority__pb2.RenewMemberResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class AuthorityServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AuthorityServiceAsyncStub: ...
     CertifyHttp: _grpc.UnaryUnaryMultiCallable[_authority_pb2.CertifyHttpRequest, _authority_pb2.CertifyHttpResponse]
     """CertifyHttp returns a certificate for the caller's HTTPS port."""
+    RenewMember: _grpc.UnaryUnaryMultiCallable[_authority_pb2.RenewMemberRequest, _authority_pb2.RenewMemberResponse]
+    """RenewMember returns a new certificate for a member: for the caller itself, or for a member that is no coordinator."""
     OfferKey: _grpc.UnaryUnaryMultiCallable[_authority_pb2.OfferKeyRequest, _authority_pb2.OfferKeyResponse]
     """OfferKey returns a new key, with which the authority's is encrypted for this coordinator."""
     ReceiveAuthority: _grpc.UnaryUnaryMultiCallable[_authority_pb2.ReceiveAuthorityRequest, _authority_pb2.ReceiveAuthorityResponse]
@@ -47,6 +49,8 @@ class AuthorityServiceAsyncStub(AuthorityServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CertifyHttp: _aio.UnaryUnaryMultiCallable[_authority_pb2.CertifyHttpRequest, _authority_pb2.CertifyHttpResponse]  # type: ignore[assignment]
     """CertifyHttp returns a certificate for the caller's HTTPS port."""
+    RenewMember: _aio.UnaryUnaryMultiCallable[_authority_pb2.RenewMemberRequest, _authority_pb2.RenewMemberResponse]  # type: ignore[assignment]
+    """RenewMember returns a new certificate for a member: for the caller itself, or for a member that is no coordinator."""
     OfferKey: _aio.UnaryUnaryMultiCallable[_authority_pb2.OfferKeyRequest, _authority_pb2.OfferKeyResponse]  # type: ignore[assignment]
     """OfferKey returns a new key, with which the authority's is encrypted for this coordinator."""
     ReceiveAuthority: _aio.UnaryUnaryMultiCallable[_authority_pb2.ReceiveAuthorityRequest, _authority_pb2.ReceiveAuthorityResponse]  # type: ignore[assignment]
@@ -62,6 +66,14 @@ class AuthorityServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_authority_pb2.CertifyHttpResponse, _abc.Awaitable[_authority_pb2.CertifyHttpResponse]]:
         """CertifyHttp returns a certificate for the caller's HTTPS port."""
+
+    @_abc_1.abstractmethod
+    def RenewMember(
+        self,
+        request: _authority_pb2.RenewMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_authority_pb2.RenewMemberResponse, _abc.Awaitable[_authority_pb2.RenewMemberResponse]]:
+        """RenewMember returns a new certificate for a member: for the caller itself, or for a member that is no coordinator."""
 
     @_abc_1.abstractmethod
     def OfferKey(

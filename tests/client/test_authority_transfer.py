@@ -14,8 +14,10 @@ import pytest
 from cluster.api.grpc.authority_service import AuthorityServicer
 from cluster.api.grpc.cluster_service import ClusterServicer
 from cluster.client.authority_transfer import move_authority
+from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.roster import Roster
-from cluster.core.errors import AuthorityElsewhere, Forbidden, InvalidRequest, Unreachable
+from cluster.core.errors import AuthorityElsewhere, Forbidden, InvalidRequest, MemberNotFound, Unreachable
+from cluster.core.leadership import CoordinatorName
 from cluster.discovery.static import static_source
 from cluster.security.authority import Authority, find_holder
 from cluster.security.authority_move import find_target
@@ -24,13 +26,18 @@ from cluster.security.https import KeptCertificate, read_http_certificate
 from cluster.security.keyring import make_request, read_certificate
 from cluster.security.members import Member, Members
 from cluster.security.mtls import ClusterTrust
+from cluster.security.passed_caller import CALLER_METADATA
 from cluster.security.roles import Party, Role
+from cluster.standby.authority_holder import AuthorityClient, renew_member
+from cluster.standby.leads_client import ask_over
+from cluster.standby.other_coordinators import OtherCoordinators
 from cluster.standby.own_certificates import OwnCertificates
 from cluster.transport.grpc_setup import bind, control_channel, public_server
 from cluster.transport.rich_errors import from_rpc_error
 from cluster.v1 import authority_pb2 as pb
+from cluster.v1 import cluster_pb2
 from cluster.v1.authority_pb2_grpc import AuthorityServiceStub, add_AuthorityServiceServicer_to_server
-from cluster.v1.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
+from cluster.v1.cluster_pb2_grpc import ClusterServiceStub, add_ClusterServiceServicer_to_server
 from parties import Lead
 
 
@@ -66,7 +73,7 @@ class Coordinators:
         """Serve the n-th coordinator's port and yield its address."""
         trust = self.trust(n)
         server = public_server(trust)
-        add_ClusterServiceServicer_to_server(_only_renewals(trust), server)
+        add_ClusterServiceServicer_to_server(_renewals(trust), server)
         add_AuthorityServiceServicer_to_server(AuthorityServicer(trust, self.folders[n - 1]), server)
         port = bind(server, trust, "127.0.0.1", 0)
         await server.start()
@@ -76,9 +83,12 @@ class Coordinators:
             await server.stop(None)
 
 
-def _only_renewals(trust: ClusterTrust) -> ClusterServicer:
+def _renewals(trust: ClusterTrust) -> ClusterServicer:
+    """The public service of a coordinator that has no other one to ask."""
     nothing: Any = None
-    return ClusterServicer(nothing, trust, nothing, nothing, nothing)
+    assert trust.members
+    issuer = CertificateIssuer(trust.renewal.folder, trust.members, nothing)
+    return ClusterServicer(nothing, trust, nothing, nothing, nothing, issuer=issuer)
 
 
 @pytest.fixture
@@ -116,15 +126,55 @@ async def test_a_leader_that_does_not_answer_keeps_the_holder(coordinators: Coor
 
 
 def test_a_coordinator_without_it_says_how_long_all_goes_on(coordinators: Coordinators) -> None:
-    first, second, _ = (
-        Roster(static_source(()), "lab", f"c{n}" * 8, coordinators.trust(n)).authority_problem for n in (1, 2, 3)
-    )
-    assert first == ""
+    first, second, third = (Roster(static_source(()), "lab", f"c{n}" * 8, coordinators.trust(n)) for n in (1, 2, 3))
+    third.hears_coordinator = {"mac-1-coordinator"}.__contains__
+    assert first.authority_problem == third.authority_problem == ""
     assert re.fullmatch(
         r"the authority of cluster lab is on the Mac of mac-1-coordinator: Macs join there alone, and no certificate"
-        r" is renewed unless that Mac leads; the first certificate ends 20\d\d-\d\d-\d\d \d\d:\d\d UTC",
-        second,
+        r" is renewed while no coordinator answers there; the first certificate ends 20\d\d-\d\d-\d\d \d\d:\d\d UTC",
+        second.authority_problem,
     )
+
+
+@pytest.mark.anyio
+async def test_a_leader_renews_through_the_holder_that_stands_by(coordinators: Coordinators) -> None:
+    trust = coordinators.trust(2)
+    assert trust.renewal
+    assert trust.members
+    others = OtherCoordinators(CoordinatorName("mac-2-coordinator", "2"), ask_over(trust))
+    issuer = CertificateIssuer(trust.renewal.folder, trust.members, AuthorityClient(trust, others).renew)
+    member = coordinators.lead.admit(Role.CLIENT, "amy", "a0" * 8, coordinators.folders[0].home)
+    trust.members.merge(coordinators.folders[0].members.read_bytes())
+    request = make_request()[1]
+    with pytest.raises(AuthorityElsewhere, match="no address is known"):
+        await issuer.renew(Role.CLIENT, member.id, request)
+    async with coordinators.serve(1) as at_first:
+        others.remember([CoordinatorName("mac-1-coordinator", "1", ("127.0.0.1:1", at_first))])
+        party, _ = read_certificate(await issuer.renew(Role.CLIENT, member.id, request))
+        assert (party.role, party.id, party.name) == (Role.CLIENT, member.id, "amy")
+        assert trust.members.admits(party), "it may call this leader at once"
+        with pytest.raises(Forbidden, match="renews its own"):
+            await issuer.renew(Role.COORDINATOR, "c3" * 8, request)
+        with pytest.raises(MemberNotFound):
+            await issuer.renew(Role.WORKER, "b0" * 8, request)
+        with pytest.raises(InvalidRequest, match="no role"):
+            await renew_member(trust, at_first, "king", member.id, request)  # type: ignore[arg-type]
+    with pytest.raises(Unreachable):
+        await issuer.renew(Role.CLIENT, member.id, request)
+
+
+@pytest.mark.anyio
+async def test_a_coordinator_gets_no_certificate_of_another_one(coordinators: Coordinators) -> None:
+    third = coordinators.trust(3).keyring
+    mine = coordinators.trust(2)
+    async with coordinators.serve(1) as address, control_channel(mine, address, "coordinator") as channel:
+        request = cluster_pb2.RenewCertificateRequest(request=make_request()[1])
+        call = ClusterServiceStub(channel).RenewCertificate
+        with pytest.raises(Exception) as refused:  # noqa: PT011
+            await call(request, metadata=((CALLER_METADATA, third.certificate),))
+        assert isinstance(from_rpc_error(refused.value, address), Forbidden)
+        renewed, _ = read_certificate((await call(request)).certificate)
+    assert renewed.id == "c2" * 8, "its own is renewed"
 
 
 @pytest.mark.anyio

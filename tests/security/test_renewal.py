@@ -10,15 +10,13 @@ from pathlib import Path
 import anyio
 import pytest
 
-from cluster.coordinator.certificate_rotation import CertificateRotation
-from cluster.coordinator.roster import Roster, RosterEntry
 from cluster.core.errors import Busy, InvalidRequest, MemberNotFound
-from cluster.discovery.static import static_source
 from cluster.security.certificate_renewal import is_due, renew_certificate
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import make_request
 from cluster.security.limits import MAX_LEAVES_VALID
 from cluster.security.roles import Role
+from cluster.standby.own_certificates import OwnCertificates
 from parties import Lead
 
 DAY_S = 86_400.0
@@ -39,12 +37,8 @@ def test_a_coordinator_renews_its_own(lead: Lead) -> None:
     trust = lead.trust(Role.COORDINATOR)
     assert trust.serial == before.serial
 
-    async def nobody() -> tuple[RosterEntry, ...]:
-        return ()
-
-    belonging = CertificateRotation(Roster(static_source(()), "default", before.id, trust), nobody)
     for _ in range(2):
-        anyio.run(belonging.renew, trust.renewal)
+        anyio.run(OwnCertificates(trust, ()).renew_by_any, ())
     assert trust.serial != before.serial
     assert (trust.keyring.party.role, trust.keyring.party.id) == (before.role, before.id)
     assert not is_due(*trust.validity, time.time())

@@ -10,13 +10,14 @@ import anyio
 import grpc
 
 from cluster.coordinator.settings import ServeSettings
-from cluster.core.errors import InvalidRequest, MacpipeError
+from cluster.core.errors import Forbidden, InvalidRequest, MacpipeError
 from cluster.security.authority import Authority
 from cluster.security.authority_move import AuthorityReceiver, require_holder
+from cluster.security.certificate_renewal import renew_certificate
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.limits import MAX_HTTP_HOSTS
 from cluster.security.members import Members
-from cluster.security.roles import Party
+from cluster.security.roles import Party, Role
 from cluster.security.trust import Trust
 from cluster.transport.rich_errors import abort
 from cluster.v1 import authority_pb2 as pb
@@ -54,6 +55,17 @@ class AuthorityServicer(AuthorityServiceServicer):
 
         return pb.CertifyHttpResponse(certificate=await _run(context, certify))
 
+    async def RenewMember(self, request: pb.RenewMemberRequest, context: Context) -> pb.RenewMemberResponse:
+        """Renew for those whom the caller knows as members; this Mac's roster has the last word."""
+        caller = self._caller(context)
+        if request.role == Role.COORDINATOR and request.id != caller.id:
+            await abort(context, Forbidden("a coordinator renews its own certificate itself, not through another one"))
+
+        def certify() -> bytes:
+            return renew_certificate(self._folder, _read_role(request.role), request.id, request.request, time.time())
+
+        return pb.RenewMemberResponse(certificate=await _run(context, certify))
+
     async def OfferKey(self, request: pb.OfferKeyRequest, context: Context) -> pb.OfferKeyResponse:
         return pb.OfferKeyResponse(public_key=await _run(context, self._receiver.offer))
 
@@ -84,6 +96,13 @@ class AuthorityServicer(AuthorityServiceServicer):
         party = self._trust.party(shown)
         assert party is not None  # the interceptor refuses others
         return party
+
+
+def _read_role(role: str) -> Role:
+    try:
+        return Role(role)
+    except ValueError:
+        raise InvalidRequest(f"{role[:32]!r} is no role of a member", field="role") from None
 
 
 async def _run(context: Context, work: Callable[[], T]) -> T:

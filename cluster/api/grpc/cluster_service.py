@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any, TypeAlias
 
-import anyio
 import grpc
 
 from cluster.api.grpc.training_stream import train
@@ -26,6 +23,7 @@ from cluster.codec.plan import (
     encode_progress,
 )
 from cluster.codec.stored_models import encode_removal, encode_store
+from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.cluster_stores import ClusterStores
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.examinations import Examinations
@@ -36,13 +34,13 @@ from cluster.coordinator.present_plans import PresentPlans
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_adapters, describe_plan
 from cluster.core.adapter import MAX_ADAPTERS
-from cluster.core.errors import InvalidRequest, MacpipeError
+from cluster.core.errors import Forbidden, InvalidRequest, MacpipeError
 from cluster.core.limits import DEFAULT_MAX_CONTEXT, MAX_PREFILL_CHUNK
 from cluster.core.plan import LoadProgress, Plan, Speculation
 from cluster.core.quantization import require_weight_bits
 from cluster.core.text import parse_layers
 from cluster.core.worker import WorkerInfo
-from cluster.security.passed_caller import caller_certificate
+from cluster.security.passed_caller import caller_certificate, is_coordinator, passed_certificate
 from cluster.security.trust import Trust
 from cluster.transport.rich_errors import abort
 from cluster.v1 import cluster_pb2 as pb
@@ -54,7 +52,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class ClusterServicer(ClusterServiceServicer):
     """Serves ClusterService for one coordinator. ``first`` is the order of the model that it was started with.
 
-    ``on_demand`` makes room for the models that people load; None if nothing does.
+    ``on_demand`` makes room for the models that people load; None if nothing does. ``issuer`` renews certificates of
+    members; None without a cluster.
     """
 
     def __init__(
@@ -65,8 +64,9 @@ class ClusterServicer(ClusterServiceServicer):
         examinations: Examinations,
         stores: ClusterStores,
         on_demand: OnDemand | None = None,
+        issuer: CertificateIssuer | None = None,
     ) -> None:
-        self._coordinator = coordinator
+        self._coordinator, self._issuer = coordinator, issuer
         self._on_demand = on_demand
         self._plans = PresentPlans(coordinator, on_demand)
         self._trust = trust
@@ -198,16 +198,15 @@ class ClusterServicer(ClusterServiceServicer):
         self, request: pb.RenewCertificateRequest, context: Context
     ) -> pb.RenewCertificateResponse:
         party = self._trust.party(caller_certificate(self._trust, context))
-        renewal = self._trust.renewal
         try:
-            if party is None or renewal is None or self._trust.members is None:
+            if party is None or self._issuer is None:
                 raise InvalidRequest(
                     "this coordinator does not issue certificates; ask the coordinator that leads the cluster"
                 )
-            from cluster.security.certificate_renewal import renew_certificate
-
-            certify = partial(renew_certificate, renewal.folder, party.role, party.id, request.request, time.time())
-            return pb.RenewCertificateResponse(certificate=await anyio.to_thread.run_sync(certify))
+            if is_coordinator(party) and passed_certificate(context):
+                raise Forbidden("a coordinator renews its own certificate itself, not through another one")
+            certificate = await self._issuer.renew(party.role, party.id, request.request)
+            return pb.RenewCertificateResponse(certificate=certificate)
         except MacpipeError as e:
             await abort(context, e)
 
