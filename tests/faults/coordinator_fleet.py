@@ -82,7 +82,7 @@ class CoordinatorFleet:
             for mac in self.macs:
                 self.start_worker(mac)
             for mac in self.macs:
-                mac.daemons["worker"].wait_for("of cluster")
+                mac.daemons["worker"].wait_for("of cluster", MEND_S)
             self.start_coordinator(self.macs[0])
             self.wait_serving()
             self.start_coordinator(self.macs[1])
