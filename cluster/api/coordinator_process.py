@@ -72,8 +72,7 @@ class ClusterNames:
 class CoordinatorProcess:
     """One process. ``source`` has the workers' announcements, and ``trust`` is the one with which it asks others.
 
-    ``front`` answers at its HTTP port, ``url``: "" if there is none. ``names`` is None without a cluster.
-    ``lag`` is that of this machine.
+    ``front`` answers at its HTTP port. ``names`` is None without a cluster. ``lag`` is that of this machine.
     """
 
     settings: ServeSettings
@@ -81,14 +80,13 @@ class CoordinatorProcess:
     trust: Trust
     http: HttpPort
     front: HttpFront
-    url: str
     names: ClusterNames | None
     others: OtherCoordinators
     lag: Lag
 
     @staticmethod
     def create(
-        settings: ServeSettings, source: Source, trust: Trust, http: HttpPort, front: HttpFront, url: str
+        settings: ServeSettings, source: Source, trust: Trust, http: HttpPort, front: HttpFront
     ) -> CoordinatorProcess:
         """Return the process of these settings, which knows the coordinators that it knew before.
 
@@ -99,7 +97,7 @@ class CoordinatorProcess:
         name = names.own if names else alone
         file = state_folder(settings.home, settings.cluster) / "coordinators"
         others = OtherCoordinators(CoordinatorName(name, secrets.token_hex(8)), ask_over(trust), file)
-        return CoordinatorProcess(settings, source, trust, http, front, url, names, others, TimerLag().start())
+        return CoordinatorProcess(settings, source, trust, http, front, names, others, TimerLag().start())
 
     def authority_addresses(self) -> tuple[str, ...]:
         """Return where the authority's holder may answer gRPC: where it was heard, else where the leader is."""
@@ -108,7 +106,7 @@ class CoordinatorProcess:
 
     def listen_on(self, addresses: tuple[str, ...]) -> None:
         """Note where this process listens now. Loopback comes last: it leads other Macs to themselves."""
-        urls = (self.url,) if self.url else ()
+        urls = (self.front.url,) if self.front.url else ()
         self.others.me = replace(self.others.me, addresses=tuple(reversed(addresses)), http=urls)
 
     def create_roster(self, coordinator_id: str, service: ReplicatedService | None = None) -> Roster:

@@ -25,12 +25,12 @@ from cluster.api.grpc.cluster_service import ClusterServicer
 from cluster.api.grpc.inference_service import InferenceServicer, client_name
 from cluster.api.http.app import application
 from cluster.api.http.middleware import RequestMiddleware
-from cluster.api.http.port_settings import hosts_certified_elsewhere
+from cluster.api.http.port_settings import hosts_certified_elsewhere, http_port
 from cluster.api.join_admission import admit_while_holder
 from cluster.api.key_usage import KeyUsage
 from cluster.api.metrics import Metrics
 from cluster.api.models_watch import ModelsWatch
-from cluster.api.ports import HttpFront, bind_public, http_port_or_off, serve_http
+from cluster.api.ports import HttpFront, bind_public, serve_http
 from cluster.api.prefix_owners import prefix_owners
 from cluster.api.request_service import RequestService
 from cluster.coordinator.certificate_issuer import CertificateIssuer
@@ -119,10 +119,9 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         trust = open_trust(settings.home, settings.cluster, COORDINATOR)
         certificates = OwnCertificates(trust, hosts_certified_elsewhere(settings))
         await certificates.renew_by_any(settings.coordinators)
-        http = http_port_or_off(settings, report)
-        front = HttpFront()
-        url = await stack.enter_async_context(serve_http(settings, http, front, report))
-        process = CoordinatorProcess.create(settings, source, trust, http, front, url)
+        http, front = http_port(settings), HttpFront()
+        await stack.enter_async_context(serve_http(settings, http, front, report))
+        process = CoordinatorProcess.create(settings, source, trust, http, front)
         tasks.start_soon(certificates.run, process.authority_addresses)
         if trust.me:
             await tasks.start(admit_while_holder, settings, trust, report)
@@ -190,7 +189,7 @@ async def _lead(
         if plan:
             catalog = coordinator.catalog
             names = [catalog.public_name(entry) for entry in catalog] if len(catalog.entries) > 1 else []
-            report.serving(addresses, plan, process.url, names)
+            report.serving(addresses, plan, process.front.url, names)
         await anyio.sleep_forever()
 
 

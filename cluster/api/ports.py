@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from typing import Final
 
+import anyio
+import anyio.to_thread
 from grpc import aio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -14,13 +17,15 @@ from cluster.api.http.port_settings import HttpPort, http_port
 from cluster.api.http.server import listen, serve
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.settings import ServeSettings
-from cluster.core.errors import AuthorityElsewhere, PortInUse
+from cluster.core.errors import PortInUse
 from cluster.core.text import format_address
 from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
 from cluster.security.trust import Trust
 from cluster.transport.grpc_setup import bind
 
-__all__ = ["HttpFront", "bind_public", "http_port_or_off", "serve_http"]
+HTTP_RETRY_S: Final = 1.0
+"""How often a port without a certificate looks for one."""
+__all__ = ["HttpFront", "bind_public", "serve_http"]
 
 
 class HttpFront:
@@ -30,6 +35,8 @@ class HttpFront:
     """
 
     def __init__(self) -> None:
+        self.url = ""
+        """Where it answers; "" while HTTP is off."""
         self._app: ASGIApp | None = None
         self._ready = asyncio.Event()
 
@@ -62,34 +69,70 @@ def _listening_hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:
     return tuple(dict.fromkeys((LOOPBACK, best_address(interfaces()))))
 
 
-def http_port_or_off(settings: ServeSettings, report: Reporter) -> HttpPort:
-    """Return the HTTP port of ``settings``; one that is off if its certificate must come from another Mac, and has not.
-
-    Raises as ``http_port`` does.
-    """
-    try:
-        return http_port(settings)
-    except AuthorityElsewhere as e:
-        report.problem(f"HTTP is off: {e.sentence}")
-        return replace(http_port(replace(settings, http=replace(settings.http, address=None))), off=True)
-
-
 @asynccontextmanager
-async def serve_http(settings: ServeSettings, port: HttpPort, app: ASGIApp, report: Reporter) -> AsyncIterator[str]:
-    """Serve HTTP and yield its URL; an empty URL if HTTP is off, or its default port is in use.
+async def serve_http(
+    settings: ServeSettings, port: HttpPort, front: HttpFront, report: Reporter
+) -> AsyncIterator[None]:
+    """Serve HTTP, unless it is off or its default port is in use; once it has its certificate, if it lacks one.
 
     Raises ``PortInUse`` if the user asked for this port.
     """
-    if settings.http.address is None or port.off:
-        yield ""
+    if settings.http.address is None:
+        yield
+        return
+    if port.problem:
+        report.problem(f"HTTP is off until its certificate comes: {port.problem}")
+        async with _serve_later(settings, front, report):
+            yield
         return
     try:
-        listener = listen(*settings.http.address, encrypted=port.certificate is not None)
+        listener = _listen(settings, port)
     except PortInUse as e:
         if settings.http.wanted:
             raise
         report.problem(f"HTTP is off: {e.sentence}")
-        yield ""
+        yield
         return
-    async with serve(app, listener, port.certificate) as address:
-        yield f"{'https' if port.certificate else 'http'}://{address}"
+    async with _serve(listener, port, front):
+        yield
+
+
+def _listen(settings: ServeSettings, port: HttpPort) -> socket.socket:
+    assert settings.http.address
+    return listen(*settings.http.address, encrypted=port.certificate is not None)
+
+
+@asynccontextmanager
+async def _serve(listener: socket.socket, port: HttpPort, front: HttpFront) -> AsyncIterator[None]:
+    async with serve(front, listener, port.certificate) as address:
+        front.url = f"{'https' if port.certificate else 'http'}://{address}"
+        yield
+
+
+@asynccontextmanager
+async def _serve_later(settings: ServeSettings, front: HttpFront, report: Reporter) -> AsyncIterator[None]:
+    """Serve HTTP as soon as there is a certificate, which another task asks for. On exit, streams may end first."""
+    ended = anyio.Event()
+
+    async def serve_then() -> None:
+        with anyio.CancelScope(shield=True):
+            while (port := await anyio.to_thread.run_sync(http_port, settings)).problem:
+                with anyio.move_on_after(HTTP_RETRY_S):
+                    await ended.wait()
+                if ended.is_set():
+                    return
+            try:
+                listener = _listen(settings, port)
+            except PortInUse as e:
+                report.problem(f"HTTP stays off: {e.sentence}")
+                return
+            async with _serve(listener, port, front):
+                report.problem(f"HTTP has its certificate now, and answers at {front.url}")
+                await ended.wait()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(serve_then)
+        try:
+            yield
+        finally:
+            ended.set()

@@ -11,7 +11,7 @@ from typing import Final
 from cluster.api.http.origin_policy import OriginPolicy, check_host, check_origin
 from cluster.api.http.server import unprotected_port_error
 from cluster.coordinator.settings import ServeSettings
-from cluster.core.errors import ClusterDamaged
+from cluster.core.errors import AuthorityElsewhere, ClusterDamaged
 from cluster.core.text import is_loopback
 from cluster.discovery.cluster_name import cluster_host_name
 from cluster.discovery.interfaces import interfaces
@@ -28,13 +28,13 @@ class HttpPort:
     """The settings of a coordinator's HTTP port.
 
     ``keys`` None: no API key is needed. ``certificate`` None: plain HTTP, which is allowed on loopback only.
-    ``off``: the port must not be opened.
+    ``problem``: why it must not be opened yet, since its certificate has to come from another Mac; "" if it may.
     """
 
     sites: OriginPolicy
     keys: KeyStore | None
     certificate: HttpCertificate | None
-    off: bool = False
+    problem: str = ""
 
 
 def http_port(settings: ServeSettings) -> HttpPort:
@@ -46,7 +46,11 @@ def http_port(settings: ServeSettings) -> HttpPort:
         raise unprotected_port_error(host)
     hosts = _allowed_hosts(settings, folder, host, network=network)
     sites = OriginPolicy(frozenset(hosts), frozenset(check_origin(one) for one in settings.http.origins))
-    return HttpPort(sites, KeyStore(folder) if folder.exists else None, _certificate(settings, folder, hosts, network))
+    keys = KeyStore(folder) if folder.exists else None
+    try:
+        return HttpPort(sites, keys, _certificate(settings, folder, hosts, network))
+    except AuthorityElsewhere as e:
+        return HttpPort(sites, keys, None, e.sentence)
 
 
 def hosts_certified_elsewhere(settings: ServeSettings) -> tuple[str, ...]:
