@@ -338,7 +338,7 @@ def _workers(state: ClusterState, *, wide: bool) -> Table:
         shown.add_row(
             printable(worker.name),
             *((printable(_machine(worker)),) if wide else ()),
-            printable("; ".join(f"{name} {stage.share}".strip() for name, stage in named)) or without_layers,
+            printable(", ".join(f"{name} {stage.share}".strip() for name, stage in named)) or without_layers,
             gib_in_words(sum(stage.weight_bytes for stage in held)) if held else "-",
             format_share(worker.memory_used, worker.memory_limit) if worker.reachable else "-",
             *_decode_ms(held_stages(state, worker.name), wide=wide),

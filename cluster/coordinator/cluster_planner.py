@@ -13,7 +13,7 @@ from cluster.coordinator.joint_planner import ModelToPlace, plan_models, require
 from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.neighbours import Neighbours, plan_beside
-from cluster.coordinator.planner import Links, make_plan, offer_workers
+from cluster.coordinator.planner import Links, explain_exposure, make_plan, offer_workers
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder, ModelEntry
@@ -46,6 +46,7 @@ class ClusterPlanner:
         With ``wait``, wait for workers as a load does. An error calls the model by ``given_name``. The slices of the
         holders in ``leaving`` do not count. Raises ``MacpipeError``.
         """
+        order.check()
         roster = self._roster.without(leaving) if leaving else self._roster
         shape = replace(await self._reader.read_shape(order), given_name=given_name)
         if wait:
@@ -73,8 +74,10 @@ class ClusterPlanner:
         With ``wait``, wait for as many workers as one of the models asks for. Raises ``MacpipeError``.
         """
         require_models([entry.name for entry in entries])
+        for entry in entries:
+            entry.order.check()
         models = [ModelToPlace.of(entry, await self._reader.read_shape(entry.order)) for entry in entries]
-        wanted = max(entry.order.stage_count or 0 for entry in entries) or None
+        wanted = max(entry.order.wanted_workers or 0 for entry in entries) or None
         if wait:
             wait_s = max(entry.order.wait_s for entry in entries)
             found = await self._roster.gather(wanted, wait_s, self._report, lambda _: True)
@@ -82,7 +85,11 @@ class ClusterPlanner:
             found = await self._roster.present(wanted)
         links = await self._measure_links(found)
         return await anyio.to_thread.run_sync(
-            plan_models, models, lambda shape, order: offer_workers(shape, found, order, links), links
+            plan_models,
+            models,
+            lambda shape, order: offer_workers(shape, found, order, links),
+            lambda plan: explain_exposure(plan, found),
+            links,
         )
 
     async def make_plan(self, number: int, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder) -> Plan:

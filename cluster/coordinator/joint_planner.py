@@ -57,8 +57,15 @@ def require_model_count(count: int) -> None:
         )
 
 
-def plan_models(models: Sequence[ModelToPlace], candidates_for: CandidatesFor, links: Links | None = None) -> JointPlan:
+def plan_models(
+    models: Sequence[ModelToPlace],
+    candidates_for: CandidatesFor,
+    explain: Callable[[Plan], Plan],
+    links: Links | None = None,
+) -> JointPlan:
     """Return plans for as many of the models as fit at once, as if none was loaded. ``links`` are the measured ones.
+
+    ``explain`` adds to a plan what its user should know of these workers.
 
     Raises ``InvalidOption`` for options that cannot be, and as ``require_models``.
     """
@@ -68,7 +75,7 @@ def plan_models(models: Sequence[ModelToPlace], candidates_for: CandidatesFor, l
     plans: dict[str, Plan] = {}
     for place in placement.placed:
         model, proposal = by_name[place.name], explain_place(placement, place)
-        plans[model.name] = build_plan(0, model.shape, proposal, model.order, placement.shares[model.name])
+        plans[model.name] = explain(build_plan(0, model.shape, proposal, model.order, placement.shares[model.name]))
     left_out = (UnplacedModel(one.demand.name, explain_left_out(one), one.unload) for one in placement.left_out)
     return JointPlan(
         tuple(PlannedModel(name, describe_plan(plan, links)) for name, plan in plans.items()),
@@ -81,8 +88,8 @@ def plan_models(models: Sequence[ModelToPlace], candidates_for: CandidatesFor, l
 def create_demand(model: ModelToPlace, candidates: Candidates) -> ModelDemand:
     """Return what the placement has to know of a model on these workers. Raises ``InvalidOption``."""
     request = plan_request(model.order)
-    contexts = model.order.cached_contexts
-    return ModelDemand(model.name, model.shape, candidates, request, model.pinned, model.priority, contexts)
+    contexts, groups = model.order.cached_contexts, model.order.groups
+    return ModelDemand(model.name, model.shape, candidates, request, model.pinned, model.priority, contexts, groups)
 
 
 def _measure_memory(candidates: Candidates, plans: Mapping[str, Plan]) -> tuple[MacMemory, ...]:

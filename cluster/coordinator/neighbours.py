@@ -14,6 +14,7 @@ from cluster.coordinator.joint_planner import ModelToPlace, create_demand
 from cluster.coordinator.planner import (
     Links,
     build_plan,
+    explain_exposure,
     full_contexts,
     leave_room,
     limit_caches,
@@ -25,6 +26,7 @@ from cluster.core.plan import ModelShape, Plan, PlannedStage
 from cluster.core.worker import WorkerInfo
 from cluster.placement.arrangement import LoadedModel, ModelPlace
 from cluster.placement.explain_several import explain_model, explain_place
+from cluster.placement.memory_split import needed_bytes
 from cluster.placement.several_models import JointPlacement, place_models
 
 __all__ = ["Neighbours", "describe_loaded", "plan_beside"]
@@ -62,9 +64,10 @@ def describe_loaded(name: str, plans: Collection[Plan], shape: ModelShape | None
     for plan in plans:
         known = all(stage.decode_ms for stage in plan.stages)
         parts = {stage.worker: stage.decode_ms if known else len(stage.layers) for stage in plan.stages}
-        shares |= {worker: part / sum(parts.values()) for worker, part in parts.items()}
-    ranges = {stage.layers for plan in plans for stage in plan.stages} if shape else ()
-    needs = (shape.stage_bytes(own) + shape.stage_cache_bytes(own) for own in ranges if shape)
+        whole = sum(parts[stage.worker] for stage in plan.pipeline)
+        shares |= {worker: part / whole for worker, part in parts.items()}
+    held = {(stage.layers, stage.spec.ranks) for plan in plans for stage in plan.stages} if shape else ()
+    needs = (needed_bytes(shape, own, 1, ranks) for own, ranks in held if shape)
     return LoadedModel(name, {}, shares, stage_bytes=max(needs, default=0))
 
 
@@ -84,7 +87,7 @@ def plan_beside(
     it comes. Raises the errors of ``make_plan``.
     """
     unknown = sum(entry.name not in shapes for entry in neighbours.coming)
-    if order.groups or (not neighbours.loaded and not shapes):
+    if not neighbours.loaded and not shapes:
         return leave_room(make_plan(number, shape, workers, order, links), shape, order, unknown)
     models = _rank(shape, order, neighbours, shapes)
     demands = [
@@ -93,7 +96,8 @@ def plan_beside(
             offer_workers(
                 one.shape,
                 workers if one.name == neighbours.name else everyone,
-                replace(one.order, groups=()),  # which Macs a coming model shares is decided when it is loaded
+                # whether a coming model may use insecure links is decided when it is loaded
+                one.order if one.name == neighbours.name else replace(one.order, groups=()),
                 links,
             ),
         )
@@ -104,7 +108,7 @@ def plan_beside(
     if place is None:
         return leave_room(make_plan(number, shape, workers, order, links), shape, order, unknown)
     proposal, shares = explain_place(placement, place), placement.shares[place.name]
-    plan = build_plan(number, shape, proposal, order, shares)
+    plan = explain_exposure(build_plan(number, shape, proposal, order, shares), workers)
     plan = replace(plan, reasons=(*explain_model(placement, place), *plan.reasons))
     whole = {w.name: w.memory.usable for w in place.demand.candidates.workers}
     if order.cached_contexts is None:
@@ -131,7 +135,8 @@ def _count_contexts(stage: PlannedStage, shape: ModelShape, others: Iterable[tup
     room beside one full context.
     """
     most = max((nbytes for macs, nbytes in others if stage.worker not in macs), default=0)
-    return max(stage.cache_bytes - most, 0) // max(shape.stage_cache_bytes(stage.layers), 1) if most else 0
+    context_bytes = shape.of_rank(stage.spec.ranks).stage_cache_bytes(stage.layers)
+    return max(stage.cache_bytes - most, 0) // max(context_bytes, 1) if most else 0
 
 
 def _rank(

@@ -37,13 +37,12 @@ def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
     Call it on a thread that ends afterwards, since it closes the thread's MLX streams. For a model of the hub, fetch
     small files and headers into ``home``. Raises ``NoPlan`` if ``macs`` names fewer Macs than the order asks for.
     """
+    order.check()
     candidates = assumed_workers(macs, relay=order.route is Route.RELAY)
     _require_count(order, candidates)
     (shape,) = _read_shapes([order], home, {2} if candidates.sums else ())
-    plan = plan_over(0, shape, candidates, order)
-    ranks = [stage.worker for stage in plan.stages if stage.spec.ranks > 1]
-    exposed = (explain_exposure(ranks),) if ranks else ()
-    return replace(plan, reasons=(assumption(candidates), *plan.reasons, *exposed))
+    plan = explain_exposure(plan_over(0, shape, candidates, order))
+    return replace(plan, reasons=(assumption(candidates), *plan.reasons))
 
 
 def plan_models_for(entries: Sequence[ModelEntry], macs: str, home: Path) -> JointPlan:
@@ -51,10 +50,11 @@ def plan_models_for(entries: Sequence[ModelEntry], macs: str, home: Path) -> Joi
     require_models([entry.name for entry in entries])
     candidates = assumed_workers(macs)
     for entry in entries:
+        entry.order.check()
         _require_count(entry.order, candidates)
     shapes = _read_shapes([entry.order for entry in entries], home)
     models = [ModelToPlace.of(entry, shape) for entry, shape in zip(entries, shapes, strict=True)]
-    made = plan_models(models, lambda _, order: replace(candidates, relay=order.route is Route.RELAY))
+    made = plan_models(models, lambda _, order: replace(candidates, relay=order.route is Route.RELAY), explain_exposure)
     return replace(made, reasons=(assumption(candidates), *made.reasons))
 
 

@@ -53,16 +53,21 @@ def make_plan(
 
     Equal Macs count as equally fast, see ``trusted_profiles``. Raises the errors of ``plan_over``.
     """
-    plan = plan_over(epoch, shape, offer_workers(shape, workers, order, links), order)
-    hosts = {worker.name: parse_address(worker.data_address)[0] for worker in workers if worker.data_address}
+    return explain_exposure(plan_over(epoch, shape, offer_workers(shape, workers, order, links), order), workers)
+
+
+def explain_exposure(plan: Plan, workers: Sequence[WorkerInfo] | None = None) -> Plan:
+    """Return the plan with a reason that says what protects the links of its groups: nothing.
+
+    It is not needed where they stay on this machine. ``workers`` None: they are assumed Macs.
+    """
+    hosts = {worker.name: parse_address(worker.data_address)[0] for worker in workers or () if worker.data_address}
     ranks = [stage.worker for stage in plan.stages if stage.spec.ranks > 1]
-    exposed = any(not is_loopback(hosts[name]) for name in ranks if name in hosts)
-    return replace(plan, reasons=(*plan.reasons, explain_exposure(ranks))) if exposed else plan
-
-
-def explain_exposure(workers: Sequence[str]) -> str:
-    """Return the sentence about what protects the links of groups: nothing."""
-    return f"the links between {names_in_words(workers)}, which share layers, are neither authenticated nor encrypted"
+    outside = [name for name in ranks if workers is None or (name in hosts and not is_loopback(hosts[name]))]
+    if not outside:
+        return plan
+    why = f"the links between {names_in_words(ranks)}, which share layers, are neither authenticated nor encrypted"
+    return replace(plan, reasons=(*plan.reasons, why))
 
 
 def offer_workers(

@@ -77,6 +77,8 @@ class LoadOrder:
             raise InvalidOption("--speculate cannot be combined with --group: its ranks must not guess", field="group")
         if self.groups and self.adapters:
             raise InvalidOption("adapters cannot be combined with --group: they are not shared yet", field="group")
+        if self.groups and self.acceptance:
+            raise InvalidOption("--acceptance cannot be combined with --group: it never guesses", field="acceptance")
         named = [name for group in self.groups for name in group]
         if len(set(named)) < len(named):
             raise InvalidOption("a worker can be in one group only; name it in one --group", field="group")

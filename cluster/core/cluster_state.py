@@ -129,7 +129,7 @@ class StageState:
     @property
     def share(self) -> str:
         """What it holds of the model, in words."""
-        return f"{self.layers}, rank {self.rank} of {self.ranks}" if self.ranks > 1 else str(self.layers)
+        return f"{self.layers} (rank {self.rank} of {self.ranks})" if self.ranks > 1 else str(self.layers)
 
 
 def first_ranks(stages: Iterable[StageState]) -> tuple[StageState, ...]:

@@ -16,20 +16,19 @@ from cluster.core.errors import DoesNotFit, NoPlan
 from cluster.core.limits import MAX_SLICES
 from cluster.core.plan import LayerRange, ModelShape, Objective
 from cluster.placement.candidates import Candidates
+from cluster.placement.group_choice import choose_with_groups
+from cluster.placement.groups import combine_groups
 from cluster.placement.memory_shares import MemoryNeed
 from cluster.placement.memory_split import needed_bytes
-from cluster.placement.predicted_step_time import decode_s
 from cluster.placement.propose import (
     SEQUENCES,
     ChosenLayout,
     PlanRequest,
-    choose_layout,
     describe_layout,
-    search_layouts,
 )
 from cluster.placement.stage_table import StageTable
 
-__all__ = ["Arrangement", "Layouts", "LoadedModel", "ModelDemand", "ModelPlace", "offer_macs"]
+__all__ = ["Arrangement", "Layouts", "LoadedModel", "ModelDemand", "ModelPlace", "offer_groups", "offer_macs"]
 
 EVERY_SUBSET = 4
 """Up to so many Macs, a model is tried on every subset of them."""
@@ -43,7 +42,8 @@ class ModelDemand:
     for all models.
     Of two models, the one with the higher ``priority`` is more important, else the one that is named first. A pinned
     one may make more important ones slower, but only if it fits nowhere otherwise. ``most_contexts`` is how many full
-    contexts it has room for at most; None means no limit.
+    contexts it has room for at most; None means no limit. ``groups`` are the names of Macs that share layers, each
+    group as one stage: every layout has all of them.
     """
 
     name: str
@@ -53,6 +53,12 @@ class ModelDemand:
     pinned: bool = False
     priority: int = 0
     most_contexts: int | None = None
+    groups: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def grouped(self) -> tuple[str, ...]:
+        """The Macs of all groups."""
+        return tuple(name for group in self.groups for name in group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +78,14 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlace:
-    """A model with the Macs that hold it and their layers, in pipeline order.
+    """A model with the Macs of each stage, of which only a group has several, and their layers, in pipeline order.
 
     ``step_shares`` is the share of its step's time that each Mac computes; of its layers, if the speed of a Mac is not
     known. ``cost_s`` are the seconds that its plan minimises; 0 if they are not known.
     """
 
     demand: ModelDemand
-    macs: tuple[str, ...]
+    seats: tuple[tuple[str, ...], ...]
     ranges: tuple[LayerRange, ...]
     step_shares: Mapping[str, float]
     cost_s: float
@@ -89,13 +95,19 @@ class ModelPlace:
         return self.demand.name
 
     @property
+    def macs(self) -> tuple[str, ...]:
+        """The Macs of all stages."""
+        return tuple(mac for macs in self.seats for mac in macs)
+
+    @property
     def needs(self) -> dict[str, MemoryNeed]:
-        """What each stage needs, by the Macs' names."""
-        shape = self.demand.shape
-        return {
-            mac: MemoryNeed(shape.stage_bytes(r), SEQUENCES * shape.stage_cache_bytes(r))
-            for mac, r in zip(self.macs, self.ranges, strict=True)
-        }
+        """What the model needs on each Mac, by its name."""
+        needs: dict[str, MemoryNeed] = {}
+        for macs, layers in zip(self.seats, self.ranges, strict=True):
+            shape = self.demand.shape.of_rank(len(macs))
+            need = MemoryNeed(shape.stage_bytes(layers), SEQUENCES * shape.stage_cache_bytes(layers))
+            needs |= dict.fromkeys(macs, need)
+        return needs
 
 
 @dataclass(frozen=True)
@@ -155,19 +167,25 @@ class Layouts:
         """Yield the best layouts of a model on sets of Macs, each once.
 
         Up to ``EVERY_SUBSET`` Macs, these are all sets. Of more, they are the Macs alone, and sets that grow from the
-        Mac that the models there need least.
+        Mac that the models there need least. The Macs of groups are in every set.
         """
         seen = set[tuple[object, ...]]()
         full = beside.full
-        for macs in _sets([w.name for w in demand.candidates.workers if w.name not in full], beside):
+        if not full.isdisjoint(demand.grouped):
+            return
+        usable = [w.name for w in demand.candidates.workers if w.name not in {*full, *demand.grouped}]
+        for macs in _sets(usable, beside, demand.grouped):
             place = self.place(demand, macs, beside)
-            if place and (key := (place.macs, place.ranges)) not in seen:
+            if place and (key := (place.seats, place.ranges)) not in seen:
                 seen.add(key)
                 yield place
 
     def place(self, demand: ModelDemand, macs: Sequence[str] | None, beside: Arrangement) -> ModelPlace | None:
         """Return the best layout of a model on some of these Macs, or of all for None; None if none fits."""
-        offered = offer_macs(demand.candidates, beside.taken, macs)
+        try:
+            offered = offer_groups(demand, beside.taken, macs)
+        except NoPlan:  # a Mac of a group is not there
+            return None
         key = (demand.name, *((w.name, w.memory.taken) for w in offered.workers))
         if key not in self._found:
             self._found[key] = self._search(demand, offered)
@@ -177,15 +195,23 @@ class Layouts:
         shape, request = demand.shape, demand.request
         least = needed_bytes(shape, LayerRange(0, shape.layers), SEQUENCES)
         too_few = len(offered.workers) < (request.stage_count or len(request.layers or (0,)))
-        if too_few or sum(w.memory.usable for w in offered.workers) < least:
+        if too_few or sum(w.ranks * w.memory.usable for w in offered.workers) < least:
             return None
         if demand.name not in self._tables:
             self._tables[demand.name] = StageTable(shape, SEQUENCES)
-        search = search_layouts(shape, offered, request, self._tables[demand.name])
         try:
-            return _place(demand, offered, choose_layout(shape, offered, request, search))
+            choice = choose_with_groups(shape, offered, request, demand.groups, self._tables[demand.name])
         except (DoesNotFit, NoPlan):
             return None
+        return _place(demand, offered, choice.layout)
+
+
+def offer_groups(demand: ModelDemand, taken: Mapping[str, int], macs: Collection[str] | None = None) -> Candidates:
+    """Return the Macs as ``offer_macs``, with the groups of a model in place of their members.
+
+    Raises ``NoPlan`` if a member is not among them.
+    """
+    return combine_groups(demand.shape, offer_macs(demand.candidates, taken, macs), demand.groups)
 
 
 def offer_macs(candidates: Candidates, taken: Mapping[str, int], macs: Collection[str] | None = None) -> Candidates:
@@ -200,28 +226,31 @@ def offer_macs(candidates: Candidates, taken: Mapping[str, int], macs: Collectio
     )
 
 
-def _sets(names: Sequence[str], beside: Arrangement) -> Iterator[tuple[str, ...]]:
+def _sets(names: Sequence[str], beside: Arrangement, always: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield sets of these Macs, each with those that are ``always`` in it."""
+    if always:
+        yield always
     if len(names) <= EVERY_SUBSET:
         for count in range(1, len(names) + 1):
-            yield from combinations(names, count)
+            yield from ((*always, *chosen) for chosen in combinations(names, count))
         return
-    yield from ((name,) for name in names)
+    yield from ((*always, name) for name in names)
     by_burden = sorted(names, key=lambda name: beside.burdens([name]))
     for count in range(2, len(names) + 1):
-        yield tuple(by_burden[:count])
+        yield (*always, *by_burden[:count])
 
 
 def _place(demand: ModelDemand, offered: Candidates, chosen: ChosenLayout) -> ModelPlace:
     workers, ranges = chosen
-    names = tuple(w.name for w in workers)
-    pairs = list(zip(workers, ranges, strict=True))
+    seats = tuple(tuple(mac.name for mac in worker.each) for worker in workers)
     if not demand.candidates.known:
-        return ModelPlace(demand, names, ranges, _shares(names, [float(len(r)) for r in ranges]), 0.0)
+        return ModelPlace(demand, seats, ranges, _shares(seats, [float(len(r)) for r in ranges]), 0.0)
     layout = describe_layout(demand.shape, offered, demand.request, chosen)
     cost_s = layout.slowest_s if demand.request.objective is Objective.THROUGHPUT else layout.expected_s
-    seconds = [decode_s(demand.shape, w.profile, r) for w, r in pairs]
-    return ModelPlace(demand, names, ranges, _shares(names, seconds), cost_s)
+    seconds = [worker.decode_s(demand.shape, r) for worker, r in zip(workers, ranges, strict=True)]
+    return ModelPlace(demand, seats, ranges, _shares(seats, seconds), cost_s)
 
 
-def _shares(names: Sequence[str], parts: Sequence[float]) -> dict[str, float]:
-    return {name: part / sum(parts) for name, part in zip(names, parts, strict=True)}
+def _shares(seats: Sequence[Sequence[str]], parts: Sequence[float]) -> dict[str, float]:
+    """Return the share of each Mac; the ranks of a group compute at the same time, so each has the whole part."""
+    return {mac: part / sum(parts) for macs, part in zip(seats, parts, strict=True) for mac in macs}

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from cluster.core.errors import DoesNotFit, NoPlan
 from cluster.core.plan import Objective
-from cluster.core.text import figure_in_words, names_in_words
-from cluster.placement.arrangement import Arrangement, ModelDemand, ModelPlace, offer_macs
-from cluster.placement.propose import Proposal, choose_layout, explain_layout, search_layouts
+from cluster.core.text import figure_in_words, names_in_words, with_subject
+from cluster.placement.arrangement import Arrangement, ModelDemand, ModelPlace, offer_groups, offer_macs
+from cluster.placement.group_choice import compare_groups, propose_groups
+from cluster.placement.groups import group_name
+from cluster.placement.propose import Proposal, explain_layout, search_layouts
 from cluster.placement.several_models import JointPlacement, LeftOut
 
 __all__ = ["explain_left_out", "explain_model", "explain_place", "explain_placement"]
@@ -24,11 +27,13 @@ def explain_place(placement: JointPlacement, place: ModelPlace) -> Proposal:
     others = Arrangement(placement.loaded, placement.placed).without([place.name])
     used = {mac for one in others.all for mac in one.step_shares}
     free = [w.name for w in place.demand.candidates.workers if w.name not in used or w.name in place.macs]
-    candidates = offer_macs(place.demand.candidates, others.taken, free)
+    candidates = offer_groups(place.demand, others.taken, free)
     by_name = {w.name: w for w in candidates.workers}
-    chosen = tuple(by_name[name] for name in place.macs), place.ranges
-    shape, request = place.demand.shape, place.demand.request
-    return explain_layout(shape, candidates, request, chosen, search_layouts(shape, candidates, request))
+    chosen = tuple(by_name[group_name(macs)] for macs in place.seats), place.ranges
+    shape, request, groups = place.demand.shape, place.demand.request, place.demand.groups
+    made = explain_layout(shape, candidates, request, chosen, search_layouts(shape, candidates, request))
+    alone = offer_macs(place.demand.candidates, others.taken, free)
+    return replace(made, reasons=(*compare_groups(shape, alone, request, made, groups), *made.reasons))
 
 
 def explain_placement(placement: JointPlacement) -> tuple[str, ...]:
@@ -81,7 +86,7 @@ def _explain_macs(place: ModelPlace, before: Arrangement) -> str:
     free = [w.name for w in place.demand.candidates.workers if w.name not in used]
     why = f"{names_in_words(free)} alone {_verb(free, 'is', 'are')} too small for it" if free else "no Mac is free"
     that = names_in_words(shared) if len(shared) < len(place.macs) else _verb(shared, "it", "them")
-    return f"{where} and shares {that} with {names_in_words(with_whom)}; {why}"
+    return f"{where} and shares {that} with {names_in_words(list(dict.fromkeys(with_whom)))}; {why}"
 
 
 def _verb(names: Sequence[str], one: str, several: str) -> str:
@@ -105,9 +110,8 @@ def explain_refusal(demand: ModelDemand) -> str:
     count, asked = len(demand.candidates.workers), demand.request.stage_count or 0
     if asked > count:
         return f"{demand.name} was to be placed on {asked} workers, and there {_verb('x' * count, 'is', 'are')} {count}"
-    search = search_layouts(demand.shape, demand.candidates, demand.request)
     try:
-        choose_layout(demand.shape, demand.candidates, demand.request, search)
+        propose_groups(demand.shape, demand.candidates, demand.request, demand.groups)
     except (DoesNotFit, NoPlan) as refusal:
-        return refusal.sentence
+        return with_subject(demand.name, refusal.sentence)
     raise ValueError(f"{demand.name} fits")

@@ -7,7 +7,7 @@ people asked for, or that is refused, is compared with the plan without it, in f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from cluster.core.errors import NoPlan
@@ -15,9 +15,27 @@ from cluster.core.plan import ModelShape, Objective
 from cluster.core.text import figure_in_words
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.groups import SUMS_PER_LAYER, combine_groups, group_name, sum_speed
-from cluster.placement.propose import PlanRequest, Proposal, propose
+from cluster.placement.propose import (
+    ChosenLayout,
+    PlanRequest,
+    Proposal,
+    choose_layout,
+    explain_layout,
+    propose,
+    search_layouts,
+)
+from cluster.placement.search import Search
+from cluster.placement.stage_table import StageTable
 
-__all__ = ["MAX_POSSIBLE", "Groups", "list_pairs", "propose_groups"]
+__all__ = [
+    "MAX_POSSIBLE",
+    "GroupedChoice",
+    "Groups",
+    "choose_with_groups",
+    "compare_groups",
+    "list_pairs",
+    "propose_groups",
+]
 
 Groups = Sequence[Sequence[str]]
 MAX_POSSIBLE = 6
@@ -44,7 +62,9 @@ def propose_groups(
     """
     if forced:
         proposal = _propose_all(shape, candidates, request, forced)
-        return replace(proposal, reasons=(*_compare(shape, candidates, request, proposal, forced), *proposal.reasons))
+        return replace(
+            proposal, reasons=(*compare_groups(shape, candidates, request, proposal, forced), *proposal.reasons)
+        )
     refusal: NoPlan | None = None
     try:
         best = propose(shape, candidates, request)
@@ -56,7 +76,7 @@ def propose_groups(
     plain, grouped = best, max(tried, key=lambda one: _merit(one, request), default=None)
     if grouped and (plain is None or _merit(grouped, request) > _merit(plain, request)):
         names = [[member.name for member in worker.each] for worker in grouped.workers if worker.members]
-        reasons = _compare(shape, candidates, request, grouped, names)
+        reasons = compare_groups(shape, candidates, request, grouped, names)
         return replace(grouped, reasons=(*reasons, *grouped.reasons))
     if plain is None:
         assert refusal
@@ -64,7 +84,7 @@ def propose_groups(
     if grouped is None:
         return plain
     names = [[member.name for member in worker.each] for worker in grouped.workers if worker.members]
-    return replace(plain, reasons=(*plain.reasons, *_compare(shape, candidates, request, grouped, names)))
+    return replace(plain, reasons=(*plain.reasons, *compare_groups(shape, candidates, request, grouped, names)))
 
 
 def _disjoint(possible: Groups) -> Iterator[Groups]:
@@ -86,21 +106,42 @@ def _try(shape: ModelShape, candidates: Candidates, request: PlanRequest, groups
 
 
 def _propose_all(shape: ModelShape, candidates: Candidates, request: PlanRequest, forced: Groups) -> Proposal:
-    """Return a proposal that uses all forced groups: over all workers, else over the groups, else over everybody."""
-    combined = combine_groups(shape, candidates, forced)
-    proposal = propose(shape, combined, request)
-    if _uses(proposal, forced):
-        return proposal
+    """Return a proposal that uses all forced groups."""
+    choice = choose_with_groups(shape, combine_groups(shape, candidates, forced), request, forced)
+    return explain_layout(shape, choice.candidates, choice.request, choice.layout, choice.search)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedChoice:
+    """A layout, and what it was chosen from."""
+
+    candidates: Candidates
+    request: PlanRequest
+    layout: ChosenLayout
+    search: Search | None
+
+
+def choose_with_groups(
+    shape: ModelShape, combined: Candidates, request: PlanRequest, groups: Groups, table: StageTable | None = None
+) -> GroupedChoice:
+    """Return a layout with all of the groups: over any of the workers, else over the groups, else over everybody.
+
+    ``combined`` has the groups in place of their members; ``table`` is as for ``search_layouts``. Raises ``NoPlan`` and
+    ``DoesNotFit``.
+    """
     alone = replace(combined, workers=tuple(worker for worker in combined.workers if worker.members))
-    for offered in (alone, combined):
-        count = request.stage_count or len(offered.workers)
+    for offered, count in ((combined, request.stage_count), *((one, len(one.workers)) for one in (alone, combined))):
+        wanted = replace(request, stage_count=request.stage_count or count)
         try:
-            proposal = propose(shape, offered, replace(request, stage_count=count))
+            search = search_layouts(shape, offered, wanted, table)
+            layout = choose_layout(shape, offered, wanted, search)
         except NoPlan:
+            if offered is combined and wanted == request:
+                raise
             continue
-        if _uses(proposal, forced):
-            return proposal
-    shown = ", ".join(map(group_name, forced))
+        if sum(bool(worker.members) for worker in layout[0]) == len(groups):
+            return GroupedChoice(offered, wanted, layout, search)
+    shown = ", ".join(map(group_name, groups))
     raise NoPlan(f"no layout uses all of the groups {shown}; name fewer with --group, or more --workers")
 
 
@@ -122,11 +163,11 @@ def _rate(proposal: Proposal, request: PlanRequest) -> float:
     return proposal.forecast.eight_users if request.objective is Objective.THROUGHPUT else proposal.forecast.one_user
 
 
-def _compare(
+def compare_groups(
     shape: ModelShape, candidates: Candidates, request: PlanRequest, grouped: Proposal, groups: Groups
 ) -> tuple[str, ...]:
-    """Return what groups bring against the best plan without them, in a sentence; () if speeds are unknown."""
-    if grouped.forecast is None:
+    """Return what groups bring against the best plan without them, in a sentence; () if there is nothing to say."""
+    if grouped.forecast is None or not groups:
         return ()
     slowest = max(
         (sum_speed(candidates, [w for w in candidates.workers if w.name in names]) for names in groups),

@@ -64,11 +64,12 @@ def sum_speed(candidates: Candidates, members: Sequence[Candidate]) -> AllReduce
 
 def _combine(shape: ModelShape, members: Sequence[Candidate], reduce: AllReduce) -> Candidate:
     """Return the candidate that the members are together: as slow as the slowest, as small as the smallest of them."""
+    least = min((member.memory for member in members), key=lambda memory: memory.usable)
     memory = WorkerMemory(
         group_name([member.name for member in members]),
-        min(member.memory.nbytes for member in members),
+        least.nbytes,
         all(member.memory.adjustable for member in members),
-        max(member.memory.taken for member in members),
+        least.taken,
         len(members),
     )
     return Candidate(memory, _profile(shape, members, reduce), members[0].hardware, tuple(members))

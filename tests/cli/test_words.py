@@ -239,7 +239,7 @@ def test_a_group_is_named_as_one_holder() -> None:
     pair = [replace(whole, index=1, worker=name, rank=rank, ranks=2) for rank, name in enumerate(("bob", "cyd"))]
     assert holders_in_words([whole, *pair]) == "ada 0-3, bob+cyd 0-3"
     assert holders_in_words([whole, replace(whole, worker="dee")], " layers ") == "ada layers 0-3, dee layers 0-3"
-    assert [one.share for one in (whole, *pair)] == ["0-3", "0-3, rank 0 of 2", "0-3, rank 1 of 2"]
+    assert [one.share for one in (whole, *pair)] == ["0-3", "0-3 (rank 0 of 2)", "0-3 (rank 1 of 2)"]
     state = ClusterState("lab", "1", ServingState.SERVING, stages=(whole, *pair))
     assert len(activities(state)) == 2, "of each stage that an answer names"
     assert count_stages(state.stages) == "2 stages"

@@ -209,7 +209,7 @@ def test_a_group_is_one_stage_with_a_box_for_each_rank(show: Callable[..., Any])
     assert page.inner_text(".title .soft").startswith("2 layers · 2 stages")
     assert (page.locator(".hop").count(), page.locator(".beside").count()) == (1, 1)
     boxes = page.locator(".mac .facts").all_inner_texts()
-    assert [one.split("\n")[1] for one in boxes] == ["0, rank 0 of 2", "0, rank 1 of 2", "1"]
+    assert [one.split("\n")[1] for one in boxes] == ["0 (rank 0 of 2)", "0 (rank 1 of 2)", "1"]
     assert page.inner_text("[data-key=Idle] .big") == "25 %", "of two stages"
 
 

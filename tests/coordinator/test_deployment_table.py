@@ -105,10 +105,16 @@ def test_models_that_are_yet_to_come_are_those_without_memory() -> None:
 def test_neighbours_are_described_by_their_plans_and_drafts() -> None:
     table = Table(BIG, SMALL)
     table.load("small", "org/Small")
-    stages = [SimpleNamespace(worker=name, decode_ms=ms, layers=range(2)) for name, ms in (("ada", 1.0), ("bob", 3.0))]
+    spec = SimpleNamespace(ranks=1)
+    stages = [
+        SimpleNamespace(worker=name, decode_ms=ms, layers=range(2), spec=spec)
+        for name, ms in (("ada", 1.0), ("bob", 3.0))
+    ]
     deployment: Any = table["small"]
     shape: Any = SimpleNamespace(stage_bytes=lambda own: 10 * len(own), stage_cache_bytes=len)
-    service = SimpleNamespace(plan=SimpleNamespace(stages=stages), model_info=SimpleNamespace(placed_shape=shape))
+    shape.of_rank = lambda ranks: shape
+    plan = SimpleNamespace(stages=stages, pipeline=stages)
+    service = SimpleNamespace(plan=plan, model_info=SimpleNamespace(placed_shape=shape))
     service.draft_worker = "cyd"
     deployment.services = [service]
     described, draft = table.find_neighbours("big").loaded

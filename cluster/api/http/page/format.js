@@ -46,7 +46,7 @@ export const layers = ([start, end]) => (end - start === 1 ? `${start}` : `${sta
 
 /** What a Mac holds: its layers, and its number among the Macs that share them. */
 export const holding = (stage) =>
-  stage.ranks > 1 ? `${layers(stage.layers)}, rank ${stage.rank} of ${stage.ranks}` : layers(stage.layers);
+  stage.ranks > 1 ? `${layers(stage.layers)} (rank ${stage.rank} of ${stage.ranks})` : layers(stage.layers);
 
 /** The stages of a pipeline, each as the list of the Macs that share its layers; most have one. */
 export const groups = (stages) =>
