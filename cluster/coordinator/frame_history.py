@@ -1,22 +1,28 @@
 """Keep the last frames that came back, so that the way of an answer through the stages can be shown.
 
-The engine loop's thread writes. Any thread may take a copy and build a trace of it.
+The engine loop's thread writes. Any thread may take a copy and build a trace of it. A frame is kept as bytes: as
+objects it would take several times the memory, and slow each garbage collection down.
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
+
+import msgpack
 
 from cluster.core.frames import Frame, StageTiming
 from cluster.core.plan import PlannedStage
 from cluster.core.request_trace import RequestTrace, TracedEpoch, TracedFrame, TracedStage
 from cluster.scheduler.outcome import Outcome, Produced
 
-KEPT_TIMINGS: Final = 1 << 16
-"""Times of a stage for a frame: 17 MB for four stages and 37 MB for one, and minutes at 100 frames a second."""
+KEPT_BYTES: Final = 8 << 20
+"""Memory for frames: 90,000 of one request over two stages, or 18,000 of 64 requests."""
 KEPT_REQUESTS: Final = 4096
 KEPT_EPOCHS: Final = 32
 
@@ -25,6 +31,8 @@ KEPT_EPOCHS: Final = 32
 class TracedRequest:
     """A request that was accepted, and has ended if ``ended_at`` is not None."""
 
+    serial: int
+    """Its number among all requests of this history: frames name it so, since ids are long."""
     id: str
     client: str
     prompt_tokens: int
@@ -34,26 +42,40 @@ class TracedRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Returned:
+    """A frame that came back. ``requests`` are serial numbers, ``tokens`` pairs of one and a token's index."""
+
+    returned_at: float
+    sent_at: float
     epoch: int
     lane: int
     number: int
-    sent_at: float
-    returned_at: float
     void: bool
     prompt_tokens: int
     rows: int
     timings: tuple[StageTiming, ...]
-    requests: tuple[str, ...]
-    tokens: tuple[tuple[str, int], ...]
+    requests: tuple[int, ...]
+    tokens: tuple[tuple[int, int], ...]
+
+    def pack(self) -> bytes:
+        """Return the frame as bytes."""
+        t = tuple((t.stage, t.wait_us, t.compute_us, t.pack_us) for t in self.timings)
+        plain = self.returned_at, self.sent_at, self.epoch, self.lane, self.number, self.void
+        return bytes(msgpack.packb((*plain, self.prompt_tokens, self.rows, t, self.requests, self.tokens)))
+
+    @staticmethod
+    def unpack(packed: bytes) -> _Returned:
+        """Return the frame from the output of ``pack``."""
+        *plain, timings, requests, tokens = msgpack.unpackb(packed, use_list=False)
+        return _Returned(*plain, tuple(StageTiming(*one) for one in timings), requests, tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class FramesCopy:
-    """A copy of what was kept at one moment."""
+    """A copy of what was kept at one moment. ``frames`` are packed, in the order in which they came back."""
 
     requests: tuple[TracedRequest, ...]
     epochs: tuple[TracedEpoch, ...]
-    frames: tuple[_Returned, ...]
+    frames: tuple[bytes, ...]
     forgotten_at: float
     """When the newest of the forgotten frames came back; minus infinity if there is none."""
 
@@ -69,7 +91,8 @@ class FramesCopy:
     def trace(self, request: TracedRequest) -> RequestTrace:
         """Return the trace of one of its requests."""
         began, end = request.accepted_at, request.ended_at
-        frames = [f for f in self.frames if f.returned_at >= began and (end is None or f.sent_at <= end)]
+        first = bisect_left(self.frames, began, key=lambda packed: _Returned.unpack(packed).returned_at)
+        frames = [f for f in map(_Returned.unpack, self.frames[first:]) if end is None or f.sent_at <= end]
         epochs = {frame.epoch for frame in frames}
         return RequestTrace(
             request_id=request.id,
@@ -97,13 +120,14 @@ def trace_request(copies: Sequence[FramesCopy], request_id: str, client: str | N
 class FrameHistory:
     """The last frames, with the requests and epochs that they belong to. Times are of the engine loop's clock."""
 
-    def __init__(self, kept_timings: int = KEPT_TIMINGS) -> None:
-        self._kept_timings = kept_timings
-        self._frames: deque[_Returned] = deque()
-        self._timings = 0
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        self._kept_bytes = kept_bytes
+        self._frames: deque[bytes] = deque()
+        self._bytes = 0
         self._forgotten_at = float("-inf")
         self._epochs: deque[TracedEpoch] = deque(maxlen=KEPT_EPOCHS)
         self._requests: OrderedDict[str, TracedRequest] = OrderedDict()
+        self._serials = itertools.count()
 
     def begin_epoch(self, epoch: int, stages: Sequence[PlannedStage]) -> None:
         """Note the stages that compute the next frames."""
@@ -112,7 +136,7 @@ class FrameHistory:
     def accept(self, request_id: str, client: str, prompt_tokens: int, now: float) -> None:
         """Note a request. One with the same id is forgotten."""
         self._requests.pop(request_id, None)
-        self._requests[request_id] = TracedRequest(request_id, client, prompt_tokens, now)
+        self._requests[request_id] = TracedRequest(next(self._serials), request_id, client, prompt_tokens, now)
         if len(self._requests) > KEPT_REQUESTS:
             self._requests.popitem(last=False)
 
@@ -122,28 +146,31 @@ class FrameHistory:
             self._requests[request_id] = replace(request, ended_at=now)
 
     def add(self, frame: Frame, outcome: Outcome, now: float) -> None:
-        """Note a frame that came back, and forget the oldest ones beyond what is kept."""
-        tokens = tuple((e.request_id, e.index) for e in outcome.events if isinstance(e, Produced) and e.counts)
-        self._frames.append(
-            _Returned(
-                epoch=frame.epoch,
-                lane=frame.lane,
-                number=frame.number,
-                sent_at=outcome.sent_at,
-                returned_at=now,
-                void=frame.void,
-                prompt_tokens=outcome.prefills,
-                rows=outcome.rows,
-                timings=outcome.timings,
-                requests=outcome.request_ids,
-                tokens=tokens,
-            )
-        )
-        self._timings += max(1, len(outcome.timings))
-        while self._timings > self._kept_timings:
+        """Note a frame that came back, and forget the oldest ones beyond what is kept.
+
+        Requests that were not accepted, or are forgotten, are left out.
+        """
+        known = self._requests
+        produced = (e for e in outcome.events if isinstance(e, Produced) and e.counts)
+        packed = _Returned(
+            returned_at=now,
+            sent_at=outcome.sent_at,
+            epoch=frame.epoch,
+            lane=frame.lane,
+            number=frame.number,
+            void=frame.void,
+            prompt_tokens=outcome.prefills,
+            rows=outcome.rows,
+            timings=outcome.timings,
+            requests=tuple(known[one].serial for one in outcome.request_ids if one in known),
+            tokens=tuple((known[e.request_id].serial, e.index) for e in produced if e.request_id in known),
+        ).pack()
+        self._frames.append(packed)
+        self._bytes += sys.getsizeof(packed)
+        while self._bytes > self._kept_bytes:
             oldest = self._frames.popleft()
-            self._timings -= max(1, len(oldest.timings))
-            self._forgotten_at = oldest.returned_at
+            self._bytes -= sys.getsizeof(oldest)
+            self._forgotten_at = _Returned.unpack(oldest).returned_at
 
     def copy(self) -> FramesCopy:
         """Return a copy. Called on the loop's thread."""
@@ -157,10 +184,10 @@ def _describe(frame: _Returned, request: TracedRequest) -> TracedFrame:
         number=frame.number,
         sent_seconds=frame.sent_at - request.accepted_at,
         returned_seconds=frame.returned_at - request.accepted_at,
-        own=request.id in frame.requests,
+        own=request.serial in frame.requests,
         void=frame.void,
         prompt_tokens=frame.prompt_tokens,
         rows=frame.rows,
         timings=frame.timings,
-        tokens=tuple(index for request_id, index in frame.tokens if request_id == request.id),
+        tokens=tuple(index for serial, index in frame.tokens if serial == request.serial),
     )

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
+import pytest
+
 from cluster.coordinator.frame_history import KEPT_REQUESTS, FrameHistory, trace_request
 from cluster.core.frames import Frame, Sample, StageTiming
 from cluster.core.plan import LayerRange, ModelRef, PlannedStage, StageSpec
@@ -92,7 +97,11 @@ def test_an_id_that_is_used_again_is_the_new_request() -> None:
 
 
 def test_what_is_kept_is_bounded_and_a_trace_says_what_is_missing() -> None:
-    history = FrameHistory(kept_timings=6)
+    one = FrameHistory()
+    one.accept("a", "amy", 5, 0.0)
+    returned(one, 0, 0.0, 0.5, "a", index=0)
+    (frame,) = one.copy().frames
+    history = FrameHistory(kept_bytes=3 * sys.getsizeof(frame))
     history.begin_epoch(1, STAGES)
     history.accept("a", "amy", 5, 0.0)
     for number in range(5):
@@ -104,6 +113,26 @@ def test_what_is_kept_is_bounded_and_a_trace_says_what_is_missing() -> None:
     for i in range(KEPT_REQUESTS):
         history.accept(f"r{i}", "amy", 1, 5.0)
     assert trace_request([history.copy()], "a", None) is None
-    for number in range(9):
+    for number in range(99):
         history.add(Frame(1, 0, number), Outcome((), (), 6.0), 7.0)  # without times, as frames of edits alone
-    assert len(history.copy().frames) == 6
+    assert sum(map(sys.getsizeof, history.copy().frames)) <= 3 * sys.getsizeof(frame)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_what_is_kept_takes_the_same_memory_however_many_rows_a_frame_has(rows: int) -> None:
+    limit = 1 << 16
+    names = [f"cmpl-{number:032x}" for number in range(rows)]
+    history = FrameHistory(limit)
+    for name in names:
+        history.accept(name, "amy", 5, 0.0)
+    for number in range(2000):
+        events = tuple(Produced(name, number, Sample(0, 0, 7), None, True, 0) for name in names)
+        outcome = Outcome(tuple(names), TIMINGS, float(number), events, rows=rows)
+        history.add(Frame(1, 0, number), outcome, number + 0.5)
+    kept = history.copy().frames
+    assert limit - 600 < sum(map(sys.getsizeof, kept)) <= limit
+    assert not gc.is_tracked(kept[0])  # a collection does not have to look at it
+    for name in (names[0], names[-1]):
+        frames = trace(history, name).frames
+        assert len(frames) == len(kept)
+        assert (frames[-1].number, frames[-1].tokens, frames[-1].rows, frames[-1].own) == (1999, (1999,), rows, True)
