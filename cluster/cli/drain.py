@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
 from cluster.core.cluster_state import holders_in_words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cluster.client import ClusterState
 
 
 def drain(
@@ -32,6 +37,12 @@ def drain(
 
             print_json(state)
             return
-        held = holders_in_words(state.stages)
         outcome = "is in use again" if undo else "holds no layers"
-        sys.stdout.write(f"{name} {outcome}{f'; {held}' if held else ''}\n")
+        sys.stdout.write(f"{'; '.join((f'{name} {outcome}', *describe_rings(state)))}\n")
+
+
+def describe_rings(state: ClusterState) -> Iterator[str]:
+    """Yield, for each model that is loaded, who holds its layers: ``big: w2 0-3, w3 4-7``."""
+    for name, ring in state.rings:
+        if held := holders_in_words(ring.stages):
+            yield f"{name}: {held}" if name else held

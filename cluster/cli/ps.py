@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.options import Cluster, Coordinator, Json
@@ -26,11 +26,38 @@ def ps(coordinator: Coordinator = None, cluster: Cluster = None, json: Json = Fa
         if json:
             from cluster.cli.json_output import print_json
 
-            lanes = {"lanes": state.lane_sizes, "queued": state.queued, "prefixes": state.prefixes}
-            shown = {"requests": state.requests, **lanes, "guesses": state.guesses, "stages": state.stages}
-            print_json(shown | ({"deployments": state.deployments} if state.deployments else {}))
+            print_json(requests_as_json(state))
         else:
             show_requests(state)
+
+
+def requests_as_json(state: ClusterState) -> dict[str, Any]:
+    """Return the object that ``--json`` prints: of all models, each request and each stage with its model's name.
+
+    ``models`` has what belongs to each model, or to each replica where there are several. ``guesses`` are those of the
+    default model.
+    """
+    from cluster.core.json_types import to_json_types
+
+    rings = [(name or state.model, ring) for name, ring in state.rings]
+    return {
+        "requests": [to_json_types(one) | {"model": name} for name, ring in rings for one in ring.requests],
+        "lanes": [size for _, ring in rings for size in ring.lane_sizes],
+        "queued": sum(ring.queued for _, ring in rings),
+        "prefixes": sum(ring.prefixes for _, ring in rings),
+        "guesses": state.guesses,
+        "stages": [to_json_types(stage) | {"model": name} for name, ring in rings for stage in ring.stages],
+        "models": [
+            {
+                "name": name,
+                "state": ring.state,
+                "lanes": ring.lane_sizes,
+                "queued": ring.queued,
+                "prefixes": ring.prefixes,
+            }
+            for name, ring in rings
+        ],
+    }
 
 
 def show_requests(state: ClusterState) -> None:

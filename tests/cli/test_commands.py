@@ -396,6 +396,8 @@ def test_ps(macpipe: Macpipe, coordinator: Coordinator) -> None:
     assert "0 of 9" in shown
     facts = json.loads(macpipe("ps", "--json", to=coordinator).stdout)
     assert [(one["request_id"], one["lane"]) for one in facts["requests"]] == [("r1", 1), ("r2", None)]
+    assert {one["model"] for one in (*facts["requests"], *facts["stages"])} == {"faq"}
+    assert facts["models"] == [{"name": "faq", "state": "serving", "lanes": [], "queued": 1, "prefixes": 0}]
     del coordinator.script.cluster.requests[:]
     lines = macpipe("ps", to=coordinator).stdout.splitlines()
     assert lines[0] == "no live requests"

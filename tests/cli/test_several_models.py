@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from cluster.cli.adapter import find_adapters
+from cluster.cli.drain import describe_rings
 from cluster.cli.load import describe_loaded
-from cluster.cli.ps import show_requests
+from cluster.cli.ps import requests_as_json, show_requests
 from cluster.cli.status import held_stages, show_state
 from cluster.cli.top_view import TopView
 from cluster.client import (
@@ -113,6 +114,22 @@ def test_ps_names_the_model_of_each_request(capsys: pytest.CaptureFixture[str]) 
     assert ["small", "#2:", "answers", "per", "lane:", "2;", "0", "queued;", "2", "cached", "prefixes"] in lines
 
 
+def test_ps_in_json_has_the_requests_and_stages_of_all_models() -> None:
+    shown = requests_as_json(STATE)
+    names = ["big", "small #1", "small #2"]
+    assert [(one["request_id"], one["model"]) for one in shown["requests"]] == [
+        ("r-1", "big"),
+        ("r-2", "small #2"),
+        ("r-3", "small #2"),
+    ]
+    assert [(one["model"], one["worker"]) for one in shown["stages"]] == [
+        *(("big", "ada"), ("big", "bob")),
+        *(("small #1", "bob"), ("small #2", "cyd")),
+    ]
+    assert [(one["name"], one["lanes"]) for one in shown["models"]] == list(zip(names, [(1,), (0,), (2,)], strict=True))
+    assert (shown["lanes"], shown["queued"], shown["prefixes"]) == ([1, 0, 2], 0, 6)
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_top_shows_the_stages_and_requests_of_all_models(width: int) -> None:
     view = TopView()
@@ -135,8 +152,13 @@ def test_a_load_tells_where_its_model_is(name: str) -> None:
     ]
 
 
+def test_a_drain_tells_who_holds_each_model_now() -> None:
+    assert list(describe_rings(STATE)) == ["big: ada 0-7, bob 8-15", "small #1: bob 0-3", "small #2: cyd 0-3"]
+
+
 def test_one_model_is_shown_as_before() -> None:
     alone = replace(STATE, deployments=())
+    assert list(describe_rings(alone)) == ["ada 0-7, bob 8-15"]
     assert alone.rings == (("", BIG.replicas[0]),)
     assert (alone.all_requests, alone.all_stages) == (BIG.requests, BIG.stages)
     assert next(iter(describe_loaded(alone, "big"))) == "serving org/Big on 2 workers: ada 0-7, bob 8-15"
