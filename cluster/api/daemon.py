@@ -47,7 +47,7 @@ from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.cluster_state import ServingState
-from cluster.core.errors import MacpipeError, NotLeader
+from cluster.core.errors import LoadEnded, MacpipeError, NotLeader
 from cluster.core.limits import GONE_S, RETURN_S, SHUTDOWN_GRACE_S
 from cluster.core.term_limits import LEASE_S
 from cluster.core.text import is_loopback, parse_address
@@ -249,6 +249,9 @@ async def _load_first(
     while taken is None or taken.had_loaded_default:
         try:
             await coordinator.load(settings.order, again=taken is not None)
+            return
+        except LoadEnded as e:
+            report.problem(e.sentence)
             return
         except MacpipeError as e:
             if await process.others.find_leader(process.others.addresses):

@@ -19,7 +19,7 @@ from cluster.coordinator.models_file import ModelsFile
 from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.settings import ModelEntry
-from cluster.core.errors import InvalidOption, MacpipeError, NotServing
+from cluster.core.errors import InvalidOption, LoadEnded, MacpipeError, NotServing
 from cluster.core.load_limits import FAILED_RETRY_S, MAX_FAILED_RETRY_S
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,8 @@ class ModelsWatch:
                     continue
                 try:
                     await self._load(entry)
+                except LoadEnded as e:
+                    log.info("models: pinned model not loaded reason=%s model=%s", e.sentence, name)
                 except NotServing:
                     return
                 except MacpipeError as e:

@@ -23,7 +23,7 @@ def unload(
 ) -> None:
     """Unload a model of a running coordinator.
 
-    Ends its running answers and frees the workers' memory.
+    Ends its running answers, or its load, and frees the workers' memory.
     """
     from cluster.client import Client
 

@@ -27,6 +27,7 @@ from cluster.coordinator.frame_history import FramesCopy
 from cluster.coordinator.heartbeat import HeartbeatMonitor
 from cluster.coordinator.held_slices import InheritedSlices
 from cluster.coordinator.journal_writer import JournalWriter
+from cluster.coordinator.load_tasks import LoadTasks
 from cluster.coordinator.load_turns import LoadTurns
 from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog
@@ -100,6 +101,7 @@ class Coordinator:
         self._reader = reader or ModelReader(store)
         self._claims = SliceClaims()
         self._turns = LoadTurns()
+        self.loads = LoadTasks()
         self.inherited = InheritedSlices(roster, self._claims)
         self._planner = ClusterPlanner(RosterView(roster, DEFAULT, self._claims), self._reader, report)
         self.joint_planner = ClusterPlanner(RosterView(roster, "plans"), self._reader, report)
@@ -242,7 +244,7 @@ class Coordinator:
         deployment = self._deployments.begin(name, order)
         self._claims.shared = not self._deployments.is_single
         try:
-            await deployment.load(order, report, again=again)
+            await self.loads.run(deployment.name, deployment.load(order, report, again=again))
             self._deployments.note_loaded(deployment.name, order)
         finally:
             self._deployments.forget_unloaded()
@@ -285,19 +287,18 @@ class Coordinator:
     async def unload(self, name: str = "", *, every: bool = False) -> tuple[str, ...]:
         """End live requests of the model with this name, of the only one without a name, and free the workers' memory.
 
-        ``every`` unloads all. Return the public names of what was unloaded. Raises ``NotServing`` while it is being
-        loaded, or adapters are trained, and as ``DeploymentTable.choose``.
+        A load of it that runs ends with ``LoadEnded``. ``every`` unloads all. Return the public names of what was
+        unloaded. Raises ``NotServing`` while adapters are trained, and as ``DeploymentTable.choose``.
         """
-        if not name:
-            self._require_no_load()
+        if self._exclusive.locked():
+            raise NotServing(f"the cluster is {self.activity}; wait until that ends")
         chosen = self._deployments.values() if every else self._deployments.choose(name)
-        for deployment in chosen:
-            self._require_no_load(deployment.name)
         await self._copies.stop_loading()
         unloaded = []
         for deployment in chosen:
-            if deployment.model_info:
-                unloaded.append(self._deployments.public_name(deployment))
+            shown = self._deployments.public_name(deployment)
+            if await self.loads.end(deployment.name) or deployment.model_info:
+                unloaded.append(shown)
             await deployment.unload()
         self._deployments.forget_unloaded()
         self._training.problem = ""

@@ -216,13 +216,13 @@ class DeploymentTable:
         return [name for entry in waiting for name in self.catalog.public_names(entry)]
 
     def choose(self, name: str) -> list[Deployment]:
-        """Return the deployment to unload: of the model that ``name`` means, else the only one that is loaded.
+        """Return the deployment to unload: of the model that ``name`` means, else the only one loaded or loading.
 
-        Raises ``ModelNotFound``, also if several are loaded and none is named.
+        Raises ``ModelNotFound``, also if there are several of these and none is named.
         """
         if name:
             return [self[self.catalog.find(name).name]]
-        loaded = [deployment for deployment in self.values() if deployment.model_info]
+        loaded = [deployment for deployment in self.values() if deployment.model_info or deployment.is_loading]
         if len(loaded) > 1:
             names = ", ".join(sorted(map(self.public_name, loaded)))
             raise ModelNotFound(f"several models are loaded: {names}; name one of them", field="name")

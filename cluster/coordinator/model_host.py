@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.coordinator.deployment_table import DeploymentTable
+from cluster.coordinator.load_tasks import LoadTasks
 from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.reporter import LoadReporter
@@ -27,6 +28,10 @@ class ModelHost(Protocol):
     @property
     def state(self) -> ServingState:
         """What the cluster does."""
+
+    @property
+    def loads(self) -> LoadTasks:
+        """The loads that run, which ``unload`` ends."""
 
     @property
     def deployments(self) -> DeploymentTable:

@@ -174,7 +174,7 @@ class OnDemand:
     async def load(self, order: LoadOrder, follower: LoadReporter | None = None, *, name: str = DEFAULT) -> None:
         """Load a model for an operator. Idle models leave for it, also those that were loaded a moment ago.
 
-        Raises as ``find_room`` and ``Coordinator.load``.
+        Raises as ``find_room``, ``Coordinator.load`` and ``LoadTasks.run``.
         """
         deployments = self._host.deployments
         name = deployments.own_name(name)
@@ -183,6 +183,9 @@ class OnDemand:
             return
         order.check()
         entry = replace(deployments.catalog.get(name) or ModelEntry(name, order), order=order)
+        await self._host.loads.run(name, self._load_in_turn(entry, follower))
+
+    async def _load_in_turn(self, entry: ModelEntry, follower: LoadReporter | None) -> None:
         async with self._turn:
             try:
                 room = await self.find_room(entry, patient=False)
@@ -190,8 +193,8 @@ class OnDemand:
                 room = Room()
             left = self._note_used(room.victims)
             await self._evict(room.victims, entry)
-            await self._host.load(order, follower, name=name)
-            self._returns.begin(left, name)
+            await self._host.load(entry.order, follower, name=entry.name)
+            self._returns.begin(left, entry.name)
 
     async def make_way(self, name: str) -> bool:
         """Unload idle models so that a loaded one that has lost a worker fits on those that are left.
@@ -348,7 +351,7 @@ class OnDemand:
     async def _load(self, entry: ModelEntry) -> MacpipeError | None:
         """Load a model as soon as there is room. Return why it failed; None if it is served."""
         try:
-            await self._make_room_and_load(entry)
+            await self._host.loads.run(entry.name, self._make_room_and_load(entry))
         except MacpipeError as e:
             self._note_failure(entry, e)
             return e

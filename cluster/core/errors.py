@@ -56,6 +56,7 @@ class Reason(StrEnum):
     RANK_FAILED = "RANK_FAILED"
     INSECURE_GROUP = "INSECURE_GROUP"
     NOT_SERVING = "NOT_SERVING"
+    LOAD_ENDED = "LOAD_ENDED"
     UNREACHABLE = "UNREACHABLE"
     PORT_CLOSED = "PORT_CLOSED"
     CONNECTION_LOST = "CONNECTION_LOST"
@@ -360,6 +361,12 @@ class NotServing(MacpipeError):
     """No model is loaded yet."""
 
     reason, grpc_status, http_status = Reason.NOT_SERVING, "UNAVAILABLE", 503
+
+
+class LoadEnded(NotServing):
+    """Somebody unloaded the model while it was being loaded."""
+
+    reason = Reason.LOAD_ENDED
 
 
 class Unreachable(MacpipeError):

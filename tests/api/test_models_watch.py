@@ -10,7 +10,7 @@ import pytest
 from cluster.api.models_watch import ModelsWatch
 from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.settings import LoadOrder, ModelEntry
-from cluster.core.errors import BadCheckpoint, DoesNotFit, MacpipeError
+from cluster.core.errors import BadCheckpoint, DoesNotFit, LoadEnded, MacpipeError
 from cluster.core.load_limits import FAILED_RETRY_S
 
 pytestmark = pytest.mark.anyio
@@ -62,3 +62,13 @@ async def test_a_pinned_model_that_failed_is_loaded_later_and_people_hear_of_eac
     model.now += 4 * FAILED_RETRY_S
     await model.watch._load_noted()
     assert (model.loaded, model.tries) == (True, 4)
+
+
+async def test_a_pinned_model_whose_load_somebody_ended_is_not_loaded_again() -> None:
+    model = PinnedModel()
+    model.error = LoadEnded("the model was unloaded")
+    await model.watch.load_pinned()
+    model.error = None
+    model.now += FAILED_RETRY_S
+    await model.watch._load_noted()
+    assert (model.loaded, model.tries, model.told) == (False, 1, [])

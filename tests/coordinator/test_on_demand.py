@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.coordinator.copy_keeper import CopyGoal
+from cluster.coordinator.load_tasks import LoadTasks
 from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
 from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.reporter import LoadWatch
@@ -136,6 +137,7 @@ class MemoryCluster:
         self.unloaded: list[str] = []
         self.failing: dict[str, MacpipeError] = {}
         self.asked = 0
+        self.loads = LoadTasks()
         self.demand = OnDemand(self, 120.0, lambda: self.now, self.sleep)  # type: ignore[arg-type]
 
     async def sleep(self, seconds: float) -> None:
