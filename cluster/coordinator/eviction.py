@@ -112,7 +112,9 @@ def _no_room(
     parts += [f"{names_in_words(pinned)}, which {_are(pinned)} pinned"] if pinned else []
     missing = int(why.details.get("missing_bytes", "0"))
     amount = f"it needs {gib_in_words(missing)} more" if missing else "there is not enough memory"
-    remedy = "try again in a moment" if busy else f"unload {pinned[0]} first"
+    remedy = "try again in a moment"
+    if not busy:  # one that was loaded alone has all memory for its caches
+        remedy = f"unload {pinned[0]} first, or load it again with `macpipe load {pinned[0]}` if its caches may shrink"
     return kind(
         f"{model} does not fit beside {', and '.join(parts)}: {amount}; {remedy}",
         retry_after_s=BUSY_RETRY_S if busy else None,
