@@ -70,6 +70,7 @@ NOT_QUICK = frozenset(
         "transport/test_streams.py",
         "worker/test_quantized_copies.py",
         "worker/test_stage_host.py",
+        "worker/test_sum_probe.py",
         "worker/test_supervisor.py",
     }
 )

@@ -9,20 +9,24 @@ from typing import Final
 
 import anyio
 
+from cluster.coordinator.group_meeting import is_accepted
 from cluster.coordinator.joint_planner import ModelToPlace, plan_models, require_models
 from cluster.coordinator.link_measurement import measure_links
 from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.neighbours import Neighbours, plan_beside
-from cluster.coordinator.planner import Links, explain_exposure, make_plan, offer_workers
+from cluster.coordinator.planner import Links, explain_exposure, list_groups, make_plan, offer_workers
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.roster_view import RosterView
 from cluster.coordinator.settings import LoadOrder, ModelEntry
+from cluster.coordinator.sum_measurement import find_sums, measure_sums
 from cluster.coordinator.worker_gathering import gather_workers
+from cluster.core.all_reduce import AllReduce
 from cluster.core.errors import DoesNotFit, MacpipeError
 from cluster.core.joint_plan import JointPlan
 from cluster.core.load_limits import COMING_READ_S, MAX_COMING
 from cluster.core.plan import ModelShape, Plan
 from cluster.core.worker import WorkerInfo
+from cluster.placement.candidates import Sums
 
 ROOM_WAIT_S: Final = 5.0
 """Workers are waited for this long, only to see whether a model that cannot be served would fit."""
@@ -98,7 +102,8 @@ class ClusterPlanner:
         Raises the errors of ``make_plan``.
         """
         links = await self._measure_links(found)
-        return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links)
+        sums = await self._find_sums(shape, found, order, links, measure=False)
+        return await anyio.to_thread.run_sync(make_plan, number, shape, found, order, links, sums)
 
     async def make_plan_beside(
         self,
@@ -109,11 +114,15 @@ class ClusterPlanner:
         everyone: Sequence[WorkerInfo],
         neighbours: Neighbours,
     ) -> tuple[Plan, LoadOrder]:
-        """Return a plan as ``plan_beside`` does: beside loaded models, and with room for those that are yet to come."""
+        """Return a plan as ``plan_beside`` does: beside loaded models, and with room for those that are yet to come.
+
+        It is about to be loaded, so the sums of groups that it may have are measured unless they are known.
+        """
         shapes = await self._read_coming(neighbours)
         links = await self._measure_links(everyone if neighbours.coming else found)
+        sums = await self._find_sums(shape, found, order, links, measure=True)
         return await anyio.to_thread.run_sync(
-            plan_beside, number, shape, found, order, links, everyone, neighbours, shapes
+            plan_beside, number, shape, found, order, links, everyone, neighbours, shapes, sums
         )
 
     async def _read_coming(self, neighbours: Neighbours) -> dict[str, ModelShape]:
@@ -127,6 +136,30 @@ class ClusterPlanner:
                     with suppress(MacpipeError, OSError):  # it will be told when it is loaded
                         self._shapes[entry.order] = await self._reader.read_shape(entry.order)
         return {entry.name: self._shapes[entry.order] for entry in coming if entry.order in self._shapes}
+
+    async def _find_sums(
+        self, shape: ModelShape, found: Sequence[WorkerInfo], order: LoadOrder, links: Links, *, measure: bool
+    ) -> Sums:
+        """Return how fast the groups that a plan may have add up, as far as it is known, or is measured now.
+
+        Nothing can be predicted of workers whose speed is unknown, so theirs are not measured. Raises the errors of
+        ``offer_workers``, and those of a term that is not granted.
+        """
+        forced, possible = list_groups(order, offer_workers(shape, found, order, links), shape)
+        by_name = {worker.name: worker for worker in found}
+        sums: dict[frozenset[str], AllReduce] = {}
+        for names in forced or possible:
+            members = [by_name[name] for name in names if name in by_name]
+            if len(members) < len(names) or not all(member.profile.known for member in members):
+                continue
+            controls = [self._roster.control(member.control_address) for member in members]
+            known = await find_sums(members, controls)
+            if known is None and measure:
+                await self._roster.take_term(controls)
+                known = await measure_sums(members, controls, insecure=is_accepted(names, order.insecure_links))
+            if known:
+                sums[frozenset(names)] = known
+        return sums
 
     async def _measure_links(self, found: Sequence[WorkerInfo]) -> Links:
         links: Links = {}

@@ -21,7 +21,7 @@ from cluster.core.text import format_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.placement.groups import group_name
 
-__all__ = ["GroupMeeting", "arrange_meetings", "is_accepted"]
+__all__ = ["GroupMeeting", "arrange_meetings", "choose_backend", "is_accepted"]
 
 CUDA = "cuda"
 """Devices of workers whose groups NVIDIA's library connects; all others use TCP."""
@@ -29,20 +29,24 @@ CUDA = "cuda"
 
 @dataclass(eq=False)
 class GroupMeeting:
-    """One group that is about to form. ``insecure``: its links may be neither authenticated nor encrypted."""
+    """One group that is about to form. ``insecure``: its links may be neither authenticated nor encrypted.
+
+    ``number`` is the epoch by which the workers know it, or a random number that stands in for one.
+    """
 
     workers: tuple[str, ...]
     backend: str
     insecure: bool
+    number: int
     _hosts: dict[int, str] = field(default_factory=dict)
     _complete: anyio.Event = field(default_factory=anyio.Event)
 
-    async def attend(self, stage: PlannedStage, control: WorkerClient, port: int) -> None:
+    async def attend(self, rank: int, control: WorkerClient, port: int) -> None:
         """Note where one rank listens, and tell it of the others once all are known.
 
         Raises ``WorkerLost`` if one is missing for too long, and the errors of the worker.
         """
-        self._hosts[stage.spec.rank] = await _locate(control.address, port)
+        self._hosts[rank] = await _locate(control.address, port)
         if len(self._hosts) == len(self.workers):
             self._complete.set()
         try:
@@ -53,7 +57,7 @@ class GroupMeeting:
             why = f"worker {missing[0]} did not come to the group {group_name(self.workers)} in time"
             raise WorkerLost(why, worker=missing[0]) from None
         hosts = [self._hosts[rank] for rank in range(len(self.workers))]
-        await control.join_group(stage.spec.epoch, hosts, self.backend, insecure=self.insecure)
+        await control.join_group(self.number, hosts, self.backend, insecure=self.insecure)
 
 
 async def _locate(control_address: str, port: int) -> str:
@@ -71,9 +75,14 @@ def arrange_meetings(
     for index in {stage.spec.index for stage in stages if stage.spec.ranks > 1}:
         ranks = [(s, w) for s, w in zip(stages, workers, strict=True) if s.spec.index == index]
         names = tuple(stage.worker for stage, _ in ranks)
-        backend = "nccl" if all(worker.backend == CUDA for _, worker in ranks) else "ring"
-        found[index] = GroupMeeting(names, backend, is_accepted(names, insecure_links))
+        backend = choose_backend([worker for _, worker in ranks])
+        found[index] = GroupMeeting(names, backend, is_accepted(names, insecure_links), ranks[0][0].spec.epoch)
     return found
+
+
+def choose_backend(workers: Sequence[WorkerInfo]) -> str:
+    """Return which of MLX's backends connects these workers."""
+    return "nccl" if all(worker.backend == CUDA for worker in workers) else "ring"
 
 
 def is_accepted(group: Sequence[str], insecure_links: Collection[Sequence[str]]) -> bool:

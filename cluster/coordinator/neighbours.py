@@ -25,6 +25,7 @@ from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.plan import ModelShape, Plan, PlannedStage
 from cluster.core.worker import WorkerInfo
 from cluster.placement.arrangement import LoadedModel, ModelPlace
+from cluster.placement.candidates import Sums
 from cluster.placement.explain_several import explain_model, explain_place
 from cluster.placement.memory_split import needed_bytes
 from cluster.placement.several_models import JointPlacement, place_models
@@ -80,6 +81,7 @@ def plan_beside(
     everyone: Sequence[WorkerInfo],
     neighbours: Neighbours,
     shapes: Mapping[str, ModelShape],
+    sums: Sums | None = None,
 ) -> tuple[Plan, LoadOrder]:
     """Return a plan over some of these workers, with the memory that others leave, and the order that keeps to it.
 
@@ -88,7 +90,7 @@ def plan_beside(
     """
     unknown = sum(entry.name not in shapes for entry in neighbours.coming)
     if not neighbours.loaded and not shapes:
-        return leave_room(make_plan(number, shape, workers, order, links), shape, order, unknown)
+        return leave_room(make_plan(number, shape, workers, order, links, sums), shape, order, unknown)
     models = _rank(shape, order, neighbours, shapes)
     demands = [
         create_demand(
@@ -99,6 +101,7 @@ def plan_beside(
                 # whether a coming model may use insecure links is decided when it is loaded
                 one.order if one.name == neighbours.name else replace(one.order, groups=()),
                 links,
+                sums,
             ),
         )
         for one in models
@@ -106,7 +109,7 @@ def plan_beside(
     placement = place_models(demands, neighbours.loaded)
     place = placement.find(neighbours.name)
     if place is None:
-        return leave_room(make_plan(number, shape, workers, order, links), shape, order, unknown)
+        return leave_room(make_plan(number, shape, workers, order, links, sums), shape, order, unknown)
     proposal, shares = explain_place(placement, place), placement.shares[place.name]
     plan = explain_exposure(build_plan(number, shape, proposal, order, shares), workers)
     plan = replace(plan, reasons=(*explain_model(placement, place), *plan.reasons))

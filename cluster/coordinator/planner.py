@@ -33,7 +33,7 @@ from cluster.core.plan import (
 )
 from cluster.core.text import is_loopback, names_in_words, parse_address
 from cluster.core.worker import WorkerInfo
-from cluster.placement.candidates import Candidate, Candidates
+from cluster.placement.candidates import Candidate, Candidates, Sums
 from cluster.placement.equal_macs import hardware, trusted_profiles
 from cluster.placement.group_choice import MAX_POSSIBLE, Groups, list_pairs, propose_groups
 from cluster.placement.groups import group_name
@@ -47,13 +47,18 @@ Links = Mapping[tuple[str, str], Link]
 
 
 def make_plan(
-    epoch: int, shape: ModelShape, workers: Sequence[WorkerInfo], order: LoadOrder, links: Links | None = None
+    epoch: int,
+    shape: ModelShape,
+    workers: Sequence[WorkerInfo],
+    order: LoadOrder,
+    links: Links | None = None,
+    sums: Sums | None = None,
 ) -> Plan:
-    """Return a plan over some of these workers. ``links`` are keyed by the names (from, to).
+    """Return a plan over some of these workers. ``links`` are keyed by the names (from, to), ``sums`` by groups.
 
     Equal Macs count as equally fast, see ``trusted_profiles``. Raises the errors of ``plan_over``.
     """
-    return explain_exposure(plan_over(epoch, shape, offer_workers(shape, workers, order, links), order), workers)
+    return explain_exposure(plan_over(epoch, shape, offer_workers(shape, workers, order, links, sums), order), workers)
 
 
 def explain_exposure(plan: Plan, workers: Sequence[WorkerInfo] | None = None) -> Plan:
@@ -71,7 +76,11 @@ def explain_exposure(plan: Plan, workers: Sequence[WorkerInfo] | None = None) ->
 
 
 def offer_workers(
-    shape: ModelShape, workers: Sequence[WorkerInfo], order: LoadOrder, links: Links | None = None
+    shape: ModelShape,
+    workers: Sequence[WorkerInfo],
+    order: LoadOrder,
+    links: Links | None = None,
+    sums: Sums | None = None,
 ) -> Candidates:
     """Return the workers as the planner sees them for this model. Equal Macs count as equally fast.
 
@@ -83,7 +92,7 @@ def offer_workers(
         Candidate(WorkerMemory(w.name, w.memory_limit), p, hardware(w)) for w, p in zip(workers, profiles, strict=True)
     ]
     require_secure_groups(workers, order)
-    return Candidates(offered, links or {}, relay=order.route is Route.RELAY)
+    return Candidates(offered, links or {}, relay=order.route is Route.RELAY, measured_sums=sums or {})
 
 
 def require_secure_groups(workers: Sequence[WorkerInfo], order: LoadOrder) -> None:
@@ -101,11 +110,11 @@ def require_secure_groups(workers: Sequence[WorkerInfo], order: LoadOrder) -> No
 
 def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: LoadOrder) -> Plan:
     """Return the plan that the order asks for. Raises ``NoPlan``, ``DoesNotFit`` or ``InvalidOption``."""
-    forced, possible = _groups(order, candidates, shape)
+    forced, possible = list_groups(order, candidates, shape)
     return build_plan(epoch, shape, propose_groups(shape, candidates, plan_request(order), forced, possible), order)
 
 
-def _groups(order: LoadOrder, candidates: Candidates, shape: ModelShape) -> tuple[Groups, Groups]:
+def list_groups(order: LoadOrder, candidates: Candidates, shape: ModelShape) -> tuple[Groups, Groups]:
     """Return the groups that a plan must have, and those that it may have.
 
     It may have those whose links the operator accepts, and pairs of equal assumed Macs with RDMA. None that guesses.

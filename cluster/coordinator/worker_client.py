@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -15,13 +14,17 @@ from cluster.codec.examination import decode_results
 from cluster.codec.stored_models import decode_worker_store
 from cluster.codec.worker_info import decode_info
 from cluster.coordinator.worker_messages import (
+    GroupPort,
+    SumSeat,
     decode_link,
+    decode_sums,
     decode_term_answer,
     encode_adapter,
     encode_load,
     encode_peers,
 )
 from cluster.core.adapter import Adapter
+from cluster.core.all_reduce import AllReduce
 from cluster.core.errors import (
     DeadlineExceeded,
     OtherParty,
@@ -32,6 +35,7 @@ from cluster.core.errors import (
     WorkerReplaced,
 )
 from cluster.core.examination import EXAMINE_S, CheckResult
+from cluster.core.group_limits import GROUP_GATHER_S, GROUP_JOIN_S, SUMS_S
 from cluster.core.limits import (
     CONNECT_TIMEOUT_S,
     CONTROL_TIMEOUT_S,
@@ -64,13 +68,6 @@ if TYPE_CHECKING:
 Message = TypeVar("Message", pb.LoadStageResponse, pb.SetAdaptersResponse)
 _SERIAL_BYTES = 20
 """Maximum size of a certificate's serial number."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupPort:
-    """The port on which a worker's engine will listen for the other ranks of its group."""
-
-    number: int
 
 
 _RETIRED = 4
@@ -248,6 +245,23 @@ class WorkerClient:
         request = pb.JoinGroupRequest(epoch=epoch, hosts=hosts, backend=backend, insecure=insecure, term=self._term())
         async with self._map_errors():
             await self._stub.JoinGroup(request, timeout=self._deadline())
+
+    async def measure_sums(self, seat: SumSeat, meeting: int = 0) -> AsyncIterator[GroupPort | AllReduce]:
+        """Take a seat in the measurement of a group: yield a port, then how fast it adds up once all have met.
+
+        Without a ``meeting``, nothing is started: yield what the worker has kept, if it has. Raises the worker's error.
+        """
+        ranks = seat.ranks if meeting else 0
+        request = pb.MeasureSumsRequest(
+            group=seat.group, rank=seat.rank, ranks=ranks, meeting=meeting, term=self._term()
+        )
+        timeout_s = GROUP_GATHER_S + GROUP_JOIN_S + SUMS_S if meeting else self._deadline()
+        async with self._map_errors():
+            async for message in self._stub.MeasureSums(request, timeout=timeout_s):
+                if 0 < message.group_port <= HIGHEST_PORT:
+                    yield GroupPort(message.group_port)
+                elif found := decode_sums(message):
+                    yield found
 
     async def set_adapters(
         self, epoch: int, layers: LayerRange, adapters: Sequence[Adapter], peers: Sequence[StorePlace]

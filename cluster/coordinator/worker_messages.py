@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cluster.core.adapter import Adapter
+from cluster.core.all_reduce import AllReduce
 from cluster.core.limits import MAX_FACT_CHARS
 from cluster.core.plan import FetchOrder, LayerRange, Link, StageSpec, StorePlace
 from cluster.core.replication_limits import MAX_COPIES
@@ -18,6 +20,22 @@ from cluster.v1 import worker_pb2 as pb
 _DENIALS: dict[int, Denial | None] = {pb.TERM_DENIAL_UNSPECIFIED: None} | {
     pb.TermDenial.Value(f"TERM_DENIAL_{denial.name}"): denial for denial in Denial
 }
+
+
+@dataclass(frozen=True, slots=True)
+class SumSeat:
+    """Rank ``rank`` of ``ranks`` of a group, whose measured sums workers keep under the name ``group``."""
+
+    group: str
+    rank: int
+    ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPort:
+    """The port on which a worker's engine will listen for the other ranks of its group."""
+
+    number: int
 
 
 def decode_term_answer(call: TermCall, answer: pb.GrantTermResponse) -> tuple[TermAnswer, str]:
@@ -38,6 +56,12 @@ def decode_link(answer: pb.MeasureLinkResponse | pb.LinkStageResponse) -> Link |
         return None
     interface = answer.interface if answer.interface.isprintable() else ""
     return Link(answer.round_trip_s, answer.bandwidth, interface[:MAX_FACT_CHARS])
+
+
+def decode_sums(answer: pb.MeasureSumsResponse) -> AllReduce | None:
+    """Return how fast a group adds up; None if nothing is known, or if the figures are impossible."""
+    found = AllReduce.measured(answer.seconds, answer.bandwidth)
+    return found if found.is_possible else None
 
 
 def encode_load(spec: StageSpec, order: FetchOrder, coordinator: str, instance: str) -> pb.LoadStageRequest:

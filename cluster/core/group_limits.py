@@ -10,5 +10,13 @@ GROUP_GATHER_S: Final = 60.0
 """A worker waits so long for the addresses of its group: until the slowest one has started an engine."""
 GROUP_JOIN_S: Final = 30.0
 """An engine that has not found the others of its group in this time is killed: MLX waits for them for ever."""
+SUMS_S: Final = 15.0
+"""Time for the ranks of a group to measure their sums: a second on most links, ten on a slow one."""
+SUMS_KEPT_S: Final = 24 * 3600.0
+"""A group that was measured within a day is not measured again before a load."""
+KEPT_SUMS: Final = 16
+"""Groups whose measured sums a worker keeps."""
+MAX_GROUP_KEY_CHARS: Final = 1024
+"""What names a group where its sums are kept: its backend, with the id and host of each rank."""
 MAX_HOST_CHARS: Final = 64
 """An IP address with a port."""

@@ -8,25 +8,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.core.all_reduce import AllReduce
 from cluster.core.limits import ASSUMED_LINK_BANDWIDTH, ASSUMED_ROUND_TRIP_S, RELAYED_HOPS
 from cluster.core.plan import LayerRange, Link, ModelShape, Profile
 from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import decode_s, prefill_s
 
-__all__ = ["ASSUMED_LINK", "AllReduce", "Candidate", "Candidates"]
+__all__ = ["ASSUMED_LINK", "Candidate", "Candidates", "Sums"]
 
 ASSUMED_LINK = Link(ASSUMED_ROUND_TRIP_S, ASSUMED_LINK_BANDWIDTH)
-
-
-@dataclass(frozen=True, slots=True)
-class AllReduce:
-    """How fast ranks add up their arrays: the seconds of a few bytes in a chain of sums, and bytes a second of many."""
-
-    seconds: float
-    bandwidth: float
-
-    def seconds_of(self, nbytes: float) -> float:
-        return self.seconds + nbytes / self.bandwidth
+Sums = Mapping[frozenset[str], AllReduce]
+"""How fast groups add up, by the names of their workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +74,8 @@ class Candidates:
     link: Link = ASSUMED_LINK
     relay: bool = False
     sums: AllReduce | None = None
-    """How fast the ranks of any group add up; None: as fast as their links let a ring of TCP connections be."""
+    """How fast the ranks of any group add up; None: as measured, else as their links let a ring of TCP connections."""
+    measured_sums: Sums = field(default_factory=dict)
 
     @property
     def known(self) -> bool:

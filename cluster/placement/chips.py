@@ -13,10 +13,11 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from cluster.core.all_reduce import AllReduce, SumSource
 from cluster.core.errors import InvalidOption
 from cluster.core.limits import ASSUMED_ROUND_TRIP_S, GIB
 from cluster.core.plan import Link, Profile
-from cluster.placement.candidates import ASSUMED_LINK, AllReduce, Candidate, Candidates
+from cluster.placement.candidates import ASSUMED_LINK, Candidate, Candidates
 from cluster.placement.memory_split import WorkerMemory
 
 __all__ = ["CHIPS", "LINKS", "Chip", "assumed_workers", "assumption"]
@@ -81,7 +82,7 @@ LINKS: Final = {
     "tb5-rdma": Link(ASSUMED_ROUND_TRIP_S, 5e9, "RDMA"),
     "wifi": Link(5e-3, 40e6),
 }
-RDMA_SUM: Final = AllReduce(50e-6, 5e9)
+RDMA_SUM: Final = AllReduce(50e-6, 5e9, SumSource.ASSUMED)
 """Published measurements of MLX's jaccl over Thunderbolt 5 are 25 to 50 us for a few KB between two Macs."""
 _MAC: Final = re.compile(r"((?P<times>\d+)x\s*)?(?P<chip>m\d+(-[a-z]+)?)-(?P<gb>\d+)(gb)?(x(?P<count>\d+))?")
 

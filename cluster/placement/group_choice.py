@@ -169,15 +169,15 @@ def compare_groups(
     """Return what groups bring against the best plan without them, in a sentence; () if there is nothing to say."""
     if grouped.forecast is None or not groups:
         return ()
+    crossing = max(shape.boundary_bytes, default=0)
     slowest = max(
         (sum_speed(candidates, [w for w in candidates.workers if w.name in names]) for names in groups),
-        key=lambda one: one.seconds,
+        key=lambda one: one.seconds_of(crossing),
     )
     sums = SUMS_PER_LAYER * shape.layers
-    crossing = max(shape.boundary_bytes, default=0)
     shown = ", ".join(map(group_name, groups))
     each = slowest.seconds_of(crossing)
-    spent = f"{sums} sums of {each * 1e6:.0f} us take {sums * each * 1e3:.1f} ms of a token"
+    spent = f"{sums} sums of {each * 1e6:.0f} us ({slowest.source}) take {sums * each * 1e3:.1f} ms of a token"
     try:
         plain = propose(shape, candidates, replace(request, stage_count=None, layers=None))
     except NoPlan:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 
+from cluster.core.all_reduce import AllReduce
 from cluster.core.errors import NoPlan
 from cluster.core.plan import LayerRange, Link, ModelShape, Profile
-from cluster.placement.candidates import AllReduce, Candidate, Candidates
+from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.memory_split import WorkerMemory
 
 __all__ = ["SUMS_PER_LAYER", "combine_groups", "estimate_all_reduce", "group_name", "sum_speed"]
@@ -55,9 +56,10 @@ def combine_groups(
 
 
 def sum_speed(candidates: Candidates, members: Sequence[Candidate]) -> AllReduce:
-    """Return what sums of these members take: as it is known, else as their slowest link makes expect."""
-    if candidates.sums:
-        return candidates.sums
+    """Return what sums of these members take: as is assumed or measured, else as their slowest link makes expect."""
+    known = candidates.sums or candidates.measured_sums.get(frozenset(member.name for member in members))
+    if known:
+        return known
     links = [candidates.between(one, other) for one, other in permutations(members, 2)]
     return estimate_all_reduce(max(links, key=lambda link: link.cost_s), len(members))
 

@@ -38,6 +38,7 @@ _SERVICES: Final[Mapping[str, Mapping[str, frozenset[Role]]]] = {
         "OpenPrefixes": _COORDINATORS,
         "ReadPrefix": _COORDINATORS,
         "MeasureLink": _INSPECTORS,
+        "MeasureSums": _COORDINATORS,
         "LearnRatio": _COORDINATORS,
         "ResetEngine": _COORDINATORS,
         "DrainWorker": _COORDINATORS,

@@ -683,6 +683,70 @@ class MeasureLinkResponse(_message.Message):
 Global___MeasureLinkResponse: _TypeAlias = MeasureLinkResponse  # noqa: Y015
 
 @_typing.final
+class MeasureSumsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    MEETING_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """What names the group where its result is kept."""
+    rank: _builtins.int
+    """The worker is number rank of ranks. 0 ranks: return what is kept, and start nothing."""
+    ranks: _builtins.int
+    meeting: _builtins.int
+    """A random number by which JoinGroup names the ranks to this call, in place of a load's epoch."""
+    term: _builtins.int
+    """The caller's term. It is needed only to measure."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        ranks: _builtins.int = ...,
+        meeting: _builtins.int = ...,
+        term: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "meeting", b"meeting", "rank", b"rank", "ranks", b"ranks", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureSumsRequest: _TypeAlias = MeasureSumsRequest  # noqa: Y015
+
+@_typing.final
+class MeasureSumsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_PORT_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    group_port: _builtins.int
+    """A port on which the engine can listen for the other ranks. Sent once, before anything is measured."""
+    seconds: _builtins.float
+    """In the last message: seconds of a sum of 16 KiB in a chain, and the bytes a second by which a larger one takes
+    longer. 0 seconds say that nothing is known.
+    """
+    bandwidth: _builtins.float
+    def __init__(
+        self,
+        *,
+        group_port: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        bandwidth: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "group_port", b"group_port", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureSumsResponse: _TypeAlias = MeasureSumsResponse  # noqa: Y015
+
+@_typing.final
 class LearnRatioRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -840,6 +904,7 @@ class JoinGroupRequest(_message.Message):
     INSECURE_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
+    """Of the load that waits, or the meeting of a MeasureSums."""
     backend: _builtins.str
     """Which of MLX's backends connects them: ring or nccl."""
     insecure: _builtins.bool

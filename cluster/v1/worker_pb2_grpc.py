@@ -89,6 +89,11 @@ class WorkerServiceStub:
                 request_serializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkResponse.FromString,
                 _registered_method=True)
+        self.MeasureSums = channel.unary_stream(
+                '/cluster.v1.WorkerService/MeasureSums',
+                request_serializer=cluster_dot_v1_dot_worker__pb2.MeasureSumsRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_worker__pb2.MeasureSumsResponse.FromString,
+                _registered_method=True)
         self.LearnRatio = channel.unary_unary(
                 '/cluster.v1.WorkerService/LearnRatio',
                 request_serializer=cluster_dot_v1_dot_worker__pb2.LearnRatioRequest.SerializeToString,
@@ -165,7 +170,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def JoinGroup(self, request, context):
-        """JoinGroup names the ranks of a group to a worker whose LoadStage waits for them.
+        """JoinGroup names the ranks of a group to a worker whose LoadStage or MeasureSums waits for them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,6 +216,15 @@ class WorkerServiceServicer:
     def MeasureLink(self, request, context):
         """MeasureLink measures the links from another worker's data port to this worker, over each of its addresses that this
         worker can reach, or takes stored results. It returns the best.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureSums(self, request, context):
+        """MeasureSums measures how fast a group of workers adds up, or returns what is kept of an earlier measurement. Each
+        rank is asked at once; it answers group_port, waits for JoinGroup, and then measures with an engine that loads
+        nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -329,6 +343,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.MeasureLink,
                     request_deserializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_worker__pb2.MeasureLinkResponse.SerializeToString,
+            ),
+            'MeasureSums': grpc.unary_stream_rpc_method_handler(
+                    servicer.MeasureSums,
+                    request_deserializer=cluster_dot_v1_dot_worker__pb2.MeasureSumsRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_worker__pb2.MeasureSumsResponse.SerializeToString,
             ),
             'LearnRatio': grpc.unary_unary_rpc_method_handler(
                     servicer.LearnRatio,
@@ -668,6 +687,33 @@ class WorkerService:
             '/cluster.v1.WorkerService/MeasureLink',
             cluster_dot_v1_dot_worker__pb2.MeasureLinkRequest.SerializeToString,
             cluster_dot_v1_dot_worker__pb2.MeasureLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureSums(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cluster.v1.WorkerService/MeasureSums',
+            cluster_dot_v1_dot_worker__pb2.MeasureSumsRequest.SerializeToString,
+            cluster_dot_v1_dot_worker__pb2.MeasureSumsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,7 +48,7 @@ class WorkerServiceStub:
     LoadStage: _grpc.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]
     """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
     JoinGroup: _grpc.UnaryUnaryMultiCallable[_worker_pb2.JoinGroupRequest, _worker_pb2.JoinGroupResponse]
-    """JoinGroup names the ranks of a group to a worker whose LoadStage waits for them."""
+    """JoinGroup names the ranks of a group to a worker whose LoadStage or MeasureSums waits for them."""
     LinkStage: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]
     """LinkStage connects a loaded stage to the previous one."""
     SetAdapters: _grpc.UnaryStreamMultiCallable[_worker_pb2.SetAdaptersRequest, _worker_pb2.SetAdaptersResponse]
@@ -66,6 +66,11 @@ class WorkerServiceStub:
     MeasureLink: _grpc.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinkRequest, _worker_pb2.MeasureLinkResponse]
     """MeasureLink measures the links from another worker's data port to this worker, over each of its addresses that this
     worker can reach, or takes stored results. It returns the best.
+    """
+    MeasureSums: _grpc.UnaryStreamMultiCallable[_worker_pb2.MeasureSumsRequest, _worker_pb2.MeasureSumsResponse]
+    """MeasureSums measures how fast a group of workers adds up, or returns what is kept of an earlier measurement. Each
+    rank is asked at once; it answers group_port, waits for JoinGroup, and then measures with an engine that loads
+    nothing.
     """
     LearnRatio: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]
     """LearnRatio stores a model's measured over predicted frame time with the profile."""
@@ -100,7 +105,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     LoadStage: _aio.UnaryStreamMultiCallable[_worker_pb2.LoadStageRequest, _worker_pb2.LoadStageResponse]  # type: ignore[assignment]
     """LoadStage loads a slice into an engine. All slices that it does not keep are freed first."""
     JoinGroup: _aio.UnaryUnaryMultiCallable[_worker_pb2.JoinGroupRequest, _worker_pb2.JoinGroupResponse]  # type: ignore[assignment]
-    """JoinGroup names the ranks of a group to a worker whose LoadStage waits for them."""
+    """JoinGroup names the ranks of a group to a worker whose LoadStage or MeasureSums waits for them."""
     LinkStage: _aio.UnaryUnaryMultiCallable[_worker_pb2.LinkStageRequest, _worker_pb2.LinkStageResponse]  # type: ignore[assignment]
     """LinkStage connects a loaded stage to the previous one."""
     SetAdapters: _aio.UnaryStreamMultiCallable[_worker_pb2.SetAdaptersRequest, _worker_pb2.SetAdaptersResponse]  # type: ignore[assignment]
@@ -118,6 +123,11 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     MeasureLink: _aio.UnaryUnaryMultiCallable[_worker_pb2.MeasureLinkRequest, _worker_pb2.MeasureLinkResponse]  # type: ignore[assignment]
     """MeasureLink measures the links from another worker's data port to this worker, over each of its addresses that this
     worker can reach, or takes stored results. It returns the best.
+    """
+    MeasureSums: _aio.UnaryStreamMultiCallable[_worker_pb2.MeasureSumsRequest, _worker_pb2.MeasureSumsResponse]  # type: ignore[assignment]
+    """MeasureSums measures how fast a group of workers adds up, or returns what is kept of an earlier measurement. Each
+    rank is asked at once; it answers group_port, waits for JoinGroup, and then measures with an engine that loads
+    nothing.
     """
     LearnRatio: _aio.UnaryUnaryMultiCallable[_worker_pb2.LearnRatioRequest, _worker_pb2.LearnRatioResponse]  # type: ignore[assignment]
     """LearnRatio stores a model's measured over predicted frame time with the profile."""
@@ -179,7 +189,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.JoinGroupRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.JoinGroupResponse, _abc.Awaitable[_worker_pb2.JoinGroupResponse]]:
-        """JoinGroup names the ranks of a group to a worker whose LoadStage waits for them."""
+        """JoinGroup names the ranks of a group to a worker whose LoadStage or MeasureSums waits for them."""
 
     @_abc_1.abstractmethod
     def LinkStage(
@@ -233,6 +243,17 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_worker_pb2.MeasureLinkResponse, _abc.Awaitable[_worker_pb2.MeasureLinkResponse]]:
         """MeasureLink measures the links from another worker's data port to this worker, over each of its addresses that this
         worker can reach, or takes stored results. It returns the best.
+        """
+
+    @_abc_1.abstractmethod
+    def MeasureSums(
+        self,
+        request: _worker_pb2.MeasureSumsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.MeasureSumsResponse], _abc.AsyncIterator[_worker_pb2.MeasureSumsResponse]]:
+        """MeasureSums measures how fast a group of workers adds up, or returns what is kept of an earlier measurement. Each
+        rank is asked at once; it answers group_port, waits for JoinGroup, and then measures with an engine that loads
+        nothing.
         """
 
     @_abc_1.abstractmethod

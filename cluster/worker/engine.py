@@ -28,6 +28,7 @@ from cluster.model import device
 from cluster.model.device_speed import measure_device
 from cluster.model.process_group import join_group
 from cluster.model.sharding import Group
+from cluster.model.sum_speed import measure_sums
 from cluster.platform.logs import LogLevel, configure_logging
 from cluster.platform.overload import TimerLag
 from cluster.security.credentials import open_trust
@@ -52,6 +53,7 @@ from cluster.worker.pipe_messages import (
     Load,
     Measure,
     Measured,
+    MeasureSums,
     OpenPrefixes,
     PrefixesOpened,
     Progress,
@@ -59,6 +61,7 @@ from cluster.worker.pipe_messages import (
     ReadPrefix,
     Reported,
     SetAdapters,
+    SumsMeasured,
     Unload,
     pack,
     read,
@@ -74,6 +77,7 @@ _Queued = (
     Load
     | HoldGroupPort
     | JoinGroup
+    | MeasureSums
     | Fence
     | LayOutCopy
     | QuantizeLayers
@@ -84,7 +88,7 @@ _Queued = (
     | Measure
 )
 """The commands that the MLX thread runs."""
-_ANSWERED = Measure | OpenPrefixes | HoldGroupPort
+_ANSWERED = Measure | OpenPrefixes | HoldGroupPort | MeasureSums
 """Those that have an answer of their own."""
 
 
@@ -196,7 +200,7 @@ class Engine:
                 self._send(Done(command.call))
 
     def _dispatch(self, command: _Queued) -> None:
-        if isinstance(command, HoldGroupPort | JoinGroup):
+        if isinstance(command, HoldGroupPort | JoinGroup | MeasureSums):
             self._run_group_command(command)
         elif isinstance(command, Measure):
             self._send(Measured.of(command.call, *measure_device(self._throttle.stretch)))
@@ -221,8 +225,14 @@ class Engine:
         elif self._host.epoch <= command.epoch:
             self._host.unload()
 
-    def _run_group_command(self, command: HoldGroupPort | JoinGroup) -> None:
-        """Hold a port, or meet the other ranks. Until MLX listens, the port stays held."""
+    def _run_group_command(self, command: HoldGroupPort | JoinGroup | MeasureSums) -> None:
+        """Hold a port, meet the other ranks, or time sums with them. Until MLX listens, the port stays held."""
+        if isinstance(command, MeasureSums):
+            if self._group is None:
+                raise StaleEpoch("this engine has joined no group, so it cannot time its sums")
+            found = measure_sums(self._group)
+            self._send(SumsMeasured(command.call, found.seconds, found.bandwidth))
+            return
         if isinstance(command, HoldGroupPort):
             self._group_port = self._group_port or HeldPort(self._host_address)
             self._send(GroupPortHeld(command.call, self._group_port.number))

@@ -157,6 +157,21 @@ class EngineSlots:
                 with anyio.CancelScope(shield=True):
                     await self._stop(slot)
 
+    @asynccontextmanager
+    async def lend_rank(self) -> AsyncIterator[Supervisor]:
+        """Run a further engine within the context, which may join a group and loads nothing. A load may end it.
+
+        Raises ``WorkerLost`` if it cannot be started.
+        """
+        slot = self._start()
+        slot.is_rank = True
+        try:
+            await slot.supervisor.wait_started()
+            yield slot.supervisor
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._stop(slot)
+
     def _choose(self, request: pb.LoadStageRequest) -> tuple[EngineSlot, list[EngineSlot]]:
         """Return the engine that loads a slice, and those that have to free theirs.
 

@@ -1,7 +1,7 @@
 """Bring an engine into its group: hold a port for it, wait for the addresses of all ranks, and have it join them.
 
-A load of one rank's part does this before anything is read. It knows addresses and deadlines; which workers form a
-group, the coordinator decides.
+A load of one rank's part does this before anything is read, and so does a measurement of sums. It knows addresses and
+deadlines; which workers form a group, the coordinator decides.
 """
 
 from __future__ import annotations
@@ -61,42 +61,42 @@ def _is_address(host: str) -> bool:
 
 
 class GroupJoins:
-    """The loads of one worker that wait for the addresses of their group, by epoch. Lives on one event loop."""
+    """The engines of one worker that wait for the addresses of their group, by epoch. Lives on one event loop."""
 
     def __init__(self, lag: Lag = no_lag) -> None:
         self._lag = lag
         self._waiting: dict[int, asyncio.Future[GroupHosts]] = {}
 
     def deliver(self, epoch: int, hosts: GroupHosts) -> None:
-        """Give the addresses to the load of an epoch that waits for them. Raises ``StaleEpoch`` if none does."""
+        """Give the addresses to the engine that waits for them by this number. Raises ``StaleEpoch`` if none does."""
         waiting = self._waiting.get(epoch)
         if waiting is None or waiting.done():
-            raise StaleEpoch(f"no load of epoch {epoch} waits for the addresses of a group")
+            raise StaleEpoch(f"no engine waits for the addresses of the group of epoch {epoch}")
         waiting.set_result(hosts)
 
-    async def join(
-        self, supervisor: Supervisor, request: pb.LoadStageRequest
-    ) -> AsyncGenerator[pb.LoadStageResponse, None]:
-        """Bring a fresh engine into the group of a load, and yield the port on which it will listen meanwhile.
+    async def join(self, supervisor: Supervisor, epoch: int, rank: int, ranks: int) -> AsyncGenerator[int, None]:
+        """Bring a fresh engine into a group, and yield the port on which it will listen meanwhile.
+
+        ``epoch`` is that of the load, or another number by which ``deliver`` finds it.
 
         Raises ``WorkerLost`` if the addresses or the other ranks do not come in time. The engine is killed then.
         """
-        if request.ranks > MAX_RANKS or request.rank >= request.ranks or request.epoch in self._waiting:
-            why = f"invalid rank {request.rank} of a group of {request.ranks}; at most {MAX_RANKS} can share a stage"
+        if ranks > MAX_RANKS or rank >= ranks or epoch in self._waiting:
+            why = f"invalid rank {rank} of a group of {ranks}; at most {MAX_RANKS} can share a stage"
             raise InvalidRequest(why, field="rank")
-        waiting = self._waiting[request.epoch] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting[epoch] = asyncio.get_running_loop().create_future()
         try:
             held = await supervisor.ask(HoldGroupPort)
             if not isinstance(held, GroupPortHeld):
                 raise BadFrame("the engine did not say which port it holds")
-            yield pb.LoadStageResponse(state="grouping", group_port=held.port)
+            yield held.port
             found = await self._wait(waiting, GROUP_GATHER_S, "were not named", supervisor)
-            if len(found.hosts) != request.ranks:
-                raise InvalidRequest(f"{len(found.hosts)} addresses for {request.ranks} ranks", field="hosts")
-            joining = asyncio.ensure_future(self._enter(supervisor, request.rank, found))
+            if len(found.hosts) != ranks:
+                raise InvalidRequest(f"{len(found.hosts)} addresses for {ranks} ranks", field="hosts")
+            joining = asyncio.ensure_future(self._enter(supervisor, rank, found))
             await self._wait(joining, GROUP_JOIN_S, f"did not meet at {_in_words(found.hosts)}", supervisor)
         finally:
-            del self._waiting[request.epoch]
+            del self._waiting[epoch]
 
     async def _enter(self, supervisor: Supervisor, rank: int, found: GroupHosts) -> GroupHosts:
         limit_s = GROUP_JOIN_S + extra_s(self._lag())

@@ -100,6 +100,22 @@ class JoinGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasureSums:
+    """Time sums over the group that the engine has joined, on all ranks at once; answered with ``SumsMeasured``."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class SumsMeasured:
+    """The figures of an ``AllReduce``."""
+
+    call: int
+    seconds: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, slots=True)
 class Fence:
     """Close the slice's streams now, and answer once no frame of theirs is computed any more. Weights stay loaded."""
 
@@ -306,6 +322,7 @@ Command = (
     Load
     | HoldGroupPort
     | JoinGroup
+    | MeasureSums
     | Fence
     | LayOutCopy
     | QuantizeLayers
@@ -317,7 +334,7 @@ Command = (
     | GetReport
     | Measure
 )
-Event = Hello | Progress | Done | CommandFailed | Reported | Measured | PrefixesOpened | GroupPortHeld
+Event = Hello | Progress | Done | CommandFailed | Reported | Measured | PrefixesOpened | GroupPortHeld | SumsMeasured
 _KINDS = (Begin, *get_args(Command), *get_args(Event))
 _TYPES = {t.__name__: t for t in _KINDS}
 _PLAIN: Mapping[str, tuple[type, ...]] = {

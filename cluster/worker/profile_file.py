@@ -1,4 +1,4 @@
-"""A worker's stored measurements: its profile, corrections learned from frames, and its links.
+"""A worker's stored measurements: its profile, corrections learned from frames, its links, and its groups' sums.
 
 A file of another version, chip or backend, or one that cannot be read, is ignored: the worker measures again. The
 module knows figures and a file; it measures nothing.
@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from cluster.core.all_reduce import AllReduce
+from cluster.core.group_limits import KEPT_SUMS, SUMS_KEPT_S
 from cluster.core.limits import (
     CORRECTION_BOUND,
     KEPT_CORRECTIONS,
@@ -41,6 +43,8 @@ class StoredProfile:
     profile: Profile = field(default_factory=Profile)
     links: tuple[tuple[str, Link, float], ...] = ()
     """The other worker's id and host, the link from there, and when it was measured (seconds since the epoch)."""
+    sums: tuple[tuple[str, AllReduce, float], ...] = ()
+    """What names a group that this worker is in, how fast it adds up, and when that was measured."""
     disturbed: str = ""
     """What disturbed the measurement, in words; such a profile is measured again at the next start."""
 
@@ -93,6 +97,16 @@ class ProfileFile:
         end = _link_end(worker, address)
         self._keep(replace(self.kept, links=tuple(entry for entry in self.kept.links if entry[0] != end)))
 
+    def sums(self, group: str) -> AllReduce | None:
+        """Return how fast a group adds up, if it was measured recently."""
+        fresh = (found for name, found, at in self.kept.sums if name == group and 0 <= self._now() - at < SUMS_KEPT_S)
+        return next(fresh, None)
+
+    def put_sums(self, group: str, found: AllReduce) -> None:
+        """Store how fast a group adds up, which was just measured."""
+        others = [entry for entry in self.kept.sums if entry[0] != group]
+        self._keep(replace(self.kept, sums=(*others, (group, found, self._now()))[-KEPT_SUMS:]))
+
     def _keep(self, kept: StoredProfile) -> None:
         self.kept = kept
         try:
@@ -120,6 +134,13 @@ def _link(round_trip_s: float, bandwidth: float, interface: str = "") -> Link:
     return Link(float(round_trip_s), float(bandwidth), str(interface))
 
 
+def _sums(seconds: float, bandwidth: float) -> AllReduce:
+    found = AllReduce.measured(float(seconds), float(bandwidth))
+    if not found.is_possible:
+        raise ValueError("invalid speed of sums")
+    return found
+
+
 def _read_profile(facts: Any) -> StoredProfile:
     profile = facts["profile"]
     learned = tuple((str(model), float(ratio)) for model, ratio in profile.pop("corrections")[-KEPT_CORRECTIONS:])
@@ -131,5 +152,9 @@ def _read_profile(facts: Any) -> StoredProfile:
     if not valid_verify_costs(costs):
         raise ValueError("invalid cost of a step")
     links = tuple((str(end), _link(**link), float(at)) for end, link, at in facts["links"])
+    sums = tuple(
+        (str(group), _sums(found["seconds"], found["bandwidth"]), float(at))
+        for group, found, at in facts.get("sums", ())
+    )
     measured = Profile(**figures, corrections=learned, verify_costs=costs)
-    return StoredProfile(str(facts["key"]), measured, links, str(facts.get("disturbed", "")))
+    return StoredProfile(str(facts["key"]), measured, links, sums, str(facts.get("disturbed", "")))

@@ -58,6 +58,7 @@ from cluster.worker.profile_file import ProfileFile
 from cluster.worker.settings import WorkerSettings
 from cluster.worker.slice_description import describe_slices, find_problem
 from cluster.worker.stage_loader import StageLoader
+from cluster.worker.sum_probe import SumProbe
 from cluster.worker.term_file import term_file
 from cluster.worker.term_keeper import TermKeeper
 
@@ -98,6 +99,7 @@ class WorkerServicer(WorkerServiceServicer):
         self._using_store = anyio.Lock()
         self._links = PeerLinks(self.trust, self.file)
         self._joins = GroupJoins(self.lag)
+        self._sums = SumProbe(self.slots, self._joins, self.file)
         self.loader.store_server.in_use = self.slots.fingerprints
 
     @property
@@ -208,9 +210,10 @@ class WorkerServicer(WorkerServiceServicer):
             self.terms.accept_epoch(request.epoch)
             async with self.slots.load(request) as slot:
                 if slot.is_rank:
-                    async with aclosing(self._joins.join(slot.supervisor, request)) as joining:
-                        async for event in joining:
-                            yield event
+                    joins = self._joins.join(slot.supervisor, request.epoch, request.rank, request.ranks)
+                    async with aclosing(joins) as joining:
+                        async for held in joining:
+                            yield pb.LoadStageResponse(state="grouping", group_port=held)
                 calls = EngineCalls(slot, self.slots.hello, request, self.terms.require)
                 async with aclosing(self.loader.stage(request, calls)) as events:
                     async for event in events:
@@ -228,6 +231,18 @@ class WorkerServicer(WorkerServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.JoinGroupResponse()
+
+    async def MeasureSums(
+        self, request: pb.MeasureSumsRequest, context: Context
+    ) -> AsyncIterator[pb.MeasureSumsResponse]:
+        try:
+            if request.ranks:
+                self.terms.require(request.term)
+            async with aclosing(self._sums.answer(request)) as answers:
+                async for answer in answers:
+                    yield answer
+        except MacpipeError as e:
+            await abort(context, e)
 
     async def SetAdapters(
         self, request: pb.SetAdaptersRequest, context: Context

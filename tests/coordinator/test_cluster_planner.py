@@ -1,7 +1,8 @@
-"""What the planner reads of models that are yet to be loaded: as much as it can in time, and each once."""
+"""What the planner reads of models that are yet to be loaded, and when it has sums of groups measured."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,13 @@ from cluster.coordinator.cluster_planner import ClusterPlanner
 from cluster.coordinator.neighbours import Neighbours
 from cluster.coordinator.planner import make_plan
 from cluster.coordinator.settings import LoadOrder, ModelEntry
+from cluster.core.all_reduce import AllReduce
 from cluster.core.errors import BadCheckpoint
+from cluster.core.plan import Plan, Profile
+from cluster.core.worker import WorkerInfo
 from coordinator.test_planner import ORDER, SHAPE, worker
+from placement.test_groups import SHAPE as SHARED
+from placement.test_groups import mac
 
 pytestmark = pytest.mark.anyio
 
@@ -74,3 +80,64 @@ async def test_each_is_read_once_while_it_is_to_come() -> None:
     assert reader.read == ["one", "two", "one"], "what no longer comes is forgotten"
     await caches_of(made, *(f"m{i}" for i in range(20)))
     assert len(reader.read) == 3 + cluster_planner.MAX_COMING
+
+
+class Sums:
+    """Stands in for the measurement: which groups were looked up, and which measured, with consent or without."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.looked_up: list[str] = []
+        self.measured: list[tuple[str, bool]] = []
+        self.terms = 0
+        self._known: dict[str, AllReduce] = {}
+        monkeypatch.setattr(cluster_planner, "find_sums", self._find)
+        monkeypatch.setattr(cluster_planner, "measure_sums", self._measure)
+
+    async def take_term(self, controls: list[Any]) -> None:
+        self.terms += len(controls)
+
+    async def _find(self, members: list[WorkerInfo], controls: list[Any]) -> AllReduce | None:
+        self.looked_up.append(_names(members))
+        return self._known.get(_names(members))
+
+    async def _measure(self, members: list[WorkerInfo], controls: list[Any], *, insecure: bool) -> AllReduce | None:
+        self.measured.append((_names(members), insecure))
+        return self._known.setdefault(_names(members), AllReduce.measured(70e-6, 1e9))
+
+
+def _names(members: list[WorkerInfo]) -> str:
+    return "+".join(member.name for member in members)
+
+
+async def load(made: ClusterPlanner, workers: list[WorkerInfo], order: LoadOrder) -> Plan:
+    plan, _ = await made.make_plan_beside(1, SHARED, workers, order, workers, Neighbours("own", (), ()))
+    return plan
+
+
+async def test_sums_are_measured_before_a_load_once_and_only_looked_up_for_a_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sums = Sums(monkeypatch)
+    made = planner(Reader())
+    roster: Any = SimpleNamespace(members=(), control=lambda address: address, take_term=sums.take_term)
+    monkeypatch.setattr(made, "_roster", roster)
+
+    async def no_links(found: object) -> dict[Any, Any]:
+        return {}
+
+    monkeypatch.setattr(made, "_measure_links", no_links)
+    macs = [mac("a", 96), mac("b", 96), mac("c", 96)]
+    forced = LoadOrder("m", groups=(("a", "b"),))
+    said = (await made.make_plan(0, SHARED, macs, forced)).reasons
+    assert any("(estimated from the links)" in reason for reason in said)
+    assert (sums.looked_up, sums.measured, sums.terms) == (["a+b"], [], 0)
+    said = (await load(made, macs, forced)).reasons
+    assert any("16 sums of 70 us (measured)" in reason for reason in said)
+    assert (await made.make_plan(0, SHARED, macs, forced)).reasons == said
+    await load(made, macs, LoadOrder("m", insecure_links=(("b", "c"), ("a", "gone"))))
+    assert sums.measured == [("a+b", False), ("b+c", True)], "what is known is not measured again"
+    assert sums.terms == 4
+    unknown = [replace(one, profile=Profile()) for one in macs]
+    await load(made, unknown, LoadOrder("m", groups=(("a", "c"),)))
+    await load(made, macs, LoadOrder("m"))
+    assert len(sums.measured) == 2, "nothing can be predicted of them, or nobody may form a group"

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.coordinator.planner import capacity, make_plan
 from cluster.coordinator.settings import LoadOrder
+from cluster.core.all_reduce import AllReduce, SumSource
 from cluster.core.errors import DoesNotFit, InsecureGroup, InvalidOption, NoPlan
 from cluster.core.limits import BALANCE_SLACK, GIB
 from cluster.core.plan import (
@@ -25,9 +26,9 @@ from cluster.core.plan import (
     Speculation,
 )
 from cluster.core.worker import WorkerInfo
-from cluster.placement.candidates import AllReduce, Candidate, Candidates
+from cluster.placement.candidates import ASSUMED_LINK, Candidate, Candidates
 from cluster.placement.group_choice import propose_groups
-from cluster.placement.groups import SUMS_PER_LAYER, combine_groups, estimate_all_reduce
+from cluster.placement.groups import SUMS_PER_LAYER, combine_groups, estimate_all_reduce, sum_speed
 from cluster.placement.layout_forecast import token_s
 from cluster.placement.memory_split import WorkerMemory, needed_bytes
 from cluster.placement.predicted_step_time import decode_s
@@ -84,6 +85,16 @@ def test_a_group_takes_the_time_of_its_slowest_member_and_of_two_sums_a_layer() 
     work = chunk * LAYERS * 5e9 / FAST.flops
     starting = FAST.step_s + LAYERS * group.profile.layer_s
     assert group.prefill_s(SHAPE, every, chunk) == pytest.approx(starting + work + exchanged)
+
+
+def test_measured_sums_replace_the_estimate_of_that_group_alone() -> None:
+    pair = [Candidate(WorkerMemory(name, 64 * GIB), FAST) for name in "abc"]
+    measured = AllReduce.measured(50e-6, 1e8)
+    known = Candidates(pair, measured_sums={frozenset("ab"): measured})
+    assert sum_speed(known, pair[:2]) == sum_speed(known, pair[1::-1]) == measured
+    assert sum_speed(known, pair[1:]) == estimate_all_reduce(ASSUMED_LINK, 2)
+    assumed = AllReduce(10e-6, 5e9, SumSource.ASSUMED)
+    assert sum_speed(Candidates(pair, sums=assumed), pair[:2]) == assumed
 
 
 def test_sums_over_a_ring_take_a_round_trip_for_each_further_rank() -> None:
@@ -177,13 +188,16 @@ def test_a_group_is_taken_only_where_it_beats_the_pipeline() -> None:
     slow = make_plan(1, SHAPE, fits, accepted, links)
     assert pairs_of(slow) == []
     (said,) = [reason for reason in slow.reasons if "a+b" in reason]
-    assert "16 sums of 3016 us take 48.3 ms of a token" in said
+    assert "16 sums of 3016 us (estimated from the links) take 48.3 ms of a token" in said
     quick = {pair: Link(20e-6, 50e9) for pair in links}
     fast = make_plan(1, SHAPE, fits, accepted, quick)
     assert pairs_of(fast) == ["a", "b"]
     assert fast.forecast is not None
     assert slow.forecast is not None
     assert fast.forecast.one_user > 1.7 * slow.forecast.one_user
+    measured = make_plan(1, SHAPE, fits, accepted, quick, {frozenset("ab"): AllReduce.measured(3e-3, 1e9)})
+    assert pairs_of(measured) == [], "what was measured counts, not what the links make expect"
+    assert any("16 sums of 3000 us (measured) take 48.0 ms" in reason for reason in measured.reasons)
     assert pairs_of(make_plan(1, SHAPE, fits, LoadOrder("m"), quick)) == [], "nobody has accepted insecure links"
     guesses = replace(accepted, speculation=Speculation.AUTO)
     assert pairs_of(make_plan(1, SHAPE, fits, guesses, quick)) == []

@@ -43,8 +43,7 @@ class Engine:
 async def join(joins: GroupJoins, engine: Engine, load: pb.LoadStageRequest = LOAD, *, named: bool = True) -> int:
     """Join, once the port is told and the ranks are ``named``. Return the port."""
     port = 0
-    async for answer in joins.join(engine, load):  # type: ignore[arg-type]
-        port = answer.group_port
+    async for port in joins.join(engine, load.epoch, load.rank, load.ranks):  # type: ignore[arg-type]  # noqa: B007
         if named:
             joins.deliver(load.epoch, GroupHosts(HOSTS, "ring"))
             with pytest.raises(StaleEpoch):

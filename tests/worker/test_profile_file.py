@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.core.all_reduce import AllReduce
+from cluster.core.group_limits import KEPT_SUMS, SUMS_KEPT_S
 from cluster.core.limits import CORRECTION_BOUND, KEPT_CORRECTIONS
 from cluster.core.link_limits import KEPT_LINKS, LINK_KEPT_S
 from cluster.core.plan import Link, Profile
@@ -45,6 +47,7 @@ def test_a_profile_is_kept_for_its_versions_and_chip_alone(path: Path) -> None:
         '{"key": "k", "profile": {"corrections": [], "verify_costs": [[2.5, 1.1]]}, "links": []}',
         '{"key": "k", "profile": {"corrections": [], "verify_costs": [[2, 0]]}, "links": []}',
         '{"key": "k", "profile": {"corrections": [], "verify_costs": [[9, 1.1]]}, "links": []}',
+        '{"key": "k", "profile": {"corrections": []}, "links": [], "sums": [["g", {"seconds": 0, "bandwidth": 1}, 1]]}',
     ],
 )
 def test_a_damaged_file_means_measuring_again(path: Path, damage: str) -> None:
@@ -140,3 +143,19 @@ def test_a_throttle_sleeps_in_proportion() -> None:
     assert time.perf_counter() - began < 5
     Throttle(3.0).stretch(0.05)
     assert time.perf_counter() - began >= 0.1
+
+
+def test_sums_of_a_group_are_kept_for_a_day(path: Path) -> None:
+    now = 1000.0
+    found = AllReduce.measured(50e-6, 1e9)
+    file = ProfileFile(path, "k", lambda: now)
+    assert file.sums("ring a b") is None
+    file.put_sums("ring a b", AllReduce.measured(70e-6, 1e9))
+    file.put_sums("ring a b", found)
+    assert ProfileFile(path, "k", lambda: now).sums("ring a b") == found
+    assert file.sums("nccl a b") is None
+    now += SUMS_KEPT_S
+    assert file.sums("ring a b") is None
+    for i in range(KEPT_SUMS + 1):
+        file.put_sums(f"g{i}", found)
+    assert len(ProfileFile(path, "k").kept.sums) == KEPT_SUMS

@@ -1,0 +1,63 @@
+"""Times sums over the ranks of a group, of as few bytes as one token has, and of as many as a prompt's chunk.
+
+All ranks have to measure at once. How many sums there are depends on the time of the first ones, as all ranks agree.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Final
+
+import mlx.core as mx
+
+from cluster.core.all_reduce import FEW_BYTES, MANY_BYTES, AllReduce
+from cluster.model.process_group import meet
+from cluster.model.sharding import Group
+
+__all__ = ["measure_sums"]
+
+FIRST: Final = 4
+"""Sums of a size that prepare the connections, and as many that say how long one takes."""
+ROUNDS: Final = 5
+MOST: Final = 80
+"""Sums of a round: a model of 70 billion parameters has twice as many in a token."""
+ROUND_S: Final = 0.08
+"""A round of slower sums has fewer, so that all rounds of both sizes take less than a second."""
+
+
+def measure_sums(group: Group) -> AllReduce:
+    """Return how fast this group adds up, by the median chain of sums of each size.
+
+    A chain is evaluated at once, as the sums of a step are. Every rank has to call this, and waits for all others
+    without a limit.
+    """
+    few_s, many_s = (_time_size(group, nbytes) for nbytes in (FEW_BYTES, MANY_BYTES))
+    return AllReduce.between(few_s, many_s)
+
+
+def _time_size(group: Group, nbytes: int) -> float:
+    """Return the seconds of one sum of so many bytes."""
+    _time_chain(group, nbytes, FIRST)
+    first_s = _agree(group, _time_chain(group, nbytes, FIRST))
+    count = max(1, min(MOST, int(ROUND_S / max(first_s, 1e-9))))
+    return _agree(group, median(_time_chain(group, nbytes, count) for _ in range(ROUNDS)))
+
+
+def _time_chain(group: Group, nbytes: int, count: int) -> float:
+    """Return the seconds of one of ``count`` sums, each of which adds up what the one before made."""
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16  # as models have it there
+    array = mx.zeros((nbytes // dtype.size,), dtype)
+    mx.eval(array)
+    meet(group)
+    began = time.perf_counter()
+    for _ in range(count):
+        array = mx.distributed.all_sum(array, group=group)  # type: ignore[arg-type]
+    mx.eval(array)
+    return (time.perf_counter() - began) / count
+
+
+def _agree(group: Group, seconds: float) -> float:
+    """Return the mean of all ranks' seconds, which is the same number on each of them."""
+    total = mx.distributed.all_sum(mx.array([seconds]), group=group)  # type: ignore[arg-type]
+    return float(total.sum().item()) / group.size()  # type: ignore[arg-type]
