@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -80,7 +79,7 @@ def plan(
         if models or len(model or ()) > 1:
             entries = read_models(models, defaults) if models else name_models(model or (), defaults, ())
             made = plan_together(entries, assume, coordinator, cluster or "", tuple(peer or ()))
-            show_joint_plan(replace(made, reasons=(*made.reasons, *describe_copies(entries))), json)
+            show_joint_plan(made, json)
             return
         order = LoadOrder(model=(model or [""])[0], **defaults)
         if assume is not None:
@@ -90,17 +89,6 @@ def plan(
                 order, cluster or "", tuple(peer or ())
             )
         show_plan(plan, json)
-
-
-def describe_copies(entries: Sequence[ModelEntry]) -> list[str]:
-    """Return a sentence about each model with more than one replica: the plan has the first one alone."""
-    several = {entry.name: entry.replicas for entry in entries if entry.replicas != 1}
-    return [
-        f"{name}: the plan has one replica; "
-        + (f"the other {count - 1} are" if count and count > 2 else "the second is" if count else "more are")
-        + " loaded later, on Macs that then hold no layers"
-        for name, count in several.items()
-    ]
 
 
 def read_models(path: Path, defaults: dict[str, Any]) -> tuple[ModelEntry, ...]:
@@ -142,7 +130,7 @@ def coordinators_joint_plan(entries: Sequence[ModelEntry], coordinator: str | No
     """Return a running coordinator's plan of several models, or None as ``coordinators_plan``."""
     from cluster.client import ModelToPlan
 
-    models = [ModelToPlan(e.order.model, e.name, e.pin, e.priority, load_options(e.order)) for e in entries]
+    models = [ModelToPlan(e.order.model, e.name, e.pin, e.priority, e.replicas, load_options(e.order)) for e in entries]
     return ask_coordinator(coordinator, cluster, lambda client: client.plan_models(models))
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cluster.client import JointPlan, ModelPlan
+    from cluster.core.joint_plan import PlannedModel
 
 
 def show_plan(made: ModelPlan, json: bool) -> None:
@@ -44,9 +45,8 @@ def show_joint_plan(made: JointPlan, json: bool) -> None:
         print_json(made)
         return
     screen = console(sys.stdout)
-    fitting = (
-        f"{len(made.models)} of {len(made.models) + len(made.left_out)}" if made.left_out else str(len(made.models))
-    )
+    count = sum(model.replica == 1 for model in made.models)
+    fitting = f"{count} of {count + len(made.left_out)}" if made.left_out else str(count)
     print_lines(screen, f"{fitting} models fit at once")
     screen.print()
     screen.print(_stages_of_all(made))
@@ -59,8 +59,8 @@ def show_joint_plan(made: JointPlan, json: bool) -> None:
         plan = model.plan
         print_lines(
             screen,
-            f"{model.name}: planned for {plan.objective}; room for {plan.max_sequences} x {plan.max_context} tokens of"
-            " context",
+            f"{_name_of(model)}: planned for {plan.objective};"
+            f" room for {plan.max_sequences} x {plan.max_context} tokens of context",
             *describe_forecast(plan.forecast, (), plan.reasons),
         )
 
@@ -70,11 +70,15 @@ def _stages_of_all(made: JointPlan) -> Table:
     shown = table("model", "worker", "layers", "weights", "for caches", "ms a token", right=numbers)
     for model in made.models:
         for stage in model.plan.stages:
-            name = printable(model.name) if stage is model.plan.stages[0] else ""
+            name = printable(_name_of(model)) if stage is model.plan.stages[0] else ""
             ms = f"{stage.predicted_ms:.1f}" if stage.predicted_ms else "-"
             sizes = format_bytes(stage.weight_bytes), format_bytes(stage.cache_bytes)
             shown.add_row(name, printable(stage.worker), stage.share, *sizes, ms)
     return shown
+
+
+def _name_of(model: PlannedModel) -> str:
+    return f"{model.name} #{model.replica}" if model.replica > 1 else model.name
 
 
 def _memory_of_all(made: JointPlan) -> Table:

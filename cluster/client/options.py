@@ -138,13 +138,15 @@ class ModelToPlan:
 
     ``name`` is how the plan calls it; "": its id, or the last part of its folder. One that is ``pinned`` has to fit,
     even if others are slower then. Of two models, the one with the higher ``priority`` is more important, else the
-    first one.
+    first one. ``replicas`` is how many of it are to be loaded, the first one included; None: as many as there are
+    idle Macs for.
     """
 
     model: str
     name: str = ""
     pinned: bool = False
     priority: int = 0
+    replicas: int | None = 1
     options: LoadOptions = field(default_factory=LoadOptions)
 
 

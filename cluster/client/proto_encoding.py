@@ -178,6 +178,7 @@ def encode_plan_models(models: Iterable[ModelToPlan]) -> cluster_pb2.PlanModelsR
                 order=encode_plan(one.model, one.options),
                 pinned=check_bool("pinned", one.pinned),
                 priority=check_whole_number("priority", one.priority, INT32_MAX),
+                replicas=check_whole_number("replicas", one.replicas or 0),
             )
             for one in models
         ]

@@ -100,7 +100,7 @@ def decode_plan(reply: pb.PlanResponse) -> ModelPlan:
 def encode_joint_plan(plan: JointPlan) -> pb.PlanModelsResponse:
     """Encode the plans of several models."""
     return pb.PlanModelsResponse(
-        models=[pb.PlannedModel(name=one.name, plan=encode_plan(one.plan)) for one in plan.models],
+        models=[pb.PlannedModel(name=one.name, plan=encode_plan(one.plan), replica=one.replica) for one in plan.models],
         left_out=[pb.UnplacedModel(name=one.name, why=one.why, unload=one.unload) for one in plan.left_out],
         memory=[
             pb.MacMemory(
@@ -120,7 +120,7 @@ def encode_joint_plan(plan: JointPlan) -> pb.PlanModelsResponse:
 def decode_joint_plan(reply: pb.PlanModelsResponse) -> JointPlan:
     """Decode the plans of several models. Raise MacpipeError for invalid layers."""
     return JointPlan(
-        models=tuple(PlannedModel(one.name, decode_plan(one.plan)) for one in reply.models),
+        models=tuple(PlannedModel(one.name, decode_plan(one.plan), max(one.replica, 1)) for one in reply.models),
         left_out=tuple(UnplacedModel(one.name, one.why, tuple(one.unload)) for one in reply.left_out),
         memory=tuple(
             MacMemory(

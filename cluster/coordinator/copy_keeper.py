@@ -15,6 +15,7 @@ from typing import Final
 
 import anyio
 
+from cluster.coordinator.copy_plans import NO_MAC, copy_rank
 from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.joint_planner import ModelToPlace, create_demand
 from cluster.coordinator.load_turns import LoadTurns
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 RETRY_S: Final = 60.0
 """Macs on which a copy could not be loaded are left alone for this long, unless they are drained or restarted."""
 
-NO_IDLE: Final = "no Mac without layers is free for it; start one more worker, or unload another model"
+NO_IDLE: Final = f"{NO_MAC}; start one more worker, or unload another model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ class CopyKeeper:
         if not wanted or not all(goal.is_ready for goal in goals):  # idle workers are for what recovers first
             return False
         idle = await self._find_idle()
-        for goal in sorted(wanted, key=lambda one: (one.is_auto, len(one.deployment.replicas), -one.priority)):
+        for goal in sorted(wanted, key=lambda one: copy_rank(one.most, len(one.deployment.replicas), one.priority)):
             if not idle:
                 self._note_missing(goal, NO_IDLE)
             elif not self._is_blocked() and await self._load(goal, idle):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from cluster.coordinator.copy_plans import CopiedModel, plan_copies
 from cluster.coordinator.planner import Links, build_plan, plan_request
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_plan
@@ -27,18 +28,23 @@ CandidatesFor = Callable[[ModelShape, LoadOrder], Candidates]
 
 @dataclass(frozen=True, slots=True)
 class ModelToPlace:
-    """A model under its name, and what its user asks for. ``pinned`` and ``priority`` are those of ``ModelDemand``."""
+    """A model under its name, and what its user asks for.
+
+    ``pinned`` and ``priority`` are those of ``ModelDemand``, ``replicas`` those of ``CopiedModel``.
+    """
 
     name: str
     order: LoadOrder
     shape: ModelShape
     pinned: bool = False
     priority: int = 0
+    replicas: int | None = 1
 
     @classmethod
     def of(cls, entry: ModelEntry, shape: ModelShape) -> Self:
         """Return an entry of a catalog with the shape of its model."""
-        return cls(entry.name, entry.order, replace(shape, given_name=entry.name), entry.pin, entry.priority)
+        named = replace(shape, given_name=entry.name)
+        return cls(entry.name, entry.order, named, entry.pin, entry.priority, entry.replicas)
 
 
 def require_models(names: Sequence[str]) -> None:
@@ -63,9 +69,9 @@ def plan_models(
     explain: Callable[[Plan], Plan],
     links: Links | None = None,
 ) -> JointPlan:
-    """Return plans for as many of the models as fit at once, as if none was loaded. ``links`` are the measured ones.
+    """Return plans for as many of the models as fit at once, as if none was loaded, and then for copies of them.
 
-    ``explain`` adds to a plan what its user should know of these workers.
+    ``links`` are the measured ones. ``explain`` adds to a plan what its user should know of these workers.
 
     Raises ``InvalidOption`` for options that cannot be, and as ``require_models``.
     """
@@ -76,12 +82,23 @@ def plan_models(
     for place in placement.placed:
         model, proposal = by_name[place.name], explain_place(placement, place)
         plans[model.name] = explain(build_plan(0, model.shape, proposal, model.order, placement.shares[model.name]))
+    copied = [
+        CopiedModel(one.name, one.shape, one.order, candidates_for(one.shape, one.order), one.replicas, one.priority)
+        for one in models
+        if one.name in plans and one.replicas != 1
+    ]
+    copies = plan_copies(copied, {stage.worker for plan in plans.values() for stage in plan.stages})
+    replicas = [
+        (name, number, plan)
+        for name in plans
+        for number, plan in enumerate((plans[name], *copies.plans.get(name, ())), 1)
+    ]
     left_out = (UnplacedModel(one.demand.name, explain_left_out(one), one.unload) for one in placement.left_out)
     return JointPlan(
-        tuple(PlannedModel(name, describe_plan(plan, links)) for name, plan in plans.items()),
+        tuple(PlannedModel(name, describe_plan(plan, links), number) for name, number, plan in replicas),
         tuple(left_out),
-        _measure_memory(candidates_for(models[0].shape, models[0].order), plans),
-        explain_placement(placement),
+        _measure_memory(candidates_for(models[0].shape, models[0].order), [(name, plan) for name, _, plan in replicas]),
+        (*explain_placement(placement), *copies.explain(copied)),
     )
 
 
@@ -92,10 +109,10 @@ def create_demand(model: ModelToPlace, candidates: Candidates) -> ModelDemand:
     return ModelDemand(model.name, model.shape, candidates, request, model.pinned, model.priority, contexts, groups)
 
 
-def _measure_memory(candidates: Candidates, plans: Mapping[str, Plan]) -> tuple[MacMemory, ...]:
+def _measure_memory(candidates: Candidates, plans: Iterable[tuple[str, Plan]]) -> tuple[MacMemory, ...]:
     """Return every worker's memory, and what each model uses of it."""
     uses: dict[str, list[ModelMemory]] = {worker.name: [] for worker in candidates.workers}
-    for name, plan in plans.items():
+    for name, plan in plans:
         for stage in plan.stages:
             uses[stage.worker].append(ModelMemory(name, stage.weight_bytes, stage.cache_bytes))
     return tuple(MacMemory(w.name, w.memory.usable, tuple(uses[w.name])) for w in candidates.workers)

@@ -9,10 +9,14 @@ from cluster.core.cluster_state import ModelPlan
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model under the name by which clients ask for it, with its plan beside the others."""
+    """A model under the name by which clients ask for it, with its plan beside the others.
+
+    ``replica`` numbers the copies of a model from 2, on Macs that hold no other layers.
+    """
 
     name: str
     plan: ModelPlan
+    replica: int = 1
 
 
 @dataclass(frozen=True, slots=True)

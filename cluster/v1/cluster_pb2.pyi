@@ -1562,12 +1562,15 @@ class ModelToPlan(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """How the plan calls it; empty: the model's id, or the last part of its folder."""
     pinned: _builtins.bool
     """It has to fit, even if other models are slower then."""
     priority: _builtins.int
     """Of two models, the one with the higher priority is more important, else the first one."""
+    replicas: _builtins.int
+    """How many replicas are to be loaded; 0: as many as there are idle Macs for. One without it."""
     @_builtins.property
     def order(self) -> Global___PlanRequest: ...
     def __init__(
@@ -1577,12 +1580,15 @@ class ModelToPlan(_message.Message):
         order: Global___PlanRequest | None = ...,
         pinned: _builtins.bool = ...,
         priority: _builtins.int = ...,
+        replicas: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "order", b"order", "replicas", b"replicas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "order", b"order", "pinned", b"pinned", "priority", b"priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "name", b"name", "order", b"order", "pinned", b"pinned", "priority", b"priority", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
+    _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
 
 Global___ModelToPlan: _TypeAlias = ModelToPlan  # noqa: Y015
 
@@ -1612,7 +1618,10 @@ class PlannedModel(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    replica: _builtins.int
+    """Numbers the copies of a model from 2. 0 is the first replica."""
     @_builtins.property
     def plan(self) -> Global___PlanResponse: ...
     def __init__(
@@ -1620,10 +1629,11 @@ class PlannedModel(_message.Message):
         *,
         name: _builtins.str = ...,
         plan: Global___PlanResponse | None = ...,
+        replica: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "plan", b"plan", "replica", b"replica"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

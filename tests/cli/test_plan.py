@@ -10,8 +10,6 @@ import pytest
 
 from checkpoints import make
 from client.scripted import Coordinator
-from cluster.cli.plan import describe_copies
-from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.v1 import cluster_pb2
 
 Macpipe = Any
@@ -161,17 +159,40 @@ def test_a_running_coordinator_is_asked(macpipe: Macpipe, coordinator: Coordinat
     assert "mac-a   11.0 GiB  9.0 GiB     1.0 GiB  1.0 GiB  faq" in done.stdout
     assert "\norg/b fits only when faq is unloaded\n" in done.stdout
     first, second = coordinator.script.seen[-1].models
-    assert [(one.name, one.order.model, one.order.quantize) for one in (first, second)] == [
-        ("faq", "faq", 4),
-        ("org/b", "org/b", 4),
+    assert [(one.name, one.order.model, one.order.quantize, one.replicas) for one in (first, second)] == [
+        ("faq", "faq", 4, 1),
+        ("org/b", "org/b", 4, 1),
     ]
 
 
-def test_a_plan_says_that_further_replicas_are_loaded_later() -> None:
-    order = LoadOrder("faq")
-    counts = {"one": 1, "two": 2, "three": 3, "auto": None}
-    assert describe_copies([ModelEntry(name, order, replicas=count) for name, count in counts.items()]) == [
-        "two: the plan has one replica; the second is loaded later, on Macs that then hold no layers",
-        "three: the plan has one replica; the other 2 are loaded later, on Macs that then hold no layers",
-        "auto: the plan has one replica; more are loaded later, on Macs that then hold no layers",
+def test_a_plan_of_a_file_has_the_replicas_that_it_asks_for(macpipe_here: Macpipe, tmp_path: Path) -> None:
+    """They are on Macs that hold no layers, as serve loads them."""
+    tables = [
+        f'[[model]]\nname = "{name}"\nsource = "{make("llama", tmp_path / name)}"\nworkers = 1\nreplicas = {count}\n'
+        for name, count in (("large", 1), ("small", 2), ("many", 9), ("some", '"auto"'))
+    ]
+    file = tmp_path / "models.toml"
+    file.write_text("\n".join(tables))
+    planned = macpipe_here("plan", "--models", str(file), "--assume", "m4-pro-24x7")
+    assert (planned.returncode, planned.stderr) == (0, "")
+    assert planned.stdout.startswith("4 models fit at once\n")
+    assert any(line.startswith("many #3") for line in planned.stdout.splitlines())
+    facts = json.loads(macpipe_here("plan", "--models", str(file), "--assume", "m4-pro-24x7", "--json").stdout)
+    places = {(m["name"], m["replica"]): m["plan"]["stages"][0]["worker"] for m in facts["models"]}
+    assert list(places) == [
+        ("large", 1),
+        ("small", 1),
+        ("small", 2),
+        ("many", 1),
+        ("many", 2),
+        ("many", 3),
+        ("some", 1),
+    ]
+    assert len(set(places.values())) == len(places), "each on a Mac of its own"
+    assert [len(mac["models"]) for mac in facts["memory"]] == [1] * 7
+    assert [reason for reason in facts["reasons"] if "copy" in reason or "replica" in reason] == [
+        f"small has 2 replicas, copies of it on {places['small', 2]}",
+        f"many has 3 replicas, copies of it on {places['many', 2]}; {places['many', 3]}",
+        "many has 3 of 9 replicas: no Mac without layers is free for it",
+        "some has no copy: no Mac without layers is free for it",
     ]

@@ -79,7 +79,7 @@ def test_trying_again_is_no_use_beside_what_is_pinned() -> None:
     refusal = needs({"new": 6 * GIB}, {"chat": 4 * GIB, "title": GIB, "idle": GIB})
     with pytest.raises(
         ModelTooLarge,
-        match="beside title, which is pinned: it needs 1 GiB more; unload title first, or load it again with `macpipe load",
+        match="beside title, which is pinned: it needs 1 GiB more; unload title first, or load it again with",
     ) as refused:
         find_room("new", residents, refusal, NOW)
     assert refused.value.retry_after_s is None

@@ -28,13 +28,13 @@ from cluster.coordinator.cluster_stores import ClusterStores
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.examinations import Examinations
 from cluster.coordinator.joint_planner import require_model_count
-from cluster.coordinator.model_catalog import public_id, require_model_name
+from cluster.coordinator.model_catalog import MAX_REPLICAS, public_id, require_model_name
 from cluster.coordinator.on_demand import OnDemand
 from cluster.coordinator.present_plans import PresentPlans
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_adapters, describe_plan
 from cluster.core.adapter import MAX_ADAPTERS
-from cluster.core.errors import Forbidden, InvalidRequest, MacpipeError
+from cluster.core.errors import Forbidden, InvalidOption, InvalidRequest, MacpipeError
 from cluster.core.limits import DEFAULT_MAX_CONTEXT, MAX_PREFILL_CHUNK
 from cluster.core.plan import LoadProgress, Plan, Speculation
 from cluster.core.quantization import require_weight_bits
@@ -260,9 +260,24 @@ def _model_entries(models: Sequence[pb.ModelToPlan], first: LoadOrder) -> list[M
     require_model_count(len(models))
     orders = [_load_order(model.order, first) for model in models]
     return [
-        ModelEntry(require_model_name(m.name or public_id(order.model)), order, pin=m.pinned, priority=m.priority)
+        ModelEntry(
+            require_model_name(m.name or public_id(order.model)),
+            order,
+            pin=m.pinned,
+            priority=m.priority,
+            replicas=_replicas(m),
+        )
         for m, order in zip(models, orders, strict=True)
     ]
+
+
+def _replicas(model: pb.ModelToPlan) -> int | None:
+    """Decode how many replicas a model is to have; None is as many as there are idle Macs for. Raise InvalidOption."""
+    if not model.HasField("replicas"):
+        return 1
+    if model.replicas > MAX_REPLICAS:
+        raise InvalidOption(f"replicas is {model.replicas}; it must be at most {MAX_REPLICAS}", field="replicas")
+    return model.replicas or None
 
 
 def _adapters(given: Sequence[pb.AdapterFolder]) -> tuple[tuple[str, str], ...]:

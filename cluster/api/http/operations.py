@@ -14,7 +14,7 @@ from cluster.api.http.json_response import Json
 from cluster.api.http.sse import while_connected
 from cluster.api.page_limits import MAX_LAYERS_CHARS
 from cluster.coordinator.coordinator import Coordinator
-from cluster.coordinator.model_catalog import public_id, require_model_name
+from cluster.coordinator.model_catalog import MAX_REPLICAS, public_id, require_model_name
 from cluster.coordinator.present_plans import PresentPlans
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.snapshot import describe_plan
@@ -65,12 +65,14 @@ class NamedPlanForm(PlanForm):
     name: ShortText = ""
     pinned: bool = False
     priority: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | Literal["auto"] = 1
 
     def entry(self, first: LoadOrder) -> ModelEntry:
         """Return the model under its name, by default its id or the last part of its folder. Raises as ``order``."""
         order = self.order(first)
         name = require_model_name(self.name or public_id(order.model))
-        return ModelEntry(name, order, pin=self.pinned, priority=self.priority)
+        replicas = None if self.replicas == "auto" else self.replicas
+        return ModelEntry(name, order, pin=self.pinned, priority=self.priority, replicas=replicas)
 
 
 class JointPlanForm(Form):
