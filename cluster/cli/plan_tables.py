@@ -47,7 +47,7 @@ def show_joint_plan(made: JointPlan, json: bool) -> None:
     screen = console(sys.stdout)
     count = sum(model.replica == 1 for model in made.models)
     fitting = f"{count} of {count + len(made.left_out)}" if made.left_out else str(count)
-    print_lines(screen, f"{fitting} models fit at once")
+    print_lines(screen, f"{fitting} {'model fits' if fitting == '1' else 'models fit at once'}")
     screen.print()
     screen.print(_stages_of_all(made))
     screen.print()
