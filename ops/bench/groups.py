@@ -6,7 +6,8 @@ The ways are: mlx-lm in one process (``single``), mlx-lm sharded by itself over 
 orders. Weights are random, because speed does not depend on them; shapes are those of real Llamas in 4 bits.
 
 Each worker has a GPU of its own, from 0 on; ``one`` has the last, because ``single`` has the first. ``--shape small
---cpu`` runs without a GPU. Figures are in ``--record FILE`` as soon as they are measured.
+--cpu`` runs without a GPU. With ``--predict``, the group starts last, since its workers measure how fast they are, and
+how fast they add up. Figures are in ``--record FILE`` as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Served:
             }
             for stage in state.stages
         ]
-        return {"held": held, "times": times, "recoveries": state.recoveries}
+        decode = [{"expected_ms": stage.expected_ms, "measured_ms": stage.measured_ms} for stage in state.stages]
+        return {"held": held, "times": times, "recoveries": state.recoveries, "decode": decode}
 
 
 def devices(asked: Namespace) -> list[Mapping[str, str]]:
@@ -94,27 +96,44 @@ def devices(asked: Namespace) -> list[Mapping[str, str]]:
     return [{} if asked.cpu else {"CUDA_VISIBLE_DEVICES": str(i)} for i in range(asked.ranks)]
 
 
+def group_of(asked: Namespace) -> tuple[str, ...]:
+    """Return the names of the group's workers, as ``start_cluster`` calls them."""
+    return tuple(ascii_lowercase[: asked.ranks])
+
+
 def serve(asked: Namespace, name: str, model: Path, stack: ExitStack) -> Served:
     """Start the daemons of one way."""
     environments, whole = devices(asked), asked.memory_limit_whole
-    names = "+".join(ascii_lowercase[: asked.ranks])
     own = {
         "one": ((), environments[-1:], whole),
         "stages": ((), environments, asked.memory_limit),
-        "group": (("--workers", "1", "--group", names), environments, asked.memory_limit),
+        "group": (("--workers", "1", "--group", "+".join(group_of(asked))), environments, asked.memory_limit),
     }
     more, places, limit = own[name]
     folder = model.parent / name
     folder.mkdir(exist_ok=True)
+    profile = ["--profile", "new"] if asked.predict and name == "group" else []
     client = start_cluster(
         stack,
         model,
         *("--max-context", str(asked.context), "--speculate", "off", *more),
         folder=folder,
         environments=places,
-        worker_options=["--memory-limit", limit] if limit else (),
+        worker_options=[*profile, *(["--memory-limit", limit] if limit else [])],
     )
     return Served(name, client, asked)
+
+
+def serve_all(asked: Namespace, model: Path, stack: ExitStack) -> list[Served]:
+    """Start the daemons of all ways at once, but the group's apart if they measure. Return the group last."""
+    names = [name for name in ("one", "stages", "group") if name in asked.ways]
+    apart = [name for name in names if asked.predict and name == "group"]
+    served: list[Served] = []
+    for batch in ([name for name in names if name not in apart], apart):
+        stacks = [stack.enter_context(ExitStack()) for _ in batch]
+        with ThreadPoolExecutor(len(batch) or 1) as starting:
+            served += starting.map(lambda name, own: serve(asked, name, model, own), batch, stacks)
+    return served
 
 
 def start(asked: Namespace, stack: ExitStack, record: Record) -> list[Way]:
@@ -137,15 +156,15 @@ def start(asked: Namespace, stack: ExitStack, record: Record) -> list[Way]:
         sharded = ShardedProcesses(stack, model, folder, environments, "ring" if asked.cpu else "nccl")
         ways.append(process_way("sharded", sharded, asked))
     record.log = folder / "group" / "serve.log"
-    names = [name for name in ("one", "stages", "group") if name in asked.ways]
-    stacks = [stack.enter_context(ExitStack()) for _ in names]
-    with ThreadPoolExecutor(len(names) or 1) as starting:
-        served = list(starting.map(lambda name, own: serve(asked, name, model, own), names, stacks))
+    served = serve_all(asked, model, stack)
     record.facts["serve_s"] = round(time.perf_counter() - began, 1)
     print(f"all ways serve after {record.facts['serve_s']} s", file=sys.stderr, flush=True)
     if sharded:
         sums = {name: sharded.sum_s(CHAIN, nbytes) for name, nbytes in SUM_BYTES.items()}
         record.facts["sum_us"] = {name: round(seconds * 1e6, 1) for name, seconds in sums.items()}
+    if asked.predict and "group" in asked.ways:
+        plan = served[-1].client.plan(str(model), workers=1, groups=[group_of(asked)], max_context=asked.context)
+        record.facts["plan"] = list(plan.reasons)
     for one in served:
         if single:
             record.facts[f"first_difference_{one.name}"] = first_difference(one.client, single, asked.tokens)
@@ -196,6 +215,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="begin no measurement that would end later")
     parser.add_argument("--tokens", type=int, default=64, help="of one user's answer")
     parser.add_argument("--length", type=int, default=2048, help="of the prompt")
+    parser.add_argument("--predict", action="store_true", help="let the group's workers measure their speed and sums")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--memory-limit", help="of each stage and rank, like 28GiB: GPUs are shared by all ways")
     parser.add_argument("--memory-limit-whole", help="of the one worker that holds all layers, like 48GiB")

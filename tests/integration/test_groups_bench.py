@@ -20,6 +20,7 @@ def test_the_bench_measures_every_way(tmp_path: Path) -> None:
     facts = run_bench(
         "groups",
         *("--shape", "small", "--cpu", "--rounds", "1", "--tokens", "12", "--length", "24", "--context", "128"),
+        "--predict",
         *("--folder", str(tmp_path / "run"), "--record", str(record), "--json"),
     )
     ways = {"single", "sharded", "one", "stages", "group"}
@@ -29,6 +30,7 @@ def test_the_bench_measures_every_way(tmp_path: Path) -> None:
         assert facts[f"first_difference_{way}"]["position"] is None
     assert (facts["first_difference_group"]["logit_gap"] or 0) <= NEAR, "sums in bfloat16 are rounded in another order"
     assert [(one["rank"], one["ranks"]) for one in facts["group"]["held"]] == [(0, 2), (1, 2)]
+    assert any("sums of" in reason and "(measured)" in reason for reason in facts["plan"])
     assert facts["sum_us"].keys() == {"16_kib", "1_mib"}
     assert not facts["left_out"]
     assert json.loads(record.read_text()) == facts
