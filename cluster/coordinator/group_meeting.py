@@ -15,7 +15,7 @@ import anyio.to_thread
 
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import WorkerLost
-from cluster.core.group_limits import GROUP_GATHER_S
+from cluster.core.group_limits import GROUP_GATHER_S, GROUP_LISTEN_S
 from cluster.core.plan import PlannedStage
 from cluster.core.text import format_address, parse_address
 from cluster.core.worker import WorkerInfo
@@ -40,9 +40,12 @@ class GroupMeeting:
     number: int
     _hosts: dict[int, str] = field(default_factory=dict)
     _complete: anyio.Event = field(default_factory=anyio.Event)
+    _meeting: set[int] = field(default_factory=set)
+    """The ranks that have begun to meet."""
+    _all_but_last: anyio.Event = field(default_factory=anyio.Event)
 
     async def attend(self, rank: int, control: WorkerClient, port: int) -> None:
-        """Note where one rank listens, and tell it of the others once all are known.
+        """Note where one rank listens, and tell it of the others once all are known: the last rank after all others.
 
         Raises ``WorkerLost`` if one is missing for too long, and the errors of the worker.
         """
@@ -57,7 +60,13 @@ class GroupMeeting:
             why = f"worker {missing[0]} did not come to the group {group_name(self.workers)} in time"
             raise WorkerLost(why, worker=missing[0]) from None
         hosts = [self._hosts[rank] for rank in range(len(self.workers))]
+        if rank == len(self.workers) - 1:
+            await self._all_but_last.wait()  # their calls have deadlines, and one that fails ends this load, too
+            await anyio.sleep(GROUP_LISTEN_S)
         await control.join_group(self.number, hosts, self.backend, insecure=self.insecure)
+        self._meeting.add(rank)
+        if len(self._meeting) == len(self.workers) - 1:
+            self._all_but_last.set()
 
 
 async def _locate(control_address: str, port: int) -> str:

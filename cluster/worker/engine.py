@@ -226,7 +226,10 @@ class Engine:
             self._host.unload()
 
     def _run_group_command(self, command: HoldGroupPort | JoinGroup | MeasureSums) -> None:
-        """Hold a port, meet the other ranks, or time sums with them. Until MLX listens, the port stays held."""
+        """Hold a port, meet the other ranks, or time sums with them. Until MLX listens, the port stays held.
+
+        Progress tells that it begins to meet: until the others are there, this process answers nothing.
+        """
         if isinstance(command, MeasureSums):
             if self._group is None:
                 raise StaleEpoch("this engine has joined no group, so it cannot time its sums")
@@ -237,6 +240,7 @@ class Engine:
             self._group_port = self._group_port or HeldPort(self._host_address)
             self._send(GroupPortHeld(command.call, self._group_port.number))
             return
+        self._send(Progress(command.call, 0, 0))
         self._group = join_group(command.rank, command.hosts, command.backend)
         if self._group_port:
             self._group_port.close()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+import anyio
+
 from cluster.core.errors import BadFrame, InsecureGroup, InvalidRequest, MacpipeError, StaleEpoch, WorkerLost
-from cluster.core.group_limits import GROUP_GATHER_S, GROUP_JOIN_S, MAX_HOST_CHARS, MAX_RANKS
+from cluster.core.group_limits import GROUP_BEGIN_S, GROUP_GATHER_S, GROUP_JOIN_S, MAX_HOST_CHARS, MAX_RANKS
 from cluster.core.text import is_ip_address, parse_address
 from cluster.membership.slowness import extra_s
 from cluster.platform.overload import Lag, no_lag
@@ -32,6 +34,14 @@ class GroupHosts:
 
     hosts: tuple[str, ...]
     backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Joining:
+    """A load that waits for the addresses of its group; ``begun`` is set once its engine begins to meet the others."""
+
+    hosts: asyncio.Future[GroupHosts]
+    begun: anyio.Event = field(default_factory=anyio.Event)
 
 
 def require_group_hosts(request: pb.JoinGroupRequest) -> GroupHosts:
@@ -65,14 +75,19 @@ class GroupJoins:
 
     def __init__(self, lag: Lag = no_lag) -> None:
         self._lag = lag
-        self._waiting: dict[int, asyncio.Future[GroupHosts]] = {}
+        self._waiting: dict[int, _Joining] = {}
 
-    def deliver(self, epoch: int, hosts: GroupHosts) -> None:
-        """Give the addresses to the engine that waits for them by this number. Raises ``StaleEpoch`` if none does."""
+    async def deliver(self, epoch: int, hosts: GroupHosts) -> None:
+        """Give the addresses to the engine that waits for them by this number. Return once it begins to meet.
+
+        Returns, too, if that takes long or the engine fails. Raises ``StaleEpoch`` if none waits.
+        """
         waiting = self._waiting.get(epoch)
-        if waiting is None or waiting.done():
+        if waiting is None or waiting.hosts.done():
             raise StaleEpoch(f"no engine waits for the addresses of the group of epoch {epoch}")
-        waiting.set_result(hosts)
+        waiting.hosts.set_result(hosts)
+        with anyio.move_on_after(GROUP_BEGIN_S):
+            await waiting.begun.wait()
 
     async def join(self, supervisor: Supervisor, epoch: int, rank: int, ranks: int) -> AsyncGenerator[int, None]:
         """Bring a fresh engine into a group, and yield the port on which it will listen meanwhile.
@@ -84,23 +99,25 @@ class GroupJoins:
         if ranks > MAX_RANKS or rank >= ranks or epoch in self._waiting:
             why = f"invalid rank {rank} of a group of {ranks}; at most {MAX_RANKS} can share a stage"
             raise InvalidRequest(why, field="rank")
-        waiting = self._waiting[epoch] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting[epoch] = _Joining(asyncio.get_running_loop().create_future())
         try:
             held = await supervisor.ask(HoldGroupPort)
             if not isinstance(held, GroupPortHeld):
                 raise BadFrame("the engine did not say which port it holds")
             yield held.port
-            found = await self._wait(waiting, GROUP_GATHER_S, "were not named", supervisor)
+            found = await self._wait(waiting.hosts, GROUP_GATHER_S, "were not named", supervisor)
             if len(found.hosts) != ranks:
                 raise InvalidRequest(f"{len(found.hosts)} addresses for {ranks} ranks", field="hosts")
-            joining = asyncio.ensure_future(self._enter(supervisor, rank, found))
+            joining = asyncio.ensure_future(self._enter(supervisor, rank, found, waiting))
             await self._wait(joining, GROUP_JOIN_S, f"did not meet at {_in_words(found.hosts)}", supervisor)
         finally:
             del self._waiting[epoch]
+            waiting.begun.set()
 
-    async def _enter(self, supervisor: Supervisor, rank: int, found: GroupHosts) -> GroupHosts:
+    async def _enter(self, supervisor: Supervisor, rank: int, found: GroupHosts, waiting: _Joining) -> GroupHosts:
         limit_s = GROUP_JOIN_S + extra_s(self._lag())
-        await supervisor.ask(lambda call: JoinGroup(call, rank, found.hosts, found.backend), limit_s)
+        async for _ in supervisor.events(lambda call: JoinGroup(call, rank, found.hosts, found.backend), limit_s):
+            waiting.begun.set()
         return found
 
     async def _wait(

@@ -227,7 +227,7 @@ class WorkerServicer(WorkerServiceServicer):
     async def JoinGroup(self, request: pb.JoinGroupRequest, context: Context) -> pb.JoinGroupResponse:
         try:
             self.terms.require(request.term)
-            self._joins.deliver(request.epoch, require_group_hosts(request))
+            await self._joins.deliver(request.epoch, require_group_hosts(request))
         except MacpipeError as e:
             await abort(context, e)
         return pb.JoinGroupResponse()

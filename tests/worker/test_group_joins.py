@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -14,27 +15,35 @@ from cluster.v1 import worker_pb2 as pb
 from cluster.worker import group_joins
 from cluster.worker.group_joins import GroupHosts, GroupJoins, require_group_hosts
 from cluster.worker.held_port import HeldPort
-from cluster.worker.pipe_messages import Done, GroupPortHeld, HoldGroupPort, JoinGroup
+from cluster.worker.pipe_messages import GroupPortHeld, HoldGroupPort, JoinGroup, Progress
 
 HOSTS = ("127.0.0.1:7001", "127.0.0.1:7002")
 LOAD = pb.LoadStageRequest(epoch=5, rank=1, ranks=2)
 
 
 class Engine:
-    """Stands in for a supervisor, whose engine holds port 7002 and finds the others unless it ``hangs``."""
+    """Stands in for a supervisor, whose engine holds port 7002 and, once it ``may_begin``, finds the others.
+
+    It never does if it ``hangs``.
+    """
 
     def __init__(self, *, hangs: bool = False) -> None:
         self.hangs = hangs
         self.asked: list[Any] = []
         self.killed = ""
+        self.may_begin = anyio.Event()
+        self.may_begin.set()
 
-    async def ask(self, make: Callable[[int], Any], timeout_s: float = 0.0) -> Any:
+    async def ask(self, make: Callable[[int], Any]) -> Any:
         self.asked.append(make(len(self.asked) + 1))
-        if isinstance(self.asked[-1], HoldGroupPort):
-            return GroupPortHeld(1, 7002)
+        return GroupPortHeld(1, 7002)
+
+    async def events(self, make: Callable[[int], Any], stall_s: float) -> AsyncIterator[Progress]:
+        self.asked.append(make(len(self.asked) + 1))
         if self.hangs:
             await anyio.sleep_forever()
-        return Done(2)
+        await self.may_begin.wait()
+        yield Progress(2, 0, 0)
 
     def reset(self, why: str) -> None:
         self.killed = why
@@ -42,23 +51,46 @@ class Engine:
 
 async def join(joins: GroupJoins, engine: Engine, load: pb.LoadStageRequest = LOAD, *, named: bool = True) -> int:
     """Join, once the port is told and the ranks are ``named``. Return the port."""
-    port = 0
-    async for port in joins.join(engine, load.epoch, load.rank, load.ranks):  # type: ignore[arg-type]  # noqa: B007
-        if named:
-            joins.deliver(load.epoch, GroupHosts(HOSTS, "ring"))
-            with pytest.raises(StaleEpoch):
-                joins.deliver(load.epoch, GroupHosts(HOSTS, "ring"))
+    port, told = 0, None
+    try:
+        async for port in joins.join(engine, load.epoch, load.rank, load.ranks):  # type: ignore[arg-type]  # noqa: B007
+            if named:
+                told = asyncio.create_task(deliver_twice(joins, load.epoch))
+    finally:
+        if told:
+            await told
     return port
+
+
+async def deliver_twice(joins: GroupJoins, epoch: int) -> None:
+    await joins.deliver(epoch, GroupHosts(HOSTS, "ring"))
+    with pytest.raises(StaleEpoch):
+        await joins.deliver(epoch, GroupHosts(HOSTS, "ring"))
 
 
 @pytest.mark.anyio
 async def test_an_engine_joins_the_ranks_that_the_coordinator_names() -> None:
     joins, engine = GroupJoins(), Engine()
     with pytest.raises(StaleEpoch):
-        joins.deliver(5, GroupHosts(HOSTS, "ring"))
+        await joins.deliver(5, GroupHosts(HOSTS, "ring"))
     assert await join(joins, engine) == 7002
     assert engine.asked == [HoldGroupPort(1), JoinGroup(2, 1, HOSTS, "ring")]
     assert not engine.killed
+
+
+@pytest.mark.anyio
+async def test_the_addresses_are_delivered_once_the_engine_begins_to_meet_the_others() -> None:
+    joins, engine = GroupJoins(), Engine()
+    engine.may_begin = anyio.Event()
+    answers = joins.join(engine, LOAD)  # type: ignore[arg-type]
+    assert (await anext(answers)).group_port == 7002
+    delivering = asyncio.create_task(joins.deliver(5, GroupHosts(HOSTS, "ring")))
+    ending = asyncio.create_task(anext(answers, None))
+    await anyio.wait_all_tasks_blocked()
+    assert (len(engine.asked), delivering.done()) == (2, False)
+    engine.may_begin.set()
+    await delivering
+    assert await ending is None
 
 
 @pytest.mark.anyio
@@ -73,7 +105,7 @@ async def test_an_engine_that_does_not_meet_the_others_in_time_is_killed(
         await join(joins, engine, named=named)
     assert engine.killed
     with pytest.raises(StaleEpoch):
-        joins.deliver(5, GroupHosts(HOSTS, "ring"))
+        await joins.deliver(5, GroupHosts(HOSTS, "ring"))
 
 
 @pytest.mark.anyio
