@@ -147,7 +147,7 @@ class ClusterPlanner:
         """
         forced, possible = list_groups(order, offer_workers(shape, found, order, links), shape)
         by_name = {worker.name: worker for worker in found}
-        sums: dict[frozenset[str], AllReduce] = {}
+        sums: dict[frozenset[str], AllReduce | None] = {}
         for names in forced or possible:
             members = [by_name[name] for name in names if name in by_name]
             if len(members) < len(names) or not all(member.profile.known for member in members):
@@ -157,7 +157,7 @@ class ClusterPlanner:
             if known is None and measure:
                 await self._roster.take_term(controls)
                 known = await measure_sums(members, controls, insecure=is_accepted(names, order.insecure_links))
-            if known:
+            if known or measure:
                 sums[frozenset(names)] = known
         return sums
 

@@ -117,7 +117,8 @@ def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: Load
 def list_groups(order: LoadOrder, candidates: Candidates, shape: ModelShape) -> tuple[Groups, Groups]:
     """Return the groups that a plan must have, and those that it may have.
 
-    It may have those whose links the operator accepts, and pairs of equal assumed Macs with RDMA. None that guesses.
+    It may have those whose links the operator accepts, unless they could not meet to be measured, and pairs of equal
+    assumed Macs with RDMA. A plan that guesses may have none.
     """
     if order.groups or order.speculation is not Speculation.OFF or order.adapters or order.acceptance:
         return order.groups, ()
@@ -125,7 +126,8 @@ def list_groups(order: LoadOrder, candidates: Candidates, shape: ModelShape) -> 
     accepted = [group for group in order.insecure_links if names.issuperset(group)]
     sizes = {part.ranks for part in shape.rank_sizes}
     pairs = list_pairs(candidates) if candidates.sums else accepted
-    possible = [group for group in pairs if len(group) in sizes]
+    apart = {names for names, found in candidates.measured_sums.items() if found is None}
+    possible = [group for group in pairs if len(group) in sizes and frozenset(group) not in apart]
     return (), possible[:MAX_POSSIBLE] if candidates.known else ()
 
 

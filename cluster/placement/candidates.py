@@ -17,8 +17,8 @@ from cluster.placement.predicted_step_time import decode_s, prefill_s
 __all__ = ["ASSUMED_LINK", "Candidate", "Candidates", "Sums"]
 
 ASSUMED_LINK = Link(ASSUMED_ROUND_TRIP_S, ASSUMED_LINK_BANDWIDTH)
-Sums = Mapping[frozenset[str], AllReduce]
-"""How fast groups add up, by the names of their workers."""
+Sums = Mapping[frozenset[str], AllReduce | None]
+"""How fast groups add up, by the names of their workers; None if these could not meet."""
 
 
 @dataclass(frozen=True, slots=True)

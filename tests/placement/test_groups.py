@@ -198,6 +198,9 @@ def test_a_group_is_taken_only_where_it_beats_the_pipeline() -> None:
     measured = make_plan(1, SHAPE, fits, accepted, quick, {frozenset("ab"): AllReduce.measured(3e-3, 1e9)})
     assert pairs_of(measured) == [], "what was measured counts, not what the links make expect"
     assert any("16 sums of 3000 us (measured) take 48.0 ms" in reason for reason in measured.reasons)
+    apart = {frozenset("ab"): None}
+    assert pairs_of(make_plan(1, SHAPE, fits, accepted, quick, apart)) == [], "its workers could not meet"
+    assert pairs_of(make_plan(1, SHAPE, fits, grouped(("a", "b")), quick, apart)) == ["a", "b"], "it was asked for"
     assert pairs_of(make_plan(1, SHAPE, fits, LoadOrder("m"), quick)) == [], "nobody has accepted insecure links"
     guesses = replace(accepted, speculation=Speculation.AUTO)
     assert pairs_of(make_plan(1, SHAPE, fits, guesses, quick)) == []
