@@ -66,7 +66,8 @@ class _Returned:
     def unpack(packed: bytes) -> _Returned:
         """Return the frame from the output of ``pack``."""
         *plain, timings, requests, tokens = msgpack.unpackb(packed, use_list=False)
-        return _Returned(*plain, tuple(StageTiming(*one) for one in timings), requests, tokens)
+        values = (*plain, tuple(StageTiming(*one) for one in timings), requests, tokens)
+        return _Returned(*values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from cluster.core.errors import (
     WorkerReplaced,
 )
 from cluster.core.examination import EXAMINE_S, CheckResult
-from cluster.core.group_limits import GROUP_GATHER_S, GROUP_JOIN_S, SUMS_S
+from cluster.core.group_limits import DEVICES_JOIN_S, GROUP_GATHER_S, SUMS_S
 from cluster.core.limits import (
     CONNECT_TIMEOUT_S,
     CONTROL_TIMEOUT_S,
@@ -255,7 +255,7 @@ class WorkerClient:
         request = pb.MeasureSumsRequest(
             group=seat.group, rank=seat.rank, ranks=ranks, meeting=meeting, term=self._term()
         )
-        timeout_s = GROUP_GATHER_S + GROUP_JOIN_S + SUMS_S if meeting else self._deadline()
+        timeout_s = GROUP_GATHER_S + DEVICES_JOIN_S + SUMS_S if meeting else self._deadline()
         async with self._map_errors():
             async for message in self._stub.MeasureSums(request, timeout=timeout_s):
                 if 0 < message.group_port <= HIGHEST_PORT:

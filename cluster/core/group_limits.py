@@ -11,6 +11,8 @@ GROUP_GATHER_S: Final = 60.0
 GROUP_JOIN_S: Final = 10.0
 """An engine that has not found the others of its group in this time is killed: MLX waits for them for ever. All have
 started by then, so it takes a tenth of a second; while it lasts, an engine answers nothing."""
+DEVICES_JOIN_S: Final = 30.0
+"""The same where meeting sets up GPUs or RDMA devices, too."""
 GROUP_BEGIN_S: Final = 2.0
 """A rank is waited for so long until it begins to meet the others; after that, they begin without it."""
 GROUP_LISTEN_S: Final = 0.1

@@ -14,7 +14,14 @@ from ipaddress import ip_address
 import anyio
 
 from cluster.core.errors import BadFrame, InsecureGroup, InvalidRequest, MacpipeError, StaleEpoch, WorkerLost
-from cluster.core.group_limits import GROUP_BEGIN_S, GROUP_GATHER_S, GROUP_JOIN_S, MAX_HOST_CHARS, MAX_RANKS
+from cluster.core.group_limits import (
+    DEVICES_JOIN_S,
+    GROUP_BEGIN_S,
+    GROUP_GATHER_S,
+    GROUP_JOIN_S,
+    MAX_HOST_CHARS,
+    MAX_RANKS,
+)
 from cluster.core.text import is_ip_address, parse_address
 from cluster.membership.slowness import extra_s
 from cluster.platform.overload import Lag, no_lag
@@ -108,14 +115,17 @@ class GroupJoins:
             found = await self._wait(waiting.hosts, GROUP_GATHER_S, "were not named", supervisor)
             if len(found.hosts) != ranks:
                 raise InvalidRequest(f"{len(found.hosts)} addresses for {ranks} ranks", field="hosts")
-            joining = asyncio.ensure_future(self._enter(supervisor, rank, found, waiting))
-            await self._wait(joining, GROUP_JOIN_S, f"did not meet at {_in_words(found.hosts)}", supervisor)
+            limit_s = GROUP_JOIN_S if found.backend == "ring" else DEVICES_JOIN_S
+            joining = asyncio.ensure_future(self._enter(supervisor, rank, found, waiting, limit_s))
+            await self._wait(joining, limit_s, f"did not meet at {_in_words(found.hosts)}", supervisor)
         finally:
             del self._waiting[epoch]
             waiting.begun.set()
 
-    async def _enter(self, supervisor: Supervisor, rank: int, found: GroupHosts, waiting: _Joining) -> GroupHosts:
-        limit_s = GROUP_JOIN_S + extra_s(self._lag())
+    async def _enter(
+        self, supervisor: Supervisor, rank: int, found: GroupHosts, waiting: _Joining, limit_s: float
+    ) -> GroupHosts:
+        limit_s += extra_s(self._lag())
         async for _ in supervisor.events(lambda call: JoinGroup(call, rank, found.hosts, found.backend), limit_s):
             waiting.begun.set()
         return found
