@@ -61,6 +61,10 @@ class Mac:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def send_all(self, number: int) -> None:
+        for role in self.daemons:
+            self.send(role, number)
+
     def running(self, role: str) -> bool:
         return bool(self.pids(role))
 
@@ -143,12 +147,16 @@ class CoordinatorFleet:
         return found
 
     def strike(self, mac: Mac, role: str, blow: Blow) -> None:
-        """Hit a process, or the cable of its Mac."""
+        """Hit a process, its whole Mac, or the cable of that."""
         match blow:
             case Blow.KILL:
                 mac.send(role, signal.SIGKILL)
             case Blow.STOP:
                 mac.send(role, signal.SIGSTOP)
+            case Blow.CRASH:
+                mac.send_all(signal.SIGKILL)
+            case Blow.SLEEP:
+                mac.send_all(signal.SIGSTOP)
             case Blow.CUT:
                 mac.host.unplug()
 
@@ -159,6 +167,10 @@ class CoordinatorFleet:
                 self._restart(mac, role)
             case Blow.STOP:
                 mac.send(role, signal.SIGCONT)
+            case Blow.CRASH:
+                self._restart_all(mac)
+            case Blow.SLEEP:
+                mac.send_all(signal.SIGCONT)
             case Blow.CUT:
                 mac.host.plug()
 
@@ -166,15 +178,18 @@ class CoordinatorFleet:
         if not mac.running(role):
             self.start_worker(mac) if role == "worker" else self.start_coordinator(mac)
 
+    def _restart_all(self, mac: Mac) -> None:
+        for role in tuple(mac.daemons):
+            self._restart(mac, role)
+
     # Mending
 
     def mend(self) -> None:
         """Bring everything back, and wait until a whole ring serves and the standby is in sync."""
         for mac in self.macs:
             mac.host.plug()
-            for role in tuple(mac.daemons):
-                mac.send(role, signal.SIGCONT)
-                self._restart(mac, role)
+            mac.send_all(signal.SIGCONT)
+            self._restart_all(mac)
         end = time.monotonic() + MEND_S
         while True:
             with suppress(MacpipeError):
@@ -226,7 +241,7 @@ class CoordinatorFleet:
     def close(self) -> None:
         """Kill all processes."""
         for mac in self.macs:
-            for role, daemon in mac.daemons.items():
-                mac.send(role, signal.SIGCONT)
-                mac.send(role, signal.SIGKILL)
+            mac.send_all(signal.SIGCONT)
+            mac.send_all(signal.SIGKILL)
+            for daemon in mac.daemons.values():
                 daemon.process.wait(10)

@@ -47,7 +47,7 @@ class CoordinatorGame:
     def scenario(self, seed: int) -> CoordinatorScenario:
         if self.kills:
             return leader_kill(seed)
-        return coordinator_scenario(seed, (Blow.KILL, Blow.STOP) if self.loopback else tuple(Blow))
+        return coordinator_scenario(seed, [blow for blow in Blow if not self.loopback or blow is not Blow.CUT])
 
 
 @dataclass

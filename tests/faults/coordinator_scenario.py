@@ -31,10 +31,12 @@ PAIRS = (
 
 
 class Blow(StrEnum):
-    """How: a process ends at once, it stops for a while, or its Mac's cable is pulled."""
+    """How: a process ends at once, or stops for a while; all processes of its Mac do; or its Mac's cable is pulled."""
 
     KILL = "kill"
     STOP = "stop"
+    CRASH = "crash"
+    SLEEP = "sleep"
     CUT = "cut"
 
 
