@@ -91,7 +91,7 @@ def kill_at_once(campaign: CoordinatorCampaign, seed: int, pair: tuple[Target, T
     """Kill two processes in mid-answer, which start again so many seconds later, if ever. Require all four answers."""
     strikes = tuple(Strike(target, Blow.KILL, 0.0, s) for target, s in zip(pair, back_s, strict=True))
     outcome = campaign.play(CoordinatorScenario(seed, (0, 1, 2, 3), 10, Course.RESTART, strikes))
-    assert outcome.kept, outcome.facts()
+    assert outcome.kept, json.dumps(outcome.facts())
     assert outcome.verdict.requests == 4
 
 
