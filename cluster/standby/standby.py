@@ -35,6 +35,9 @@ LOOK_S: Final = 2 * HEARTBEAT_S
 """How often a standby looks for a leader while none is known."""
 ALIVE_S: Final = 0.2
 """A leader of which only the stream broke answers within this time, and is followed again."""
+_LACKS_RECORDS: Final = (
+    f"its copy lacks part of the answers; for {IN_SYNC_WAIT_S:.0f} s it waits for a Mac that has all"
+)
 
 
 class LeaderStream(Protocol):
@@ -239,7 +242,8 @@ class Standby:
         both = (running, watching)
         try:
             while not (await asyncio.wait(both, timeout=2 * LOOK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
-                why = NoWorkers(self._fit.problem or election.problem)
+                waits = "" if self._may_lead(service, election.in_sync) else _LACKS_RECORDS
+                why = NoWorkers(self._fit.problem or waits or election.problem)
                 self._note_problem("no leader answers, and this Mac cannot take its place yet", self._why_alone(why))
             if not running.done():
                 return None

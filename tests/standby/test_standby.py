@@ -85,6 +85,9 @@ class Roster(Workers):
 class FitsAnyWorkers:
     """A model that any workers can hold."""
 
+    problem = ""
+    reader = None
+
     async def prepare(self, service: ReplicatedService) -> None:
         pass
 
@@ -206,7 +209,7 @@ async def test_a_copy_that_lacks_something_leaves_the_lead_to_one_in_sync_and_le
     for number in told:  # a worker that was told nothing may answer first
         scene.roster.all[number].in_sync = InSyncSet(5, 3, ("other",))
     await until(lambda: scene.roster.asked)
-    await asyncio.sleep(0.3)
+    await until(lambda: "its copy lacks part of the answers" in scene.standby.problem)
     assert not scene.running.done()
     scene.leads = True  # the one in sync is back
     await until(lambda: scene.streams)
