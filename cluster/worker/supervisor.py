@@ -60,7 +60,9 @@ _COMPUTING_SHARE = 0.02
 _BUSY_MS = 1000
 """During a longer step the supervisor checks whether the engine computes."""
 _START_CHECKS = 20
-"""How often the supervisor checks whether a starting engine computes."""
+"""How often the supervisor checks whether the daemon's first engine computes while it starts, ..."""
+_LATER_START_CHECKS = 5
+"""... and a later one. Each check of a Mac runs ``ps``."""
 
 
 class Supervisor:
@@ -185,7 +187,7 @@ class Supervisor:
         silence = Silence()
         while self.hello is None:
             had, began = await self._processor_seconds(), time.monotonic()
-            await anyio.sleep(ENGINE_START_SILENCE_S / _START_CHECKS)
+            await anyio.sleep(ENGINE_START_SILENCE_S / _LATER_START_CHECKS)
             if await self._has_computed_since(had, 0.0):
                 silence.end()
             else:
