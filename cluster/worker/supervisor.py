@@ -192,7 +192,7 @@ class Supervisor:
                 silence.end()
             else:
                 silence.add(time.monotonic() - began, excused=False)
-            if silence.seconds >= ENGINE_START_SILENCE_S + extra_s(self._lag()) and self.hello is None:
+            if silence.seconds >= ENGINE_START_SILENCE_S + self._lag() and self.hello is None:
                 self._hung_at_start = True
                 self._kill(process, f"the engine hung for {silence.seconds:.0f} s before it was ready and was killed")
                 return
