@@ -107,3 +107,43 @@ def test_no_number_of_lengths_ends_an_engine(own: str | None, monkeypatch: pytes
         return said
 
     assert asyncio.run(scenario()) == (own or "0").encode()
+
+
+LOADS = """
+import threading
+
+MIB = 2**20
+
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+def load():
+    parts = [bytes([1]) * 65536 for _ in range(128)]
+    kept.append(parts[-1])  # lies behind what is freed, so that the heap cannot shrink
+    del parts
+    ready.set()
+    ended.wait()
+
+
+kept, ended, before = [], threading.Event(), anonymous()
+for _ in range(16):
+    ready = threading.Event()
+    threading.Thread(target=load, daemon=True).start()
+    ready.wait()
+print((anonymous() - before) // MIB)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_threads_that_load_in_turn_share_the_memory_that_one_of_them_freed() -> None:
+    """Each of 16 threads, all alive, needs 8 MiB for a moment and keeps a little of it."""
+
+    async def scenario() -> int:
+        process = await EngineLauncher([sys.executable, "-S", "-c", LOADS]).take()
+        said, _ = await process.communicate()
+        return int(said)
+
+    assert asyncio.run(scenario()) < 3 * 8
