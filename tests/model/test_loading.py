@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from architectures import architectures
 from checkpoints import EXPERTS, hollow, make, mixed_quantization, split, split_experts
 from cluster.core.limits import SAMPLE_BYTES
+from cluster.core.request import SamplingParams
 from cluster.model.model_shape import read_shape
 from cluster.model.safetensors import read_shard
 from effort import chosen
@@ -109,3 +112,25 @@ def test_placeholders_of_unconverted_shards_are_enough(tmp_path: Path) -> None:
         kept = hollowed(path, tmp_path / str(i), lambda n, a=local, b=shared: n.startswith(a) or n[:-7] in b)
         ring.stages[i] = open_stage(edited(shape, kept), kept, layers, i, 3)
     assert tokens(ring.answer(ALL, 8)) == want
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_loads_leave_no_objects_behind(architecture: str, tmp_path: Path) -> None:
+    path = make(architecture, tmp_path)
+    shape = read_shape(path, "m", 64)
+
+    def load(times: int) -> int:
+        """Load, answer and unload so often. Return how many objects there are then."""
+        for _ in range(times):
+            ring = Ring(shape, path, 1)
+            ring.answer(SamplingParams(), 4)
+            for stage in ring.stages:
+                stage.close()
+            for thread in threading.enumerate():
+                if thread.name.startswith("grammars"):  # it reads the tokenizer
+                    thread.join(30)
+        gc.collect()
+        return len(gc.get_objects())
+
+    first, more = load(2), 5
+    assert load(more) - first < more, "a load keeps an object"
