@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgpack
 
@@ -40,9 +40,11 @@ class TracedRequest:
     ended_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Returned:
-    """A frame that came back. ``requests`` are serial numbers, ``tokens`` pairs of one and a token's index."""
+class _Returned(NamedTuple):
+    """A frame that came back. ``requests`` are serial numbers, ``tokens`` pairs of one and a token's index.
+
+    ``timings`` are the fields of each ``StageTiming``.
+    """
 
     returned_at: float
     sent_at: float
@@ -52,22 +54,17 @@ class _Returned:
     void: bool
     prompt_tokens: int
     rows: int
-    timings: tuple[StageTiming, ...]
+    timings: tuple[tuple[int, int, int, int], ...]
     requests: tuple[int, ...]
     tokens: tuple[tuple[int, int], ...]
 
-    def pack(self) -> bytes:
-        """Return the frame as bytes."""
-        t = tuple((t.stage, t.wait_us, t.compute_us, t.pack_us) for t in self.timings)
-        plain = self.returned_at, self.sent_at, self.epoch, self.lane, self.number, self.void
-        return bytes(msgpack.packb((*plain, self.prompt_tokens, self.rows, t, self.requests, self.tokens)))
 
-    @staticmethod
-    def unpack(packed: bytes) -> _Returned:
-        """Return the frame from the output of ``pack``."""
-        *plain, timings, requests, tokens = msgpack.unpackb(packed, use_list=False)
-        values = (*plain, tuple(StageTiming(*one) for one in timings), requests, tokens)
-        return _Returned(*values)
+def _pack(frame: _Returned) -> bytes:
+    return bytes(msgpack.packb(frame))
+
+
+def _unpack(packed: bytes) -> _Returned:
+    return _Returned(*msgpack.unpackb(packed, use_list=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +89,8 @@ class FramesCopy:
     def trace(self, request: TracedRequest) -> RequestTrace:
         """Return the trace of one of its requests."""
         began, end = request.accepted_at, request.ended_at
-        first = bisect_left(self.frames, began, key=lambda packed: _Returned.unpack(packed).returned_at)
-        frames = [f for f in map(_Returned.unpack, self.frames[first:]) if end is None or f.sent_at <= end]
+        first = bisect_left(self.frames, began, key=lambda packed: _unpack(packed).returned_at)
+        frames = [f for f in map(_unpack, self.frames[first:]) if end is None or f.sent_at <= end]
         epochs = {frame.epoch for frame in frames}
         return RequestTrace(
             request_id=request.id,
@@ -153,7 +150,7 @@ class FrameHistory:
         """
         known = self._requests
         produced = (e for e in outcome.events if isinstance(e, Produced) and e.counts)
-        packed = _Returned(
+        returned = _Returned(
             returned_at=now,
             sent_at=outcome.sent_at,
             epoch=frame.epoch,
@@ -162,16 +159,17 @@ class FrameHistory:
             void=frame.void,
             prompt_tokens=outcome.prefills,
             rows=outcome.rows,
-            timings=outcome.timings,
+            timings=tuple((t.stage, t.wait_us, t.compute_us, t.pack_us) for t in outcome.timings),
             requests=tuple(known[one].serial for one in outcome.request_ids if one in known),
             tokens=tuple((known[e.request_id].serial, e.index) for e in produced if e.request_id in known),
-        ).pack()
+        )
+        packed = _pack(returned)
         self._frames.append(packed)
         self._bytes += sys.getsizeof(packed)
         while self._bytes > self._kept_bytes:
             oldest = self._frames.popleft()
             self._bytes -= sys.getsizeof(oldest)
-            self._forgotten_at = _Returned.unpack(oldest).returned_at
+            self._forgotten_at = _unpack(oldest).returned_at
 
     def copy(self) -> FramesCopy:
         """Return a copy. Called on the loop's thread."""
@@ -189,6 +187,6 @@ def _describe(frame: _Returned, request: TracedRequest) -> TracedFrame:
         void=frame.void,
         prompt_tokens=frame.prompt_tokens,
         rows=frame.rows,
-        timings=frame.timings,
+        timings=tuple(StageTiming(*one) for one in frame.timings),
         tokens=tuple(index for serial, index in frame.tokens if serial == request.serial),
     )
