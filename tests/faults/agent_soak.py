@@ -98,7 +98,7 @@ class AgentFound:
 
 def _typical(seen: Sequence[Footprint]) -> Footprint:
     """Return the median of each resource."""
-    columns = ([f.resident for f in seen], [f.threads for f in seen], [f.files for f in seen])
+    columns = ([f.resident for f in seen], [f.threads for f in seen], [f.files for f in seen], [f.own for f in seen])
     return Footprint(*(round(median(column)) for column in columns))
 
 

@@ -31,8 +31,9 @@ TURN_S = 40.0
 LEAVES = 0.2
 """Share of the requests whose client hangs up, most of them while the model is loaded."""
 GROWTH = 1.03
-"""The median of a process's memory in the last quarter of a run may be so much that of the second quarter: the first
-fills pools, caches and the history of frames."""
+"""The median of a process's own memory in the last quarter of a run may be so much that of the second quarter: the
+first fills pools, caches and the history of frames. Pages of files, such as code that runs for the first time, are no
+growth."""
 SLACK = {"files": 8, "threads": 8, "processes": 1}
 """What one more loaded model needs: by chance, fewer may be loaded at once in one quarter than in another."""
 PROMPT = [(i * 37 + 11) % 250 for i in range(40)]
@@ -66,7 +67,7 @@ class ModelsFound:
         found = []
         for name, seen in self.seen.items():
             before, last = (_Quarter.of(seen, number) for number in (1, 3))
-            if last.resident > before.resident * growth:
+            if last.own > before.own * growth:
                 found.append(f"{name}: memory")
             found += [f"{name}: {what}" for what, n in SLACK.items() if getattr(last, what) > getattr(before, what) + n]
         return found
@@ -84,6 +85,7 @@ class ModelsFound:
         return {
             name: {
                 "mib": [round(one.resident / 2**20, 1) for one in quarters],
+                "own_mib": [round(one.own / 2**20, 1) for one in quarters],
                 "files": [one.files for one in quarters],
                 "threads": [one.threads for one in quarters],
                 "processes": [one.processes for one in quarters],
@@ -95,12 +97,13 @@ class ModelsFound:
 
 @dataclass(frozen=True)
 class _Quarter:
-    """A process in a quarter of the run: the median of its memory in bytes, and the least of everything else.
+    """A process in a quarter of the run: the medians of its memory in bytes, and the least of everything else.
 
     Files, threads and processes follow the models that are loaded at the moment, so only their least tells of a leak.
     """
 
     resident: float
+    own: float
     files: int
     threads: int
     processes: int
@@ -110,6 +113,7 @@ class _Quarter:
         own = seen[len(seen) * number // 4 : len(seen) * (number + 1) // 4]
         return cls(
             median(one.footprint.resident for one in own),
+            median(one.footprint.own for one in own),
             min(one.footprint.files for one in own),
             min(one.footprint.threads for one in own),
             min(one.processes for one in own),

@@ -19,7 +19,7 @@ from agent_sessions import CHAT, Ask, Script  # isort: skip
 
 def test_growth_is_told_from_a_spike() -> None:
     def found(*mebibytes: int) -> AgentFound:
-        return AgentFound(footprints={"hal": [Footprint(size * 2**20, 9, 40) for size in mebibytes]})
+        return AgentFound(footprints={"hal": [Footprint(size * 2**20, 9, 40, size * 2**20) for size in mebibytes]})
 
     assert found(100, 150, 200, 200, 200, 900, 205, 205, 210, 900, 205, 205).flat
     assert not found(100, 150, 200, 200, 200, 900, 205, 205, 240, 240, 245, 250).flat

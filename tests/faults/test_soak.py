@@ -15,7 +15,7 @@ CYCLES = 10_000
 
 
 def seen(resident: int, files: int, threads: int = 9) -> Footprint:
-    return Footprint(resident, threads, files)
+    return Footprint(resident, threads, files, resident)
 
 
 def test_growth_is_told_from_what_is_flat() -> None:
