@@ -28,12 +28,17 @@ async def read_draft(reader: ModelReader, target: ModelInfo, order: LoadOrder) -
     if not order.draft:
         return None
     try:
-        draft = await reader.read(LoadOrder(order.draft, max_context=target.shape.max_context))
+        draft = await reader.read(draft_order(order, target.shape.max_context))
     except InvalidOption:  # its own limit is lower, so longer requests get no drafts
         draft = await reader.read(LoadOrder(order.draft))
     await draft.text.close()  # nobody sends it text
     require_matching_draft(target, draft)
     return draft
+
+
+def draft_order(order: LoadOrder, max_context: int) -> LoadOrder:
+    """Return the order by which the draft model of an order is read, with room for as many tokens as its target."""
+    return LoadOrder(order.draft, max_context=max_context)
 
 
 def require_matching_draft(target: ModelInfo, draft: ModelInfo) -> None:

@@ -108,19 +108,20 @@ class ModelReader:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model-reader")
-        self._ahead: tuple[LoadOrder, asyncio.Task[ModelInfo]] | None = None
-        """What is read ahead, or has been."""
+        self._ahead: dict[LoadOrder, asyncio.Task[ModelInfo]] = {}
+        """What is read ahead, or has been, by its order."""
 
-    async def read_ahead(self, order: LoadOrder) -> None:
-        """Begin to read an order's model, so that the next ``read`` of this order need not wait for its tokenizer.
+    async def read_ahead(self, *orders: LoadOrder) -> None:
+        """Begin to read the models of these orders, so that the next ``read`` of one need not wait for its tokenizer.
 
-        Drop what was read ahead by another order.
+        Drop what was read ahead by other orders.
         """
-        if self._ahead is None or self._ahead[0] != order:
-            await self._drop_ahead()
-            reading = asyncio.create_task(self._read_for_later(order))
-            reading.add_done_callback(ignore_error)  # ``read`` tries again
-            self._ahead = order, reading
+        for order in self._ahead.keys() - set(orders):
+            await _drop(self._ahead.pop(order))
+        for order in orders:
+            if order not in self._ahead:
+                self._ahead[order] = asyncio.create_task(self._read_for_later(order))
+                self._ahead[order].add_done_callback(ignore_error)  # ``read`` tries again
 
     async def read(self, order: LoadOrder) -> ModelInfo:
         """Read an order's model. The tokenizer is first loaded in a sandboxed process, which rejects a hostile one.
@@ -137,9 +138,9 @@ class ModelReader:
 
     async def _take_ahead(self, order: LoadOrder) -> ModelInfo | None:
         """Return what was read ahead by this order, unless that failed or the model's files are others now."""
-        if self._ahead is None or self._ahead[0] != order:
+        reading = self._ahead.pop(order, None)
+        if reading is None:
             return None
-        reading, self._ahead = self._ahead[1], None
         try:
             ref = (await reading).shape.model
             if (await self._on_thread(open_checkpoint, Path(ref.path))).fingerprint == ref.fingerprint:
@@ -152,11 +153,6 @@ class ModelReader:
             raise
         await _drop(reading)
         return None
-
-    async def _drop_ahead(self) -> None:
-        ahead, self._ahead = self._ahead, None
-        if ahead:
-            await _drop(ahead[1])
 
     async def _read_now(self, order: LoadOrder) -> ModelInfo:
         process = await SandboxProcess.start()  # started first, since its imports take as long as reading the headers
@@ -193,7 +189,7 @@ class ModelReader:
 
     async def close(self) -> None:
         """Drop what was read ahead, release the thread's MLX streams and end it."""
-        await self._drop_ahead()
+        await self.read_ahead()
         await self._on_thread(close_thread)
         await anyio.to_thread.run_sync(self._pool.shutdown)
 

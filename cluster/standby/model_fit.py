@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cluster.coordinator.draft_assignment import draft_order
 from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.planner import make_plan
 from cluster.coordinator.replicated_service import ReplicatedService
@@ -32,7 +33,7 @@ class ModelFit:
     async def prepare(self, service: ReplicatedService) -> None:
         """Read the headers of the model that is loaded first, unless they are known. A failure is noted.
 
-        Without one, begin to read the rest of what a leader needs of the model.
+        Without one, begin to read the rest of what a leader needs of the model, and of its draft model.
         """
         first = next(iter(service.loaded), "")
         order = next((entry.order for entry in service.models if entry.name == first), None)
@@ -46,7 +47,8 @@ class ModelFit:
         except MacpipeError as e:
             self.problem = f"this Mac could not serve {order.model}: {e.sentence}"
         else:
-            await self.reader.read_ahead(order)
+            drafts = [draft_order(order, self._shape.max_context)] if order.draft else []
+            await self.reader.read_ahead(order, *drafts)
 
     def __call__(self, workers: Sequence[WorkerInfo]) -> bool:
         """Return whether these workers can hold the model, in as many pieces as it takes."""
