@@ -15,6 +15,7 @@ from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.leadership import CoordinatorName, LeaderClaim
 from cluster.standby import leadership_upkeep as module
+from cluster.standby import other_coordinators
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
 from cluster.standby.other_coordinators import OtherCoordinators
 
@@ -110,6 +111,7 @@ async def test_nothing_is_read_before_a_standby_comes_which_then_has_what_is_new
 async def test_a_coordinator_that_is_gone_holds_up_neither_leases_nor_what_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(other_coordinators, "GONE_S", 60.0)
     encoded = list[ReplicatedService]()
     encode = ReplicatedService.encode
     monkeypatch.setattr(ReplicatedService, "encode", lambda self: (encoded.append(self), encode(self))[1])

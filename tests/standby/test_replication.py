@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.api.grpc.follow_call import serve_follow
+from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.identity import hold_identity, state_folder
 from cluster.coordinator.in_sync_names import InSyncNames
@@ -32,7 +32,7 @@ from cluster.standby.follow_stream import FollowStream
 from cluster.standby.replica_folder import ReplicaFolder
 from cluster.transport.grpc_setup import bind, public_server
 from cluster.v1 import leader_pb2 as pb
-from cluster.v1.leader_pb2_grpc import LeaderServiceServicer, add_LeaderServiceServicer_to_server
+from cluster.v1.leader_pb2_grpc import add_LeaderServiceServicer_to_server
 from disks import FailingDisk
 
 CLUSTER = "default"
@@ -61,18 +61,6 @@ class Worker:
         self.told.append(in_sync)
 
 
-class Servicer(LeaderServiceServicer):
-    """The leader's side of Follow alone."""
-
-    def __init__(self, leader: Leader) -> None:
-        self._leader = leader
-
-    async def Follow(self, requests: Any, context: Any) -> AsyncIterator[pb.FollowResponse]:
-        leader = self._leader
-        async for update in serve_follow(leader.replicator, leader.home, CLUSTER, requests, context):
-            yield update
-
-
 class Leader:
     """A leader's journal and replicator, behind a port, with one worker and an answer."""
 
@@ -93,6 +81,14 @@ class Leader:
         self.got: list[object] = []
         self._answer = AnswerQueue(self.post)
         self._reading = asyncio.create_task(self._read())
+        self._files = StateFiles(home, CLUSTER)
+
+    async def publish(self) -> None:
+        """Give the replicator what is new, as a leader does before a standby begins to follow."""
+        await asyncio.sleep(0)
+        for name, content in self._files.read_changed().items():
+            self.replicator.publish(name, content)
+        self.replicator.publish(SERVICE_FILE, ReplicatedService((), workers=("10.0.0.5:7000",)).encode())
 
     async def _read(self) -> None:
         try:
@@ -126,13 +122,12 @@ async def leading(home: Path, mode: Replicate | None = Replicate.SYNC) -> AsyncI
     async with AsyncExitStack() as stack:
         stack.enter_context(hold_identity(home, CLUSTER))
         leader = Leader(home, mode)
-        for name, content in StateFiles(home, CLUSTER).read_changed().items():
-            leader.replicator.publish(name, content)
-        leader.replicator.publish(SERVICE_FILE, ReplicatedService((), workers=("10.0.0.5:7000",)).encode())
         leader.replicator.announce(LeadershipState(CoordinatorRole.LEADER, 3, LEADER))
         running = asyncio.create_task(leader.replicator.run())
         server = public_server(trust)
-        add_LeaderServiceServicer_to_server(Servicer(leader), server)
+        others: Any = None
+        servicer = LeaderServicer(others, home, CLUSTER, leader.replicator, publish=leader.publish)
+        add_LeaderServiceServicer_to_server(servicer, server)
         port = bind(server, trust, "127.0.0.1", 0)
         await server.start()
         try:
@@ -200,7 +195,11 @@ async def test_a_standby_has_the_leaders_state_and_each_record_before_its_event_
     async with leading(one) as (leader, address):
         leader.accept("before")
         leader.say("before", 6)
+        (state_folder(one, CLUSTER) / "epoch").write_bytes(b"76\n")
         async with following(two, address) as (stream, replica):
+            await until(lambda: replica.is_complete)
+            epoch = state_folder(two, CLUSTER) / "epoch"
+            assert epoch.read_bytes() == b"76\n", "what changed just before is in the first copy"
             await until(lambda: replica.id in leader.replicator.in_sync)
             assert leader.worker.told[-1].replicas == tuple(sorted((leader.replica, replica.id)))
             for token in (7, 8):
@@ -213,7 +212,6 @@ async def test_a_standby_has_the_leaders_state_and_each_record_before_its_event_
             assert stream.leadership
             assert (stream.leadership.leader, stream.leadership.term) == (LEADER, 3)
             leader.replicator.publish("epoch", b"77\n")
-            epoch = state_folder(two, CLUSTER) / "epoch"
             await until(lambda: epoch.exists() and epoch.read_bytes() == b"77\n")
             (state,) = leader.replicator.standbys()
             assert (state.name, state.in_sync, state.problem) == ("mac-2", True, "")
