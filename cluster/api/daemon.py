@@ -48,7 +48,7 @@ from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import LoadEnded, MacpipeError, NotLeader
-from cluster.core.limits import GONE_S, RETURN_S, SHUTDOWN_GRACE_S
+from cluster.core.limits import GONE_S, HEARTBEAT_S, RETURN_S, SHUTDOWN_GRACE_S
 from cluster.core.term_limits import LEASE_S
 from cluster.core.text import is_loopback, parse_address
 from cluster.discovery.browse import browse
@@ -242,10 +242,11 @@ async def _load_first(
     process: CoordinatorProcess,
     taken: Succession | None,
 ) -> None:
-    """Load the default model; in place of another leader, what is left of it, as often as it takes.
+    """Load the default model; in place of another leader, what is left of it, as often as it takes: soon at first.
 
     Raises ``MacpipeError`` unless another coordinator leads: then the caller is about to be cancelled.
     """
+    pause_s = HEARTBEAT_S
     while taken is None or taken.had_loaded_default:
         try:
             await coordinator.load(settings.order, again=taken is not None)
@@ -259,7 +260,8 @@ async def _load_first(
             if taken is None:
                 raise
             report.problem(f"cannot go on with {settings.order.model} yet: {e.sentence}")
-        await anyio.sleep(RETURN_S)
+        await anyio.sleep(pause_s)
+        pause_s = min(2 * pause_s, RETURN_S)
 
 
 def _catalog(settings: ServeSettings) -> ModelCatalog:
