@@ -37,6 +37,7 @@ from cluster.core.cluster_state import (
     StageState,
 )
 from cluster.core.json_types import to_json_types
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, Replicate, StandbyState
 from cluster.core.plan import LayerRange, Route
 from cluster.core.request import SamplingParams, StageFigures
 from cluster.core.worker import WorkerState
@@ -581,3 +582,26 @@ def test_keys_in_a_browser(keyed: tuple[KeyStore, str], visit: Callable[..., Any
     keys.revoke("amy")
     page.wait_for_selector("#login #key")
     assert "sign in again" in page.inner_text("#login")
+
+
+def test_the_page_shows_who_leads_and_who_stands_by(show: Callable[..., Any]) -> None:
+    standbys = (
+        StandbyState("mac-2", in_sync=True),
+        StandbyState("mac-3", behind=7),
+        StandbyState("mac-4", problem="cannot follow mac-1: the disk is full", away=True),
+    )
+    leader = CoordinatorName("mac-1", "i")
+    led = LeadershipState(CoordinatorRole.LEADER, 4, leader, 90.0, Replicate.SYNC, standbys)
+    page = show(ClusterState("lab", "1", ServingState.IDLE, leadership=led), "cluster")
+    page.wait_for_selector("#coordinators-title")
+    section = page.locator("section[aria-labelledby=coordinators-title]")
+    assert section.locator("li").all_inner_texts() == [
+        "mac-1 leads · for 1 min · term 4",
+        "mac-2 stands by · in sync: answers go on here if the leader is lost",
+        "mac-3 stands by · 7 updates behind",
+        "mac-4 does not follow · cannot follow mac-1: the disk is full",
+    ]
+    page = show(ClusterState("lab", "1", ServingState.IDLE), "cluster")
+    page.wait_for_selector("h1")
+    assert page.locator("#coordinators-title").count() == 0, "nothing without other coordinators"
+    assert not page.problems

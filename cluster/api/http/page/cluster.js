@@ -19,6 +19,7 @@ import {
   whole,
 } from "./format.js";
 import { HISTORY } from "./history.js";
+import { coordinators } from "./leaders.js";
 import { legend, requests } from "./requests.js";
 import { post, sentence } from "./server.js";
 import { timeline } from "./timeline.js";
@@ -52,6 +53,7 @@ export function showCluster(root, state, history, context) {
     models(state, model.model, context, again),
     model.stages.length ? pipelineSection(model) : null,
     spares(state),
+    coordinators(state),
     requests(model),
     timeline(state),
   );
