@@ -424,8 +424,7 @@ class HttpRequestHead(_message.Message):
     CLIENT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
-    EVENTS_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     ENCRYPTED_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     method: _builtins.str
@@ -437,15 +436,16 @@ class HttpRequestHead(_message.Message):
     request_id: _builtins.str
     """Id and time (seconds since 1970) of the answer, so that a new leader can go on with it."""
     created: _builtins.float
-    events: _builtins.int
-    """How many events of the answer the client has, and the SHA-256 of their bytes."""
-    digest: _builtins.bytes
     encrypted: _builtins.bool
     """The client's connection is encrypted."""
     resumed: _builtins.bool
     """An earlier leader may have begun to answer."""
     @_builtins.property
     def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HttpHeader]: ...
+    @_builtins.property
+    def known(self) -> _containers.RepeatedCompositeFieldContainer[Global___KnownPart]:
+        """What the client has of the answer."""
+
     def __init__(
         self,
         *,
@@ -456,18 +456,46 @@ class HttpRequestHead(_message.Message):
         client: _builtins.str = ...,
         request_id: _builtins.str = ...,
         created: _builtins.float = ...,
-        events: _builtins.int = ...,
-        digest: _builtins.bytes = ...,
+        known: _abc.Iterable[Global___KnownPart] | None = ...,
         encrypted: _builtins.bool = ...,
         resumed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "created", b"created", "digest", b"digest", "encrypted", b"encrypted", "events", b"events", "headers", b"headers", "method", b"method", "path", b"path", "query", b"query", "request_id", b"request_id", "resumed", b"resumed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "created", b"created", "encrypted", b"encrypted", "headers", b"headers", "known", b"known", "method", b"method", "path", b"path", "query", b"query", "request_id", b"request_id", "resumed", b"resumed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HttpRequestHead: _TypeAlias = HttpRequestHead  # noqa: Y015
+
+@_typing.final
+class KnownPart(_message.Message):
+    """The events of one part of an answer that a client has. Parts come in any order among each other, as samples do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    part: _builtins.int
+    """0 for what belongs to no sample, else the sample's own number; see cluster/api/http/passed_answer.py."""
+    events: _builtins.int
+    """How many events, and the SHA-256 of their bytes."""
+    digest: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        part: _builtins.int = ...,
+        events: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "events", b"events", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnownPart: _TypeAlias = KnownPart  # noqa: Y015
 
 @_typing.final
 class PassHttpResponse(_message.Message):
@@ -475,8 +503,11 @@ class PassHttpResponse(_message.Message):
 
     HEAD_FIELD_NUMBER: _builtins.int
     BODY_FIELD_NUMBER: _builtins.int
+    PART_OF_ANSWER_FIELD_NUMBER: _builtins.int
     body: _builtins.bytes
     """The next bytes of the body."""
+    part_of_answer: _builtins.int
+    """Of a stream: to which part of the answer the bytes belong, as in KnownPart."""
     @_builtins.property
     def head(self) -> Global___HttpResponseHead:
         """The first message of the stream, and only the first."""
@@ -486,10 +517,11 @@ class PassHttpResponse(_message.Message):
         *,
         head: Global___HttpResponseHead | None = ...,
         body: _builtins.bytes = ...,
+        part_of_answer: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "head", b"head", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "head", b"head", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "head", b"head", "part", b"part", "part_of_answer", b"part_of_answer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["head", "body"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015

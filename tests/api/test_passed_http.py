@@ -11,14 +11,14 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
 from cluster.api.http.errors import HANDLERS
 from cluster.api.http.json_response import Json
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.origin_policy import OriginPolicy
-from cluster.api.http.passed_answer import PassedAnswer, passed_answer
+from cluster.api.http.passed_answer import PART, PassedAnswer, passed_answer
 from cluster.api.http.server import listen, serve
 from cluster.api.http.sse import EVENTS
 from cluster.api.passing.http_answers import answer_passed
@@ -40,15 +40,25 @@ WHOLE = b"data: 1\n\ndata: 2\n\ndata: 3\n\n"
 CHAT = "/v1/chat/completions"
 
 
+Part = tuple[int, bytes]
+FIRST: tuple[Part, ...] = ((0, b"data: begin\n\n"), (1, b"data: a1\n\n"), (2, b"data: b1\n\n"), (1, b"data: a2\n\n"))
+SECOND: tuple[Part, ...] = (
+    *((0, b"data: begin\n\n"), (2, b"data: b1\n\n"), (2, b"data: b2\n\n"), (1, b"data: a1\n\n")),
+    *((1, b"data: a2\n\n"), (1, b"data: a3\n\n"), (0, b"data: end\n\n")),
+)
+"""An answer of two samples as two leaders stream it: the samples' events come in another order."""
+
+
 class Leader(LeaderServiceServicer):
     """A leader whose application tells what it sees, and streams ``pieces``, of which it sends ``most`` at once.
 
     ``left`` is set once a stream's client has left, ``passed`` has what the standby said of each answer.
     """
 
-    def __init__(self, pieces: Sequence[bytes] = PIECES, most: int | None = None, refusals: int = 0) -> None:
+    def __init__(self, pieces: Sequence[bytes | Part] = PIECES, most: int | None = None, refusals: int = 0) -> None:
         self.left = asyncio.Event()
-        self.pieces, self.most, self.refusals = pieces, most, refusals
+        self.parts = [piece if isinstance(piece, tuple) else (0, piece) for piece in pieces]
+        self.most, self.refusals = most, refusals
         self.passed: list[PassedAnswer] = []
         paths = {"/echo": self.echo, "/busy": self.busy, CHAT: self.stream, "/other": self.stream}
         routes = [
@@ -74,7 +84,7 @@ class Leader(LeaderServiceServicer):
     async def busy(self, request: Request) -> Json:
         raise Busy("the queue is full", retry_after_s=7.0)
 
-    async def stream(self, request: Request) -> StreamingResponse:
+    async def stream(self, request: Request) -> ASGIApp:
         assert await request.json() == {"stream": True}
         passed = passed_answer(request)
         assert passed
@@ -83,16 +93,18 @@ class Leader(LeaderServiceServicer):
             self.refusals -= 1
             raise NotServing("the model is being loaded")
 
-        async def pieces() -> AsyncIterator[bytes]:
-            try:
-                for piece in self.pieces[: self.most]:
-                    yield piece
-                if self.most is not None:
-                    await asyncio.sleep(3600)
-            finally:
-                self.left.set()
+        return self._send_parts
 
-        return StreamingResponse(pieces(), headers={"content-type": EVENTS.decode()})
+    async def _send_parts(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", EVENTS)]})
+        try:
+            for part, piece in self.parts[: self.most]:
+                await send({"type": "http.response.body", "body": piece, "more_body": True, PART: part})
+            if self.most is not None:
+                await asyncio.sleep(3600)
+        finally:
+            self.left.set()
+        await send({"type": "http.response.body", "body": b""})
 
 
 class Service:
@@ -182,7 +194,7 @@ async def read(client: httpx.AsyncClient, service: Service, first: Leader, path:
     received = b""
     async with client.stream("POST", path, json={"stream": True}) as response:
         pieces = response.aiter_bytes()
-        sent = len(b"".join(first.pieces[: first.most]))
+        sent = len(b"".join(piece for _, piece in first.parts[: first.most]))
         while len(received) < sent:
             received += await anext(pieces)
         await service.end()
@@ -207,6 +219,29 @@ async def test_a_stream_goes_on_at_the_next_leader_behind_what_the_client_has(mo
     assert (begun.request_id, begun.created, begun.resumed) == (resumed.request_id, resumed.created, False)
     assert resumed.resumed
     assert resumed.events == (2 if most == 4 else 1)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4])
+async def test_samples_go_on_whatever_their_order_is_at_the_next_leader(most: int) -> None:
+    service = Service(first := Leader(FIRST, most), second := Leader(SECOND))
+    await service.begin()
+    async with standby(service) as client:
+        received = await read(client, service, first)
+    events = received.split(b"\n\n")[:-1]
+    for sample in (b"data: a", b"data: b"):
+        wanted = [piece[:-2] for _, piece in SECOND if piece.startswith(sample)]
+        assert [one for one in events if one.startswith(sample)] == wanted
+    assert (events[0], events[-1], len(events)) == (b"data: begin", b"data: end", len(SECOND))
+    assert second.passed[0].events == most
+
+
+async def test_a_sample_with_other_events_is_not_continued() -> None:
+    other = [(part, piece.replace(b"b1", b"b9")) for part, piece in SECOND]
+    service = Service(first := Leader(FIRST, 3), Leader(other))
+    await service.begin()
+    async with standby(service) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await read(client, service, first)
 
 
 @pytest.mark.parametrize("pieces", [(b"data: 9\n\n", *PIECES[1:]), ()], ids=["others", "fewer"])

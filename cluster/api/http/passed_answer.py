@@ -1,23 +1,29 @@
 """Answers that a standby passes on: they keep their id and time, and a new leader sends only what the client lacks.
 
 A resumed answer is computed again from its first token, or read from the journal. It has the same events then, so their
-number and a digest tell where to go on. What is sent during silence does not count.
+number and a digest tell where to go on. What is sent during silence does not count. Samples, and prompts of one
+request, come in another order among each other at each leader, so each is a part of its own, and counted by itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from starlette.requests import Request
 
 from cluster.api.http.json_response import new_id
 from cluster.core.errors import AnswerDiffers
+from cluster.core.limits import MAX_SAMPLES
+from cluster.core.request import FinishEvent, TokenEvent
 
 PASSED: Final = "macpipe.passed"
 """Key in the ASGI scope: the ``PassedAnswer`` of a request that a standby passed on."""
+PART: Final = "macpipe.part"
+"""Key in an ASGI message: the number of the part to which a piece of a stream belongs; 0 without it."""
 _SILENCE: Final = (b":", b"event: ping\n")
 """Beginnings of what is sent during silence."""
 _VARIES: Final = b"event: message_start\n"
@@ -25,17 +31,29 @@ _VARIES: Final = b"event: message_start\n"
 
 
 @dataclass(frozen=True, slots=True)
+class KnownPart:
+    """The first ``events`` of one part of an answer, and a digest of them."""
+
+    events: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class PassedAnswer:
     """What a standby says of an answer. ``created`` is in seconds since 1970.
 
-    ``resumed``: an earlier leader may have begun it; the client has its first ``events``, with this ``digest``.
+    ``resumed``: an earlier leader may have begun it; the client has ``known`` of it, by the numbers of its parts.
     """
 
     request_id: str
     created: float
     resumed: bool = False
-    events: int = 0
-    digest: bytes = b""
+    known: Mapping[int, KnownPart] = field(default_factory=dict)
+
+    @property
+    def events(self) -> int:
+        """How many events the client has."""
+        return sum(part.events for part in self.known.values())
 
 
 def passed_answer(request: Request) -> PassedAnswer | None:
@@ -56,46 +74,64 @@ def answer_time(request: Request) -> float:
     return passed.created if passed else time.time()
 
 
+def part_of(event: object) -> int:
+    """Return the number of the part to which an event of an answer belongs, 0 if it is of the whole answer."""
+    match event:
+        case (int(prompt), of_prompt):
+            return 1 + prompt * MAX_SAMPLES + getattr(of_prompt, "sample", 0)
+        case _:
+            return 1 + event.sample if isinstance(event, TokenEvent | FinishEvent) else 0
+
+
 class CountedEvents:
-    """Counts and compares the pieces of a stream, each of which has one or more whole events."""
+    """Counts and compares the pieces of a stream, each of which has one or more whole events of one part."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self._hash = hashlib.sha256()
+        self._counts: dict[int, int] = {}
+        self._hashes: dict[int, Any] = {}
 
-    def add(self, piece: bytes) -> bool:
+    def add(self, piece: bytes, part: int) -> bool:
         """Count a piece. Return whether it counts."""
         if piece.startswith(_SILENCE):
             return False
-        self.count += 1
+        self._counts[part] = self._counts.get(part, 0) + 1
+        digest = self._hashes.setdefault(part, hashlib.sha256())
         if not piece.startswith(_VARIES):
-            self._hash.update(piece)
+            digest.update(piece)
         return True
 
-    def digest(self) -> bytes:
-        """Return the digest of the pieces so far."""
-        return self._hash.digest()
+    def known(self, part: int) -> KnownPart:
+        """Return what there is of a part."""
+        return KnownPart(self._counts.get(part, 0), self._hashes.get(part, hashlib.sha256()).digest())
+
+    @property
+    def all_known(self) -> dict[int, KnownPart]:
+        """Return what there is of each part."""
+        return {part: self.known(part) for part in self._counts}
 
 
 class KnownEvents:
     """Leaves out the pieces of a resumed stream that its client has."""
 
     def __init__(self, passed: PassedAnswer) -> None:
-        self._passed = passed
+        self._left = dict(passed.known)
+        """The parts of which the client has more than has come."""
         self._found = CountedEvents()
         self._differs = False
 
-    def is_known(self, piece: bytes) -> bool:
+    def is_known(self, piece: bytes, part: int) -> bool:
         """Return whether the client has the next piece. Raises ``AnswerDiffers`` if it has others."""
-        passed, found = self._passed, self._found
-        if found.count >= passed.events:
+        wanted = self._left.get(part)
+        if wanted is None:
             return False
-        if found.add(piece) and found.count == passed.events and found.digest() != passed.digest:
-            self._differs = True
-            self.close()
+        if self._found.add(piece, part) and self._found.known(part).events == wanted.events:
+            del self._left[part]
+            if self._found.known(part) != wanted:
+                self._differs = True
+                self.close()
         return True
 
     def close(self) -> None:
         """Raise ``AnswerDiffers`` if the answer has had others or fewer than the client."""
-        if self._differs or self._found.count < self._passed.events:
+        if self._differs or self._left:
             raise AnswerDiffers("the answer has other events than the client received; send the request again")

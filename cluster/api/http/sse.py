@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.api.http.errors import sentence_of
 from cluster.api.http.json_response import compact
+from cluster.api.http.passed_answer import PART, part_of
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.limits import STREAM_COMMENT_S, STREAM_WRITE_TIMEOUT_S
 
@@ -82,6 +83,8 @@ class EventStream(Generic[E]):
         self._early = early
         self._reading: AsyncIterator[E]
         self._wrote = False
+        self._part = 0
+        """The part of the answer to which the next pieces belong, see ``part_of``."""
         self._sending = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,11 +114,13 @@ class EventStream(Generic[E]):
         return tuple(self._encoder.begin())
 
     async def _encode_next(self) -> Iterable[bytes]:
-        return tuple(self._encoder.encode(await anext(self._reading)))
+        next_event = await anext(self._reading)
+        self._part = part_of(next_event)
+        return tuple(self._encoder.encode(next_event))
 
     async def _send_next(self, step: Callable[[], Awaitable[Iterable[bytes]]], send: Send) -> bool:
         """Send what the next step of the stream returns. Return whether more may follow."""
-        more = False
+        more, self._part = False, 0
         try:
             pieces = await step()
             more = True
@@ -131,7 +136,7 @@ class EventStream(Generic[E]):
             for piece in filter(None, pieces):
                 self._wrote = True
                 async with asyncio.timeout(STREAM_WRITE_TIMEOUT_S):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await send({"type": "http.response.body", "body": piece, "more_body": True, PART: self._part})
 
     async def _comment(self, send: Send) -> None:
         """Send something during silence. The lock keeps it out of the pieces of an event, which may be numbered."""

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import grpc
 from starlette.types import ASGIApp, Message, Scope
 
-from cluster.api.http.passed_answer import PASSED, KnownEvents, PassedAnswer
+from cluster.api.http.passed_answer import PART, PASSED, KnownEvents, KnownPart, PassedAnswer
 from cluster.core.errors import InvalidRequest, MacpipeError, NotLeader
 from cluster.core.limits import LINGER_S
 from cluster.transport.rich_errors import abort
@@ -62,8 +62,10 @@ class _Exchange:
             headers = [pb.HttpHeader(name=bytes(name), value=bytes(value)) for name, value in message["headers"]]
             head = pb.HttpResponseHead(status=message["status"], headers=headers)
             await self._context.write(pb.PassHttpResponse(head=head))
-        elif (piece := message.get("body")) and not (self._known and self._known.is_known(piece)):
-            await self._context.write(pb.PassHttpResponse(body=piece))
+        elif piece := message.get("body"):
+            part = message.get(PART, 0)
+            if not (self._known and self._known.is_known(piece, part)):
+                await self._context.write(pb.PassHttpResponse(body=piece, part_of_answer=part))
 
     async def drain(self) -> None:
         """Discard the rest of a body that the application did not read, for a while: the standby is sending it."""
@@ -79,7 +81,8 @@ class _Exchange:
 
 
 def _passed_answer(head: pb.HttpRequestHead) -> PassedAnswer:
-    return PassedAnswer(head.request_id, head.created, head.resumed, head.events, head.digest)
+    known = {one.part: KnownPart(one.events, one.digest) for one in head.known if one.events}
+    return PassedAnswer(head.request_id, head.created, head.resumed, known)
 
 
 def _scope(head: pb.HttpRequestHead) -> Scope:

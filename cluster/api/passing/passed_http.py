@@ -170,7 +170,7 @@ class _PassedReply:
             await self._begin(part.head, resumed=request.resumed)
             return
         if self._streams:
-            self.events.add(part.body)
+            self.events.add(part.body, part.part_of_answer)
         await self._send({"type": "http.response.body", "body": part.body, "more_body": True})
 
     async def _begin(self, head: pb.HttpResponseHead, *, resumed: bool) -> None:
@@ -215,7 +215,9 @@ class _PassedRequest:
         """Yield the parts of the request, as they arrive the first time."""
         head = pb.HttpRequestHead()
         head.CopyFrom(self._head)
-        head.resumed, head.events, head.digest = self.resumed, known.count, known.digest()
+        head.resumed = self.resumed
+        for part, has in known.all_known.items():
+            head.known.add(part=part, events=has.events, digest=has.digest)
         yield pb.PassHttpRequest(head=head)
         for piece in tuple(self._body):
             yield pb.PassHttpRequest(body=piece)
