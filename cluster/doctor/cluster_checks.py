@@ -126,6 +126,19 @@ def check_service(state: ClusterState) -> list[Finding]:
     return found
 
 
+def check_standbys(state: ClusterState) -> list[Finding]:
+    """Find standbys that could not take the leader's place, and a second leader."""
+    led = state.leadership
+    if led is None:
+        return []
+    why = "It could not take the leader's place, or would know nothing of what was changed since."
+    remedy = "macpipe doctor, on that Mac"
+    found = [Finding(Severity.WARNING, one.problem, why, remedy, one.name) for one in led.standbys if one.away]
+    where = "Each side of a cut may have a leader; the lower term ends once the two reach each other."
+    found += [Finding(Severity.WARNING, "it leads too", where, "connect the two Macs", one.name) for one in led.others]
+    return found
+
+
 ANSWER_CHECKS: Final[dict[str, Check[ClusterState]]] = {"workers answer": check_answers}
 """Part of the coordinator's own findings where it has Macs examined."""
 CLUSTER_CHECKS: Final[dict[str, Check[ClusterState]]] = {
@@ -133,6 +146,7 @@ CLUSTER_CHECKS: Final[dict[str, Check[ClusterState]]] = {
     "versions": check_versions,
     "load": check_loads,
     "service": check_service,
+    "standbys": check_standbys,
 }
 
 

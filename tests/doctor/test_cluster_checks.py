@@ -11,6 +11,7 @@ from client.scripted import cluster_reply
 from cluster.codec.cluster_state import decode_cluster_state
 from cluster.core.cluster_state import ClusterState
 from cluster.core.examination import Finding, Severity
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, StandbyState
 from cluster.doctor.cluster_checks import ANSWER_CHECKS, CLUSTER_CHECKS, report_not_examined, report_unreachable
 from cluster.doctor.finding import all_findings, has_problem, run_checks
 
@@ -75,3 +76,11 @@ def test_macs_that_were_not_examined_are_a_warning() -> None:
     assert found.severity is Severity.WARNING
     assert "mac-2 is a worker" in found.what
     assert "on the coordinator's Mac" in found.remedy
+
+
+def test_standbys_that_do_not_follow_and_a_second_leader_are_named() -> None:
+    away = StandbyState("mac-2", problem="it does not answer", away=True)
+    standbys = (away, StandbyState("mac-3", problem="7 updates behind"))
+    led = LeadershipState(CoordinatorRole.LEADER, 4, standbys=standbys, others=(CoordinatorName("mac-4", "i"),))
+    found = findings(replace(state(), leadership=led))
+    assert [(one.mac, one.what) for one in found] == [("mac-2", "it does not answer"), ("mac-4", "it leads too")]
