@@ -27,6 +27,7 @@ EXAMPLES: Final = {
         "macpipe generate -p - --max-tokens 200 --json < notes.txt",
     ),
     "chat": ("macpipe chat", "macpipe chat --system 'Answer in French.'"),
+    "embed": ("macpipe embed 'What is a hop?'", "macpipe embed --model Qwen/Qwen3-Embedding-0.6B < texts.txt"),
     "load": (
         "macpipe load mlx-community/Qwen3-32B-4bit",
         "macpipe load mlx-community/Qwen3-32B-4bit --workers 2 --max-context 16384",

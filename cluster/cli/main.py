@@ -21,6 +21,7 @@ from cluster.cli.convert import convert
 from cluster.cli.demo import demo
 from cluster.cli.doctor import doctor
 from cluster.cli.drain import drain
+from cluster.cli.embed import embed
 from cluster.cli.error_boundary import FIRST_SIGNAL_CODE, exit_at_once, run_with_error_boundary
 from cluster.cli.fuse import fuse
 from cluster.cli.generate import generate
@@ -57,7 +58,7 @@ SECTIONS: Final = {
     ),
     "Serve a model": ("plan", "serve", "pull", "load", "unload", "models", "drain", "handover", "store"),
     "Make a model": ("convert", "lora"),
-    "Send requests": ("generate", "chat", "launch", "key"),
+    "Send requests": ("generate", "chat", "embed", "launch", "key"),
     "Look at it": ("status", "ps", "top", "trace", "bench", "doctor", "report"),
 }
 """The commands under their headings on the first help page; others follow under ``More``."""
@@ -103,8 +104,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
 )
 for command in (
-    *(demo, init, join, worker, plan, serve, pull, convert, fuse, generate, chat, status, ps, load, unload, drain),
-    *(handover, lora, top, trace, bench, doctor, report),
+    *(demo, init, join, worker, plan, serve, pull, convert, fuse, generate, chat, embed, status, ps, load, unload),
+    *(drain, handover, lora, top, trace, bench, doctor, report),
 ):
     app.command(cls=Command)(command)
 app.add_typer(token, name="token")

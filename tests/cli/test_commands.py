@@ -34,6 +34,7 @@ COMMANDS = [
     "serve",
     "generate",
     "chat",
+    "embed",
     "status",
     "ps",
     "top",
@@ -456,6 +457,18 @@ def test_an_answer_of_a_fallback_says_so_on_stderr(macpipe: Macpipe, coordinator
     chatted = macpipe("chat", to=coordinator, stdin="Why?\nHow?\n")
     assert chatted.stdout == ANSWER * 2
     assert chatted.stderr == "(answered by small, the fallback: the default model cannot be served now)\n", "once"
+
+
+def test_embed_prints_a_vector_for_each_text_or_piped_line(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    done = macpipe("embed", "a", "two words", "--model", "e", "--dimensions", "2", to=coordinator)
+    assert json.loads(done.stdout) == {"model": "e", "vectors": [[1.0, 0.5], [9.0, 0.5]], "prompt_tokens": 10}
+    piped = macpipe("embed", to=coordinator, stdin="Why?\n\nHow come?\n")
+    assert json.loads(piped.stdout)["vectors"] == [[4.0, 0.5], [9.0, 0.5]]
+    first = coordinator.script.seen[0]
+    assert (first.model, first.dimensions) == ("e", 2)
+    empty = macpipe("embed", to=coordinator, stdin="\n")
+    assert (empty.returncode, empty.stdout) == (2, "")
+    assert "there is no text; name some, or pipe in a text a line" in empty.stderr
 
 
 def test_chat_needs_a_model(macpipe: Macpipe, coordinator: Coordinator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
@@ -172,6 +173,13 @@ class Script(inference_pb2_grpc.InferenceServiceServicer, cluster_pb2_grpc.Clust
     async def Tokenize(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)
         return inference_pb2.TokenizeResponse(ids=[1, 2], texts=["a", "b"])
+
+    async def Embed(self, request: Any, context: Any) -> Any:
+        """Return two numbers for each text: its length, and a half."""
+        await self._meet(request, context)
+        lengths = [len(one.text) for one in request.inputs]
+        packed = [struct.pack("<2f", length, 0.5) for length in lengths]
+        return inference_pb2.EmbedResponse(model=request.model, embeddings=packed, prompt_tokens=sum(lengths))
 
     async def ListModels(self, request: Any, context: Any) -> Any:
         await self._meet(request, context)
