@@ -77,7 +77,8 @@ def parse_models(path: Path, options: Mapping[str, Any], aliases: Sequence[str],
         return ModelCatalog(entries).entries
     except InvalidOption as e:
         about = [i for i, entry in enumerate(entries) if entry.name == e.field]
-        raise InvalidOption(f"{lines.place(about[-1]) if about else path}: {e.sentence}", field=e.field) from None
+        place = lines.place(about[-1], e.details.get("key", "")) if about else path
+        raise InvalidOption(f"{place}: {e.sentence}", field=e.field) from None
 
 
 def describe_models(path: Path, text: str) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ class ModelCatalog:
     """Models by name, in an order that people chose; the first is the default one. It never changes.
 
     Raises InvalidOption if two models have a name in common, or if a fallback is unknown or leads back to its model.
+    Its field is the name of a model, and its detail ``key`` the key that is wrong there.
     ``guests`` are served besides: models that were loaded by hand, or that left the file. A guest gives up each name
     that a model of the catalog has too.
     """
@@ -240,7 +241,9 @@ def _check_names(entries: Sequence[ModelEntry]) -> None:
     for entry in entries:
         check_entry(entry)
         if entry.name in owners:
-            raise InvalidOption(f"two models are named {entry.name}; give one of them another name", field=entry.name)
+            raise InvalidOption(
+                f"two models are named {entry.name}; give one of them another name", field=entry.name, key="name"
+            )
         owners[entry.name] = entry
     if len(entries) > 1 and DEFAULT in owners:
         raise InvalidOption(
@@ -252,6 +255,7 @@ def _check_names(entries: Sequence[ModelEntry]) -> None:
             raise InvalidOption(
                 f"the model {entry.name} cannot have the alias {DEFAULT}: that always means the first one; remove it",
                 field=entry.name,
+                key="aliases",
             )
 
 
@@ -264,10 +268,12 @@ def _check_aliases(entry: ModelEntry, owners: dict[str, ModelEntry]) -> None:
             raise InvalidOption(
                 f"{entry.name} and {owner.name} are aliases of each other, which is a circle; remove one alias",
                 field=entry.name,
+                key="aliases",
             )
         raise InvalidOption(
             f"the alias {alias} of the model {entry.name} already means the model {owner.name}; remove one of them",
             field=entry.name,
+            key="aliases",
         )
 
 
@@ -282,9 +288,11 @@ def _check_fallbacks(entries: Sequence[ModelEntry]) -> None:
                     f"the fallback {at.fallback} of the model {at.name} is no model's name; the models are"
                     f" {', '.join(one.name for one in entries)}",
                     field=at.name,
+                    key="fallback",
                 )
             at = by_name[at.fallback]
             if at.name in passed:
                 circle = " -> ".join([*passed[passed.index(at.name) :], at.name])
-                raise InvalidOption(f"the fallbacks {circle} are a circle; remove one of them", field=entry.name)
+                why = f"the fallbacks {circle} are a circle; remove one of them"
+                raise InvalidOption(why, field=at.name, key="fallback")
             passed.append(at.name)

@@ -111,13 +111,21 @@ def test_a_table_overrides_an_option_with_its_default(tmp_path: Path) -> None:
         ('[[model]]\nsource = "a"\n\n[[model]]\nsource = "a"\n', "models.toml:4: two models are named a"),
         (
             '[[model]]\nsource = "a"\naliases = ["b"]\n[[model]]\nsource = "b"\naliases = ["a"]\n',
-            "are aliases of each other, which is a circle",
+            "models.toml:3: a and b are aliases of each other, which is a circle",
         ),
         (
             '[[model]]\nname = "a"\nsource = "x"\n[[model]]\nname = "b"\nsource = "y"\nfallback = "c"\n',
-            "models.toml:4: the fallback c of the model b is no model's name; the models are a, b",
+            "models.toml:7: the fallback c of the model b is no model's name; the models are a, b",
         ),
-        ('[[model]]\nsource = "a"\nfallback = "a"\n', "models.toml:1: the fallbacks a -> a are a circle"),
+        ('[[model]]\nsource = "a"\nfallback = "a"\n', "models.toml:3: the fallbacks a -> a are a circle"),
+        (
+            "".join(f'[[model]]\nsource = "{a}"\nfallback = "{b}"\n' for a, b in ("ab", "bc", "cb")),
+            "models.toml:6: the fallbacks b -> c -> b are a circle",
+        ),
+        (
+            '[[model]]\nsource = "a"\n[[model]]\nsource = "b"\npin = true\naliases = ["a"]\n',
+            "models.toml:6: the alias a of the model b already means the model a",
+        ),
         (
             '[[model]]\nsource "a"\n',
             "models.toml is not valid TOML: Expected '=' after a key in a key/value pair (at line 2",
