@@ -60,28 +60,50 @@ def chat(
 
 
 def converse(client: Client, options: Options, system: str = "") -> None:
-    """Chat until Ctrl-D, /quit or the end of standard input. Raise NotServing if no model is loaded."""
+    """Chat until Ctrl-D, /quit or the end of standard input.
+
+    Raise NotServing if no model is loaded, unless there are several: then a message loads one.
+    """
     from cluster.cli.chat_session import ChatSession
 
     state = client.cluster()
-    if state.state != "serving":
+    if state.state != "serving" and not state.deployments:
         raise NotServing(state.problem or f"the coordinator at {client.address} serves no model; see `macpipe status`")
     session = ChatSession(client, options, system)
     if sys.stdin.isatty():
-        _greet(state)
+        _greet(state, options.get("model") or "")
         _chat_on_terminal(session)
     else:
-        for line in read_piped_lines():
-            if not session.handle_line(line):
-                return
+        _chat_from_pipe(session)
 
 
-def _greet(state: ClusterState) -> None:
+def _chat_from_pipe(session: ChatSession) -> None:
     from cluster.cli.screen import note
 
-    note(f"{state.model} on {holders_in_words(state.stages)}. /help lists the commands, Ctrl-D exits.")
+    line = None
+    for line in read_piped_lines():
+        if not session.handle_line(line):
+            return
+    if line is None:
+        note("standard input has no line, so nothing was sent; run this on a terminal, or pipe in one message a line")
+
+
+def _greet(state: ClusterState, model: str) -> None:
+    from cluster.cli.screen import note
+
+    note(f"{describe_partner(state, model)}. /help lists the commands, Ctrl-D exits.")
     if state.model == BUNDLED:
         note(f"Try: {'  '.join(SUGGESTIONS)}")
+
+
+def describe_partner(state: ClusterState, model: str) -> str:
+    """Describe the model that ``model`` names, "" the default one: where it is, or that the first message loads it."""
+    named = [one for one in state.deployments if model in (one.name, one.model, *one.aliases)]
+    one = next(iter([*named, *([] if model else state.deployments[:1])]), None)
+    name, stages = (one.name, one.stages) if one else (model or state.model, () if state.deployments else state.stages)
+    if held := holders_in_words(stages):
+        return f"{name} on {held}"
+    return f"{name}, which the first message loads" if one else name
 
 
 def _chat_on_terminal(session: ChatSession) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -26,7 +27,10 @@ from cluster.api.key_usage import KeyUsage, TokenBucket, client_of
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.coordinator import Coordinator
+from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.model_reader import ModelInfo
+from cluster.coordinator.on_demand import OnDemand
+from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.cluster_state import ClusterState, ServingState
 from cluster.core.errors import Aborted, InvalidOption, LimitReached, MacpipeError, NotServing, Unauthenticated
 from cluster.core.request import Accepted, SamplingParams, TokenEvent
@@ -185,6 +189,20 @@ async def test_without_a_cluster_nobody_needs_a_key() -> None:
         assert (await client.get("/v1/models")).status_code == 200
         assert (await client.get("/metrics")).status_code == 200
         assert "version" in (await client.get("/health")).json()
+
+
+async def test_a_model_that_a_request_would_load_is_ready_and_needs_nothing_else() -> None:
+    coordinator = Idle()
+    coordinator.catalog = ModelCatalog([ModelEntry("small", LoadOrder("org/Small"))])
+    on_demand = SimpleNamespace(enabled=True, would_load=lambda requested: True)
+    service = RequestService(cast(Coordinator, coordinator), Metrics(), on_demand=cast(OnDemand, on_demand))
+    async with client_to(application(service)) as client:
+        reply = await client.get("/ready")
+    assert reply.status_code == 200
+    assert (reply.json()["model"], reply.json()["message"]) == (
+        "small",
+        "the model small is not loaded; a request loads it",
+    )
 
 
 @pytest.mark.parametrize(

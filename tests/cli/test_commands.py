@@ -435,6 +435,12 @@ def test_chat_from_a_pipe_remembers(macpipe: Macpipe, coordinator: Coordinator) 
     ]
 
 
+def test_a_chat_without_a_line_says_that_nothing_was_sent(macpipe: Macpipe, coordinator: Coordinator) -> None:
+    done = macpipe("chat", to=coordinator)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "standard input has no line, so nothing was sent" in done.stderr
+
+
 def test_chat_with_one_message(macpipe: Macpipe, coordinator: Coordinator) -> None:
     assert macpipe("chat", "-m", "Why?", to=coordinator).stdout == ANSWER
     assert json.loads(macpipe("chat", "-m", "Why?", "--json", to=coordinator).stdout)["text"] == ANSWER.strip()

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from cluster.cli.adapter import find_adapters
+from cluster.cli.chat import describe_partner
 from cluster.cli.drain import describe_rings
 from cluster.cli.load import describe_loaded
 from cluster.cli.ps import requests_as_json, show_requests
@@ -150,6 +151,18 @@ def test_a_load_tells_where_its_model_is(name: str) -> None:
         "serving small on 2 workers: bob 0-3, cyd 0-3",
         "spare: dan (not needed)",
     ]
+
+
+def test_a_chat_begins_with_the_model_that_it_is_with() -> None:
+    named = {name: describe_partner(STATE, name) for name in ("", "large", "org/Small", "other", "small-*")}
+    assert list(named.values()) == [
+        "big on ada 0-7, bob 8-15",
+        "big on ada 0-7, bob 8-15",
+        "small on bob 0-3, cyd 0-3",
+        "other, which the first message loads",
+        "small-*",
+    ]
+    assert describe_partner(replace(STATE, deployments=()), "") == "org/Big on ada 0-7, bob 8-15"
 
 
 def test_a_drain_tells_who_holds_each_model_now() -> None:

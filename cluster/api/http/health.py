@@ -46,7 +46,8 @@ class Health:
         except MacpipeError as e:
             facts["message"] = e.sentence
             if ready:
-                facts["model"] = self.names.unloaded_name(None)
+                facts["model"] = name = self.names.unloaded_name(None)
+                facts["message"] = f"the model {name} is not loaded; a request loads it"
         else:
             facts |= {"model": self.names.id_of(model_info), "context_length": model_info.shape.max_context}
         return _ready(ready, facts)
