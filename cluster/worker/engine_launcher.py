@@ -92,17 +92,23 @@ class EngineLauncher:
                     await process.wait()
 
     async def _launch(self) -> Process:
-        """Start a process in a folder that cannot be deleted while the daemon runs."""
+        """Start a process in a folder that cannot be deleted while the daemon runs.
+
+        A cancelled caller gets it first, to end it: asyncio leaves the child and its pipes behind if a start is
+        cancelled again and again, as anyio does.
+        """
         environment = {**MLX_ENVIRONMENT, **ALLOCATOR_ENVIRONMENT, **isolated_environment(os.environ)}
         try:
-            return await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=PIPE,
-                env=environment,
-                cwd=os.sep,
-                pass_fds=self._files,
-            )
+            with anyio.CancelScope(shield=True):
+                process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    stdin=PIPE,
+                    stdout=PIPE,
+                    stderr=PIPE,
+                    env=environment,
+                    cwd=os.sep,
+                    pass_fds=self._files,
+                )
         except OSError as e:  # too many files or processes, or too little memory: that may pass
             raise WorkerLost(f"cannot start the engine process: {e.strerror}; it is tried again") from e
+        return process

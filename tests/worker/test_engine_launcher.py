@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+import anyio
 import pytest
 
 from cluster.core.errors import WorkerLost
@@ -68,6 +69,28 @@ class Launches:
         if self.tried <= self.failures:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return await self._launch(*command, **options)
+
+
+@pytest.mark.parametrize("of", [EngineLauncher.keep, lambda kept: Supervisor(kept).run_once()])
+def test_an_engine_whose_start_is_cancelled_is_ended(of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby, "STANDBY_AFTER_S", 0.01)
+    started = list[asyncio.subprocess.Process]()
+    launch = asyncio.create_subprocess_exec
+
+    async def scenario() -> None:
+        with anyio.CancelScope() as scope:
+
+            async def cancel_meanwhile(*command: str, **options: Any) -> asyncio.subprocess.Process:
+                asyncio.get_running_loop().call_soon(scope.cancel)
+                started.append(await launch(*command, **options))
+                return started[-1]
+
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", cancel_meanwhile)
+            await of(EngineLauncher(COMMAND))
+
+    asyncio.run(scenario())
+    (engine,) = started
+    assert engine.returncode is not None
 
 
 def test_a_standby_that_the_system_does_not_start_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
