@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from subprocess import Popen, TimeoutExpired
 from typing import Final
 
@@ -97,5 +97,8 @@ class ChildProcess:
         await self.wait()
 
     def _reap(self) -> None:
-        with suppress(TimeoutExpired):
+        """Wait up to ``END_S``. On an overloaded machine that may be too short: a thread then waits for the rest."""
+        try:
             self._process.wait(END_S)
+        except TimeoutExpired:
+            threading.Thread(target=self._process.wait, name="reap", daemon=True).start()

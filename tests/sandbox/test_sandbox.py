@@ -23,6 +23,7 @@ from cluster.core.request import ChatMessage, ChatOptions, Grammar, GrammarKind,
 from cluster.model.checkpoint import BUNDLED
 from cluster.model.tokenizer import load_tokenizer
 from cluster.sandbox import process as process_module
+from cluster.sandbox.child_process import ChildProcess
 from cluster.sandbox.job_messages import Encode, Limits, OpenModel, WarmUp, pack_job
 from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
@@ -374,6 +375,24 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+async def test_a_process_that_takes_long_to_end_is_waited_for_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = await ChildProcess.start("cluster.sandbox.child", {}, "a process")
+    process = child._process
+    wait = process.wait
+
+    def wait_too_briefly(timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise subprocess.TimeoutExpired("child", timeout)
+        return wait()
+
+    monkeypatch.setattr(process, "wait", wait_too_briefly)
+    await child.end()
+    async with asyncio.timeout(20):
+        while child.exit_code is None:
+            await asyncio.sleep(0.01)
+    assert child.exit_code == -signal.SIGKILL
 
 
 async def test_a_process_does_not_outlive_its_parent(hostile: Path) -> None:
