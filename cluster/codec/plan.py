@@ -228,6 +228,7 @@ def encode_progress(progress: LoadProgress) -> pb.StageProgress:
         peer_bytes=progress.peer_bytes,
         notices=progress.notices,
         draft=progress.draft,
+        model=progress.model,
     )
 
 
@@ -243,4 +244,5 @@ def decode_progress(message: pb.StageProgress) -> LoadProgress:
         peer_bytes=message.peer_bytes,
         notices=tuple(message.notices),
         draft=message.draft,
+        model=message.model,
     )

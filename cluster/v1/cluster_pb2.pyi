@@ -1769,6 +1769,7 @@ class StageProgress(_message.Message):
     PEER_BYTES_FIELD_NUMBER: _builtins.int
     NOTICES_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     start_layer: _builtins.int
     end_layer: _builtins.int
@@ -1781,6 +1782,8 @@ class StageProgress(_message.Message):
     peer_bytes: _builtins.int
     draft: _builtins.str
     """The name of the draft model that is being loaded; empty if it is the model that serves."""
+    model: _builtins.str
+    """The name of the model that serves, or will; empty if there is one alone."""
     @_builtins.property
     def notices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Notices for people about the bytes that were found, such as damaged copies: all sentences so far."""
@@ -1798,10 +1801,11 @@ class StageProgress(_message.Message):
         peer_bytes: _builtins.int = ...,
         notices: _abc.Iterable[_builtins.str] | None = ...,
         draft: _builtins.str = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "draft", b"draft", "end_layer", b"end_layer", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "start_layer", b"start_layer", "state", b"state", "total_bytes", b"total_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "draft", b"draft", "end_layer", b"end_layer", "hub_bytes", b"hub_bytes", "model", b"model", "notices", b"notices", "peer_bytes", b"peer_bytes", "start_layer", b"start_layer", "state", b"state", "total_bytes", b"total_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
