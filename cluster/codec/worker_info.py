@@ -7,6 +7,7 @@ Both messages have the fields of ``WorkerSummary``, by the same names.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Final, TypeAlias
 
@@ -16,7 +17,7 @@ from cluster.core.limits import KEPT_CORRECTIONS, MAX_FACT_CHARS, MAX_LAG_S, MAX
 from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.plan import LayerRange, Profile, valid_verify_costs
 from cluster.core.text import HIGHEST_PORT, format_address, is_ip_address, parse_address
-from cluster.core.worker import HeldSlice, WorkerInfo, WorkerState, WorkerSummary
+from cluster.core.worker import STAGE_FIELDS, HeldSlice, WorkerInfo, WorkerState, WorkerSummary
 from cluster.v1 import cluster_pb2, worker_pb2
 
 Summary: TypeAlias = worker_pb2.DescribeResponse | cluster_pb2.Worker
@@ -26,6 +27,8 @@ _SHARED: Final = tuple(field.name for field in fields(WorkerSummary) if field.na
 """The other fields. They are copied by name, so a new one needs no line here."""
 _SLICE: Final = tuple(field.name for field in fields(HeldSlice) if field.name != "layers")
 """Fields of a slice that are copied by name."""
+_STAGE: Final = tuple(name for name in STAGE_FIELDS if name != "layers")
+"""Fields that describe a worker's stage, as those of a slice do."""
 MAX_WATTS: Final = 10_000.0
 MAX_JOULES: Final = 1e12
 """Thirty years of a thousand watts."""
@@ -36,16 +39,11 @@ _MOST: Final = {"lag_seconds": MAX_LAG_S, "power_watts": MAX_WATTS, "energy_joul
 def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float) -> worker_pb2.DescribeResponse:
     """Encode a worker's description of itself. ``clock`` is the worker's own, in seconds since the epoch."""
     answer = worker_pb2.DescribeResponse(
+        **{name: getattr(info, name) for name in _STAGE},
         cluster=info.cluster,
         data_port=data_port,
-        epoch=info.epoch,
         start_layer=info.layers.start if info.layers else 0,
         end_layer=info.layers.end if info.layers else 0,
-        model=info.model,
-        fingerprint=info.fingerprint,
-        kv_bits=info.kv_bits,
-        weight_bits=info.weight_bits,
-        adapters=info.adapters,
         data_hosts=info.data_hosts,
         owner=info.owner,
         holder=info.live_owner,
@@ -53,11 +51,8 @@ def encode_info(info: WorkerInfo, *, data_port: int, problem: str, clock: float)
         term=info.term,
         instance=info.instance,
         profile=_encode_profile(info.profile),
-        busy_ms=info.busy_ms,
-        computing=info.computing,
         stopping=info.stopping,
         slices=[_encode_slice(held) for held in info.slices],
-        ranks=info.ranks,
         certificate_begins=info.certificate[0],
         certificate_ends=info.certificate[1],
         problem=problem,
@@ -73,17 +68,12 @@ def decode_info(answer: worker_pb2.DescribeResponse, address: str, clock_ahead_s
     host, _ = parse_address(address)
     return WorkerInfo(
         **_decode_summary(answer),
+        **_decode_stage(answer, _STAGE),
         control_address=address,
         data_address=format_address(host, answer.data_port),
         clock_ahead_seconds=clock_ahead_seconds,
         cluster=answer.cluster,
-        epoch=answer.epoch,
         layers=LayerRange(answer.start_layer, answer.end_layer) if answer.epoch else None,
-        model=answer.model,
-        fingerprint=answer.fingerprint,
-        kv_bits=answer.kv_bits,
-        weight_bits=answer.weight_bits,
-        adapters=tuple(answer.adapters),
         data_hosts=tuple(answer.data_hosts),
         owner=answer.owner,
         live_owner=answer.holder,
@@ -91,11 +81,8 @@ def decode_info(answer: worker_pb2.DescribeResponse, address: str, clock_ahead_s
         term=answer.term,
         instance=answer.instance,
         profile=_decode_profile(answer.profile),
-        busy_ms=answer.busy_ms,
-        computing=answer.computing,
         stopping=answer.stopping,
         slices=tuple(_decode_slice(held) for held in answer.slices),
-        ranks=max(answer.ranks, 1),
         certificate=(answer.certificate_begins, answer.certificate_ends),
     )
 
@@ -176,9 +163,13 @@ def _encode_slice(held: HeldSlice) -> worker_pb2.HeldSlice:
 
 
 def _decode_slice(held: worker_pb2.HeldSlice) -> HeldSlice:
-    values = {name: getattr(held, name) for name in _SLICE} | {"adapters": tuple(held.adapters)}
-    values |= {"ranks": max(held.ranks, 1)}
-    return HeldSlice(**values, layers=LayerRange(held.start_layer, held.end_layer))
+    return HeldSlice(**_decode_stage(held, _SLICE), layers=LayerRange(held.start_layer, held.end_layer))
+
+
+def _decode_stage(message: worker_pb2.DescribeResponse | worker_pb2.HeldSlice, names: Iterable[str]) -> dict[str, Any]:
+    """Return the values of fields that describe a stage, without its layers."""
+    values = {name: getattr(message, name) for name in names}
+    return values | {"adapters": tuple(message.adapters), "ranks": max(message.ranks, 1)}
 
 
 def _encode_profile(profile: Profile) -> worker_pb2.Profile:

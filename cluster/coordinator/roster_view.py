@@ -219,18 +219,5 @@ class RosterView:
         data_address = info.data_address
         if held.data_port:
             data_address = format_address(parse_address(data_address)[0], held.data_port)
-        return replace(
-            info,
-            epoch=held.epoch,
-            layers=held.layers,
-            model=held.model,
-            fingerprint=held.fingerprint,
-            kv_bits=held.kv_bits,
-            weight_bits=held.weight_bits,
-            adapters=held.adapters,
-            busy_ms=held.busy_ms,
-            computing=held.computing,
-            ranks=held.ranks,
-            data_address=data_address,
-            memory_limit=self._left_of(info.memory_limit, info.control_address),
-        )
+        memory_limit = self._left_of(info.memory_limit, info.control_address)
+        return replace(info.showing(held), data_address=data_address, memory_limit=memory_limit)

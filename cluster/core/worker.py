@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from cluster.core.plan import LayerRange, Profile
 
@@ -119,6 +120,18 @@ class WorkerInfo(WorkerSummary):
     def load_key(self) -> tuple[str, LayerRange | None, int, int, int]:
         """What it loaded, in the form of ``StageSpec.load_key``."""
         return self.fingerprint, self.layers, self.kv_bits, self.weight_bits, self.ranks
+
+    def showing(self, held: HeldSlice) -> WorkerInfo:
+        """Return the worker with this slice as its stage."""
+        return replace(self, **{name: getattr(held, name) for name in STAGE_FIELDS})
+
+
+STAGE_FIELDS: Final = tuple(
+    name
+    for name in WorkerInfo.__dataclass_fields__
+    if name in HeldSlice.__dataclass_fields__ and name not in WorkerSummary.__dataclass_fields__
+)
+"""The fields of a worker that describe its stage, as those of a slice do. They are copied by name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from cluster.core.link_limits import MAX_DATA_HOSTS
 from cluster.core.prefix_limits import DISK_READ_S, MAX_DISK_OWNERS
 from cluster.core.stored_models import MacStore
 from cluster.core.text import is_ip_address, parse_address
-from cluster.core.worker import HeldSlice, WorkerInfo
+from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
 from cluster.membership.terms import Process
 from cluster.platform.macos import MachineFacts, memory_pressure
@@ -121,11 +121,10 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def _describe(self, reports: Sequence[SlotReport]) -> WorkerInfo:
         hello, slices = self.slots.hello, describe_slices(reports)  # after the report: a dead engine holds nothing
-        shown = slices[0] if slices else HeldSlice()
         held = self._first_held() or pb.LoadStageRequest()
         report = reports[0].report
         power = self.read_power()
-        return WorkerInfo(
+        info = WorkerInfo(
             id=self.id,
             name=self.settings.name,
             version=__version__,
@@ -148,15 +147,7 @@ class WorkerServicer(WorkerServiceServicer):
             power_watts=power.watts,
             energy_joules=power.joules,
             cluster=self.settings.cluster,
-            epoch=shown.epoch,
-            layers=shown.layers,
-            model=shown.model,
-            fingerprint=shown.fingerprint,
-            kv_bits=shown.kv_bits,
-            weight_bits=shown.weight_bits,
-            adapters=shown.adapters,
             slices=slices,
-            ranks=shown.ranks,
             data_hosts=report.data_hosts,
             owner=held.coordinator,
             live_owner=self.terms.leader,
@@ -164,14 +155,13 @@ class WorkerServicer(WorkerServiceServicer):
             term=self.terms.number,
             instance=self.instance,
             profile=self.file.kept.profile,
-            busy_ms=report.busy_ms,
-            computing=self.slots.first.supervisor.computing,
             stopping=self.stopping,
             certificate=self.trust.validity,
             prefix_disk_limit=self.settings.prefix_disk,
             prefix_disk_bytes=report.prefix_disk_bytes,
             prefix_disk_evictions=report.prefix_disk_evictions,
         )
+        return info.showing(slices[0]) if slices else info
 
     async def _learn_revoked(self, request: pb.DescribeRequest, context: Context) -> None:
         """Learn revoked certificates, but only from the cluster's coordinator."""
