@@ -76,13 +76,26 @@ def restore_plan(
     available = {f.name: f for f in steady if not f.draining}
     if not all(w.name in available for w in first.workers):
         return None
-    return _assign(
+    found = _assign(
         number(),
         shape,
         replace(order, groups=_groups_of(first.plan, first.workers)),
         [available[w.name] for w in first.workers],
         [s.layers for s in first.plan.pipeline],
     )
+    return replace(found, plan=_keep_prediction(first.plan, found.plan))
+
+
+def _keep_prediction(before: Plan, plan: Plan) -> Plan:
+    """Return the plan with the predicted times of the one before, if that had the same groups on the same workers.
+
+    A recovery measures no links, so it would count the sums of a group as those over an ordinary link.
+    """
+    if not plan.is_grouped or _cut_of(before) != _cut_of(plan):
+        return plan
+    pairs = zip(plan.stages, before.stages, strict=True)
+    stages = tuple(replace(stage, decode_ms=same.decode_ms) for stage, same in pairs)
+    return replace(plan, stages=stages, forecast=before.forecast)
 
 
 def _cut_of(plan: Plan) -> list[tuple[str, LayerRange, int]]:
@@ -121,9 +134,10 @@ def _keep_cut(
         workers.append(chosen)
     try:
         seated = replace(order, groups=_groups_of(plan, workers))
-        return _assign(epoch, shape, seated, workers, [s.layers for s in plan.pipeline])
+        found = _assign(epoch, shape, seated, workers, [s.layers for s in plan.pipeline])
     except (DoesNotFit, InsecureGroup):
         return None
+    return replace(found, plan=_keep_prediction(plan, found.plan))
 
 
 def _best_spare(stage: PlannedStage, spares: Sequence[WorkerInfo]) -> WorkerInfo | None:

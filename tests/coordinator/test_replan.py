@@ -11,6 +11,7 @@ from cluster.coordinator.planner import make_plan
 from cluster.coordinator.replan import Assignment, holds, reassign_layers, restore_plan
 from cluster.coordinator.roster import RosterEntry
 from cluster.coordinator.settings import LoadOrder
+from cluster.core.all_reduce import AllReduce
 from cluster.core.errors import DoesNotFit, NoWorkers, WorkerLost
 from cluster.core.limits import MIB
 from cluster.core.plan import LayerRange, ModelRef, ModelShape, Plan, Profile, RankSizes
@@ -202,3 +203,21 @@ def test_a_rank_never_counts_as_loaded() -> None:
     whole = make_plan(EPOCH, SHARED, FOUR[:2], LoadOrder("m", worker_count=2))
     assert not holds(rank, whole.stages[0])
     assert holds(holding("ada", 0, 3), whole.stages[0])
+
+
+def test_a_group_that_is_built_again_is_predicted_as_it_was_measured() -> None:
+    """A recovery measures no links: over an ordinary one, its sums would take far longer."""
+    speed = Profile(4e11, 5e-5, 3e-4, 1e13, 0.2)
+    fast = tuple(replace(one, profile=speed) for one in FOUR)
+    sums = {frozenset(group): AllReduce.measured(20e-6, 1e9) for group in PAIRS.groups}
+    plan = make_plan(EPOCH, SHARED, fast, PAIRS, None, sums)
+    again = reassign_layers(EPOCH + 1, plan, SHARED, PAIRS, members(*fast)).plan
+    assert again.epoch == EPOCH + 1
+    assert [s.decode_ms for s in again.stages] == [s.decode_ms for s in plan.stages]
+    assert again.forecast == plan.forecast
+    eve = replace(worker("eve", data_address="127.0.0.1:2"), profile=speed)
+    over_spare = reassign_layers(EPOCH + 1, plan, SHARED, PAIRS, members(*fast, eve, bob="gone"))
+    assert over_spare.plan.stages[0].decode_ms > 2 * plan.stages[0].decode_ms, "nobody knows the links to a spare"
+    back = restore_plan(lambda: EPOCH + 2, Assignment(plan, fast), over_spare.plan, SHARED, PAIRS, fast)
+    assert back
+    assert back.plan.forecast == plan.forecast
