@@ -154,7 +154,7 @@ class ClusterPlanner:
                 continue
             controls = [self._roster.control(member.control_address) for member in members]
             known = await find_sums(members, controls)
-            if known is None and measure:
+            if measure and (known is None or known.is_disturbed):
                 await self._roster.take_term(controls)
                 known = await measure_sums(members, controls, insecure=is_accepted(names, order.insecure_links))
             if known or measure:

@@ -55,8 +55,8 @@ async def measure_sums(
     except* MacpipeError as errors:
         log.warning("sums: not measured reason=%s group=%s", first_error(errors).sentence, group_name(names))
     if found[0]:
-        microseconds, rate = found[0].seconds * 1e6, found[0].bandwidth / 1e6
-        log.info("sums: measured us=%.0f megabytes_per_s=%.0f group=%s", microseconds, rate, group_name(names))
+        figures = found[0].seconds * 1e6, found[0].bandwidth / 1e6, found[0].is_disturbed
+        log.info("sums: measured us=%.0f megabytes_per_s=%.0f disturbed=%s group=%s", *figures, group_name(names))
     return found[0]
 
 

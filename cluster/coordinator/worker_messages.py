@@ -60,7 +60,7 @@ def decode_link(answer: pb.MeasureLinkResponse | pb.LinkStageResponse) -> Link |
 
 def decode_sums(answer: pb.MeasureSumsResponse) -> AllReduce | None:
     """Return how fast a group adds up; None if nothing is known, or if the figures are impossible."""
-    found = AllReduce.measured(answer.seconds, answer.bandwidth)
+    found = AllReduce.measured(answer.seconds, answer.bandwidth, disturbed=answer.disturbed)
     return found if found.is_possible else None
 
 

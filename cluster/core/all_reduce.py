@@ -20,6 +20,7 @@ class SumSource(StrEnum):
     """Where the speed of sums comes from, as people read it."""
 
     MEASURED = "measured"
+    DISTURBED = "measured beside other programs"
     ESTIMATED = "estimated from the links"
     ASSUMED = "assumed"
 
@@ -44,16 +45,21 @@ class AllReduce:
         """Whether the figures could be those of a group."""
         return math.isfinite(self.seconds + self.bandwidth) and self.seconds > 0 and self.bandwidth > 0
 
-    @classmethod
-    def measured(cls, seconds: float, bandwidth: float) -> AllReduce:
-        """Return what was measured by sums of ``FEW_BYTES`` and of ``MANY_BYTES``."""
-        return cls(seconds, bandwidth, SumSource.MEASURED, FEW_BYTES)
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether it was measured while the machine had more to do, which only ever makes sums look slower."""
+        return self.source is SumSource.DISTURBED
 
     @classmethod
-    def between(cls, few_s: float, many_s: float) -> AllReduce:
+    def measured(cls, seconds: float, bandwidth: float, *, disturbed: bool = False) -> AllReduce:
+        """Return what was measured by sums of ``FEW_BYTES`` and of ``MANY_BYTES``."""
+        return cls(seconds, bandwidth, SumSource.DISTURBED if disturbed else SumSource.MEASURED, FEW_BYTES)
+
+    @classmethod
+    def between(cls, few_s: float, many_s: float, *, disturbed: bool = False) -> AllReduce:
         """Return the measured speed, by the seconds of a sum of ``FEW_BYTES`` and of one of ``MANY_BYTES``.
 
         A sum of fewer bytes counts as one of ``FEW_BYTES``: over TCP, what is below costs nothing, and a line through
         both points would end below zero.
         """
-        return cls.measured(few_s, (MANY_BYTES - FEW_BYTES) / max(many_s - few_s, 1e-9))
+        return cls.measured(few_s, (MANY_BYTES - FEW_BYTES) / max(many_s - few_s, 1e-9), disturbed=disturbed)

@@ -6,7 +6,6 @@ All ranks have to measure at once. How many sums there are depends on the time o
 from __future__ import annotations
 
 import time
-from statistics import median
 from typing import Final
 
 import mlx.core as mx
@@ -14,34 +13,37 @@ import mlx.core as mx
 from cluster.core.all_reduce import FEW_BYTES, MANY_BYTES, AllReduce
 from cluster.model.process_group import meet
 from cluster.model.sharding import Group
+from cluster.platform.disturbance import describe_load, describe_spread
 
 __all__ = ["measure_sums"]
 
 FIRST: Final = 4
-"""Sums of a size that prepare the connections, and as many that say how long one takes."""
-ROUNDS: Final = 5
+"""Chains of so many sums, as many times, that prepare the connections and say how long one sum takes."""
+ROUNDS: Final = 8
 MOST: Final = 80
 """Sums of a round: a model of 70 billion parameters has twice as many in a token."""
-ROUND_S: Final = 0.08
+ROUND_S: Final = 0.05
 """A round of slower sums has fewer, so that all rounds of both sizes take less than a second."""
 
 
 def measure_sums(group: Group) -> AllReduce:
-    """Return how fast this group adds up, by the median chain of sums of each size.
+    """Return how fast this group adds up, by the fastest chain of sums of each size: others were disturbed.
 
     A chain is evaluated at once, as the sums of a step are. Every rank has to call this, and waits for all others
     without a limit.
     """
-    few_s, many_s = (_time_size(group, nbytes) for nbytes in (FEW_BYTES, MANY_BYTES))
-    return AllReduce.between(few_s, many_s)
+    before = describe_load()
+    few, many = (_time_size(group, nbytes) for nbytes in (FEW_BYTES, MANY_BYTES))
+    disturbed = before or describe_spread((few, many)) or describe_load()
+    noted = _agree(group, float(bool(disturbed))) > 0
+    return AllReduce.between(_agree(group, min(few)), _agree(group, min(many)), disturbed=noted)
 
 
-def _time_size(group: Group, nbytes: int) -> float:
-    """Return the seconds of one sum of so many bytes."""
-    _time_chain(group, nbytes, FIRST)
-    first_s = _agree(group, _time_chain(group, nbytes, FIRST))
+def _time_size(group: Group, nbytes: int) -> list[float]:
+    """Return the seconds of one sum of so many bytes, by round."""
+    first_s = _agree(group, min(_time_chain(group, nbytes, FIRST) for _ in range(FIRST)))
     count = max(1, min(MOST, int(ROUND_S / max(first_s, 1e-9))))
-    return _agree(group, median(_time_chain(group, nbytes, count) for _ in range(ROUNDS)))
+    return [_time_chain(group, nbytes, count) for _ in range(ROUNDS)]
 
 
 def _time_chain(group: Group, nbytes: int, count: int) -> float:
@@ -61,7 +63,7 @@ def _time_chain(group: Group, nbytes: int, count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def _agree(group: Group, seconds: float) -> float:
-    """Return the mean of all ranks' seconds, which is the same number on each of them."""
-    total = mx.distributed.all_sum(mx.array([seconds]), group=group)  # type: ignore[arg-type]
+def _agree(group: Group, figure: float) -> float:
+    """Return the mean of all ranks' figures, which is the same number on each of them."""
+    total = mx.distributed.all_sum(mx.array([figure]), group=group)  # type: ignore[arg-type]
     return float(total.sum().item()) / group.size()  # type: ignore[arg-type]

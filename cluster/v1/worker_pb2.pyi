@@ -724,6 +724,7 @@ class MeasureSumsResponse(_message.Message):
     GROUP_PORT_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     BANDWIDTH_FIELD_NUMBER: _builtins.int
+    DISTURBED_FIELD_NUMBER: _builtins.int
     group_port: _builtins.int
     """A port on which the engine can listen for the other ranks. Sent once, before anything is measured."""
     seconds: _builtins.float
@@ -731,16 +732,19 @@ class MeasureSumsResponse(_message.Message):
     longer. 0 seconds say that nothing is known.
     """
     bandwidth: _builtins.float
+    disturbed: _builtins.bool
+    """Other programs, or heat, made the sums look slower."""
     def __init__(
         self,
         *,
         group_port: _builtins.int = ...,
         seconds: _builtins.float = ...,
         bandwidth: _builtins.float = ...,
+        disturbed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "group_port", b"group_port", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "disturbed", b"disturbed", "group_port", b"group_port", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -234,7 +234,7 @@ class Engine:
             if self._group is None:
                 raise StaleEpoch("this engine has joined no group, so it cannot time its sums")
             found = measure_sums(self._group)
-            self._send(SumsMeasured(command.call, found.seconds, found.bandwidth))
+            self._send(SumsMeasured(command.call, found.seconds, found.bandwidth, found.is_disturbed))
             return
         if isinstance(command, HoldGroupPort):
             self._group_port = self._group_port or HeldPort(self._host_address)

@@ -113,6 +113,7 @@ class SumsMeasured:
     call: int
     seconds: float
     bandwidth: float
+    disturbed: bool
 
 
 @dataclass(frozen=True, slots=True)

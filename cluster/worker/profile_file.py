@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.core.all_reduce import AllReduce
+from cluster.core.all_reduce import FEW_BYTES, AllReduce, SumSource
 from cluster.core.group_limits import KEPT_SUMS, SUMS_KEPT_S
 from cluster.core.limits import (
     CORRECTION_BOUND,
@@ -102,10 +102,17 @@ class ProfileFile:
         fresh = (found for name, found, at in self.kept.sums if name == group and 0 <= self._now() - at < SUMS_KEPT_S)
         return next(fresh, None)
 
-    def put_sums(self, group: str, found: AllReduce) -> None:
-        """Store how fast a group adds up, which was just measured."""
+    def put_sums(self, group: str, found: AllReduce) -> AllReduce:
+        """Store how fast a group adds up, which was just measured. Return what is kept.
+
+        A disturbed measurement replaces no faster one: what disturbs only ever makes sums look slower.
+        """
+        before = self.sums(group)
+        if before and found.is_disturbed and before.seconds_of(FEW_BYTES) <= found.seconds_of(FEW_BYTES):
+            return before
         others = [entry for entry in self.kept.sums if entry[0] != group]
         self._keep(replace(self.kept, sums=(*others, (group, found, self._now()))[-KEPT_SUMS:]))
+        return found
 
     def _keep(self, kept: StoredProfile) -> None:
         self.kept = kept
@@ -134,8 +141,9 @@ def _link(round_trip_s: float, bandwidth: float, interface: str = "") -> Link:
     return Link(float(round_trip_s), float(bandwidth), str(interface))
 
 
-def _sums(seconds: float, bandwidth: float) -> AllReduce:
-    found = AllReduce.measured(float(seconds), float(bandwidth))
+def _sums(facts: Mapping[str, Any]) -> AllReduce:
+    disturbed = SumSource(facts["source"]) is SumSource.DISTURBED
+    found = AllReduce.measured(float(facts["seconds"]), float(facts["bandwidth"]), disturbed=disturbed)
     if not found.is_possible:
         raise ValueError("invalid speed of sums")
     return found
@@ -152,9 +160,6 @@ def _read_profile(facts: Any) -> StoredProfile:
     if not valid_verify_costs(costs):
         raise ValueError("invalid cost of a step")
     links = tuple((str(end), _link(**link), float(at)) for end, link, at in facts["links"])
-    sums = tuple(
-        (str(group), _sums(found["seconds"], found["bandwidth"]), float(at))
-        for group, found, at in facts.get("sums", ())
-    )
+    sums = tuple((str(group), _sums(found), float(at)) for group, found, at in facts.get("sums", ()))
     measured = Profile(**figures, corrections=learned, verify_costs=costs)
     return StoredProfile(str(facts["key"]), measured, links, sums, str(facts.get("disturbed", "")))

@@ -51,21 +51,20 @@ class SumProbe:
                 found = await _measure(supervisor)
         finally:
             self._measuring = False
-        self._file.put_sums(request.group, found)
-        yield _encode(found)
+        yield _encode(self._file.put_sums(request.group, found))
 
 
 async def _measure(supervisor: Supervisor) -> AllReduce:
     answer = await supervisor.ask(MeasureSums, SUMS_S)
     if not isinstance(answer, SumsMeasured):
         raise BadFrame("the engine did not say how fast its group adds up")
-    found = AllReduce.measured(answer.seconds, answer.bandwidth)
+    found = AllReduce.measured(answer.seconds, answer.bandwidth, disturbed=answer.disturbed)
     if not found.is_possible:
         raise BadFrame("the engine measured sums that take an impossible time")
     return found
 
 
 def _encode(found: AllReduce | None) -> pb.MeasureSumsResponse:
-    return (
-        pb.MeasureSumsResponse(seconds=found.seconds, bandwidth=found.bandwidth) if found else pb.MeasureSumsResponse()
-    )
+    if found is None:
+        return pb.MeasureSumsResponse()
+    return pb.MeasureSumsResponse(seconds=found.seconds, bandwidth=found.bandwidth, disturbed=found.is_disturbed)

@@ -100,6 +100,9 @@ class Sums:
         self.looked_up.append(_names(members))
         return self._known.get(_names(members))
 
+    def disturb(self, names: str) -> None:
+        self._known[names] = AllReduce.measured(90e-6, 1e9, disturbed=True)
+
     async def _measure(self, members: list[WorkerInfo], controls: list[Any], *, insecure: bool) -> AllReduce | None:
         self.measured.append((_names(members), insecure))
         return self._known.setdefault(_names(members), AllReduce.measured(70e-6, 1e9))
@@ -137,7 +140,10 @@ async def test_sums_are_measured_before_a_load_once_and_only_looked_up_for_a_pla
     await load(made, macs, LoadOrder("m", insecure_links=(("b", "c"), ("a", "gone"))))
     assert sums.measured == [("a+b", False), ("b+c", True)], "what is known is not measured again"
     assert sums.terms == 4
+    sums.disturb("a+b")
+    await load(made, macs, forced)
+    assert sums.measured[2:] == [("a+b", False)], "it may have been disturbed"
     unknown = [replace(one, profile=Profile()) for one in macs]
     await load(made, unknown, LoadOrder("m", groups=(("a", "c"),)))
     await load(made, macs, LoadOrder("m"))
-    assert len(sums.measured) == 2, "nothing can be predicted of them, or nobody may form a group"
+    assert len(sums.measured) == 3, "nothing can be predicted of them, or nobody may form a group"

@@ -78,7 +78,8 @@ async def test_a_group_is_measured_once_and_its_first_rank_keeps_the_result(pair
     assert await find_sums(infos, clients) is None
     found = await measure_sums(infos, clients, insecure=False)
     assert found
-    assert (found.source, found.included) == (SumSource.MEASURED, FEW_BYTES)
+    assert found.source in (SumSource.MEASURED, SumSource.DISTURBED)
+    assert found.included == FEW_BYTES
     assert found.is_possible
     assert await find_sums(infos, clients) == found
     assert await find_sums(infos[::-1], clients[::-1]) is None, "another rank leads that group"

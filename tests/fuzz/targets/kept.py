@@ -63,7 +63,7 @@ def engine_messages() -> Prepared:
         messages.HoldGroupPort(2),
         messages.JoinGroup(2, 1, ("127.0.0.1:7001", "127.0.0.1:7002"), "ring"),
         messages.MeasureSums(2),
-        messages.SumsMeasured(2, 5e-5, 1e8),
+        messages.SumsMeasured(2, 5e-5, 1e8, False),
         messages.GroupPortHeld(3, 7001),
         messages.LayOutCopy(8, "/models", "ab" * 32, "/m", 4, "m"),
         messages.QuantizeLayers(9, "/models", "ab" * 32, "/m", 4, 0, 4),
