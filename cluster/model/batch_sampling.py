@@ -17,7 +17,7 @@ from cluster.core.frames import Sample, SequenceFailure
 from cluster.model.sampler import Picked, greedy
 from cluster.model.sequences import LiveSequence
 
-__all__ = ["BatchSampling", "sample_row"]
+__all__ = ["BatchSampling", "defer", "sample_deferred", "sample_row", "sample_rows"]
 
 
 class BatchSampling:
@@ -91,6 +91,39 @@ def sample_row(live: LiveSequence, logits: mx.array, states: Sequence[mx.array])
             if not _goes_on(live, result):
                 return found
     return found
+
+
+def defer(rows: Sequence[LiveSequence], logits: mx.array, sampled: int) -> list[int]:
+    """Keep the logits of the last ``sampled`` positions of each row that cannot be sampled yet.
+
+    Return the indices of the other rows.
+    """
+    ready = [i for i, live in enumerate(rows) if live.sampler.ready]
+    waiting = [i for i in range(len(rows)) if i not in ready]
+    for i in waiting:
+        rows[i].deferred = mx.contiguous(logits[i : i + 1, logits.shape[1] - sampled :, :])
+    return ready
+
+
+def sample_deferred(live: LiveSequence) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
+    """Sample a row's deferred logits and forget them."""
+    logits, live.deferred = live.deferred, None
+    assert logits is not None
+    return sample_rows([live], logits, logits.shape[1], ())
+
+
+def sample_rows(
+    rows: Sequence[LiveSequence], logits: mx.array, sampled: int, states: Sequence[mx.array]
+) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
+    """Sample the last position of each row, or the last ``sampled`` ones of a single row. Evaluate ``states`` too."""
+    if sampled > 1:
+        found = sample_row(rows[0], logits[0, logits.shape[1] - sampled :], states)
+    else:
+        sampling = BatchSampling([(live, len(live.tokens)) for live in rows], logits[:, -1])
+        mx.eval(sampling.arrays(), states)
+        found = sampling.results()
+    samples = tuple(result for result in found if isinstance(result, Sample))
+    return samples, tuple(result for result in found if isinstance(result, SequenceFailure))
 
 
 def _goes_on(live: LiveSequence, result: Sample | SequenceFailure) -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 
 from cluster.core.errors import MacpipeError, ModelUnsupported, RankFailed, WorkerLost
 from cluster.model.sharding import Group
 
-__all__ = ["as_rank", "join_group", "meet", "require_nccl"]
+__all__ = ["Lockstep", "as_rank", "join_group", "require_nccl", "settle_sums"]
 
 
 def join_group(rank: int, hosts: Sequence[str], backend: str) -> Group:
@@ -54,13 +55,68 @@ def require_nccl(rank: int, hosts: Sequence[str], gpus: int) -> None:
         raise ModelUnsupported(f"MLX connects GPUs by IPv4 alone, and rank 0 is at {hosts[0]}; give its worker --host")
 
 
-def meet(group: Group) -> None:
-    """Wait until all ranks are here. Metal ends a GPU's work that waits for a late one, so the wait is the CPU's.
+class Lockstep:
+    """Keeps the ranks of a group in step: before each step all meet, and compare what they computed in the last one.
 
-    NVIDIA's library has no collectives of the CPU, and CUDA no such limit.
+    Metal ends a GPU's work that waits for a late rank, so they wait for each other on the CPU. NVIDIA's library has no
+    collectives of the CPU, and CUDA no such limit: there, nobody waits and nothing is compared.
     """
-    if not mx.cuda.is_available():
-        mx.eval(mx.distributed.all_sum(mx.zeros((1,)), group=group, stream=mx.cpu))  # type: ignore[arg-type]
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self.noted = mx.zeros((), mx.uint32)
+        """Sum of the bits of what this rank has computed since they met, to be evaluated with the step."""
+
+    def note(self, arrays: Iterable[mx.array]) -> None:
+        """Count the bits of arrays that all ranks must have alike. They may be yet to be evaluated."""
+        for array in arrays:
+            words = array.reshape(-1).view(_WORDS[array.dtype.size])
+            self.noted = self.noted + words.astype(mx.uint32).sum()
+
+    def meet(self) -> None:
+        """Wait until all ranks are here. Raises RankFailed if they have noted different bits."""
+        noted, self.noted = self.noted.reshape(1), mx.zeros((), mx.uint32)
+        if mx.cuda.is_available():
+            return
+        with as_rank(self._group):
+            seen = mx.distributed.all_gather(noted, group=self._group, stream=mx.cpu)  # type: ignore[arg-type]
+            sums: Any = seen.tolist()
+        if differing := [rank for rank, own in enumerate(sums) if own != sums[0]]:
+            count = self._group.size()
+            raise RankFailed(f"rank {differing[0]} of {count} computed other numbers than rank 0 in the last step")
+
+
+_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+"""Types for the bits of numbers, by their bytes."""
+
+
+@contextmanager
+def settle_sums() -> Iterator[None]:
+    """Inside the block, evaluate what ranks exchange before the exchange, and its result right after it.
+
+    A GPU then never waits for a rank that is late with a long prompt: the CPU does. What a model compiles is exchanged
+    as without the block.
+    """
+    module: Any = mx.distributed
+    original = module.all_sum, module.all_gather
+    module.all_sum, module.all_gather = map(_settled, original)
+    try:
+        yield
+    finally:
+        module.all_sum, module.all_gather = original
+
+
+def _settled(exchange: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def exchange_now(array: mx.array, **options: Any) -> mx.array:
+        try:
+            mx.eval(array)
+        except ValueError:  # inside mx.compile there is nothing to evaluate yet
+            return exchange(array, **options)
+        result = exchange(array, **options)
+        mx.eval(result)
+        return result
+
+    return exchange_now
 
 
 def _addresses(hosts: Sequence[str], backend: str, file: str) -> dict[str, str]:

@@ -21,11 +21,11 @@ from cluster.core.limits import LATE_ROWS
 from cluster.core.plan import StageSpec
 from cluster.core.request import PromptLogprobs
 from cluster.model.adapters import LoraLayers
-from cluster.model.batch_sampling import BatchSampling, sample_row
-from cluster.model.caches import SequenceCaches
+from cluster.model.batch_sampling import defer, sample_deferred, sample_rows
+from cluster.model.caches import HeldCaches, SequenceCaches
 from cluster.model.grammar_compiler import GrammarCompiler
 from cluster.model.loading import load_slice
-from cluster.model.process_group import as_rank, meet
+from cluster.model.process_group import Lockstep, as_rank, settle_sums
 from cluster.model.prompt_scoring import require_valid_scoring, score_prompt
 from cluster.model.sequences import LiveSequence, PrefixStore, SequenceTable
 from cluster.model.sharding import Group
@@ -96,6 +96,7 @@ class Stage:
     ) -> None:
         self.spec = spec
         self._group = group
+        self._lockstep = Lockstep(group) if group else None
         self._store = store
         self._grammars = grammars
         self.weight_bytes = weight_bytes
@@ -272,8 +273,8 @@ class Stage:
         rows = self._check_rows(part, step)
         incoming = unpack(tensors, part.inlet, len(rows), len(step.tokens[0]))
         try:
-            if self._group and step.compute is Compute.PREFILL:
-                self._wait_for_ranks(self._group)
+            if self._lockstep:
+                self._lockstep.meet()
             result = self._run(part, lane, rows, step, incoming)
             result = self._draft(part, lane, rows, step, result)
         except RankFailed:
@@ -290,14 +291,10 @@ class Stage:
         if self._group is None:
             self._table.mark_broken(sequences, why)
 
-    def _wait_for_ranks(self, group: Group) -> None:
-        with as_rank(group):
-            meet(group)
-
     def _eval(self, *arrays: object) -> None:
         """Evaluate what a step has computed; in a group, together with the other ranks."""
         with as_rank(self._group):
-            mx.eval(*arrays)
+            mx.eval(*arrays, [self._lockstep.noted] if self._lockstep else [])
 
     def _require_loaded(self) -> ModelSlice:
         if self._slice is None:
@@ -339,20 +336,38 @@ class Stage:
             self._table.mark_guesses(live, step)
         caches = self._table.gather(lane, step.sequences)
         part.use_adapter(rows[0].adapter)
-        state = None
-        if self.spec.last and step.compute is Compute.DECODE and any(live.embeds for live in rows):
-            outgoing, state = part.run_with_state(mx.array(step.tokens), caches, incoming)
-        else:
-            outgoing = part.run(mx.array(step.tokens), caches, incoming)
+        outgoing, state = self._forward(part, rows, step, caches, incoming)
         for live, tokens in zip(rows, step.tokens, strict=True):
             live.feed(tokens)
         if self.spec.last:
-            vectors = None if state is None else state[:, -1].astype(mx.float32)
+            embeds = any(live.embeds for live in rows)
+            vectors = state[:, -1].astype(mx.float32) if embeds and state is not None else None
             states = caches.arrays() if vectors is None else [*caches.arrays(), vectors]
             return _add_vectors(self._evaluate_and_sample(rows, step, outgoing[0], states), rows, vectors)
         sent = [mx.contiguous(array) for array in outgoing]
+        if self._lockstep:
+            self._lockstep.note(sent)
         self._eval(sent, caches.arrays())
         return _Result(tensors=tuple(pack(array) for array in sent))
+
+    def _forward(
+        self, part: ModelSlice, rows: list[LiveSequence], step: Step, caches: HeldCaches, incoming: list[mx.array]
+    ) -> tuple[list[mx.array], mx.array | None]:
+        """Run the slice. Return also the hidden states of a decode step, if anybody needs them.
+
+        Ranks compare them, not the logits: those come from a head that each rank has for itself.
+        """
+        tokens = mx.array(step.tokens)
+        if self._group and step.compute is Compute.PREFILL:
+            with as_rank(self._group), settle_sums():
+                return part.run(tokens, caches, incoming), None
+        decodes_last = self.spec.last and step.compute is Compute.DECODE
+        if not (decodes_last and (self._lockstep or any(live.embeds for live in rows))):
+            return part.run(tokens, caches, incoming), None
+        outgoing, state = part.run_with_state(tokens, caches, incoming)
+        if self._lockstep and state is not None:
+            self._lockstep.note([state])
+        return outgoing, state
 
     def _draft(self, part: ModelSlice, lane: int, rows: list[LiveSequence], step: Step, result: _Result) -> _Result:
         """Feed the sample of a step that drafts, then the sample after that, and so on. Return all samples."""
@@ -397,13 +412,13 @@ class Stage:
 
     def _sample_step(self, rows: list[LiveSequence], step: Step, logits: mx.array, states: list[mx.array]) -> _Result:
         """Sample the tokens of a step that may be yet to be evaluated."""
-        ready = _defer(rows, logits, step.sampled)
+        ready = defer(rows, logits, step.sampled)
         deferred = [live.deferred for live in rows if live.deferred is not None]
         if not ready:
             mx.eval(states, deferred)
             return _Result()
         logits = logits if len(ready) == len(rows) else logits[mx.array(ready)]
-        samples, failures = _sample([rows[i] for i in ready], logits, step.sampled, [*states, *deferred])
+        samples, failures = sample_rows([rows[i] for i in ready], logits, step.sampled, [*states, *deferred])
         if not samples and len(failures) == len(rows) and all(f.reason == StageFailed.reason for f in failures):
             raise StageFailed(failures[0].sentence)
         return _Result(samples=samples, failures=failures)
@@ -416,7 +431,7 @@ class Stage:
         samples, failures = list(result.samples), list(result.failures)
         for live in self._table.deferred(LATE_ROWS):
             try:
-                more, failed = _sample_deferred(live)
+                more, failed = sample_deferred(live)
             except Exception as error:  # MLX may raise anything; the frame's own rows have their samples
                 failure = self._failure([live], error)
                 more, failed = (), (SequenceFailure(live.id, failure.reason, failure.sentence),)
@@ -437,39 +452,6 @@ class Stage:
         self._steps += 1
         if self._steps % STEPS_BETWEEN_CLEARS == 0:
             mx.clear_cache()
-
-
-def _defer(rows: Sequence[LiveSequence], logits: mx.array, sampled: int) -> list[int]:
-    """Keep the logits of the last ``sampled`` positions of each row that cannot be sampled yet.
-
-    Return the indices of the other rows.
-    """
-    ready = [i for i, live in enumerate(rows) if live.sampler.ready]
-    waiting = [i for i in range(len(rows)) if i not in ready]
-    for i in waiting:
-        rows[i].deferred = mx.contiguous(logits[i : i + 1, logits.shape[1] - sampled :, :])
-    return ready
-
-
-def _sample_deferred(live: LiveSequence) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
-    """Sample a row's deferred logits and forget them."""
-    logits, live.deferred = live.deferred, None
-    assert logits is not None
-    return _sample([live], logits, logits.shape[1], ())
-
-
-def _sample(
-    rows: Sequence[LiveSequence], logits: mx.array, sampled: int, states: Sequence[mx.array]
-) -> tuple[tuple[Sample, ...], tuple[SequenceFailure, ...]]:
-    """Sample the last position of each row, or the last ``sampled`` ones of a single row. Evaluate ``states`` too."""
-    if sampled > 1:
-        found = sample_row(rows[0], logits[0, logits.shape[1] - sampled :], states)
-    else:
-        sampling = BatchSampling([(live, len(live.tokens)) for live in rows], logits[:, -1])
-        mx.eval(sampling.arrays(), states)
-        found = sampling.results()
-    samples = tuple(result for result in found if isinstance(result, Sample))
-    return samples, tuple(result for result in found if isinstance(result, SequenceFailure))
 
 
 def _add_vectors(result: _Result, rows: Sequence[LiveSequence], vectors: mx.array | None) -> _Result:

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,10 +28,12 @@ if __name__ == "__main__":
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from cluster.core.errors import RankFailed
 from cluster.core.frames import Frame
 from cluster.core.plan import StageSpec
 from cluster.model.loading import load_slice
 from cluster.model.model_shape import read_shape
+from cluster.model.process_group import Lockstep, settle_sums
 from cluster.wire.frame_codec import decode, encode
 from model.ring import CHUNKS, PROMPT, Ring, cuts, nothing, open_stage
 
@@ -155,7 +157,8 @@ def sliced_logits(path: Path, group: mx.distributed.Group, stages: int, tokens: 
     def forward(fed: Sequence[int]) -> mx.array:
         values: list[mx.array] = []
         for part, own in zip(slices, caches, strict=True):
-            values = part.run(mx.array([fed]), own, values)
+            with settle_sums() if len(fed) > 1 else nullcontext():
+                values = part.run(mx.array([fed]), own, values)
             mx.eval(values)
         return values[0]
 
@@ -205,6 +208,25 @@ def _compare(path: Path, group: mx.distributed.Group) -> Mapping[str, Any]:
         "whole": picks(whole),
         "difference": max(mx.abs(a - b).max().item() for a, b in zip(own, whole, strict=True)),
     }
+
+
+def agree() -> list[str]:
+    """Meet after steps in which all ranks computed the same, and after one in which the last rank did not.
+
+    Return what each meeting said.
+    """
+    group = join_group()
+    lockstep, said = Lockstep(group), []
+    for wrong in (0.0, 0.0, 2**-20, 0.0):
+        state = mx.ones((1, 1, 64)) + (wrong if group.rank() == group.size() - 1 else 0.0)
+        lockstep.note([state, state.astype(mx.bfloat16)])
+        mx.eval(lockstep.noted)
+        try:
+            lockstep.meet()
+            said.append("")
+        except RankFailed as error:
+            said.append(error.sentence)
+    return said
 
 
 def serve(path: str, index: str, count: str) -> dict[str, Any]:
@@ -287,4 +309,4 @@ def _started(stack: ExitStack, size: int, folder: Path, *task: str) -> tuple[Seq
 
 
 if __name__ == "__main__":
-    print(json.dumps({"compare": compare, "serve": serve}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"agree": agree, "compare": compare, "serve": serve}[sys.argv[1]](*sys.argv[2:])))

@@ -16,6 +16,9 @@ from cluster.core.errors import BadFrame, InvalidOption
 from cluster.core.frames import Compute, Drop, Join, Leave, Restore, Save, Step, Trim
 from cluster.core.plan import ModelShape
 from cluster.core.request import SamplingParams
+from cluster.model.model_shape import read_shape
+from cluster.model.process_group import settle_sums
+from effort import chosen
 from model.proof import GREEDY, require_lanes
 from model.ranks import ANSWER, group_ring, run_group
 from model.ring import CHUNKS, PROMPT, Ring, cuts, open_stage, reference, tokens
@@ -78,6 +81,58 @@ def test_what_a_group_cannot_do_is_refused(ring: Ring) -> None:
     with pytest.raises(InvalidOption, match="several Macs share layers"):
         ring.stages[0].set_adapters({adapter.key: adapter})
     ring.stages[0].set_adapters({})
+
+
+def test_ranks_that_computed_different_numbers_stop(tmp_path: Path) -> None:
+    why = "rank 2 of 3 computed other numbers than rank 0 in the last step"
+    assert run_group(3, tmp_path, "agree") == [["", "", why, ""]] * 3
+
+
+def test_what_ranks_exchange_in_a_prompt_is_evaluated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the exchange and after it, so that no GPU waits for a rank. A compiled function is left alone."""
+    evaluated: list[Any] = []
+    evaluate = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (evaluated.append(arrays), evaluate(*arrays)))
+    group = mx.distributed.init()
+    compiled = mx.compile(lambda array: mx.distributed.all_sum(array, group=group))
+    with settle_sums():
+        result = mx.distributed.all_sum(mx.ones(3) * 2, group=group)
+        assert len(evaluated) == 2
+        assert mx.array_equal(compiled(result), mx.full(3, 2.0))
+    before = len(evaluated)
+    mx.distributed.all_sum(mx.ones(3), group=group)
+    assert len(evaluated) == before, "only inside the block"
+
+
+def test_only_prompts_are_evaluated_sum_by_sum(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's sums stay in one chain, which is faster."""
+    sums: list[bool] = []
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, **_: (sums.append(settled()), array)[1])
+    original = mx.distributed.all_sum
+
+    def settled() -> bool:
+        return mx.distributed.all_sum is not original
+
+    ring.send(Join(1, len(PROMPT), GREEDY))
+    ring.prefill(1, PROMPT[:-1])
+    assert sums
+    assert all(sums)
+    sums.clear()
+    ring.decode(1, PROMPT[-1])
+    assert sums
+    assert not any(sums)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", chosen(SHARDED, "qwen3_5"))
+def test_a_stage_of_ranks_says_what_a_stage_alone_says(name: str, tmp_path: Path) -> None:
+    """Whatever its architecture compiles, and wherever its hidden states come from."""
+    path = write(architectures()[name].config, tmp_path / name)
+    shape = read_shape(path, "m", None)
+    alone = Ring(shape, path, 1)
+    ranked = Ring(shape, path, 1)
+    ranked.stages = [open_stage(shape, path, own, 0, 1, group=mx.distributed.init()) for own in cuts(shape, 1)]
+    assert tokens(ranked.answer(FEW, ANSWER)) == tokens(alone.answer(FEW, ANSWER))
 
 
 @pytest.mark.long
