@@ -475,9 +475,9 @@ class Coordinator:
 
     def _warnings(self) -> tuple[str, ...]:
         journal = self.journal.problem if self.journal else ""
-        drafts = (service.draft_problem for service in self._services())
+        problems = (text for service in self._services() for text in (service.draft_problem, service.disk_problem))
         authority = self._roster.authority_problem
-        return tuple(filter(None, (self.catalog_problem, journal, authority, *drafts, *self._copies.problems())))
+        return tuple(filter(None, (self.catalog_problem, journal, authority, *problems, *self._copies.problems())))
 
     async def plan_and_view(self) -> tuple[Plan | None, LoopView | None]:
         """Return the served plan and the engine loop's view. Ask no worker."""

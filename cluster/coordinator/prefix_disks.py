@@ -42,15 +42,21 @@ class PrefixDisks:
         self._epoch: Epoch | None = None
         self._edition = ""
         self._opened_for: PrefixOwners | None = None
+        self.problem = ""
+        """Why disks of workers are not used in this epoch, for people; "" where they are, or if there are none."""
 
     async def open(self, epoch: Epoch, edition: str) -> DiskContents | None:
         """Open the disks of an epoch. Return what all stages have there; None if they cannot be used.
 
         ``edition`` names the model's edition; empty: it is unknown.
         """
-        self._epoch, self._edition, self._opened_for = epoch, edition, None
+        self._epoch, self._edition, self._opened_for, self.problem = epoch, edition, None, ""
         lacking = [worker.name for worker in epoch.workers if not worker.prefix_disk_limit]
         if len(lacking) == len(epoch.workers):
+            return None
+        if epoch.plan.is_grouped:
+            self.problem = "no prefix is kept on disk: Macs that share layers as a group cannot do that yet"
+            log.warning("prefixes: disks not used in this epoch reason=%s epoch=%d", self.problem, epoch.plan.epoch)
             return None
         try:
             async with asyncio.timeout(DISK_OPEN_S):

@@ -137,6 +137,11 @@ class ModelService:
         return FirstGuesser([*texts, *draft])
 
     @property
+    def disk_problem(self) -> str:
+        """Why the workers' disks are not used for prefixes; "" if they are, or if there are none."""
+        return self._disks.problem
+
+    @property
     def draft_problem(self) -> str:
         """Why there are no drafts although there is a draft model; "" if there are, or if there is none."""
         return self._draft.problem if self._draft else ""

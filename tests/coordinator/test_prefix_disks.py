@@ -38,7 +38,8 @@ def test_a_revoked_keys_prefixes_go_also_where_disks_are_not_used(
     disks = PrefixDisks(lambda: PrefixOwners(frozenset(names), anonymous=False))
     workers = [SimpleNamespace(name=f"mac-{i}", prefix_disk_limit=limit) for i, limit in enumerate(limits)]
     controls = [Disk() for _ in limits]
-    epoch = cast(Any, SimpleNamespace(plan=SimpleNamespace(epoch=1), workers=workers, controls=controls))
+    plan = SimpleNamespace(epoch=1, is_grouped=False)
+    epoch = cast(Any, SimpleNamespace(plan=plan, workers=workers, controls=controls))
 
     async def serve() -> bool:
         contents = await disks.open(epoch, edition)
@@ -47,5 +48,16 @@ def test_a_revoked_keys_prefixes_go_also_where_disks_are_not_used(
         return contents is not None
 
     assert asyncio.run(serve()) == used
+    assert disks.problem == ""
     for limit, control in zip(limits, controls, strict=True):
         assert control.told == ([{"amy", "bob"}, {"bob"}] if limit else [])
+
+
+@pytest.mark.parametrize(("limit", "said"), [(9, "no prefix is kept on disk: Macs that share layers"), (0, "")])
+def test_disks_that_a_group_does_not_use_are_told(limit: int, said: str) -> None:
+    disks = PrefixDisks(PrefixOwners)
+    workers = [SimpleNamespace(name=name, prefix_disk_limit=limit) for name in ("ada", "bob")]
+    plan = SimpleNamespace(epoch=1, is_grouped=True)
+    assert asyncio.run(disks.open(cast(Any, SimpleNamespace(plan=plan, workers=workers, controls=[])), "e")) is None
+    assert disks.problem.startswith(said)
+    assert bool(disks.problem) == bool(said)
