@@ -11,7 +11,7 @@ from typing import Final
 import mlx.core as mx
 
 from cluster.core.all_reduce import FEW_BYTES, MANY_BYTES, AllReduce
-from cluster.model.process_group import meet
+from cluster.model.process_group import Lockstep
 from cluster.model.sharding import Group
 from cluster.platform.disturbance import describe_load, describe_spread
 
@@ -55,7 +55,7 @@ def _time_chain(group: Group, nbytes: int, count: int) -> float:
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16  # as models have it there
     array = mx.zeros((nbytes // dtype.size,), dtype)
     mx.eval(array)
-    meet(group)
+    Lockstep(group).meet()
     began = time.perf_counter()
     for _ in range(count):
         array = mx.distributed.all_sum(array * 0.5, group=group)  # type: ignore[arg-type]
