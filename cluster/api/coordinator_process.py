@@ -34,7 +34,6 @@ from cluster.core.leadership import CoordinatorName, Replicate, StandbyState
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT, LOOP_STOP_S
 from cluster.discovery.sighting import Source
 from cluster.discovery.static import merge_sources, static_source
-from cluster.membership.in_sync import NOT_NAMED
 from cluster.platform.overload import Lag, TimerLag
 from cluster.platform.paths import short_host_name
 from cluster.security.authority import read_authority
@@ -173,7 +172,7 @@ class CoordinatorProcess:
             [mark.id],
             lambda: roster.terms.number,
             roster.ring_workers,
-            lambda: NOT_NAMED if trusts_itself else roster.terms.in_sync,
+            None if trusts_itself else lambda: roster.terms.in_sync,
             roster.spare_workers,
         )
         replicator = Replicator(mode, mark.id, names if mode else None, self.lag)

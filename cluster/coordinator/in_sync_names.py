@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from cluster.core.errors import MacpipeError, NotLeader
-from cluster.membership.in_sync import NOT_NAMED, InSyncSet
+from cluster.membership.in_sync import InSyncSet
 from cluster.membership.terms import Process
 
 __all__ = ["InSyncNames", "NamingWorker"]
@@ -33,8 +33,8 @@ class InSyncNames:
     """The set that the workers store. ``replicas`` are the ids of the copies at first.
 
     ``term`` returns the number of the leader's term, ``ring`` the workers that hold or load its slices. ``earlier``
-    returns the set that these workers were told by the leader before, NOT_NAMED if that does not matter. ``spares`` are
-    the other workers that are led.
+    returns the set that these workers were told by the leader before; None if this copy is known to lack nothing.
+    ``spares`` are the other workers that are led.
     """
 
     def __init__(
@@ -43,17 +43,22 @@ class InSyncNames:
         replicas: Sequence[str],
         term: Callable[[], int],
         ring: Callable[[], Sequence[NamingWorker]],
-        earlier: Callable[[], InSyncSet] = lambda: NOT_NAMED,
+        earlier: Callable[[], InSyncSet] | None = None,
         spares: Callable[[], Sequence[NamingWorker]] = tuple,
     ) -> None:
         self._process, self._term, self._ring = process, term, ring
         self._replicas, self._version = tuple(replicas), 1
-        self._earlier: Callable[[], InSyncSet] | None = earlier
+        self._earlier = earlier
         self._spares = spares
         self._told: dict[str, InSyncSet] = {}
         """What each present spare has stored, by address."""
         self._telling: dict[str, asyncio.Task[None]] = {}
         self._storing = asyncio.Lock()
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether this leader's copy lacks nothing. If not, no standby may replace its own copy by this one yet."""
+        return self._earlier is None
 
     async def join(self, workers: Sequence[NamingWorker]) -> None:
         """Have the present set stored at workers of a ring that is about to be loaded.

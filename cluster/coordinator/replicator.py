@@ -80,7 +80,8 @@ class Replicator:
     def follow(self, name: CoordinatorName, replica: str) -> Follower:
         """Return a new follower, which gets a whole copy first. The same standby's earlier one is closed.
 
-        Raises ``Busy`` if there are too many, or if this leader stops, and ``InvalidOption`` for the leader's own copy.
+        Raises ``Busy`` if there are too many, or if this leader stops or may lack records itself, and ``InvalidOption``
+        for the leader's own copy.
         """
         if replica == self._replica:
             raise InvalidOption(
@@ -89,6 +90,8 @@ class Replicator:
             )
         if self._stopped:
             raise Busy("this coordinator stops")
+        if self._names and not self._names.is_sure:
+            raise Busy("this coordinator does not know yet whether its journal lacks something; follow again")
         if former := self._followers.pop(replica, None):
             former.close()
         if len(self._followers) >= MAX_STANDBYS:

@@ -31,7 +31,9 @@ class Worker:
 async def test_a_leader_whose_copy_lacks_nothing_names_itself(earlier: InSyncSet) -> None:
     worker, ring = Worker(), [Worker()]
     names = InSyncNames(Process("id", "a"), ["own"], lambda: 7, lambda: ring, lambda: earlier)
+    assert not names.is_sure
     await names.join([worker])
+    assert names.is_sure
     assert worker.told == [InSyncSet(7, 1, ("own",))]
     await names.name(["other"])
     await names.join([worker])
@@ -46,6 +48,7 @@ async def test_a_leader_whose_copy_lacks_something_leaves_what_the_workers_know(
         with pytest.raises(NotLeader, match="lacks something"):
             await names.join([worker])
     assert not worker.told
+    assert not names.is_sure
 
 
 @pytest.mark.anyio

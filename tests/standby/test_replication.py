@@ -22,7 +22,7 @@ from cluster.coordinator.replica_mark import ReplicaMark
 from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedService
 from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.state_files import StateFiles
-from cluster.core.errors import InvalidOption, MacpipeError, NotLeader, StaleTerm, WorkerLost
+from cluster.core.errors import Busy, InvalidOption, MacpipeError, NotLeader, StaleTerm, WorkerLost
 from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, Replicate, StoredEdit
 from cluster.core.request import Accepted, Request, SamplingParams, TokenEvent
 from cluster.membership.in_sync import InSyncSet
@@ -67,8 +67,8 @@ class Leader:
     def __init__(self, home: Path, mode: Replicate | None) -> None:
         self.home, self.worker = home, Worker()
         self.replica = ReplicaMark(home, CLUSTER).id
-        names = InSyncNames(Process("id", "a1"), [self.replica], lambda: 3, lambda: [self.worker])
-        self.replicator = Replicator(mode, self.replica, names)
+        self.names = InSyncNames(Process("id", "a1"), [self.replica], lambda: 3, lambda: [self.worker])
+        self.replicator = Replicator(mode, self.replica, self.names)
         self.journal = JournalWriter(
             Journal(state_folder(home, CLUSTER) / "journal"),
             replication=self.replicator,
@@ -170,6 +170,21 @@ async def test_an_edit_is_confirmed_once_the_standbys_have_stored_it(
             waiting = asyncio.create_task(leader.replicator.confirm())
         edit = await waiting
         assert ([state.name for state in edit.missing], edit.stored) == (["mac-2"], ()), "it has left"
+
+
+@pytest.mark.anyio
+async def test_no_copy_is_replaced_by_that_of_a_leader_which_may_lack_records_itself(homes: Homes) -> None:
+    one, two = homes
+    earlier = InSyncSet(2, 4, ("other",))
+    async with leading(one) as (leader, address):
+        leader.names = InSyncNames(Process("id", "a1"), [leader.replica], lambda: 3, list, lambda: earlier)
+        leader.replicator = Replicator(Replicate.SYNC, leader.replica, leader.names)
+        ReplicaMark(two, CLUSTER).change(is_complete=True)
+        with pytest.raises(Busy, match="does not know yet"):
+            async with following(two, address):
+                pass
+        assert ReplicaMark(two, CLUSTER).is_complete
+        assert not (state_folder(two, CLUSTER) / "journal").exists()
 
 
 def resumable(home: Path, name: str) -> list[list[int]] | None:
