@@ -126,8 +126,9 @@ class GroupJoins:
         self, supervisor: Supervisor, rank: int, found: GroupHosts, waiting: _Joining, limit_s: float
     ) -> GroupHosts:
         limit_s += extra_s(self._lag())
-        async for _ in supervisor.events(lambda call: JoinGroup(call, rank, found.hosts, found.backend), limit_s):
-            waiting.begun.set()
+        with supervisor.silence():
+            async for _ in supervisor.events(lambda call: JoinGroup(call, rank, found.hosts, found.backend), limit_s):
+                waiting.begun.set()
         return found
 
     async def _wait(

@@ -12,8 +12,8 @@ import logging
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import anyio
 import anyio.to_thread
@@ -94,6 +94,7 @@ class Supervisor:
         """Whether the last engine was killed because it hung before it said hello."""
         self.computing = False
         """Whether a busy engine got processor time recently."""
+        self._may_be_silent = False
 
     @property
     def has_work(self) -> bool:
@@ -170,7 +171,7 @@ class Supervisor:
                 answer = await self._ask_report()
                 elapsed_s = time.monotonic() - began
                 self.computing = await self._has_computed_since(had, _COMPUTING_SHARE * elapsed_s)
-                if answer:
+                if answer or self._may_be_silent:
                     silence.end()
                 else:
                     silence.add(elapsed_s, excused=self._slow)
@@ -202,11 +203,25 @@ class Supervisor:
 
         Raises ``WorkerLost`` if it is down, or silent without an excuse.
         """
+        if self._may_be_silent and self.hello:
+            return self._last
         slow = self._slow
         answer = await self._ask_report(HEARTBEAT_S if slow else REPORT_TIMEOUT_S)
         if answer is None and not self._slow:
             raise WorkerLost(f"its engine has not answered for {REPORT_TIMEOUT_S:.0f} s")
         return answer or self._last
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Expect no report during the block: the engine cannot answer, and whoever enters the block limits its time.
+
+        Otherwise each of the worker's heartbeats would wait for the report, and the worker seem to be lost.
+        """
+        self._may_be_silent = True
+        try:
+            yield
+        finally:
+            self._may_be_silent = False
 
     async def _ask_report(self, timeout_s: float = REPORT_TIMEOUT_S) -> Reported | None:
         """Ask for a report; None if none arrives in time. Then the engine counts as slow if it has an excuse.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -31,6 +32,7 @@ class Engine:
         self.hangs = hangs
         self.asked: list[Any] = []
         self.killed = ""
+        self.silent = False
         self.may_begin = anyio.Event()
         self.may_begin.set()
 
@@ -44,6 +46,12 @@ class Engine:
             await anyio.sleep_forever()
         await self.may_begin.wait()
         yield Progress(2, 0, 0)
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        self.silent = True
+        yield
+        self.silent = False
 
     def reset(self, why: str) -> None:
         self.killed = why
@@ -88,9 +96,11 @@ async def test_the_addresses_are_delivered_once_the_engine_begins_to_meet_the_ot
     ending = asyncio.create_task(anext(answers, None))
     await anyio.wait_all_tasks_blocked()
     assert (len(engine.asked), delivering.done()) == (2, False)
+    assert engine.silent, "it answers nothing until it has met them"
     engine.may_begin.set()
     await delivering
     assert await ending is None
+    assert not engine.silent
 
 
 @pytest.mark.anyio

@@ -127,6 +127,30 @@ def test_an_engine_that_computes_is_slow_and_one_that_is_stopped_is_killed(
     asyncio.run(body())
 
 
+def test_an_engine_that_cannot_answer_delays_no_heartbeat_and_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it meets the other ranks of its group; afterwards it has to answer again."""
+    for name, seconds in {"REPORT_TIMEOUT_S": 0.2, "HEARTBEAT_S": 0.02, "ENGINE_SILENCE_S": 0.4}.items():
+        monkeypatch.setattr(f"cluster.worker.supervisor.{name}", seconds)
+    hello = pack(Hello(1, "", "", "", "", 1, 1))
+    program = f"import sys; sys.stdout.buffer.write({hello!r}); sys.stdout.flush(); sys.stdin.read()"
+
+    async def body() -> None:
+        supervisor = Supervisor(EngineLauncher([sys.executable, "-S", "-c", program]), number=1)
+        running = asyncio.create_task(supervisor.run_once())
+        await supervisor.wait_started()
+        with supervisor.silence():
+            assert await supervisor.report() == Reported(0, 0, 0)
+            await asyncio.sleep(1.0)
+            assert not running.done()
+            assert await supervisor.report() == Reported(0, 0, 0)
+        with pytest.raises(WorkerLost, match="has not answered"):
+            await reports_until_refused(supervisor)
+        await running
+        assert "hung" in supervisor.problem
+
+    asyncio.run(body())
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_standby_that_hangs_is_replaced_when_it_is_needed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the daemon's first engine, which was killed, and for a further one that a slice is to be loaded into."""
