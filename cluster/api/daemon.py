@@ -244,7 +244,7 @@ async def _load_first(
 ) -> None:
     """Load the default model; in place of another leader, what is left of it, as often as it takes: soon at first.
 
-    Raises ``MacpipeError`` unless another coordinator leads: then the caller is about to be cancelled.
+    Raises ``MacpipeError`` unless another coordinator leads by a higher term: then the caller is about to be cancelled.
     """
     pause_s = HEARTBEAT_S
     while taken is None or taken.had_loaded_default:
@@ -255,7 +255,8 @@ async def _load_first(
             report.problem(e.sentence)
             return
         except MacpipeError as e:
-            if await process.others.find_leader(process.others.addresses):
+            await process.others.find_leader(process.others.addresses)
+            if process.others.is_superseded:  # one that leads by a lower term gives way to this process
                 await anyio.sleep_forever()
             if taken is None:
                 raise

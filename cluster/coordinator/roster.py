@@ -270,7 +270,7 @@ class Roster:
                     break
                 await self._source.changed(SETTLE_S)
         usable = _usable(self.members, wanted)
-        if wanted and len(usable) >= wanted:
+        if len(usable) >= (wanted or 1):
             return usable
         raise self._too_few_workers(wanted, wait_s, purpose)
 

@@ -16,10 +16,13 @@ from cluster.core.limits import HEARTBEAT_S, RETURN_S
 
 
 class Scene:
-    """A coordinator whose first ``failures`` loads fail, and ``others``, of whom nobody leads before so many asked."""
+    """A coordinator whose first ``failures`` loads fail, and ``others``, of whom nobody leads before so many asked.
 
-    def __init__(self, failures: int, led_after: int = 1000) -> None:
-        self.failures, self.led_after = failures, led_after
+    ``newer``: whoever leads does so by a higher term than this coordinator.
+    """
+
+    def __init__(self, failures: int, led_after: int = 1000, *, newer: bool = True) -> None:
+        self.failures, self.led_after, self.newer = failures, led_after, newer
         self.loads = self.asked = 0
         self.addresses = ("mac-2:7700",)
         self.others = self
@@ -34,6 +37,10 @@ class Scene:
     async def find_leader(self, addresses: Iterable[str]) -> str | None:
         self.asked += 1
         return "mac-2" if self.asked > self.led_after else None
+
+    @property
+    def is_superseded(self) -> bool:
+        return self.newer and self.asked > self.led_after
 
     def problem(self, sentence: str) -> None:
         self.told.append(sentence)
@@ -78,6 +85,14 @@ async def test_it_waits_to_be_replaced_if_somebody_else_leads() -> None:
         await scene.play(taken=True)
     assert waiting.cancelled_caught
     assert scene.loads == 1
+
+
+@pytest.mark.anyio
+async def test_one_that_still_leads_by_a_lower_term_is_not_waited_for(pauses: list[float]) -> None:
+    scene = Scene(failures=2, led_after=0, newer=False)
+    with anyio.fail_after(5):
+        await scene.play(taken=True)
+    assert (scene.loads, len(scene.told)) == (3, 2)
 
 
 @pytest.mark.anyio

@@ -10,7 +10,6 @@ import pytest
 from cluster.coordinator import group_meeting
 from cluster.coordinator.group_meeting import GroupMeeting
 from cluster.core.errors import WorkerLost
-from cluster.core.plan import LayerRange, ModelRef, PlannedStage, StageSpec
 
 pytestmark = pytest.mark.anyio
 NAMES = ("ada", "bob", "cyd")
@@ -31,22 +30,17 @@ class Control:
         self.begun.append(self.rank)
 
 
-def seat(rank: int) -> PlannedStage:
-    model = ModelRef("m", "/m", "ab")
-    return PlannedStage(StageSpec(5, 0, 1, model, LayerRange(0, 4), 64, rank=rank, ranks=3), NAMES[rank], 1, 1)
-
-
 async def test_the_last_rank_begins_once_all_others_have_begun() -> None:
     """It connects first, to one that must listen: MLX tries again only after seconds."""
-    meeting, begun = GroupMeeting(NAMES, "ring", insecure=False), list[int]()
+    meeting, begun = GroupMeeting(NAMES, "ring", insecure=False, number=5), list[int]()
     async with anyio.create_task_group() as tasks:
         for rank, begins_s in ((2, 0.0), (0, 0.2), (1, 0.1)):
-            tasks.start_soon(meeting.attend, seat(rank), Control(rank, begun, begins_s), 7000 + rank)
+            tasks.start_soon(meeting.attend, rank, Control(rank, begun, begins_s), 7000 + rank)
     assert begun == [1, 0, 2]
 
 
 async def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_meeting, "GROUP_GATHER_S", 0.01)
-    meeting = GroupMeeting(NAMES, "ring", insecure=False)
+    meeting = GroupMeeting(NAMES, "ring", insecure=False, number=5)
     with pytest.raises(WorkerLost, match="worker ada did not come to the group ada"):
-        await meeting.attend(seat(2), Control(2, []), 7002)  # type: ignore[arg-type]
+        await meeting.attend(2, Control(2, []), 7002)  # type: ignore[arg-type]

@@ -101,6 +101,12 @@ def test_a_worker_that_may_come_back_is_waited_for(monkeypatch: pytest.MonkeyPat
     assert "found no worker; worker ada does not answer; bob belongs to the cluster lab" in error.sentence
 
 
+def test_those_that_came_are_returned_if_the_wait_ends_before_they_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    roster = a_roster(monkeypatch, ADA, BOB)
+    monkeypatch.setattr("cluster.coordinator.roster.SETTLE_S", 60.0)
+    assert asyncio.run(roster.gather(None, 0.1, Silent())) == (ADA, BOB)
+
+
 @pytest.mark.anyio
 async def test_a_worker_that_did_not_answer_in_the_election_holds_up_nobody_until_it_answers(
     monkeypatch: pytest.MonkeyPatch,

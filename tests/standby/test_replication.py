@@ -64,10 +64,11 @@ class Worker:
 class Leader:
     """A leader's journal and replicator, behind a port, with one worker and an answer."""
 
-    def __init__(self, home: Path, mode: Replicate | None) -> None:
+    def __init__(self, home: Path, mode: Replicate | None, earlier: InSyncSet | None = None) -> None:
         self.home, self.worker = home, Worker()
         self.replica = ReplicaMark(home, CLUSTER).id
-        self.names = InSyncNames(Process("id", "a1"), [self.replica], lambda: 3, lambda: [self.worker])
+        asks = None if earlier is None else lambda: earlier
+        self.names = InSyncNames(Process("id", "a1"), [self.replica], lambda: 3, lambda: [self.worker], asks)
         self.replicator = Replicator(mode, self.replica, self.names)
         self.journal = JournalWriter(
             Journal(state_folder(home, CLUSTER) / "journal"),
@@ -116,12 +117,14 @@ class Leader:
 
 
 @asynccontextmanager
-async def leading(home: Path, mode: Replicate | None = Replicate.SYNC) -> AsyncIterator[tuple[Leader, str]]:
-    """Run a leader. Yield it and its address."""
+async def leading(
+    home: Path, mode: Replicate | None = Replicate.SYNC, earlier: InSyncSet | None = None
+) -> AsyncIterator[tuple[Leader, str]]:
+    """Run a leader, whose workers were told of the copies ``earlier`` if that matters. Yield it and its address."""
     trust = LocalTrust()
     async with AsyncExitStack() as stack:
         stack.enter_context(hold_identity(home, CLUSTER))
-        leader = Leader(home, mode)
+        leader = Leader(home, mode, earlier)
         leader.replicator.announce(LeadershipState(CoordinatorRole.LEADER, 3, LEADER))
         running = asyncio.create_task(leader.replicator.run())
         server = public_server(trust)
@@ -175,10 +178,7 @@ async def test_an_edit_is_confirmed_once_the_standbys_have_stored_it(
 @pytest.mark.anyio
 async def test_no_copy_is_replaced_by_that_of_a_leader_which_may_lack_records_itself(homes: Homes) -> None:
     one, two = homes
-    earlier = InSyncSet(2, 4, ("other",))
-    async with leading(one) as (leader, address):
-        leader.names = InSyncNames(Process("id", "a1"), [leader.replica], lambda: 3, list, lambda: earlier)
-        leader.replicator = Replicator(Replicate.SYNC, leader.replica, leader.names)
+    async with leading(one, earlier=InSyncSet(2, 4, ("other",))) as (_, address):
         ReplicaMark(two, CLUSTER).change(is_complete=True)
         with pytest.raises(Busy, match="does not know yet"):
             async with following(two, address):

@@ -90,8 +90,8 @@ async def test_an_engine_joins_the_ranks_that_the_coordinator_names() -> None:
 async def test_the_addresses_are_delivered_once_the_engine_begins_to_meet_the_others() -> None:
     joins, engine = GroupJoins(), Engine()
     engine.may_begin = anyio.Event()
-    answers = joins.join(engine, LOAD)  # type: ignore[arg-type]
-    assert (await anext(answers)).group_port == 7002
+    answers = joins.join(engine, LOAD.epoch, LOAD.rank, LOAD.ranks)  # type: ignore[arg-type]
+    assert await anext(answers) == 7002
     delivering = asyncio.create_task(joins.deliver(5, GroupHosts(HOSTS, "ring")))
     ending = asyncio.create_task(anext(answers, None))
     await anyio.wait_all_tasks_blocked()
