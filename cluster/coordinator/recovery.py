@@ -79,6 +79,11 @@ class ServiceDeps:
     model_name: Callable[[], str] = lambda: ""
     """Tells what the model is called among others, with the number of the replica if it has several; "" if alone."""
 
+    def name_model(self, sentence: str) -> str:
+        """Return a sentence for people that says which model it is about, if there are others."""
+        name = self.model_name()
+        return f"{name}: {sentence}" if name else sentence
+
     def members(self) -> tuple[RosterEntry, ...]:
         """Return every worker as the last heartbeats found it, with the service's own slices."""
         return self.roster.focus_entries(self.heartbeat.members())

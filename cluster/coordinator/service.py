@@ -118,12 +118,7 @@ class ModelService:
         self.move: PlannedMove | None = None
 
     def _notify(self, sentence: str) -> None:
-        self._tell(self._of_model(sentence))
-
-    def _of_model(self, sentence: str) -> str:
-        """Return a sentence for people that says which model it is about, if there are others."""
-        name = self._deps.model_name()
-        return f"{name}: {sentence}" if name else sentence
+        self._tell(self._deps.name_model(sentence))
 
     @property
     def plan(self) -> Plan:
@@ -339,7 +334,7 @@ class ModelService:
         elapsed_s = time.monotonic() - change.began
         layers = holders_in_words(self.plan.stages)
         self._notify(f"{what} after {elapsed_s:.1f} s ({change.reason}): {layers}")
-        sentence = self._of_model(f"{change.reason}; {what}: {layers}")
+        sentence = self._deps.name_model(f"{change.reason}; {what}: {layers}")
         self._deps.timeline.add(kind, sentence, change.worker, change.began)
 
     async def _carry_out(self, move: PlannedMove, chosen: Assignment | None = None) -> None:
