@@ -269,7 +269,8 @@ class Standby:
         """Return whether to lead now: the answers that were live can be resumed, or who could do that does not come."""
         if self._has_all(service, max(named, self._in_sync)) or not service.loaded:
             return True
-        return continuous_seconds() - (self._leaderless_since or 0.0) >= IN_SYNC_WAIT_S
+        waited_s = continuous_seconds() - (self._leaderless_since or 0.0)
+        return waited_s >= IN_SYNC_WAIT_S + extra_s(self._lag())
 
     def _has_all(self, service: ReplicatedService, named: InSyncSet) -> bool:
         """Return whether the copy on this Mac has all that clients saw, if the workers name these copies."""

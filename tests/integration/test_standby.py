@@ -212,7 +212,7 @@ def test_a_standby_that_missed_tokens_leaves_the_lead_to_the_leader_that_comes_b
         kill(leader_of(pair))
         heir = stand_by(pair, "heir", "lead")
         heir.wait_for("standing for election")
-        time.sleep(5)
+        time.sleep(2)
         assert "elected" not in heir.said()
         stand_by(pair, "lead", "heir")
 
