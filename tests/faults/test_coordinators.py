@@ -88,7 +88,7 @@ def campaign(
 
 
 def kill_at_once(campaign: CoordinatorCampaign, seed: int, pair: tuple[Target, Target], *back_s: float | None) -> None:
-    """Kill two processes in mid-answer, which start again so many seconds later, if ever. Require all accepted answers."""
+    """Kill two processes in mid-answer, which start again so many seconds later, if ever. Require what was accepted."""
     strikes = tuple(Strike(target, Blow.KILL, 0.0, s) for target, s in zip(pair, back_s, strict=True))
     outcome = campaign.play(CoordinatorScenario(seed, (0, 1, 2, 3), 10, Course.RESTART, strikes))
     assert outcome.kept, json.dumps(outcome.facts())
