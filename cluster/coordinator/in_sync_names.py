@@ -83,7 +83,12 @@ class InSyncNames:
             await self._store(self._ring())
 
     def tell_spares(self) -> None:
-        """Begin to tell spares that have not stored the present set yet. Those that do not answer are told again."""
+        """Begin to tell spares that have not stored the present set yet. Those that do not answer are told again.
+
+        Nobody is told before this leader is sure: its workers are spares until its first load.
+        """
+        if not self.is_sure:
+            return
         present, spares = self._present, {spare.address: spare for spare in self._spares()}
         self._told = {address: stored for address, stored in self._told.items() if address in spares}
         for address, spare in spares.items():

@@ -43,8 +43,11 @@ async def test_a_leader_whose_copy_lacks_nothing_names_itself(earlier: InSyncSet
 @pytest.mark.anyio
 async def test_a_leader_whose_copy_lacks_something_leaves_what_the_workers_know() -> None:
     worker = Worker()
-    names = InSyncNames(Process("id", "a"), ["own"], lambda: 7, list, lambda: InSyncSet(6, 4, ("other",)))
+    earlier = InSyncSet(6, 4, ("other",))
+    names = InSyncNames(Process("id", "a"), ["own"], lambda: 7, list, lambda: earlier, lambda: [worker])
     for _ in range(2):
+        names.tell_spares()
+        await asyncio.sleep(0.01)
         with pytest.raises(NotLeader, match="lacks something"):
             await names.join([worker])
     assert not worker.told
