@@ -206,22 +206,23 @@ class OtherCoordinators:
 
         One that is only named is asked itself: who named it may not know yet that it is gone.
         """
-        asked = set[str]()
+        asked = dict[str, None]()  # in order
         found = list[LeaderClaim]()
         self._failures.clear()
         coming = [*dict.fromkeys(addresses)][:MAX_COORDINATORS]
         for _ in range(_MOST_HOPS):
-            asked.update(coming)
+            asked.update(dict.fromkeys(coming))
             claims = [claim for claim in await asyncio.gather(*map(self.ask, coming)) if claim]
             found += [claim for claim in claims if claim.role is CoordinatorRole.LEADER]
             named = [address for claim in claims if claim.leader for address in claim.leader.addresses[:MAX_ADDRESSES]]
             coming = [address for address in dict.fromkeys(named) if address not in asked][:MAX_COORDINATORS]
+        self._failures = {address: self._failures[address] for address in asked if address in self._failures}
         leading = [claim for claim in found if not self._is_me(claim.coordinator)]
         return max(leading, key=lambda claim: claim.term).coordinator if leading else None
 
     @property
     def failures(self) -> tuple[MacpipeError, ...]:
-        """Why those that ``find_leader`` asked last did not answer, in the order in which they failed."""
+        """Why those that ``find_leader`` asked last did not answer, in the order in which they were asked."""
         return tuple(self._failures.values())
 
     def _is_me(self, name: CoordinatorName) -> bool:
