@@ -95,6 +95,31 @@ def test_a_stream_through_a_standby_goes_on_after_the_leader_was_killed(pair: Wi
         assert client.get("/health").status_code == 200
 
 
+def test_several_samples_through_a_standby_go_on_each_with_its_own_tokens(pair: WithHttp) -> None:
+    route, asked = "/v1/completions", {**ROUTES["/v1/completions"], "n": 3, "temperature": 1.0, "seed": 5}
+
+    def texts(stream: str) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for one in events(stream):
+            for choice in json.loads(one):
+                found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
+        return found
+
+    with httpx.Client(base_url=pair.url("heir"), timeout=120) as client:
+        whole = texts(client.post(route, json=asked).text)
+        assert len(set(whole.values())) == 3
+        received, killed = "", False
+        with client.stream("POST", route, json=asked) as response:
+            for piece in response.iter_text():
+                received += piece
+                if not killed and received.count("data: ") > 20:
+                    killed = True
+                    leader_of(pair).process.send_signal(signal.SIGKILL)
+    assert killed
+    assert texts(received) == whole
+    assert received.endswith("data: [DONE]\n\n")
+
+
 def test_openais_client_with_one_address_does_not_notice_that_the_leader_was_killed(pair: WithHttp) -> None:
     with openai.OpenAI(base_url=f"{pair.url('heir')}/v1", api_key="none", max_retries=0) as client:
 
