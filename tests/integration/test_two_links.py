@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,19 @@ def test_the_fast_cable_is_used_and_the_slow_one_once_it_is_cut(
     first.plug()
     until(lambda: stages_of(first)[1]["link_interface"] == "eth1", 2 * LINKS_S + START_S)  # nobody waits for an answer
     assert first.run(*command("generate", *ANSWER), timeout=200).stdout == whole
+
+
+def test_the_ranks_of_a_group_meet_over_the_fast_cable(
+    two_cabled_hosts: tuple[Host, Host], cluster: Cluster, llama: Path
+) -> None:
+    first, _ = two_cabled_hosts
+    group = ("--group", "near+far", "--insecure-links", "near+far")
+    serve = cluster.serve(llama, *group, "--wait", str(START_S), launch=on(first))
+    serve.wait_for("serving", 2 * START_S)
+    told = re.findall(r"backend=ring hosts=(\S+):\d+,(\S+):\d+", serve.said())
+    assert told == [("10.78.0.1", "10.78.0.2")] * 2, "the addresses of the fast cable"
+    answer = first.run(*command("generate", *ANSWER), timeout=400)
+    assert answer.returncode == 0, answer.stderr
 
 
 def stages_of(host: Host) -> Any:
