@@ -443,7 +443,8 @@ async def test_the_fallback_answers_a_request_that_has_waited_long_enough_but_is
     cluster.gate.clear()
     with pytest.raises(NotServing, match="code is not loaded yet"):
         await cluster.ask("code", 0.0)
-    await asyncio.sleep(0.01)
+    while not cluster.begun:
+        await asyncio.sleep(0.001)
     assert cluster.begun == ["code"]
     cluster.put("title")
     assert await cluster.ask("code", 0.0) == "title answers"
