@@ -32,6 +32,10 @@ WorkerName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="This worker's name.", show_default="that of init or join, else the host's"),
 ]
+Standby = Annotated[bool, typer.Option(help="Keep a second engine ready (100 MB) to replace a dead one at once.")]
+Rdma = Annotated[
+    bool, typer.Option(help="Let groups of Macs use RDMA over Thunderbolt 5 where it is enabled; else TCP.")
+]
 
 
 def worker(
@@ -61,9 +65,8 @@ def worker(
         Profiling,
         typer.Option(help="Use the speed measured at the first start, measure it again, or leave it unknown."),
     ] = Profiling.KEPT,
-    standby: Annotated[
-        bool, typer.Option(help="Keep a second engine ready (100 MB) to replace a dead one at once.")
-    ] = True,
+    standby: Standby = True,
+    rdma: Rdma = True,
     throttle: Annotated[float, typer.Option(min=1, hidden=True)] = 1.0,
     home: Home = None,
     log_level: Level = LogLevel.INFO,
@@ -90,6 +93,7 @@ def worker(
         interface=interface or "",
         throttle=throttle,
         standby=standby,
+        rdma=rdma,
         log_level=log_level,
     )
     raise typer.Exit(_run(settings, log_file, exit_with_stdin))

@@ -11,9 +11,9 @@ from cluster.coordinator.concurrent_calls import call_for_each
 from cluster.coordinator.group_meeting import GroupMeeting
 from cluster.coordinator.ring import RingStage
 from cluster.coordinator.worker_client import WorkerClient
-from cluster.coordinator.worker_messages import GroupPort
 from cluster.core.errors import LinkFailed, MacpipeError
 from cluster.core.plan import FetchOrder, Link, LoadedStage, LoadProgress, Plan, PlannedStage, Route
+from cluster.core.process_groups import GroupPort
 from cluster.core.worker import WorkerInfo
 from cluster.platform.process import first_error
 from cluster.security.trust import worker_of
@@ -77,7 +77,7 @@ async def _load(
             loaded = p
             continue
         if isinstance(p, GroupPort):
-            await meetings[stage.spec.index].attend(stage.spec.rank, control, p.number)
+            await meetings[stage.spec.index].attend(stage.spec.rank, control, p)
             continue
         total = p.total_bytes or stage.weight_bytes
         done = total if p.state in ("hashing", "ready") else p.done_bytes

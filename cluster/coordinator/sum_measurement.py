@@ -11,11 +11,12 @@ import secrets
 from collections.abc import Sequence
 
 from cluster.coordinator.concurrent_calls import call_for_each
-from cluster.coordinator.group_meeting import GroupMeeting, choose_backend
+from cluster.coordinator.group_meeting import GroupMeeting
 from cluster.coordinator.worker_client import WorkerClient
-from cluster.coordinator.worker_messages import GroupPort, SumSeat
+from cluster.coordinator.worker_messages import SumSeat
 from cluster.core.all_reduce import AllReduce
 from cluster.core.errors import MacpipeError
+from cluster.core.process_groups import GroupPort
 from cluster.core.text import parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.placement.groups import group_name
@@ -47,7 +48,7 @@ async def measure_sums(
     encrypted.
     """
     names = tuple(one.name for one in members)
-    meeting = GroupMeeting(names, choose_backend(members), insecure, 1 + secrets.randbits(MEETING_BITS))
+    meeting = GroupMeeting(tuple(members), insecure, 1 + secrets.randbits(MEETING_BITS))
     seats = [SumSeat(_kept_name(members), rank, len(members)) for rank in range(len(members))]
     found: list[AllReduce | None] = [None]
     try:
@@ -67,11 +68,10 @@ async def _take_seat(seat: SumSeat, control: WorkerClient, meeting: GroupMeeting
         if isinstance(answer, AllReduce):
             found = answer
         elif meeting and isinstance(answer, GroupPort):
-            await meeting.attend(seat.rank, control, answer.number)
+            await meeting.attend(seat.rank, control, answer)
     return found
 
 
 def _kept_name(members: Sequence[WorkerInfo]) -> str:
-    """Return what names a group where its sums are kept: how it is connected, its workers, and where they are."""
-    seats = (f"{one.id}@{parse_address(one.control_address)[0]}" for one in members)
-    return f"{choose_backend(members)} {' '.join(seats)}"
+    """Return what names a group where its sums are kept: its workers, what they compute with, and where they are."""
+    return " ".join(f"{one.backend}:{one.id}@{parse_address(one.control_address)[0]}" for one in members)

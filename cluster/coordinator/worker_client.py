@@ -6,15 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 from cluster.codec.examination import decode_results
+from cluster.codec.group_port import decode_group_port
 from cluster.codec.stored_models import decode_worker_store
 from cluster.codec.worker_info import decode_info
 from cluster.coordinator.worker_messages import (
-    GroupPort,
     SumSeat,
     decode_link,
     decode_sums,
@@ -47,6 +48,7 @@ from cluster.core.link_limits import MAX_SHARED_HOSTS, PROBE_TIMEOUT_S
 from cluster.core.plan import FetchOrder, LayerRange, Link, LoadedStage, LoadProgress, StageSpec, StorePlace
 from cluster.core.prefix_keys import unpack_beginnings
 from cluster.core.prefix_limits import DISK_OPEN_S, MAX_DISK_NODES
+from cluster.core.process_groups import GroupAddresses, GroupPort
 from cluster.core.stored_models import STORE_S, MacStore
 from cluster.core.term_limits import FENCE_S
 from cluster.core.text import HIGHEST_PORT, format_address, parse_address
@@ -220,8 +222,8 @@ class WorkerClient:
         port = 0
         async with self._map_errors():
             async for message in _read_with_stall_limit(call, self.name):
-                if 0 < message.group_port <= HIGHEST_PORT:
-                    yield GroupPort(message.group_port)
+                if group_port := decode_group_port(message):
+                    yield group_port
                     continue
                 digests += [(digest.name, digest.sha256.hex()) for digest in message.digests]
                 port = message.data_port
@@ -240,9 +242,16 @@ class WorkerClient:
                 )
         yield LoadedStage(self.name, tuple(digests), port)
 
-    async def join_group(self, epoch: int, hosts: Sequence[str], backend: str, *, insecure: bool) -> None:
+    async def join_group(self, epoch: int, meeting: GroupAddresses, *, insecure: bool) -> None:
         """Name the ranks of a group, by their addresses, to the worker whose ``load`` of this epoch waits for them."""
-        request = pb.JoinGroupRequest(epoch=epoch, hosts=hosts, backend=backend, insecure=insecure, term=self._term())
+        request = pb.JoinGroupRequest(
+            epoch=epoch,
+            hosts=meeting.hosts,
+            backend=meeting.backend,
+            devices=[pb.RdmaDevices(names=names) for names in meeting.devices],
+            insecure=insecure,
+            term=self._term(),
+        )
         async with self._map_errors():
             await self._stub.JoinGroup(request, timeout=self._deadline())
 
@@ -258,8 +267,8 @@ class WorkerClient:
         timeout_s = GROUP_GATHER_S + DEVICES_JOIN_S + SUMS_S if meeting else self._deadline()
         async with self._map_errors():
             async for message in self._stub.MeasureSums(request, timeout=timeout_s):
-                if 0 < message.group_port <= HIGHEST_PORT:
-                    yield GroupPort(message.group_port)
+                if group_port := decode_group_port(message):
+                    yield group_port
                 elif found := decode_sums(message):
                     yield found
 
@@ -350,7 +359,7 @@ class WorkerClient:
         link = decode_link(answer)
         if link is None:
             raise WorkerLost(f"worker {self.name} reports an impossible link measurement", worker=self.name)
-        return link
+        return replace(link, address=answer.address if answer.address in (source.data_address, *others) else "")
 
     async def send_step_time_ratio(self, fingerprint: str, ratio: float) -> None:
         """Send the worker the ratio of measured to predicted step time for a model, by the model's fingerprint."""

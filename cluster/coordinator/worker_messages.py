@@ -31,13 +31,6 @@ class SumSeat:
     ranks: int
 
 
-@dataclass(frozen=True, slots=True)
-class GroupPort:
-    """The port on which a worker's engine will listen for the other ranks of its group."""
-
-    number: int
-
-
 def decode_term_answer(call: TermCall, answer: pb.GrantTermResponse) -> tuple[TermAnswer, str]:
     """Return a worker's answer, and its sentence why not. Raises ``ValueError`` if it is not one of macpipe's."""
     if answer.denial not in _DENIALS or answer.term > MAX_TERM:

@@ -25,6 +25,6 @@ SUMS_KEPT_S: Final = 24 * 3600.0
 KEPT_SUMS: Final = 16
 """Groups whose measured sums a worker keeps."""
 MAX_GROUP_KEY_CHARS: Final = 1024
-"""What names a group where its sums are kept: its backend, with the id and host of each rank."""
+"""What names a group where its sums are kept: the backend, id and host of each rank's worker."""
 MAX_HOST_CHARS: Final = 64
 """An IP address with a port."""

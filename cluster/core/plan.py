@@ -241,12 +241,14 @@ def valid_verify_costs(costs: Sequence[tuple[int, float]]) -> bool:
 class Link:
     """One measured direction between two workers: seconds of a round trip, and bytes a second.
 
-    ``interface`` names what carries it on the Mac that receives; empty if it is not known.
+    ``interface`` names what carries it on the Mac that receives; empty if it is not known. ``address`` is the data
+    address of the Mac that sends, over which it was measured; empty if that is not told.
     """
 
     round_trip_s: float
     bandwidth: float
     interface: str = ""
+    address: str = field(default="", compare=False)
 
     @property
     def cost_s(self) -> float:

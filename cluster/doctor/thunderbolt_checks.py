@@ -47,10 +47,15 @@ def _links(bus: dict[str, Any]) -> list[ThunderboltLink]:
     macs = any("mac" in str(item.get("device_name_key", "")).lower() for item in devices)
     ports = [port for name, port in sorted(bus.items()) if name.startswith("receptacle_") and isinstance(port, dict)]
     speeds = [
-        (str(port.get("receptacle_id_key", "")), _SPEED.search(str(port.get("current_speed_key", ""))))
-        for port in ports
+        (str(port.get("receptacle_id_key", "")), parse_speed(str(port.get("current_speed_key", "")))) for port in ports
     ]
-    return [ThunderboltLink(number, int(speed[1]), names, macs) for number, speed in speeds if speed and devices]
+    return [ThunderboltLink(number, speed, names, macs) for number, speed in speeds if speed and devices]
+
+
+def parse_speed(text: str) -> int:
+    """Return the Gb/s of a port's current speed; 0 if it has none."""
+    found = _SPEED.search(text)
+    return int(found[1]) if found else 0
 
 
 def parse_rdma_ports(report: str) -> dict[str, str]:

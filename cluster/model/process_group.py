@@ -12,25 +12,41 @@ from typing import Any
 import mlx.core as mx
 
 from cluster.core.errors import MacpipeError, ModelUnsupported, RankFailed, WorkerLost
+from cluster.core.process_groups import GroupAddresses
 from cluster.model.sharding import Group
 
-__all__ = ["Lockstep", "as_rank", "join_group", "require_nccl", "settle_sums"]
+__all__ = [
+    "Lockstep",
+    "as_rank",
+    "group_environment",
+    "has_rdma",
+    "join_group",
+    "require_nccl",
+    "settle_sums",
+    "tabulate_peers",
+]
 
 
-def join_group(rank: int, hosts: Sequence[str], backend: str) -> Group:
-    """Return the group of the processes at ``hosts``, of which this one is number ``rank``, once all have met.
+def has_rdma() -> bool:
+    """Return whether this MLX can connect groups by RDMA, on macOS 26.2 and later."""
+    return bool(mx.distributed.is_available("jaccl"))
+
+
+def join_group(rank: int, found: GroupAddresses) -> Group:
+    """Return the group of the processes at these addresses, of which this one is number ``rank``, once all have met.
 
     It waits without a limit: whoever calls it has to end a process that waits too long. Raises ModelUnsupported if this
     MLX has no such backend or cannot use it here, and WorkerLost if the others cannot be reached.
     """
+    hosts, backend = found.hosts, found.backend
     if not mx.distributed.is_available(backend):
         raise ModelUnsupported(f"MLX has no {backend} backend on this machine; install a build of MLX that has it")
     if backend == "nccl":
         require_nccl(rank, hosts, mx.device_count(mx.gpu))
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([[host] for host in hosts], file)
+        json.dump(tabulate_peers(found), file)
         file.flush()
-        os.environ |= {"MLX_RANK": str(rank), **_addresses(hosts, backend, file.name)}
+        os.environ |= {"MLX_RANK": str(rank), **group_environment(found, file.name)}
         try:
             group: Group = mx.distributed.init(strict=True, backend=backend)
         except RuntimeError as error:
@@ -119,10 +135,26 @@ def _settled(exchange: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return exchange_now
 
 
-def _addresses(hosts: Sequence[str], backend: str, file: str) -> dict[str, str]:
-    """Return what a backend reads from the environment beside the rank."""
-    if backend == "ring":
+def tabulate_peers(found: GroupAddresses) -> list[list[str | None]]:
+    """Return the content of the file that a backend reads: each rank's addresses, or its device towards each rank."""
+    if found.backend == "jaccl":
+        return [[name or None for name in row] for row in found.devices]
+    return [[host] for host in found.hosts]
+
+
+def group_environment(found: GroupAddresses, file: str) -> dict[str, str]:
+    """Return what a backend reads from the environment beside the rank, with the path of the file.
+
+    Over RDMA, rank 0 listens for the others, which tell each other there how their devices are reached. Without a cable
+    between each two Macs, they form a ring.
+    """
+    hosts = found.hosts
+    if found.backend == "ring":
         return {"MLX_HOSTFILE": file}
+    if found.backend == "jaccl":
+        gaps = any(not name for i, row in enumerate(found.devices) for j, name in enumerate(row) if i != j)
+        ring = {"MLX_JACCL_RING": "1"} if gaps else {}
+        return {"MLX_IBV_DEVICES": file, "MLX_JACCL_COORDINATOR": hosts[0], **ring}
     host, _, port = hosts[0].rpartition(":")
     # NCCL's multicast over NVLink needs rights that a worker may not have.
     return {"NCCL_HOST_IP": host, "NCCL_PORT": port, "MLX_WORLD_SIZE": str(len(hosts)), "NCCL_NVLS_ENABLE": "0"}

@@ -662,21 +662,25 @@ class MeasureLinkResponse(_message.Message):
     ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
     BANDWIDTH_FIELD_NUMBER: _builtins.int
     INTERFACE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     round_trip_s: _builtins.float
     bandwidth: _builtins.float
     """Bytes a second."""
     interface: _builtins.str
     """What carries it on the Mac of this worker, for people."""
+    address: _builtins.str
+    """Which of the addresses it was measured to."""
     def __init__(
         self,
         *,
         round_trip_s: _builtins.float = ...,
         bandwidth: _builtins.float = ...,
         interface: _builtins.str = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "interface", b"interface", "round_trip_s", b"round_trip_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bandwidth", b"bandwidth", "interface", b"interface", "round_trip_s", b"round_trip_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -725,6 +729,7 @@ class MeasureSumsResponse(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     BANDWIDTH_FIELD_NUMBER: _builtins.int
     DISTURBED_FIELD_NUMBER: _builtins.int
+    RDMA_PORTS_FIELD_NUMBER: _builtins.int
     group_port: _builtins.int
     """A port on which the engine can listen for the other ranks. Sent once, before anything is measured."""
     seconds: _builtins.float
@@ -734,6 +739,10 @@ class MeasureSumsResponse(_message.Message):
     bandwidth: _builtins.float
     disturbed: _builtins.bool
     """Other programs, or heat, made the sums look slower."""
+    @_builtins.property
+    def rdma_ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___RdmaPort]:
+        """Sent with group_port: what connects this Mac to others by RDMA."""
+
     def __init__(
         self,
         *,
@@ -741,10 +750,11 @@ class MeasureSumsResponse(_message.Message):
         seconds: _builtins.float = ...,
         bandwidth: _builtins.float = ...,
         disturbed: _builtins.bool = ...,
+        rdma_ports: _abc.Iterable[Global___RdmaPort] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "disturbed", b"disturbed", "group_port", b"group_port", "seconds", b"seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "disturbed", b"disturbed", "group_port", b"group_port", "rdma_ports", b"rdma_ports", "seconds", b"seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -907,10 +917,11 @@ class JoinGroupRequest(_message.Message):
     BACKEND_FIELD_NUMBER: _builtins.int
     INSECURE_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the load that waits, or the meeting of a MeasureSums."""
     backend: _builtins.str
-    """Which of MLX's backends connects them: ring or nccl."""
+    """Which of MLX's backends connects them: ring, nccl or jaccl."""
     insecure: _builtins.bool
     """The operator accepts that their links are neither authenticated nor encrypted. Without it, all hosts must be
     loopback addresses.
@@ -921,6 +932,10 @@ class JoinGroupRequest(_message.Message):
     def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where the ranks listen for each other, IP address and port, by rank."""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___RdmaDevices]:
+        """For jaccl: the RDMA device of each rank towards each other rank."""
+
     def __init__(
         self,
         *,
@@ -929,14 +944,37 @@ class JoinGroupRequest(_message.Message):
         backend: _builtins.str = ...,
         insecure: _builtins.bool = ...,
         term: _builtins.int = ...,
+        devices: _abc.Iterable[Global___RdmaDevices] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "epoch", b"epoch", "hosts", b"hosts", "insecure", b"insecure", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "devices", b"devices", "epoch", b"epoch", "hosts", b"hosts", "insecure", b"insecure", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinGroupRequest: _TypeAlias = JoinGroupRequest  # noqa: Y015
+
+@_typing.final
+class RdmaDevices(_message.Message):
+    """The RDMA devices of a rank towards each rank, by rank; empty towards itself, and where there is no cable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RdmaDevices: _TypeAlias = RdmaDevices  # noqa: Y015
 
 @_typing.final
 class JoinGroupResponse(_message.Message):
@@ -1017,6 +1055,7 @@ class LoadStageResponse(_message.Message):
     NOTICES_FIELD_NUMBER: _builtins.int
     DATA_PORT_FIELD_NUMBER: _builtins.int
     GROUP_PORT_FIELD_NUMBER: _builtins.int
+    RDMA_PORTS_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
     total_bytes: _builtins.int
     ready: _builtins.bool
@@ -1038,6 +1077,10 @@ class LoadStageResponse(_message.Message):
     def notices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Notices for people about the bytes that were found, such as damaged copies: all sentences so far."""
 
+    @_builtins.property
+    def rdma_ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___RdmaPort]:
+        """Sent with group_port: what connects this Mac to others by RDMA."""
+
     def __init__(
         self,
         *,
@@ -1051,14 +1094,44 @@ class LoadStageResponse(_message.Message):
         notices: _abc.Iterable[_builtins.str] | None = ...,
         data_port: _builtins.int = ...,
         group_port: _builtins.int = ...,
+        rdma_ports: _abc.Iterable[Global___RdmaPort] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_port", b"data_port", "digests", b"digests", "done_bytes", b"done_bytes", "group_port", b"group_port", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_port", b"data_port", "digests", b"digests", "done_bytes", b"done_bytes", "group_port", b"group_port", "hub_bytes", b"hub_bytes", "notices", b"notices", "peer_bytes", b"peer_bytes", "rdma_ports", b"rdma_ports", "ready", b"ready", "state", b"state", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadStageResponse: _TypeAlias = LoadStageResponse  # noqa: Y015
+
+@_typing.final
+class RdmaPort(_message.Message):
+    """A Thunderbolt port over which RDMA works."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """The name of its RDMA device, like rdma_en5."""
+    own: _builtins.str
+    """The ids that macOS gives this end of the cable and the other one."""
+    peer: _builtins.str
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        own: _builtins.str = ...,
+        peer: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "own", b"own", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RdmaPort: _TypeAlias = RdmaPort  # noqa: Y015
 
 @_typing.final
 class LinkStageRequest(_message.Message):

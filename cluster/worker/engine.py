@@ -26,7 +26,7 @@ from cluster.core.prefix_keys import pack_beginnings
 from cluster.discovery.interfaces import further_hosts, interfaces
 from cluster.model import device
 from cluster.model.device_speed import measure_device
-from cluster.model.process_group import join_group
+from cluster.model.process_group import has_rdma, join_group
 from cluster.model.sharding import Group
 from cluster.model.sum_speed import measure_sums
 from cluster.platform.logs import LogLevel, configure_logging
@@ -237,11 +237,12 @@ class Engine:
             self._send(SumsMeasured(command.call, found.seconds, found.bandwidth, found.is_disturbed))
             return
         if isinstance(command, HoldGroupPort):
-            self._group_port = self._group_port or HeldPort(self._host_address)
-            self._send(GroupPortHeld(command.call, self._group_port.number))
+            held = self._group_port or HeldPort(self._host_address, self._data_port.further_hosts)
+            self._group_port = held
+            self._send(GroupPortHeld(command.call, held.number, has_rdma()))
             return
         self._send(Progress(command.call, 0, 0))
-        self._group = join_group(command.rank, command.hosts, command.backend)
+        self._group = join_group(command.rank, command.addresses)
         if self._group_port:
             self._group_port.close()
 

@@ -7,11 +7,12 @@ deadlines; which workers form a group, the coordinator decides.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 import anyio
+import anyio.to_thread
 
 from cluster.core.errors import BadFrame, InsecureGroup, InvalidRequest, MacpipeError, StaleEpoch, WorkerLost
 from cluster.core.group_limits import (
@@ -22,6 +23,7 @@ from cluster.core.group_limits import (
     MAX_HOST_CHARS,
     MAX_RANKS,
 )
+from cluster.core.process_groups import GroupAddresses, GroupPort, RdmaPort, is_rdma_device
 from cluster.core.text import is_ip_address, parse_address
 from cluster.membership.slowness import extra_s
 from cluster.platform.overload import Lag, no_lag
@@ -29,30 +31,22 @@ from cluster.v1 import worker_pb2 as pb
 from cluster.worker.pipe_messages import GroupPortHeld, HoldGroupPort, JoinGroup
 from cluster.worker.supervisor import Supervisor
 
-__all__ = ["GroupHosts", "GroupJoins", "require_group_hosts"]
+__all__ = ["GroupJoins", "require_group_addresses"]
 
-BACKENDS = ("ring", "nccl")
-"""MLX's backends for groups that are served: TCP connections, and NVIDIA's library between CUDA devices."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupHosts:
-    """Where the ranks of a group listen, by rank, and the backend that connects them."""
-
-    hosts: tuple[str, ...]
-    backend: str
+BACKENDS = ("ring", "nccl", "jaccl")
+"""MLX's backends for groups: TCP connections, NVIDIA's library between CUDA devices, and RDMA over Thunderbolt 5."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Joining:
     """A load that waits for the addresses of its group; ``begun`` is set once its engine begins to meet the others."""
 
-    hosts: asyncio.Future[GroupHosts]
+    addresses: asyncio.Future[GroupAddresses]
     begun: anyio.Event = field(default_factory=anyio.Event)
 
 
-def require_group_hosts(request: pb.JoinGroupRequest) -> GroupHosts:
-    """Return the addresses of a group. Raises ``InvalidRequest``, and ``InsecureGroup`` if they are not all loopback.
+def require_group_addresses(request: pb.JoinGroupRequest) -> GroupAddresses:
+    """Return where the ranks of a group are. Raises ``InvalidRequest``, and ``InsecureGroup`` if not all are loopback.
 
     The links of a group are neither authenticated nor encrypted, so other addresses need the operator's consent.
     """
@@ -67,7 +61,16 @@ def require_group_hosts(request: pb.JoinGroupRequest) -> GroupHosts:
             "the links of a group are neither authenticated nor encrypted; use --insecure-links if nobody else can "
             "reach the network between these Macs"
         )
-    return GroupHosts(hosts, request.backend)
+    devices = tuple(tuple(row.names) for row in request.devices)
+    if request.backend == "jaccl":
+        _require_devices(devices, len(hosts))
+    return GroupAddresses(hosts, request.backend, devices)
+
+
+def _require_devices(devices: Sequence[Sequence[str]], count: int) -> None:
+    square = len(devices) == count and all(len(row) == count for row in devices)
+    if not square or not all(is_rdma_device(name) for row in devices for name in row if name):
+        raise InvalidRequest("a group over RDMA needs the name of a device for each pair of ranks", field="devices")
 
 
 def _is_address(host: str) -> bool:
@@ -80,24 +83,24 @@ def _is_address(host: str) -> bool:
 class GroupJoins:
     """The engines of one worker that wait for the addresses of their group, by epoch. Lives on one event loop."""
 
-    def __init__(self, lag: Lag = no_lag) -> None:
-        self._lag = lag
+    def __init__(self, lag: Lag = no_lag, find_rdma_ports: Callable[[], tuple[RdmaPort, ...]] = tuple) -> None:
+        self._lag, self._find_rdma_ports = lag, find_rdma_ports
         self._waiting: dict[int, _Joining] = {}
 
-    async def deliver(self, epoch: int, hosts: GroupHosts) -> None:
+    async def deliver(self, epoch: int, addresses: GroupAddresses) -> None:
         """Give the addresses to the engine that waits for them by this number. Return once it begins to meet.
 
         Returns, too, if that takes long or the engine fails. Raises ``StaleEpoch`` if none waits.
         """
         waiting = self._waiting.get(epoch)
-        if waiting is None or waiting.hosts.done():
+        if waiting is None or waiting.addresses.done():
             raise StaleEpoch(f"no engine waits for the addresses of the group of epoch {epoch}")
-        waiting.hosts.set_result(hosts)
+        waiting.addresses.set_result(addresses)
         with anyio.move_on_after(GROUP_BEGIN_S):
             await waiting.begun.wait()
 
-    async def join(self, supervisor: Supervisor, epoch: int, rank: int, ranks: int) -> AsyncGenerator[int, None]:
-        """Bring a fresh engine into a group, and yield the port on which it will listen meanwhile.
+    async def join(self, supervisor: Supervisor, epoch: int, rank: int, ranks: int) -> AsyncGenerator[GroupPort, None]:
+        """Bring a fresh engine into a group, and yield where it will listen meanwhile.
 
         ``epoch`` is that of the load, or another number by which ``deliver`` finds it.
 
@@ -111,8 +114,9 @@ class GroupJoins:
             held = await supervisor.ask(HoldGroupPort)
             if not isinstance(held, GroupPortHeld):
                 raise BadFrame("the engine did not say which port it holds")
-            yield held.port
-            found = await self._wait(waiting.hosts, GROUP_GATHER_S, "were not named", supervisor)
+            rdma_ports = await anyio.to_thread.run_sync(self._find_rdma_ports) if held.rdma else ()
+            yield GroupPort(held.port, rdma_ports)
+            found = await self._wait(waiting.addresses, GROUP_GATHER_S, "were not named", supervisor)
             if len(found.hosts) != ranks:
                 raise InvalidRequest(f"{len(found.hosts)} addresses for {ranks} ranks", field="hosts")
             limit_s = GROUP_JOIN_S if found.backend == "ring" else DEVICES_JOIN_S
@@ -123,17 +127,17 @@ class GroupJoins:
             waiting.begun.set()
 
     async def _enter(
-        self, supervisor: Supervisor, rank: int, found: GroupHosts, waiting: _Joining, limit_s: float
-    ) -> GroupHosts:
+        self, supervisor: Supervisor, rank: int, found: GroupAddresses, waiting: _Joining, limit_s: float
+    ) -> GroupAddresses:
         limit_s += extra_s(self._lag())
         with supervisor.silence():
-            async for _ in supervisor.events(lambda call: JoinGroup(call, rank, found.hosts, found.backend), limit_s):
+            async for _ in supervisor.events(lambda call: JoinGroup.of(call, rank, found), limit_s):
                 waiting.begun.set()
         return found
 
     async def _wait(
-        self, what: asyncio.Future[GroupHosts], limit_s: float, happened: str, supervisor: Supervisor
-    ) -> GroupHosts:
+        self, what: asyncio.Future[GroupAddresses], limit_s: float, happened: str, supervisor: Supervisor
+    ) -> GroupAddresses:
         try:
             async with asyncio.timeout(limit_s + extra_s(self._lag())):
                 return await what

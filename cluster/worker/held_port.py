@@ -7,30 +7,54 @@ port that is held is open to both ways, and is given to nobody else.
 
 from __future__ import annotations
 
+import errno
 import socket
+from collections.abc import Iterable
+from typing import Final
 
 from cluster.core.errors import PortInUse
 
+ATTEMPTS: Final = 8
+"""How many ports are tried, of which another program may have one on a further address."""
+
 
 class HeldPort:
-    """A port of this machine's address ``host``, held until ``close``."""
+    """A port of this machine's address ``host``, and of its addresses ``others``, held until ``close``."""
 
-    def __init__(self, host: str) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
+    def __init__(self, host: str, others: Iterable[str] = ()) -> None:
+        for _ in range(ATTEMPTS):
+            self._sockets = [_bind(host, 0)]
+            if all(self._hold(other) for other in others):
+                return
+            self.close()
+        raise PortInUse(f"no port is free on all of {', '.join((host, *others))} for a group")
+
+    def _hold(self, host: str) -> bool:
+        """Hold the port on a further address. Return whether it was free there; an address that is gone needs none."""
         try:
-            # Without them, MLX could not listen here. Not listening itself, the socket takes no connections away.
-            # The second is set once the port is chosen, so that the system chooses one that nobody has.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            self._socket.bind((host, 0))
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        except OSError as e:
-            self._socket.close()
-            raise PortInUse(f"cannot hold a port on {host} for a group: {e.strerror}") from e
+            self._sockets.append(_bind(host, self.number))
+        except PortInUse as e:
+            return not isinstance(e.__cause__, OSError) or e.__cause__.errno != errno.EADDRINUSE
+        return True
 
     @property
     def number(self) -> int:
-        return int(self._socket.getsockname()[1])
+        return int(self._sockets[0].getsockname()[1])
 
     def close(self) -> None:
-        self._socket.close()
+        for one in self._sockets:
+            one.close()
+
+
+def _bind(host: str, number: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # Without them, MLX could not listen here. Not listening itself, the socket takes no connections away.
+        # The second is set once the port is chosen, so that the system chooses one that nobody has.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind((host, number))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    except OSError as e:
+        bound.close()
+        raise PortInUse(f"cannot hold a port on {host} for a group: {e.strerror}") from e
+    return bound

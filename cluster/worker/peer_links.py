@@ -41,7 +41,7 @@ class PeerLinks:
         the error of ``address`` if none can be measured.
         """
         known = {a: None if afresh else self._file.link(worker, a) for a in (address, *others)}
-        links = [link for link in known.values() if link]
+        links = [replace(link, address=a) for a, link in known.items() if link]
         own = await self._find_own_addresses([a for a, link in known.items() if link is None])
         failure: MacpipeError | None = None
         local = interfaces()
@@ -54,7 +54,7 @@ class PeerLinks:
                 failure = failure or e
                 self._file.forget_link(worker, unknown)
             else:
-                links.append(replace(measured, interface=title_of(own_address, local)))
+                links.append(replace(measured, interface=title_of(own_address, local), address=unknown))
                 self._file.put_link(worker, unknown, links[-1])
         if not links and failure:
             raise failure

@@ -17,6 +17,7 @@ from cluster.core.adapter import AdapterRef
 from cluster.core.errors import BadFrame, Reason
 from cluster.core.limits import MAX_ENGINE_MESSAGE_BYTES, MAX_VERIFIED
 from cluster.core.plan import LayerRange, ModelRef, Profile, StageSpec, valid_verify_costs
+from cluster.core.process_groups import GroupAddresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +83,37 @@ class HoldGroupPort:
 
 @dataclass(frozen=True, slots=True)
 class GroupPortHeld:
+    """``rdma``: this MLX can connect groups by RDMA."""
+
     call: int
     port: int
+    rdma: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class JoinGroup:
     """Become this rank of a group, for the rest of the process's life. Returns once all ranks have met.
 
-    ``hosts`` has the address and port of each rank.
+    ``hosts`` has the address and port of each rank; ``devices``, for RDMA, the rows of a table: the device of each rank
+    towards each rank.
     """
 
     call: int
     rank: int
     hosts: tuple[str, ...]
     backend: str
+    devices: tuple[str, ...] = ()
+
+    @property
+    def addresses(self) -> GroupAddresses:
+        count = len(self.hosts)
+        rows = tuple(self.devices[start : start + count] for start in range(0, len(self.devices), count))
+        return GroupAddresses(self.hosts, self.backend, rows)
+
+    @classmethod
+    def of(cls, call: int, rank: int, found: GroupAddresses) -> JoinGroup:
+        """Return the command to join a group at these addresses."""
+        return cls(call, rank, found.hosts, found.backend, tuple(name for row in found.devices for name in row))
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,8 @@ class ProfileFile:
         """Store a link that was just measured."""
         end = _link_end(worker, address)
         others = [entry for entry in self.kept.links if entry[0] != end]
-        self._keep(replace(self.kept, links=(*others, (end, link, self._now()))[-KEPT_LINKS:]))
+        kept = replace(link, address="")  # its port changes at each start
+        self._keep(replace(self.kept, links=(*others, (end, kept, self._now()))[-KEPT_LINKS:]))
 
     def forget_link(self, worker: str, address: str) -> None:
         """Drop a link that failed, so that it is measured again before it is used."""
@@ -135,7 +136,7 @@ def _read(path: Path, key: str) -> StoredProfile:
     return kept if kept.key == key else StoredProfile(key)
 
 
-def _link(round_trip_s: float, bandwidth: float, interface: str = "") -> Link:
+def _link(round_trip_s: float, bandwidth: float, interface: str = "", **_: object) -> Link:
     if not (math.isfinite(round_trip_s) and round_trip_s >= 0 and math.isfinite(bandwidth) and bandwidth > 0):
         raise ValueError("invalid link")
     return Link(float(round_trip_s), float(bandwidth), str(interface))

@@ -43,6 +43,8 @@ class WorkerSettings:
     """Maximum bytes of prefixes on disk; 0 keeps none there."""
     standby: bool = True
     """Keep a second engine process ready, so that a dead one is replaced at once."""
+    rdma: bool = True
+    """Let groups use RDMA where it works."""
     log_level: LogLevel = LogLevel.INFO
 
 

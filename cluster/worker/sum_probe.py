@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from cluster.codec.group_port import encode_rdma_ports
 from cluster.core.all_reduce import AllReduce
 from cluster.core.errors import BadFrame, Busy, InvalidRequest
 from cluster.core.group_limits import MAX_GROUP_KEY_CHARS, SUMS_S
@@ -47,7 +48,8 @@ class SumProbe:
                 joins = self._joins.join(supervisor, request.meeting, request.rank, request.ranks)
                 async with aclosing(joins) as joining:
                     async for port in joining:
-                        yield pb.MeasureSumsResponse(group_port=port)
+                        rdma_ports = encode_rdma_ports(port)
+                        yield pb.MeasureSumsResponse(group_port=port.number, rdma_ports=rdma_ports)
                 found = await _measure(supervisor)
         finally:
             self._measuring = False

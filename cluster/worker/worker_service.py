@@ -14,6 +14,7 @@ import anyio
 import grpc
 
 from cluster import __version__
+from cluster.codec.group_port import encode_rdma_ports
 from cluster.codec.stored_models import encode_store
 from cluster.codec.worker_info import encode_info
 from cluster.core.adapter import MAX_ADAPTER_KEY_CHARS, MAX_ADAPTERS, AdapterRef
@@ -32,6 +33,7 @@ from cluster.core.stored_models import MacStore
 from cluster.core.text import is_ip_address, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.interfaces import interface_of
+from cluster.doctor.rdma_ports import read_rdma_ports
 from cluster.membership.terms import Process
 from cluster.platform.macos import MachineFacts, memory_pressure
 from cluster.platform.overload import Lag, no_lag
@@ -45,7 +47,7 @@ from cluster.v1.worker_pb2_grpc import WorkerServiceServicer
 from cluster.worker.engine_calls import EngineCalls
 from cluster.worker.engine_slots import EngineSlots, SlotReport
 from cluster.worker.examiner import Examiner
-from cluster.worker.group_joins import GroupJoins, require_group_hosts
+from cluster.worker.group_joins import GroupJoins, require_group_addresses
 from cluster.worker.peer_links import PeerLinks, choose_shared
 from cluster.worker.pipe_messages import (
     LinkStage,
@@ -98,7 +100,7 @@ class WorkerServicer(WorkerServiceServicer):
         self._examiner = Examiner(self.settings.home)
         self._using_store = anyio.Lock()
         self._links = PeerLinks(self.trust, self.file)
-        self._joins = GroupJoins(self.lag)
+        self._joins = GroupJoins(self.lag, read_rdma_ports if self.settings.rdma else tuple)
         self._sums = SumProbe(self.slots, self._joins, self.file)
         self.loader.store_server.in_use = self.slots.fingerprints
 
@@ -203,7 +205,8 @@ class WorkerServicer(WorkerServiceServicer):
                     joins = self._joins.join(slot.supervisor, request.epoch, request.rank, request.ranks)
                     async with aclosing(joins) as joining:
                         async for held in joining:
-                            yield pb.LoadStageResponse(state="grouping", group_port=held)
+                            ports = encode_rdma_ports(held)
+                            yield pb.LoadStageResponse(state="grouping", group_port=held.number, rdma_ports=ports)
                 calls = EngineCalls(slot, self.slots.hello, request, self.terms.require)
                 async with aclosing(self.loader.stage(request, calls)) as events:
                     async for event in events:
@@ -217,7 +220,7 @@ class WorkerServicer(WorkerServiceServicer):
     async def JoinGroup(self, request: pb.JoinGroupRequest, context: Context) -> pb.JoinGroupResponse:
         try:
             self.terms.require(request.term)
-            await self._joins.deliver(request.epoch, require_group_hosts(request))
+            await self._joins.deliver(request.epoch, require_group_addresses(request))
         except MacpipeError as e:
             await abort(context, e)
         return pb.JoinGroupResponse()
@@ -329,7 +332,7 @@ class WorkerServicer(WorkerServiceServicer):
         except MacpipeError as e:
             await abort(context, e)
         return pb.MeasureLinkResponse(
-            round_trip_s=link.round_trip_s, bandwidth=link.bandwidth, interface=link.interface
+            round_trip_s=link.round_trip_s, bandwidth=link.bandwidth, interface=link.interface, address=link.address
         )
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:

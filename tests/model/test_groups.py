@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from cluster.core.adapter import AdapterRef
 from cluster.core.errors import BadFrame, InvalidOption
 from cluster.core.frames import Compute, Drop, Join, Leave, Restore, Save, Step, Trim
 from cluster.core.plan import ModelShape
+from cluster.core.process_groups import GroupAddresses
 from cluster.core.request import SamplingParams
 from cluster.model.model_shape import read_shape
-from cluster.model.process_group import settle_sums
+from cluster.model.process_group import group_environment, settle_sums, tabulate_peers
 from effort import chosen
 from model.proof import GREEDY, require_lanes
 from model.ranks import ANSWER, group_ring, run_group
@@ -86,6 +88,20 @@ def test_what_a_group_cannot_do_is_refused(ring: Ring) -> None:
 def test_ranks_that_computed_different_numbers_stop(tmp_path: Path) -> None:
     why = "rank 2 of 3 computed other numbers than rank 0 in the last step"
     assert run_group(3, tmp_path, "agree") == [["", "", why, ""]] * 3
+
+
+def test_each_backend_is_told_where_the_ranks_are() -> None:
+    """In the files and variables that ``mlx.launch`` gives its processes."""
+    hosts = ("10.0.0.1:7001", "10.0.0.2:7002", "10.0.0.3:7003")
+    ring = GroupAddresses(hosts, "ring")
+    assert tabulate_peers(ring) == [[host] for host in hosts]
+    assert group_environment(ring, "F") == {"MLX_HOSTFILE": "F"}
+    mesh = GroupAddresses(hosts, "jaccl", (("", "a", "b"), ("c", "", "d"), ("e", "f", "")))
+    assert tabulate_peers(mesh) == [[None, "a", "b"], ["c", None, "d"], ["e", "f", None]]
+    assert group_environment(mesh, "F") == {"MLX_IBV_DEVICES": "F", "MLX_JACCL_COORDINATOR": hosts[0]}
+    gap = replace(mesh, devices=(("", "a", ""), ("c", "", "d"), ("", "f", "")))
+    assert group_environment(gap, "F")["MLX_JACCL_RING"] == "1"
+    assert group_environment(GroupAddresses(hosts, "nccl"), "F")["MLX_WORLD_SIZE"] == "3"
 
 
 def test_what_ranks_exchange_in_a_prompt_is_evaluated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,7 @@ def engine_messages() -> Prepared:
         messages.LinkStage(2, 7, "127.0.0.1:7000", "ab" * 8),
         messages.HoldGroupPort(2),
         messages.JoinGroup(2, 1, ("127.0.0.1:7001", "127.0.0.1:7002"), "ring"),
+        messages.JoinGroup(2, 1, ("10.0.0.1:7001", "10.0.0.2:7002"), "jaccl", ("", "rdma_en5", "rdma_en4", "")),
         messages.MeasureSums(2),
         messages.SumsMeasured(2, 5e-5, 1e8, False),
         messages.GroupPortHeld(3, 7001),
