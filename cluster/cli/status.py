@@ -11,10 +11,18 @@ import typer
 from cluster.cli.error_boundary import errors_in_json
 from cluster.cli.leadership_lines import describe_leadership
 from cluster.cli.options import Cluster, Coordinator, Json
-from cluster.core.cluster_state import ServingState, count_stages, holders_in_words
+from cluster.core.cluster_state import ServingState, count_stages, exposure_in_words, holders_in_words
 from cluster.core.limits import FAR_OFF
 from cluster.core.plan import Link, Spare, Speculation
-from cluster.core.text import count_in_words, figure_in_words, gib_in_words, link_in_words, with_subject
+from cluster.core.text import (
+    count_in_words,
+    figure_in_words,
+    gib_in_words,
+    is_loopback,
+    link_in_words,
+    parse_address,
+    with_subject,
+)
 from cluster.security.limits import CLOCKS_DIFFER_S
 
 if TYPE_CHECKING:
@@ -213,6 +221,14 @@ def _describe_disk(worker: WorkerState) -> list[str]:
     return [f"{worker.name}: {share} of prefixes on disk, {worker.prefix_disk_evictions} evicted"]
 
 
+def _describe_exposure(state: ClusterState) -> list[str]:
+    """Describe the groups whose links leave this machine: nothing protects these."""
+    hosts = {worker.name: parse_address(worker.data_address)[0] for worker in state.workers if worker.data_address}
+    ranks = sorted({stage.worker for _, ring in state.rings for stage in ring.stages if stage.ranks > 1})
+    exposed = any(name in hosts and not is_loopback(hosts[name]) for name in ranks)
+    return [exposure_in_words(ranks)] if exposed else []
+
+
 def headline(state: ClusterState) -> list[str]:
     """Return the first lines: the state in a sentence, then problems and counts."""
     from cluster.cli.screen import format_duration
@@ -224,7 +240,7 @@ def headline(state: ClusterState) -> list[str]:
     if state.activity:
         lines.append(state.activity)
     lines += describe_leadership(state.leadership)
-    lines += [f"warning: {warning}" for warning in state.warnings]
+    lines += [f"warning: {warning}" for warning in (*state.warnings, *_describe_exposure(state))]
     if state.lag_seconds:
         lines.append(
             "problem: the coordinator's machine is overloaded and responds up to"

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from cluster.coordinator.group_meeting import is_accepted
 from cluster.coordinator.settings import LoadOrder
+from cluster.core.cluster_state import exposure_in_words
 from cluster.core.errors import InsecureGroup, InvalidOption
 from cluster.core.limits import (
     LANE_ROWS,
@@ -31,7 +32,7 @@ from cluster.core.plan import (
     Speculation,
     StageSpec,
 )
-from cluster.core.text import is_loopback, names_in_words, parse_address
+from cluster.core.text import is_loopback, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates, Sums
 from cluster.placement.equal_macs import hardware, trusted_profiles
@@ -71,8 +72,7 @@ def explain_exposure(plan: Plan, workers: Sequence[WorkerInfo] | None = None) ->
     outside = [name for name in ranks if workers is None or (name in hosts and not is_loopback(hosts[name]))]
     if not outside:
         return plan
-    why = f"the links between {names_in_words(ranks)}, which share layers, are neither authenticated nor encrypted"
-    return replace(plan, reasons=(*plan.reasons, why))
+    return replace(plan, reasons=(*plan.reasons, exposure_in_words(ranks)))
 
 
 def offer_workers(

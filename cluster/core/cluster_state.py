@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.core.leadership import LeadershipState
 from cluster.core.plan import Forecast, LayerRange, Objective, PlannedStage, Route, Spare, Speculation
 from cluster.core.request import StageFigures
-from cluster.core.text import count_in_words, place_in_words
+from cluster.core.text import count_in_words, names_in_words, place_in_words
 from cluster.core.worker import WorkerState
 
 
@@ -140,6 +140,11 @@ def first_ranks(stages: Iterable[StageState]) -> tuple[StageState, ...]:
 def count_stages(stages: Iterable[StageState]) -> str:
     """Return the number of stages, in words: the ranks of a group are one."""
     return count_in_words(len(first_ranks(stages)), "stage")
+
+
+def exposure_in_words(workers: Sequence[str]) -> str:
+    """Return a sentence about what protects the links between the ranks of groups: nothing."""
+    return f"the links between {names_in_words(workers)}, which share layers, are neither authenticated nor encrypted"
 
 
 def holders_in_words(stages: Iterable[StageState | PlannedStage], between: str = " ") -> str:

@@ -245,6 +245,21 @@ def test_a_group_is_named_as_one_holder() -> None:
     assert count_stages(state.stages) == "2 stages"
 
 
+def test_a_group_whose_links_leave_the_machine_is_warned_of() -> None:
+    stage = StageState(0, "ada", LayerRange(0, 4), 1, 1, Route.RELAY)
+    pair = tuple(replace(stage, worker=name, rank=rank, ranks=2) for rank, name in enumerate(("ada", "bob")))
+
+    def warnings(host: str, *stages: StageState) -> list[str]:
+        macs = tuple(WorkerState(name, name, "1", "", f"{host}:7801", "", "", "", 1, 1) for name in ("ada", "bob"))
+        state = ClusterState("lab", "1", ServingState.SERVING, workers=macs, stages=stages)
+        return [line for line in headline(state) if line.startswith("warning")]
+
+    assert warnings("10.0.0.5", *pair) == [
+        "warning: the links between ada and bob, which share layers, are neither authenticated nor encrypted"
+    ]
+    assert warnings("127.0.0.1", *pair) == warnings("10.0.0.5", stage) == []
+
+
 def test_a_roofline_above_100_percent_is_told_where_it_shows_a_wrong_profile() -> None:
     honest = Roofline("a", LayerRange(0, 4), 1, 1.0, 10.0, 12.0, 12.5, 0.8)
     fast = replace(honest, measured_ms=5.0, share=2.0)

@@ -101,14 +101,17 @@ def models(folder: Path, options: argparse.Namespace) -> int:
 
 
 def coordinators(folder: Path, options: argparse.Namespace) -> int:
-    """Play seeds on Macs with a leader and a standby; with --kills, the leader alone. Return 1 if one failed."""
+    """Play seeds on Macs with a leader and a standby; with --kills, the leader alone.
+
+    Return 1 if one failed, or if none was played.
+    """
     began = time.monotonic()
     end = began + 60 * (options.minutes or float("inf"))
     game = CoordinatorGame(folder, options.replicate, options.kills, options.loopback, end)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     summary = play_coordinators(seeds, options.fleets, game)
     _print(summary.facts() | {"minutes": round((time.monotonic() - began) / 60, 1)}, options.json)
-    return 1 if summary.failed or summary.crashed else 0
+    return 0 if summary.good else 1
 
 
 def _print(facts: Mapping[str, object], as_json: bool) -> None:

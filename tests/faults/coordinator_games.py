@@ -61,6 +61,13 @@ class CoordinatorSummary:
     """Seeds that were being played when the time was over."""
     crashed: int = 0
     """Fleets whose own process failed."""
+    unplayed: int = 0
+    """Seeds for which there was no time."""
+
+    @property
+    def good(self) -> bool:
+        """Whether some seeds were played, and all of these kept the promise."""
+        return bool(self.outcomes) and not self.failed and not self.crashed
 
     @property
     def failed(self) -> list[int]:
@@ -81,6 +88,7 @@ class CoordinatorSummary:
             "failed_seeds": self.failed,
             "unmended_seeds": sorted(self.unmended),
             "unfinished_seeds": sorted(self.unfinished),
+            "unplayed": self.unplayed,
             "crashed_fleets": self.crashed,
         }
 
@@ -117,6 +125,7 @@ def play_coordinators(seeds: range, fleets: int, game: CoordinatorGame) -> Coord
     while not results.empty():
         _take(results, summary, playing, game)
     summary.unfinished = sorted(playing)
+    summary.unplayed = len(seeds) - len(summary.outcomes) - len(summary.unmended) - len(playing)
     return summary
 
 

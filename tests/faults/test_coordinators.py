@@ -61,6 +61,9 @@ def test_a_summary_says_by_kind_how_long_answers_paused() -> None:
         ],
         unmended=[5],
     )
+    assert not summary.good
+    assert not CoordinatorSummary(unplayed=5).good, "nothing was shown"
+    assert CoordinatorSummary(summary.outcomes[:3]).good
     facts = summary.facts()
     assert facts["resume_ms"] == {"p50": 6000.0, "p99": 9000.0, "n": 3}
     assert facts["resume_ms_by_kind"] == {
