@@ -137,17 +137,23 @@ def revoke(
 
 
 def keys_of(cluster: str | None, home: Path | None) -> KeyStore:
-    """Return the key store of a cluster that this Mac leads. Raise NoCluster if it does not lead it."""
-    from cluster.core.errors import NoCluster
+    """Return the key store of a cluster whose authority is on this Mac.
+
+    Raises NoCluster if this Mac is in no such cluster, and AuthorityElsewhere if the authority is on another Mac.
+    """
+    from cluster.core.errors import AuthorityElsewhere, NoCluster
+    from cluster.security.authority import find_holder
     from cluster.security.keys import KeyStore
 
     folder = open_folder(home, cluster)
-    if not folder.holds_authority:
+    if not folder.exists:
         raise NoCluster(
-            f"this Mac does not lead a cluster named {folder.cluster}, so it has no API keys: create one with"
-            " `macpipe init`, or run this on the Mac that leads it. Without a cluster, HTTP needs no key but"
-            " accepts only this Mac"
+            f"this Mac is in no cluster named {folder.cluster}, so it has no API keys: create one with `macpipe init`."
+            " Without a cluster, HTTP needs no key but accepts only this Mac"
         )
+    holder = find_holder(folder)
+    if not holder.here:
+        raise AuthorityElsewhere(f"{holder.problem(folder.cluster)}; run this command there", holder=holder.name)
     return KeyStore(folder)
 
 

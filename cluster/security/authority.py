@@ -161,8 +161,8 @@ class AuthorityHolder:
         where = f"the Mac of {self.name}" if self.name else "the coordinator's Mac"
         ends = f"; the first certificate ends {date_in_words(self.first_end)}" if self.first_end else ""
         return (
-            f"the authority of cluster {cluster} is on {where}: Macs join there alone, and no certificate is renewed"
-            f" while no coordinator answers there{ends}"
+            f"the authority of cluster {cluster} is on {where}: Macs join and API keys are managed there alone, and no"
+            f" certificate is renewed while no coordinator answers there{ends}"
         )
 
 
