@@ -70,13 +70,12 @@ def move(
     """
     from cluster.security.authority import Authority
     from cluster.security.authority_move import find_target
-    from cluster.security.members import Members
 
     with errors_in_json(json):
         folder = open_folder(None, cluster)
         require_coordinator(folder)
         Authority.load(folder)
-        target = find_target(Members(folder), name)
+        target = find_target(folder, name)
         _move(folder, target, address, coordinator)
         if json:
             from cluster.cli.json_output import print_json

@@ -35,7 +35,8 @@ async def move_authority(
     """Move the authority of ``folder`` to the coordinator ``target``, which listens at one of ``addresses``.
 
     ``leader``: addresses of the coordinator that leads, whose roster names the holder; empty if none does. The key is
-    deleted here last, so that a move that fails may be repeated. Raises ``MacpipeError``.
+    deleted here last, once the target has said that it stored it, so that a move that fails may be repeated. Raises
+    ``MacpipeError``.
     """
     if not await _send(folder, trust, target, addresses):
         raise Unreachable(

@@ -18,13 +18,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from cluster.core.errors import Forbidden, InvalidRequest, MemberNotFound
+from cluster.core.errors import Forbidden, InvalidOption, InvalidRequest, MemberNotFound
 from cluster.security.authority import Authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.keyring import public_bytes
 from cluster.security.limits import OFFER_S
 from cluster.security.members import Member, Members
-from cluster.security.roles import Party, Role
+from cluster.security.roles import Party, Role, coordinators_named
 from cluster.security.tokens import TokenStore
 
 _SUITE: Final = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
@@ -45,7 +45,11 @@ def seal_authority(folder: ClusterFolder, target: Member, public_key: bytes) -> 
 
 
 def give_up_authority(folder: ClusterFolder, target: Member) -> None:
-    """Name ``target`` in this machine's roster as the authority's holder, and delete the key here."""
+    """Name ``target`` in this machine's roster as the authority's holder, and delete the key here.
+
+    ``target`` must have confirmed that it stored the key. Raises ``InvalidOption`` if it is this machine's coordinator.
+    """
+    _require_elsewhere(folder, target)  # the only key would be lost
     with folder.lock():
         Members(folder).name_authority_holder(target.id, locked=True)
         folder.authority_key.unlink(missing_ok=True)
@@ -69,13 +73,16 @@ class AuthorityReceiver:
     def receive(self, sender: Party, encrypted: bytes) -> None:
         """Store the authority that ``sender`` encrypted, and name this machine's coordinator as its holder.
 
-        Raises ``Forbidden`` if the roster does not name the sender as holder, ``InvalidRequest`` if the message is not
-        the authority of this cluster, encrypted for the last offer, ``MemberNotFound`` if this coordinator is unknown.
+        Raises ``Forbidden`` if the roster does not name the sender as holder, or if the sender is this coordinator: one
+        that is told that the key is stored deletes its own. Raises ``InvalidRequest`` if the message is not the
+        authority of this cluster, encrypted for the last offer, ``MemberNotFound`` if this coordinator is unknown.
         """
         with self._folder.lock():
             members = Members(self._folder)
             require_holder(members, sender)
             own = _own(self._folder)
+            if own.id == sender.id:
+                raise Forbidden(f"{own.name} holds the authority already, and cannot move it to itself")
             key, tokens = self._decrypt(encrypted, own)
             self._check_key(key)
             TokenStore(self._folder).import_tokens(tokens, locked=True)
@@ -113,16 +120,30 @@ def require_holder(members: Members, sender: Party) -> None:
         raise Forbidden(f"{name} holds the authority of this cluster, so {sender.name} cannot move it")
 
 
-def find_target(members: Members, name: str) -> Member:
-    """Return the coordinator ``name``, or that of the Mac ``name``. Raises ``MemberNotFound``."""
-    wanted = (name, f"{name}-{Role.COORDINATOR}")
-    for member in members.current():
-        if member.role is Role.COORDINATOR and member.name in wanted:
-            return member
+def find_target(folder: ClusterFolder, name: str) -> Member:
+    """Return the coordinator ``name``, or that of the Mac ``name``.
+
+    Raises ``MemberNotFound``, and ``InvalidOption`` if it is this machine's own.
+    """
+    coordinators = (member for member in Members(folder).current() if member.role is Role.COORDINATOR)
+    for target in coordinators_named(name, coordinators):
+        _require_elsewhere(folder, target)
+        return target
     raise MemberNotFound(
         f"no coordinator of this cluster is named {name}: `macpipe members` shows them, and `macpipe token create"
         " --role coordinator` admits another"
     )
+
+
+def _require_elsewhere(folder: ClusterFolder, target: Member) -> None:
+    """Raise ``InvalidOption`` if ``target`` is the coordinator of this machine."""
+    own = folder.keyring(Role.COORDINATOR)
+    if own is not None and own.party.id == target.id:
+        raise InvalidOption(
+            f"{target.name} is this Mac's own coordinator, which has the authority already; name another Mac:"
+            " `macpipe members` shows them",
+            field="name",
+        )
 
 
 def _own(folder: ClusterFolder) -> Party:

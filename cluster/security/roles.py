@@ -6,9 +6,10 @@ The module knows the format of those names. It verifies nothing: TLS must have v
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from cryptography import x509
 from cryptography.x509.oid import NameOID
@@ -38,6 +39,24 @@ class Party:
     cluster_id: str
     name: str
     serial: int
+
+
+class Named(Protocol):
+    """Whatever has a coordinator's name."""
+
+    @property
+    def name(self) -> str:
+        """Return the coordinator's own name."""
+
+
+N = TypeVar("N", bound=Named)
+
+
+def coordinators_named(name: str, among: Iterable[N]) -> list[N]:
+    """Return the coordinators that ``name`` means: those of this name, else those of the Mac of this name."""
+    known = list(among)
+    exact = [one for one in known if one.name == name]
+    return exact or [one for one in known if one.name == f"{name}-{Role.COORDINATOR}"]
 
 
 def name_of(role: Role, cluster_id: str, id: str = "") -> str:  # noqa: A002

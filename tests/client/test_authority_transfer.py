@@ -16,7 +16,14 @@ from cluster.api.grpc.cluster_service import ClusterServicer
 from cluster.client.authority_transfer import move_authority
 from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.roster import Roster
-from cluster.core.errors import AuthorityElsewhere, Forbidden, InvalidRequest, MemberNotFound, Unreachable
+from cluster.core.errors import (
+    AuthorityElsewhere,
+    Forbidden,
+    InvalidOption,
+    InvalidRequest,
+    MemberNotFound,
+    Unreachable,
+)
 from cluster.core.leadership import CoordinatorName
 from cluster.discovery.static import static_source
 from cluster.security.authority import Authority, find_holder
@@ -66,7 +73,7 @@ class Coordinators:
         return self.lead.trust(Role.COORDINATOR, home=self.folders[n - 1].home)
 
     def target(self, n: int) -> Member:
-        return find_target(Members(self.folders[0]), f"mac-{n}")
+        return find_target(self.folders[0], f"mac-{n}")
 
     @asynccontextmanager
     async def serve(self, n: int) -> AsyncIterator[str]:
@@ -218,3 +225,21 @@ async def test_nobody_else_gets_or_sends_it(coordinators: Coordinators) -> None:
                 await stub.CertifyHttp(pb.CertifyHttpRequest(request=make_request()[1], hosts=["x"] * 65))
             assert isinstance(from_rpc_error(refused.value, at_third), InvalidRequest)
     assert find_holder(first).here
+
+
+@pytest.mark.anyio
+async def test_the_holder_keeps_its_only_key_whoever_it_is_told_to_move_it_to(coordinators: Coordinators) -> None:
+    first, second, _ = coordinators.folders
+    itself = next(one for one in Members(first).current() if one.name == "mac-1-coordinator")
+    async with coordinators.serve(1) as at_first:
+        with pytest.raises(Forbidden, match="mac-1-coordinator holds the authority already"):
+            await move_authority(first, coordinators.trust(1), itself, [at_first], [at_first])
+        for name in ("mac-1", "mac-1-coordinator"):
+            with pytest.raises(InvalidOption, match="this Mac's own coordinator"):
+                find_target(first, name)
+    async with coordinators.serve(2) as at_second:
+        second.authority.write_bytes(b"damaged")  # it cannot tell whose key this is, and stores none
+        with pytest.raises(Exception):  # noqa: B017, PT011  # whatever it answers
+            await move_authority(first, coordinators.trust(1), coordinators.target(2), [at_second], [])
+    Authority.load(first)
+    assert not second.authority_key.exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.core.errors import AuthorityElsewhere, Forbidden, InvalidRequest, MemberNotFound
+from cluster.core.errors import AuthorityElsewhere, Forbidden, InvalidOption, InvalidRequest, MemberNotFound
 from cluster.security.authority import Authority, find_holder
 from cluster.security.authority_move import AuthorityReceiver, find_target, give_up_authority, seal_authority
 from cluster.security.cluster_folder import ClusterFolder
@@ -35,7 +35,7 @@ class Pair:
 
     @property
     def target(self) -> Member:
-        return find_target(Members(self.first), "mac-2")
+        return find_target(self.first, "mac-2")
 
     def send(self, sender: Party | None = None) -> None:
         sealed = seal_authority(self.first, self.target, self.receiver.offer())
@@ -77,6 +77,16 @@ def test_a_move_that_was_interrupted_can_be_repeated(pair: Pair) -> None:
     Authority.load(pair.second)
 
 
+def test_the_holder_neither_gives_it_to_itself_nor_deletes_it_for_itself(pair: Pair) -> None:
+    holder, itself = Members(pair.first).authority_holder(), AuthorityReceiver(pair.first)
+    assert holder
+    with pytest.raises(Forbidden, match="cannot move it to itself"):
+        itself.receive(pair.sender, seal_authority(pair.first, holder, itself.offer()))
+    with pytest.raises(InvalidOption, match="mac-1-coordinator is this Mac's own coordinator"):
+        give_up_authority(pair.first, holder)
+    Authority.load(pair.first)
+
+
 def test_only_the_holder_may_send_it_and_only_to_the_one_it_is_for(pair: Pair, tmp_path: Path) -> None:
     sealed = seal_authority(pair.first, pair.target, pair.receiver.offer())
     other = pair.lead.admit(Role.COORDINATOR, "mac-3-coordinator", "c3" * 8, tmp_path / "third")
@@ -88,7 +98,9 @@ def test_only_the_holder_may_send_it_and_only_to_the_one_it_is_for(pair: Pair, t
         pair.receiver.offer()
         with pytest.raises(InvalidRequest, match="encrypted for this coordinator"):
             pair.receiver.receive(pair.sender, wrong)
-    for_first = seal_authority(pair.first, find_target(Members(pair.first), "mac-1"), pair.receiver.offer())
+    holder = Members(pair.first).authority_holder()
+    assert holder
+    for_first = seal_authority(pair.first, holder, pair.receiver.offer())
     with pytest.raises(InvalidRequest, match="encrypted for this coordinator"):
         pair.receiver.receive(pair.sender, for_first)
     assert not pair.second.authority_key.exists()
@@ -115,7 +127,7 @@ def test_a_key_of_another_cluster_is_not_stored(pair: Pair, tmp_path: Path) -> N
     pair.first.write(pair.first.authority_key, other.folder.authority_key.read_bytes())
     pair.first.write(pair.first.authority, other.folder.authority.read_bytes())
     with pytest.raises(MemberNotFound, match="no coordinator of this cluster is named mac-9"):
-        find_target(Members(pair.first), "mac-9")
+        find_target(pair.first, "mac-9")
     with pytest.raises(Exception, match="belongs to another cluster"):
         pair.send()
     assert not pair.second.authority_key.exists()
