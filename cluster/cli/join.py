@@ -93,6 +93,8 @@ def _print_result(joined: Joined, json: bool) -> None:
 
 def _what_next(joined: Joined) -> str:
     cluster = "" if joined.cluster == "default" else f" --cluster {joined.cluster}"
+    if joined.party.role == "coordinator":
+        return f"start it with `macpipe serve --standby{cluster}`"
     if joined.party.role != "worker":
         return f"try `macpipe status{cluster}`"
     name = "" if joined.party.name == short_host_name() else f" --name {joined.party.name}"

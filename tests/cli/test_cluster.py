@@ -249,6 +249,18 @@ def test_macs_join_while_init_waits(macpipe: Macpipe, home: str, tmp_path: Path,
         assert "Traceback" not in done.stderr
 
 
+def test_a_coordinator_that_joined_is_told_to_stand_by(
+    macpipe: Macpipe, home: str, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    with waiting(home, environment) as (started, _):
+        peer = f"127.0.0.1:{port_of(started)}"
+        made = macpipe("token", "create", "--role", "coordinator", "--json", MACPIPE_HOME=home)
+        token = json.loads(made.stdout)["token"]
+        done = macpipe("join", token, "--name", "mac-2", "--peer", peer, MACPIPE_HOME=str(tmp_path / "mac-2"))
+    told = "mac-2-coordinator is a coordinator of cluster default now; start it with `macpipe serve --standby`\n"
+    assert (done.returncode, done.stdout) == (0, told), done.stderr
+
+
 def test_ctrl_c_ends_the_wait_and_no_token(home: str, environment: dict[str, str]) -> None:
     with waiting(home, environment) as (started, (token,)):
         port_of(started)
