@@ -42,6 +42,7 @@ from cluster.security.credentials import open_trust
 from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.authority_holder import AuthorityClient
+from cluster.standby.heir import choose_heir
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
 from cluster.standby.leads_client import ask_over
 from cluster.standby.other_coordinators import OtherCoordinators
@@ -220,23 +221,14 @@ class Leading:
     """Set once nothing is recorded any more, before live requests end here."""
 
     async def hand_over(self, name: str) -> str:
-        """Begin to hand over to the standby of this name, to one in sync for "". Return its name.
+        """Begin to hand over to the standby that ``name`` means, to one in sync for "". Return its name.
 
-        Raises ``NotServing`` if it does not follow, or is not in sync with a journal that is replicated.
+        Raises as ``choose_heir``.
         """
-        standbys = self.replicator.standbys()
-        found = [one for one in standbys if name in ("", one.name)]
-        ready = [one for one in found if one.in_sync or not self.replicator.mode]
-        if not found:
-            others = f"; standbys are {', '.join(one.name for one in standbys)}" if standbys and name else ""
-            which = f"no standby named {name[:64]}" if name else "no standby"
-            raise NotServing(f"{which} follows this coordinator{others}; start one with `macpipe serve --standby`")
-        if not ready:
-            why = found[0].problem or "it is behind"
-            raise NotServing(f"{found[0].name} cannot take over without losing answers: {why}", retry_after_s=1.0)
-        self.chosen[:] = ready[:1]
+        heir = choose_heir(name, self.process.others.me, self.replicator.standbys(), any_copy=not self.replicator.mode)
+        self.chosen[:] = [heir]
         self.upkeep.end()
-        return ready[0].name
+        return heir.name
 
     def servicer(self, http: ASGIApp) -> LeaderServicer:
         """Return the service for other coordinators, which pass HTTP requests to this application."""

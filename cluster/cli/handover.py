@@ -13,7 +13,8 @@ from cluster.cli.options import Cluster, Coordinator, Json
 
 def handover(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The standby's name, as in `macpipe status`; one in sync if left out.")
+        str,
+        typer.Argument(metavar="NAME", help="The standby's Mac, or its name in `macpipe status`; else any in sync."),
     ] = "",
     coordinator: Coordinator = None,
     cluster: Cluster = None,

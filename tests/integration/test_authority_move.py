@@ -57,6 +57,8 @@ def test_the_authority_moves_to_a_running_standby(tmp_path: Path, monkeypatch: p
             standby.wait_for("standing by")
             until(lambda: (ClusterFolder(second.home, "default").members).is_file())
             monkeypatch.setenv("MACPIPE_HOME", str(first.home))
+            with pytest.raises(AssertionError, match="this Mac's own coordinator"):
+                macpipe("authority", "move", "mac-1", "--coordinator", at_first)
             moved = macpipe("authority", "move", "mac-2", "--coordinator", at_first, "--json")
             assert json.loads(moved)["holder"] == "mac-2-coordinator"
             assert not ClusterFolder(first.home, "default").holds_authority
