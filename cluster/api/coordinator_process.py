@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.http.port_settings import HttpPort
-from cluster.api.ports import HttpFront
+from cluster.api.ports import HttpFront, addresses_for_others, url_for_others
 from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.coordinator import Coordinator
 from cluster.coordinator.epoch_numbers import EpochNumbers
@@ -32,6 +32,7 @@ from cluster.coordinator.state_files import StateFiles
 from cluster.core.errors import NotLeader, NotServing
 from cluster.core.leadership import CoordinatorName, Replicate, StandbyState
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT, LOOP_STOP_S
+from cluster.discovery.interfaces import interfaces
 from cluster.discovery.sighting import Source
 from cluster.discovery.static import merge_sources, static_source
 from cluster.platform.overload import Lag, TimerLag
@@ -105,9 +106,10 @@ class CoordinatorProcess:
         return AuthorityClient(self.trust, self.others).addresses() or leader
 
     def listen_on(self, addresses: tuple[str, ...]) -> None:
-        """Note where this process listens now. Loopback comes last: it leads other Macs to themselves."""
-        urls = (self.front.url,) if self.front.url else ()
-        self.others.me = replace(self.others.me, addresses=tuple(reversed(addresses)), http=urls)
+        """Note where this process listens now, as other Macs reach it."""
+        local = interfaces()
+        urls = tuple(url_for_others(url, local) for url in (self.front.url,) if url)
+        self.others.me = replace(self.others.me, addresses=addresses_for_others(addresses, local), http=urls)
 
     def create_roster(self, coordinator_id: str, service: ReplicatedService | None = None) -> Roster:
         """Return a roster of the workers that are announced, and of those that ``service`` names, for a new process.

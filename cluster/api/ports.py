@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -18,14 +18,14 @@ from cluster.api.http.server import listen, serve
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.settings import ServeSettings
 from cluster.core.errors import PortInUse
-from cluster.core.text import format_address
-from cluster.discovery.interfaces import LOOPBACK, best_address, interfaces
+from cluster.core.text import format_address, is_loopback, parse_address
+from cluster.discovery.interfaces import LOOPBACK, Interface, best_address, host_for_others, interfaces
 from cluster.security.trust import Trust
 from cluster.transport.grpc_setup import bind
 
 HTTP_RETRY_S: Final = 1.0
 """How often a port without a certificate looks for one."""
-__all__ = ["HttpFront", "bind_public", "serve_http"]
+__all__ = ["HttpFront", "addresses_for_others", "bind_public", "serve_http", "url_for_others"]
 
 
 class HttpFront:
@@ -61,6 +61,24 @@ def bind_public(server: aio.Server, settings: ServeSettings, trust: Trust) -> tu
     for host in hosts:
         port = bind(server, trust, host, port)
     return tuple(format_address(host, port) for host in hosts)
+
+
+def addresses_for_others(addresses: Sequence[str], local: Sequence[Interface]) -> tuple[str, ...]:
+    """Return where other Macs reach a port that listens at ``addresses``, the last of which is the best.
+
+    Loopback, which leads other Macs to themselves, is left out unless nothing else is there.
+    """
+    parsed = [parse_address(address) for address in reversed(addresses)]
+    found = [(host_for_others(host, local), port) for host, port in parsed]
+    outer = [one for one in found if not is_loopback(one[0])]
+    return tuple(dict.fromkeys(format_address(*one) for one in outer or found))
+
+
+def url_for_others(url: str, local: Sequence[Interface]) -> str:
+    """Return the URL, ``http://HOST:PORT``, with a host at which other Macs reach it if it has a wildcard."""
+    scheme, _, address = url.partition("://")
+    host, port = parse_address(address)
+    return f"{scheme}://{format_address(host_for_others(host, local), port)}"
 
 
 def _listening_hosts(settings: ServeSettings, trust: Trust) -> tuple[str, ...]:

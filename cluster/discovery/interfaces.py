@@ -17,6 +17,7 @@ from cluster.core.errors import InvalidOption
 from cluster.platform.macos import hardware_ports
 
 LOOPBACK = "127.0.0.1"
+_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
 _VPN = ("utun", "tun", "tap", "wg", "ppp", "ipsec", "tailscale", "zt", "nordlynx")
 """Name prefixes of tunnel interfaces on macOS and Linux."""
 _WIFI = ("wl", "awdl", "llw", "ath")
@@ -110,6 +111,11 @@ def best_address(local: Iterable[Interface]) -> str:
         (i.medium, a.ip.version, a.ip.is_link_local, str(a.ip)) for i in outer for a in i.addresses if _usable(a.ip)
     ]
     return min(found)[3] if found else LOOPBACK
+
+
+def host_for_others(host: str, local: Iterable[Interface]) -> str:
+    """Return the host at which others reach a server that listens on ``host``: the best address for a wildcard."""
+    return best_address(local) if host in _WILDCARDS else host
 
 
 def further_hosts(host: str, local: Iterable[Interface]) -> tuple[str, ...]:
