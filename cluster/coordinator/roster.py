@@ -174,6 +174,8 @@ class Roster:
         if info.live_owner and info.live_owner != self._coordinator:
             return f"{_serving(info)} for another coordinator"
         if self.is_held_by_other_process(info):
+            if self.was_elected and info.term < self.terms.number:
+                return f"{_serving(info, 'still ')} for the leader before this one (term {info.term})"
             return (
                 f"{_serving(info)} for another coordinator that has the id of this one, {self._coordinator}: {COPIED}"
             )
@@ -392,9 +394,9 @@ def shared_id(workers: Sequence[WorkerInfo]) -> str:
     return f"two workers have the id {workers[0].id}, {where}: {COPIED}"
 
 
-def _serving(info: WorkerInfo) -> str:
+def _serving(info: WorkerInfo, still: str = "") -> str:
     """Return the beginning of a sentence about a worker that another coordinator leads, perhaps without a slice."""
-    return f"{info.name} serves {info.model}" if info.model else f"{info.name} is kept"
+    return f"{info.name} {still}serves {info.model}" if info.model else f"{info.name} is {still}kept"
 
 
 def _mlx_lm_of(info: WorkerInfo) -> str:

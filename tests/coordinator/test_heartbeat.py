@@ -22,7 +22,9 @@ from cluster.core.limits import MAX_DEPARTED
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.sighting import Sighting
 from cluster.discovery.sighting_table import SightingTable as Sightings
+from cluster.membership.leadership import Leadership
 from cluster.membership.suspicion import Standing
+from cluster.membership.terms import Term
 from cluster.security.credentials import LocalTrust
 
 
@@ -340,3 +342,14 @@ def test_a_coordinator_with_the_id_of_this_one_is_told_from_a_life_before(
     problem = network.why_unusable(held)
     assert (problem == "") is served
     assert served or "another coordinator that has the id of this one" in problem
+
+
+def test_a_worker_of_the_leader_before_is_no_sign_of_a_copied_state_folder(network: Network) -> None:
+    leading = Leadership(Term(6, network.terms.process), {}, lambda workers: True, lambda: 0.0)
+    network.terms.begin(leading, [])
+    held = replace(worker_info("ada", "a:1"), live_owner="me", live_owner_process="other", term=4, model="faq")
+    assert "was copied" in network.why_unusable(held), "a process that was not elected has no leader before it"
+    network.inherited_epoch = 3
+    assert network.why_unusable(held) == "ada still serves faq for the leader before this one (term 4)"
+    assert network.why_unusable(replace(held, model="")).startswith("ada is still kept for the leader before")
+    assert "was copied" in network.why_unusable(replace(held, term=7)), "it does not lead by a lower term"
