@@ -155,6 +155,8 @@ async def _lead(
         key_usage = KeyUsage(keys) if keys else None
         on_demand = OnDemand(coordinator, settings.load_wait_s)
         coordinator.make_way = on_demand.make_way
+        if taken and taken.had_loaded_default:
+            coordinator.deployments.lead_change.begin_return()
         service = RequestService(coordinator, Metrics(), key_usage, on_demand=on_demand, strict=settings.strict)
         tasks.start_soon(service.end_revoked)
         loads, feed = BackgroundLoad(coordinator, tracker, on_demand), ClusterFeed()
@@ -177,6 +179,7 @@ async def _lead(
         tasks.start_soon(leading.replicator.run)
         tasks.start_soon(_stay_leader, leading.upkeep, tasks.cancel_scope)
         await _load_first(coordinator, settings, report, process, taken)
+        coordinator.deployments.lead_change.end_return()
         log.info("leader: serving term=%d model=%s", roster.terms.number, settings.order.model)
         models = ModelsWatch(coordinator, file, report, on_demand)
         await models.load_pinned()

@@ -312,9 +312,10 @@ class Coordinator:
 
     async def close(self, error: MacpipeError | None = None) -> None:
         """End live requests with ``error``, release the workers and stop."""
+        self._deployments.lead_change.end(error := error or NotServing("the coordinator is stopping"))
         await self._training.close()
         await self._copies.close()
-        await self._close(error or NotServing("the coordinator is stopping"))
+        await self._close(error)
         if self.journal:
             await anyio.to_thread.run_sync(self.journal.close)
         await self._heartbeat.close()

@@ -8,6 +8,7 @@ from typing import Final
 from cluster.coordinator.copy_keeper import CopyGoal
 from cluster.coordinator.deployment import Deployment
 from cluster.coordinator.journal import JournaledRequest
+from cluster.coordinator.lead_change import LeadChange
 from cluster.coordinator.model_catalog import DEFAULT, ModelCatalog, ModelEntry, public_id
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.neighbours import Neighbours, describe_loaded
@@ -38,6 +39,7 @@ class DeploymentTable:
         self._deployments: dict[str, Deployment] = {}
         self.catalog = ModelCatalog(())
         """The models that may be served, and as guests those that are although they are not configured."""
+        self.lead_change = LeadChange()
 
     def __getitem__(self, name: str) -> Deployment:
         """Return the deployment of a model by its own name, or by ``DEFAULT`` that of the first model."""
@@ -160,8 +162,9 @@ class DeploymentTable:
     def resolve(self, requested: str | None) -> tuple[Deployment, str]:
         """Return the deployment of the model that ``requested`` names, and the adapter behind a colon; "" for none.
 
-        A single model that is not loaded has every name. Raises ``ModelNotFound``.
+        A single model that is not loaded has every name. Raises ``ModelNotFound``, and as ``LeadChange.require_going``.
         """
+        self.lead_change.require_going()
         if self.is_single and self[DEFAULT].model_info is None:
             return self[DEFAULT], ""
         entry, adapter = self.catalog.resolve(requested)

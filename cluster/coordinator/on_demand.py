@@ -94,7 +94,7 @@ class OnDemand:
 
     def is_ready(self, requested: str | None) -> bool:
         """Return whether a request for this model need not wait. Raises ``NotServing``, or ``ModelNotFound``."""
-        if self.enabled:
+        if self.enabled or self._host.deployments.lead_change.is_returning:
             entry, _ = self._host.deployments.catalog.resolve(requested)
             return self._is_served(entry.name) and not self._is_replaced(entry)
         self._host.served_model(requested or "")
@@ -114,6 +114,8 @@ class OnDemand:
         """
         if self.is_ready(requested):
             return True
+        if not self.enabled:
+            return await self._host.deployments.lead_change.wait_returned(seconds)
         deadline = self._clock() + seconds
         for entry in self._with_fallbacks(self._host.deployments.catalog.resolve(requested)[0]):
             try:
@@ -130,19 +132,22 @@ class OnDemand:
         """Keep a model loaded within the block, and load it first if it is not; or a fallback, if it cannot be served.
 
         ``wait_s`` is how long to wait for the load; None: until it ends. Raises ``NotServing`` after that, the error of
-        the load, and as ``Coordinator.served_model``.
+        the load, as ``Coordinator.served_model``, and as ``LeadChange.renamed_errors``.
         """
-        if not self.enabled:
-            yield HeldModel(self._host.served_model(requested or "", adapter))
-            return
-        name, is_fallback = await self._acquire(requested, wait_s)
-        try:
-            if is_fallback:
-                yield HeldModel(self._host.served_model(name), name)
-            else:
+        change = self._host.deployments.lead_change
+        with change.renamed_errors():
+            if not self.enabled:
+                await change.wait_returned(self.load_wait_s)
                 yield HeldModel(self._host.served_model(requested or "", adapter))
-        finally:
-            self._release(name)
+                return
+            name, is_fallback = await self._acquire(requested, wait_s)
+            try:
+                if is_fallback:
+                    yield HeldModel(self._host.served_model(name), name)
+                else:
+                    yield HeldModel(self._host.served_model(requested or "", adapter))
+            finally:
+                self._release(name)
 
     @asynccontextmanager
     async def hold_tokenizer(self, requested: str | None) -> AsyncIterator[ModelInfo]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.coordinator.copy_keeper import CopyGoal
+from cluster.coordinator.lead_change import LeadChange
 from cluster.coordinator.load_tasks import LoadTasks
 from cluster.coordinator.model_catalog import ModelCatalog, ModelEntry
 from cluster.coordinator.on_demand import OnDemand
@@ -23,6 +24,7 @@ from cluster.core.errors import (
     MacpipeError,
     ModelNotFound,
     ModelTooLarge,
+    NotLeader,
     NotServing,
     WorkerLost,
 )
@@ -109,6 +111,7 @@ class ClosedLater:
 class MemoryTable(dict[str, MemoryDeployment]):
     def __init__(self, cluster: MemoryCluster, catalog: ModelCatalog) -> None:
         self.cluster, self.catalog = cluster, catalog
+        self.lead_change = LeadChange()
 
     def copy_goals(self) -> list[CopyGoal]:
         entries = [entry for entry in self.catalog if entry.name in self]
@@ -506,6 +509,49 @@ async def test_a_single_model_is_loaded_by_people_alone() -> None:
     assert cluster.begun == []
     with pytest.raises(ModelNotFound):
         await three().ask("nobody")
+
+
+async def test_requests_wait_for_a_single_model_that_a_new_leader_loads_again() -> None:
+    cluster = MemoryCluster(entry("chat"))
+    change = cluster.deployments.lead_change
+    change.begin_return()
+    assert not cluster.demand.is_ready("chat")
+    assert not await cluster.demand.await_ready("chat", 0.01)
+    with pytest.raises(ModelNotFound):
+        cluster.demand.is_ready("nobody")
+    waiting = [asyncio.create_task(cluster.ask("chat", wait_s)) for wait_s in (None, 60.0)]
+    await asyncio.sleep(0.01)
+    assert not any(task.done() for task in waiting)
+    cluster.put("chat")
+    change.end_return()
+    assert await asyncio.gather(*waiting) == ["info of chat"] * 2
+    assert cluster.begun == [], "requests load nothing themselves"
+
+
+async def test_requests_wait_no_longer_than_they_may_for_what_a_new_leader_loads() -> None:
+    cluster = MemoryCluster(entry("chat"))
+    cluster.deployments.lead_change.begin_return()
+    cluster.demand.load_wait_s = 0.01
+    with pytest.raises(NotServing, match="no model is loaded"):
+        await cluster.ask("chat")
+
+
+async def test_requests_that_were_not_accepted_follow_to_the_next_leader() -> None:
+    cluster = MemoryCluster(entry("chat"))
+    change, elsewhere = cluster.deployments.lead_change, NotLeader("bob leads now")
+    change.begin_return()
+    waiting = asyncio.create_task(cluster.ask("chat"))
+    await asyncio.sleep(0.01)
+    change.end(elsewhere)
+    with pytest.raises(NotLeader, match="bob leads now"):
+        await waiting
+    cluster.put("chat")
+    with pytest.raises(NotLeader, match="bob leads now"):
+        async with cluster.demand.hold("chat"):
+            raise NotServing("the model was unloaded while the request was being tokenized")
+    with pytest.raises(ModelNotFound):
+        async with cluster.demand.hold("chat"):
+            raise ModelNotFound("the request's own error stays")
 
 
 async def test_a_tokenizer_is_read_without_a_load() -> None:
