@@ -30,6 +30,7 @@ from cluster.model.model_shape import read_shape
 from cluster.model.sentence_embedding import NO_EMBEDDINGS, SentenceEmbedding, read_sentence_embedding
 from cluster.model.tensor_map import tensor_map
 from cluster.model.tokenizer import Tokenizer, load_tokenizer
+from cluster.placement.group_choice import list_sizes
 from cluster.sandbox.process import SandboxProcess
 from cluster.sandbox.sandboxed_tokenizer import SandboxedTokenizer, TextService
 from cluster.store.store import FoundModel, Store
@@ -279,5 +280,5 @@ def _read_base_shape(folder: Path, order: LoadOrder, possible_ranks: Collection[
         prefill_chunk=order.prefill_chunk,
         default_context=order.default_context,
         ranks=frozenset(map(len, order.groups)),
-        possible_ranks={*possible_ranks, *map(len, order.insecure_links)},
+        possible_ranks={*possible_ranks, *list_sizes(order.insecure_links)},
     )

@@ -23,6 +23,7 @@ from cluster.discovery.static import merge_sources, static_source
 from cluster.model.device import close_thread
 from cluster.placement.candidates import Candidates
 from cluster.placement.chips import assumed_workers, assumption
+from cluster.placement.group_choice import list_equal, list_sizes
 from cluster.security.credentials import open_trust
 from cluster.security.trust import ADMIN
 from cluster.store.store import Store
@@ -40,7 +41,7 @@ def plan_for(order: LoadOrder, macs: str, home: Path) -> Plan:
     order.check()
     candidates = assumed_workers(macs, relay=order.route is Route.RELAY)
     _require_count(order, candidates)
-    (shape,) = _read_shapes([order], home, {2} if candidates.sums else ())
+    (shape,) = _read_shapes([order], home, list_sizes(list_equal(candidates)) if candidates.sums else ())
     plan = explain_exposure(plan_over(0, shape, candidates, order))
     return replace(plan, reasons=(assumption(candidates), *plan.reasons))
 

@@ -36,7 +36,14 @@ from cluster.core.text import is_loopback, parse_address
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import Candidate, Candidates, Sums
 from cluster.placement.equal_macs import hardware, trusted_profiles
-from cluster.placement.group_choice import MAX_POSSIBLE, Groups, list_pairs, propose_groups
+from cluster.placement.group_choice import (
+    MAX_ASSUMED,
+    MAX_POSSIBLE,
+    Groups,
+    list_equal,
+    list_possible,
+    propose_groups,
+)
 from cluster.placement.groups import group_name
 from cluster.placement.memory_split import WorkerMemory
 from cluster.placement.predicted_step_time import verify_s
@@ -117,18 +124,20 @@ def plan_over(epoch: int, shape: ModelShape, candidates: Candidates, order: Load
 def list_groups(order: LoadOrder, candidates: Candidates, shape: ModelShape) -> tuple[Groups, Groups]:
     """Return the groups that a plan must have, and those that it may have.
 
-    It may have those whose links the operator accepts, unless they could not meet to be measured, and pairs of equal
-    assumed Macs with RDMA. A plan that guesses may have none.
+    It may have those whose links the operator accepts, and parts of them, unless they could not meet to be measured. Of
+    assumed Macs with RDMA it may have any of equal ones. A plan that guesses may have none.
     """
     if order.groups or order.speculation is not Speculation.OFF or order.adapters or order.acceptance:
         return order.groups, ()
+    if not candidates.known:
+        return (), ()
     names = {worker.name for worker in candidates.workers}
     accepted = [group for group in order.insecure_links if names.issuperset(group)]
-    sizes = {part.ranks for part in shape.rank_sizes}
-    pairs = list_pairs(candidates) if candidates.sums else accepted
+    pools = list_equal(candidates) if candidates.sums else accepted
     apart = {names for names, found in candidates.measured_sums.items() if found is None}
-    possible = [group for group in pairs if len(group) in sizes and frozenset(group) not in apart]
-    return (), possible[:MAX_POSSIBLE] if candidates.known else ()
+    found = list_possible(candidates, pools, {part.ranks for part in shape.rank_sizes})
+    most = MAX_ASSUMED if candidates.sums else MAX_POSSIBLE
+    return (), [group for group in found[:most] if frozenset(group) not in apart]
 
 
 def plan_request(order: LoadOrder) -> PlanRequest:

@@ -9,11 +9,13 @@ from typing import Final
 
 from cluster.core.limits import KIB, MIB
 
-__all__ = ["FEW_BYTES", "MANY_BYTES", "AllReduce", "SumSource"]
+__all__ = ["FEW_BYTES", "MANY_BYTES", "SUMS_PER_LAYER", "AllReduce", "SumSource"]
 
 FEW_BYTES: Final = 16 * KIB
 """What one token of a model of 70 billion parameters adds up."""
 MANY_BYTES: Final = MIB
+SUMS_PER_LAYER: Final = 2
+"""After attention, and after the part behind it: so all models are that mlx-lm shares among ranks."""
 
 
 class SumSource(StrEnum):

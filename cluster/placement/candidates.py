@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.core.all_reduce import AllReduce
+from cluster.core.all_reduce import SUMS_PER_LAYER, AllReduce
 from cluster.core.limits import ASSUMED_LINK_BANDWIDTH, ASSUMED_ROUND_TRIP_S, RELAYED_HOPS
 from cluster.core.plan import LayerRange, Link, ModelShape, Profile
 from cluster.placement.memory_split import WorkerMemory
@@ -26,13 +26,14 @@ class Candidate:
     """A worker's memory and speed. Workers with the same memory and speed have the same ``kind``.
 
     Equal Macs have the same ``hardware``; it is None if it is not known. Of a group whose ``members`` share each layer,
-    it is the memory and the speed of one rank.
+    it is the memory and the speed of one rank; its ``layer_s`` has the time of ``sums`` of one token.
     """
 
     memory: WorkerMemory
     profile: Profile
     hardware: Hashable = None
     members: tuple[Candidate, ...] = ()
+    sums: AllReduce | None = None
 
     @property
     def ranks(self) -> int:
@@ -46,7 +47,16 @@ class Candidate:
 
     def decode_s(self, shape: ModelShape, layers: LayerRange, rows: int = 1) -> float:
         """Return the seconds of a decode step of ``rows`` rows; 0 if the speed is unknown."""
-        return decode_s(shape.of_rank(self.ranks), self.profile, layers, rows)
+        seconds = decode_s(shape.of_rank(self.ranks), self.profile, layers, rows)
+        more = self.sums_s(shape, layers, rows) - self.sums_s(shape, layers)
+        return seconds + more if seconds else 0.0
+
+    def sums_s(self, shape: ModelShape, layers: LayerRange, rows: int = 1) -> float:
+        """Return the seconds of a group's sums in a decode step of ``rows`` rows; 0 of a worker alone."""
+        if self.sums is None:
+            return 0.0
+        crossing = max(shape.boundary_bytes, default=0)
+        return SUMS_PER_LAYER * len(layers) * self.sums.seconds_of(rows * crossing)
 
     def prefill_s(self, shape: ModelShape, layers: LayerRange, tokens: int) -> float:
         """Return the seconds of a prompt chunk of ``tokens`` tokens."""

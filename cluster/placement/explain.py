@@ -123,18 +123,21 @@ def _explain_bottleneck(layout: Layout) -> str:
     """Return how a token's time is spent."""
     pairs = list(zip(layout.workers, layout.ranges, strict=True))
     reading = sum(w.decode_s(layout.shape, r) for w, r in pairs)
-    starting = sum(
-        fixed_s(layout.shape.of_rank(w.ranks), w.profile, r) * w.profile.correction(layout.shape.model.fingerprint)
-        for w, r in pairs
-    )
+    adding, starting = 0.0, 0.0
+    for w, r in pairs:
+        correction = w.profile.correction(layout.shape.model.fingerprint)
+        sums = w.sums_s(layout.shape, r) * correction
+        adding += sums
+        starting += fixed_s(layout.shape.of_rank(w.ranks), w.profile, r) * correction - sums
     hops = hops_s(layout.shape, layout.candidates, layout.workers, layout.ranges)
     shares = [
-        (reading - starting, "memory bandwidth", "go to reading weights and caches"),
+        (reading - starting - adding, "memory bandwidth", "go to reading weights and caches"),
         (starting, "the start of layers, not by their size", "to starting layers"),
+        (adding, "the sums of each layer", "to sums of all ranks"),
         (hops, "links", f"to {len(pairs) + 1} hops"),
     ]
     _, by, _ = max(shares)
-    spent = ", ".join(f"{_ms(seconds)} {what}" for seconds, _, what in shares)
+    spent = ", ".join(f"{_ms(seconds)} {what}" for seconds, _, what in shares if seconds)
     return f"bound by {by}: of {_ms(layout.token_s)} a token, {spent}"
 
 
@@ -204,9 +207,9 @@ def _explain_another_mac(layout: Layout, search: Search | None) -> str:
     """Return what one more Mac would bring: a spare one, else one like the last of the plan."""
     if search is None or not search.every_order:
         return ""
-    more, who = layout, "one more of these Macs"
+    more, who, last = layout, "one more of these Macs", layout.workers[-1]
     if len(layout.workers) == len(layout.candidates.workers):
-        more, who = _add_twin(layout), f"another Mac like {layout.workers[-1].name}"
+        more, who = _add_twin(layout), f"another {'group' if last.members else 'Mac'} like {last.name}"
         search = Search(StageTable(layout.shape, 1), more.candidates, layout.objective, acceptance=layout.acceptance)
     found = search.best(stage_count=len(layout.workers) + 1)
     if found is None:

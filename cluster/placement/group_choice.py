@@ -6,20 +6,24 @@ people asked for, or that is refused, is compared with the plan without it, in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import accumulate
 
+from cluster.core.all_reduce import SUMS_PER_LAYER
 from cluster.core.errors import NoPlan
-from cluster.core.plan import ModelShape, Objective
+from cluster.core.group_limits import MAX_RANKS
+from cluster.core.plan import Forecast, ModelShape, Objective
 from cluster.core.text import figure_in_words
-from cluster.placement.candidates import Candidate, Candidates
-from cluster.placement.groups import SUMS_PER_LAYER, combine_groups, group_name, sum_speed
+from cluster.placement.candidates import Candidates
+from cluster.placement.groups import combine_groups, group_name, sum_speed
 from cluster.placement.propose import (
     ChosenLayout,
     PlanRequest,
     Proposal,
     choose_layout,
+    describe_layout,
     explain_layout,
     propose,
     search_layouts,
@@ -28,29 +32,66 @@ from cluster.placement.search import Search
 from cluster.placement.stage_table import StageTable
 
 __all__ = [
+    "MAX_ASSUMED",
     "MAX_POSSIBLE",
     "GroupedChoice",
     "Groups",
     "choose_with_groups",
     "compare_groups",
-    "list_pairs",
+    "list_equal",
+    "list_possible",
+    "list_sizes",
     "propose_groups",
 ]
 
 Groups = Sequence[Sequence[str]]
 MAX_POSSIBLE = 6
-"""Groups that are tried, with all combinations of those that have no worker in common."""
+"""Groups that are tried, and measured before a load, since measuring one takes a second or more."""
+MAX_ASSUMED = 16
+"""Groups that are tried of assumed Macs, which nobody measures."""
+MAX_POOL = 2 * MAX_RANKS
+"""Workers of a pool that are divided into groups. There are some hundred ways to divide so many."""
+MAX_TRIED = 100
+"""Sets of groups that are compared."""
 
 
-def list_pairs(candidates: Candidates) -> list[tuple[str, ...]]:
-    """Return pairs of equal workers that could be groups, each worker in one pair."""
-    kinds: dict[object, list[Candidate]] = {}
+def list_possible(candidates: Candidates, pools: Groups, sizes: Collection[int]) -> list[tuple[str, ...]]:
+    """Return the groups that the workers of each pool could form: the pools as they are, then their parts.
+
+    A pool has the names of workers of which any may share layers. It is divided in every way into groups of ``sizes``
+    ranks and single workers, but only in one order, with equal workers next to each other: a slow one slows its group.
+    """
+    kinds = {worker.name: worker.kind for worker in candidates.workers}
+    known = list(dict.fromkeys(kinds.values()))
+    found = {frozenset(pool): tuple(pool) for pool in pools if len(pool) in sizes}
+    for pool in pools:
+        ordered = sorted(pool, key=lambda name: known.index(kinds[name]))[:MAX_POOL]
+        for counts in _divide(len(ordered), sorted(sizes, reverse=True)):
+            for end, count in zip(accumulate(counts), counts, strict=True):
+                group = tuple(ordered[end - count : end])
+                found.setdefault(frozenset(group), group)
+    return list(found.values())
+
+
+def list_equal(candidates: Candidates) -> list[tuple[str, ...]]:
+    """Return the names of the workers of each kind."""
+    kinds: dict[object, list[str]] = {}
     for worker in candidates.workers:
-        kinds.setdefault(worker.kind, []).append(worker)
-    pairs: list[tuple[str, ...]] = [
-        (one.name, other.name) for alike in kinds.values() for one, other in zip(alike[::2], alike[1::2], strict=False)
-    ]
-    return pairs[:MAX_POSSIBLE]
+        kinds.setdefault(worker.kind, []).append(worker.name)
+    return [tuple(names) for names in kinds.values()]
+
+
+def list_sizes(pools: Groups) -> range:
+    """Return how many ranks a group of workers of one of the pools may have."""
+    return range(2, min(max(map(len, pools), default=0), MAX_RANKS) + 1)
+
+
+def _divide(workers: int, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield every choice of the descending ``sizes`` with a sum of at most ``workers``, each in that order."""
+    for i, size in enumerate(sizes):
+        if size <= workers:
+            yield from ((size, *more) for more in _divide(workers - size, sizes[i:]))
+    yield ()
 
 
 def propose_groups(
@@ -72,9 +113,10 @@ def propose_groups(
         if not possible:
             raise
         refusal, best = e, None
-    tried = [found for groups in _disjoint(possible) if (found := _try(shape, candidates, request, groups))]
-    plain, grouped = best, max(tried, key=lambda one: _merit(one, request), default=None)
-    if grouped and (plain is None or _merit(grouped, request) > _merit(plain, request)):
+    tried = [_try(shape, candidates, request, groups) for groups in _list_sets(candidates, possible)]
+    chosen = max(filter(None, tried), key=lambda one: _predict(shape, one), default=None)
+    plain, grouped = best, _explain(shape, chosen) if chosen else None
+    if grouped and (plain is None or _rate(grouped, request) > _rate(plain, request)):
         names = [[member.name for member in worker.each] for worker in grouped.workers if worker.members]
         reasons = compare_groups(shape, candidates, request, grouped, names)
         return replace(grouped, reasons=(*reasons, *grouped.reasons))
@@ -87,28 +129,58 @@ def propose_groups(
     return replace(plain, reasons=(*plain.reasons, *compare_groups(shape, candidates, request, grouped, names)))
 
 
-def _disjoint(possible: Groups) -> Iterator[Groups]:
-    """Yield every set of possible groups that have no worker in common."""
-    for count in range(1, len(possible) + 1):
-        for groups in combinations(possible, count):
-            names = [name for group in groups for name in group]
-            if len(set(names)) == len(names):
-                yield groups
+def _list_sets(candidates: Candidates, possible: Groups) -> list[Groups]:
+    """Return sets of possible groups that have no worker in common, as many as ``MAX_TRIED``.
+
+    Without links and measured sums, sets of the same kinds of groups are equal, and one of them is enough.
+    """
+    kinds = {worker.name: worker.kind for worker in candidates.workers}
+    alike = not candidates.links and not candidates.measured_sums
+    found: dict[object, Groups] = {}
+    for groups in _disjoint(possible):
+        counted = Counter(tuple(kinds[name] for name in group) for group in groups)
+        found.setdefault(frozenset(counted.items()) if alike else groups, groups)
+        if len(found) == MAX_TRIED:
+            break
+    return list(found.values())
 
 
-def _try(shape: ModelShape, candidates: Candidates, request: PlanRequest, groups: Groups) -> Proposal | None:
-    """Return the proposal with these groups; None if nothing fits, or if it leaves one of them out."""
+def _disjoint(possible: Groups) -> Iterator[tuple[Sequence[str], ...]]:
+    """Yield every set of possible groups that have no worker in common, those with the first groups first."""
+    for i, group in enumerate(possible):
+        apart = [other for other in possible[i + 1 :] if not set(other) & set(group)]
+        yield from ((group, *more) for more in _disjoint(apart))
+        yield (group,)
+
+
+def _try(shape: ModelShape, candidates: Candidates, request: PlanRequest, groups: Groups) -> GroupedChoice | None:
+    """Return the best layout with these groups; None if nothing fits, or if it leaves one of them out."""
     try:
-        proposal = propose(shape, combine_groups(shape, candidates, groups), request)
+        combined = combine_groups(shape, candidates, groups)
+        search = search_layouts(shape, combined, request)
+        layout = choose_layout(shape, combined, request, search)
     except NoPlan:
         return None
-    return proposal if _uses(proposal, groups) else None
+    uses_all = sum(bool(worker.members) for worker in layout[0]) == len(groups)
+    return GroupedChoice(combined, request, layout, search) if uses_all else None
+
+
+def _predict(shape: ModelShape, choice: GroupedChoice) -> float:
+    """Return the predicted tokens a second by which choices are compared; 0 if a speed is unknown."""
+    if not choice.candidates.known:
+        return 0.0
+    found = describe_layout(shape, choice.candidates, choice.request, choice.layout).forecast
+    return _rate_of(found, choice.request)
+
+
+def _explain(shape: ModelShape, choice: GroupedChoice) -> Proposal:
+    return explain_layout(shape, choice.candidates, choice.request, choice.layout, choice.search)
 
 
 def _propose_all(shape: ModelShape, candidates: Candidates, request: PlanRequest, forced: Groups) -> Proposal:
     """Return a proposal that uses all forced groups."""
     choice = choose_with_groups(shape, combine_groups(shape, candidates, forced), request, forced)
-    return explain_layout(shape, choice.candidates, choice.request, choice.layout, choice.search)
+    return _explain(shape, choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,22 +217,13 @@ def choose_with_groups(
     raise NoPlan(f"no layout uses all of the groups {shown}; name fewer with --group, or more --workers")
 
 
-def _uses(proposal: Proposal, groups: Groups) -> bool:
-    return sum(bool(worker.members) for worker in proposal.workers) == len(groups)
-
-
-def _merit(proposal: Proposal, request: PlanRequest) -> float:
-    """Return by what layouts are compared, as in ``search``; 0 if a speed is unknown."""
-    if proposal.forecast is None:
-        return 0.0
-    return 1 / max(proposal.decode_s) if request.objective is Objective.THROUGHPUT else proposal.forecast.one_user
-
-
 def _rate(proposal: Proposal, request: PlanRequest) -> float:
     """Return the predicted tokens a second of the users that the objective is for; 0 if a speed is unknown."""
-    if proposal.forecast is None:
-        return 0.0
-    return proposal.forecast.eight_users if request.objective is Objective.THROUGHPUT else proposal.forecast.one_user
+    return _rate_of(proposal.forecast, request) if proposal.forecast else 0.0
+
+
+def _rate_of(forecast: Forecast, request: PlanRequest) -> float:
+    return forecast.eight_users if request.objective is Objective.THROUGHPUT else forecast.one_user
 
 
 def compare_groups(

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 
-from cluster.core.all_reduce import AllReduce
+from cluster.core.all_reduce import SUMS_PER_LAYER, AllReduce
 from cluster.core.errors import NoPlan
 from cluster.core.plan import LayerRange, Link, ModelShape, Profile
 from cluster.placement.candidates import Candidate, Candidates
 from cluster.placement.memory_split import WorkerMemory
 
-__all__ = ["SUMS_PER_LAYER", "combine_groups", "estimate_all_reduce", "group_name", "sum_speed"]
+__all__ = ["combine_groups", "estimate_all_reduce", "group_name", "sum_speed"]
 
-SUMS_PER_LAYER = 2
-"""After attention, and after the part behind it: so all models are that mlx-lm shares among ranks."""
+
+MESH_RANKS = 4
+"""Ranks of assumed Macs of which each has a cable to each other one. A MacBook Pro has three Thunderbolt ports."""
 
 
 def estimate_all_reduce(link: Link, ranks: int) -> AllReduce:
@@ -57,11 +58,21 @@ def combine_groups(
 
 def sum_speed(candidates: Candidates, members: Sequence[Candidate]) -> AllReduce:
     """Return what sums of these members take: as is assumed or measured, else as their slowest link makes expect."""
-    known = candidates.sums or candidates.measured_sums.get(frozenset(member.name for member in members))
+    if candidates.sums:
+        return _assume(candidates.sums, len(members))
+    known = candidates.measured_sums.get(frozenset(member.name for member in members))
     if known:
         return known
     links = [candidates.between(one, other) for one, other in permutations(members, 2)]
     return estimate_all_reduce(max(links, key=lambda link: link.cost_s), len(members))
+
+
+def _assume(between_two: AllReduce, ranks: int) -> AllReduce:
+    """Return what sums take over assumed cables: to each other rank, or in a ring of more than ``MESH_RANKS``."""
+    if ranks <= MESH_RANKS:
+        return between_two
+    steps = 2 * (ranks - 1)
+    return replace(between_two, seconds=steps * between_two.seconds, bandwidth=between_two.bandwidth * ranks / steps)
 
 
 def _combine(shape: ModelShape, members: Sequence[Candidate], reduce: AllReduce) -> Candidate:
@@ -74,7 +85,7 @@ def _combine(shape: ModelShape, members: Sequence[Candidate], reduce: AllReduce)
         least.taken,
         len(members),
     )
-    return Candidate(memory, _profile(shape, members, reduce), members[0].hardware, tuple(members))
+    return Candidate(memory, _profile(shape, members, reduce), members[0].hardware, tuple(members), reduce)
 
 
 def _profile(shape: ModelShape, members: Sequence[Candidate], reduce: AllReduce) -> Profile:

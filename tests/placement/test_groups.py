@@ -8,9 +8,9 @@ from itertools import combinations, pairwise, permutations
 
 import pytest
 
-from cluster.coordinator.planner import capacity, make_plan
+from cluster.coordinator.planner import capacity, make_plan, plan_over
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.all_reduce import AllReduce, SumSource
+from cluster.core.all_reduce import SUMS_PER_LAYER, AllReduce, SumSource
 from cluster.core.errors import DoesNotFit, InsecureGroup, InvalidOption, NoPlan
 from cluster.core.limits import BALANCE_SLACK, GIB
 from cluster.core.plan import (
@@ -27,16 +27,17 @@ from cluster.core.plan import (
 )
 from cluster.core.worker import WorkerInfo
 from cluster.placement.candidates import ASSUMED_LINK, Candidate, Candidates
-from cluster.placement.group_choice import propose_groups
-from cluster.placement.groups import SUMS_PER_LAYER, combine_groups, estimate_all_reduce, sum_speed
-from cluster.placement.layout_forecast import token_s
+from cluster.placement.group_choice import list_equal, list_possible, list_sizes, propose_groups
+from cluster.placement.groups import combine_groups, estimate_all_reduce, sum_speed
+from cluster.placement.layout_forecast import forecast, token_s
 from cluster.placement.memory_split import WorkerMemory, needed_bytes
 from cluster.placement.predicted_step_time import decode_s
-from cluster.placement.propose import PlanRequest
+from cluster.placement.propose import ChosenLayout, PlanRequest
 
 LAYERS = 8
 HEAD = SharedWeight("head", 2 * GIB, (LAYERS - 1,))
 HALF = RankSizes(2, (2 * GIB,) * LAYERS, (GIB // 4,) * LAYERS, (HEAD,), flops=(5e9,) * LAYERS, heads=4)
+QUARTER = RankSizes(4, (GIB,) * LAYERS, (GIB // 8,) * LAYERS, (HEAD,), flops=(2.5e9,) * LAYERS, heads=2)
 SHAPE = ModelShape(
     ModelRef("m", "", "f" * 64),
     LAYERS,
@@ -49,7 +50,7 @@ SHAPE = ModelShape(
     flops=(1e10,) * LAYERS,
     boundary_bytes=(0,) + (16384,) * (LAYERS - 1),
     heads=8,
-    rank_sizes=(HALF,),
+    rank_sizes=(HALF, QUARTER),
 )
 FAST = Profile(600e9, 60e-6, 300e-6, 1e13)
 
@@ -101,6 +102,15 @@ def test_sums_over_a_ring_take_a_round_trip_for_each_further_rank() -> None:
     link = Link(400e-6, 1e9)
     assert estimate_all_reduce(link, 2) == AllReduce(pytest.approx(400e-6), 1e9)  # type: ignore[arg-type]
     assert estimate_all_reduce(link, 3).seconds == pytest.approx(800e-6)
+
+
+def test_more_assumed_macs_than_have_a_cable_to_each_other_add_up_in_a_ring() -> None:
+    workers = [Candidate(WorkerMemory(name, 64 * GIB), FAST) for name in "abcde"]
+    assumed = AllReduce(50e-6, 5e9, SumSource.ASSUMED)
+    assert sum_speed(Candidates(workers, sums=assumed), workers[:4]) == assumed
+    ring = sum_speed(Candidates(workers, sums=assumed), workers)
+    assert (ring.seconds, ring.bandwidth) == (pytest.approx(400e-6), pytest.approx(5e9 * 5 / 8))
+    assert ring.source is SumSource.ASSUMED
 
 
 def test_each_rank_is_a_seat_of_the_plan() -> None:
@@ -216,7 +226,7 @@ def test_a_forced_group_says_what_it_costs() -> None:
 
 
 @pytest.mark.parametrize("objective", list(Objective))
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_choice_is_the_best_of_all_layouts_and_groups(seed: int, objective: Objective) -> None:
     """Against a search of every order of every partition into single workers and groups."""
     rng = random.Random(seed)
@@ -226,32 +236,87 @@ def test_the_choice_is_the_best_of_all_layouts_and_groups(seed: int, objective: 
         for name in "abcd"
     ]
     candidates = Candidates(workers, sums=sums)
-    possible = [("a", "b"), ("c", "d"), ("b", "c")]
-    request = PlanRequest(objective)
-    found = propose_groups(SHAPE, candidates, request, (), possible)
-    rates = [
-        rate_of(layout, combined, objective)
-        for groups in ((), *((pair,) for pair in possible), possible[:2])
-        for combined in [combine_groups(SHAPE, candidates, groups)]
-        for count in range(1, len(combined.workers) + 1)
-        for chosen in permutations(combined.workers, count)
+    possible: list[tuple[str, ...]] = [("a", "b", "c", "d"), *combinations("abcd", 2)]
+    sets = [(), *((group,) for group in possible), *((("a", one), rest_of("a", one)) for one in "bcd")]
+    found = propose_groups(SHAPE, candidates, PlanRequest(objective), (), possible)
+    assert found.forecast is not None
+    offered = [combine_groups(SHAPE, candidates, groups) for groups in sets]
+    best = [(one, layout) for one in offered if (layout := best_of_all(one, objective))]
+    forecasts = [forecast(SHAPE, one, *layout) for one, layout in best]
+    if objective is Objective.THROUGHPUT:
+        assert found.forecast.eight_users == pytest.approx(max(one.eight_users for one in forecasts))
+    else:  # the planner may give up a little for stages of more equal size
+        fastest = max(one.one_user for one in forecasts)
+        assert fastest * (1 - BALANCE_SLACK - 1e-9) <= found.forecast.one_user <= fastest * (1 + 1e-9)
+
+
+def rest_of(*pair: str) -> tuple[str, ...]:
+    return tuple(name for name in "abcd" if name not in pair)
+
+
+def best_of_all(candidates: Candidates, objective: Objective) -> ChosenLayout | None:
+    """Return the best of all layouts with these groups by what ``Search`` compares, or None if none fits."""
+    fitting = [
+        layout
+        for count in range(1, len(candidates.workers) + 1)
+        for chosen in permutations(candidates.workers, count)
         for cuts in combinations(range(1, LAYERS), count - 1)
         for layout in [(chosen, tuple(LayerRange(a, b) for a, b in pairwise((0, *cuts, LAYERS))))]
         if all(needed_bytes(SHAPE, r, 1, w.ranks) <= w.memory.usable for w, r in zip(*layout, strict=True))
     ]
-    assert found.forecast is not None
-    best = max(rates)
-    have = rate_of((found.workers, found.ranges), candidates, objective)
-    # For one user, the planner may give up a little for stages of more equal size.
-    assert (
-        best * (1 - BALANCE_SLACK - 1e-9 if objective is Objective.LATENCY else 1 - 1e-9) <= have <= best * (1 + 1e-9)
-    )
+
+    def cost(layout: ChosenLayout) -> tuple[float, float]:
+        lap = token_s(SHAPE, candidates, *layout)
+        slowest = max(worker.decode_s(SHAPE, layers) for worker, layers in zip(*layout, strict=True))
+        return (round(slowest, 12), lap) if objective is Objective.THROUGHPUT else (lap, slowest)
+
+    return min(fitting, key=cost, default=None)
 
 
-def rate_of(
-    layout: tuple[tuple[Candidate, ...], tuple[LayerRange, ...]], candidates: Candidates, objective: Objective
-) -> float:
-    """Return the tokens a second by which a layout is judged."""
-    if objective is Objective.LATENCY:
-        return 1 / token_s(SHAPE, candidates, *layout)
-    return 1 / max(worker.decode_s(SHAPE, layers) for worker, layers in zip(*layout, strict=True))
+def test_equal_workers_form_groups_of_every_size_and_some_stay_alone() -> None:
+    """Of five, each way to divide them into groups of 2, 3 and 4 and single ones is there at least once."""
+    candidates = Candidates([Candidate(WorkerMemory(name, 64 * GIB), FAST) for name in "abcde"])
+    pools = list_equal(candidates)
+    assert pools == [tuple("abcde")]
+    possible = list_possible(candidates, pools, {2, 3, 4})
+    sets = [s for n in range(3) for s in combinations(possible, n) if len(set().union(*s)) == sum(map(len, s))]
+    assert {tuple(sorted(map(len, one))) for one in sets} == {(), (2,), (3,), (4,), (2, 2), (2, 3)}
+    assert list_sizes(pools) == range(2, 6)
+    assert not list_sizes([])
+
+
+def test_workers_with_accepted_links_form_the_group_that_was_named_and_parts_of_it() -> None:
+    slow = replace(FAST, bandwidth=300e9)
+    workers = [Candidate(WorkerMemory(name, 64 * GIB), slow if name == "c" else FAST) for name in "abcd"]
+    found = list_possible(Candidates(workers), [("d", "c", "b", "a")], {2, 4})
+    assert found == [("d", "c", "b", "a"), ("d", "b"), ("a", "c")], "equal ones first"
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_four_equal_macs_are_a_group_of_four_where_sums_are_fast(objective: Objective) -> None:
+    workers = [Candidate(WorkerMemory(name, 64 * GIB), FAST) for name in "abcd"]
+    order = replace(LoadOrder("m"), objective=objective)
+    quick = plan_over(1, SHAPE, Candidates(workers, sums=AllReduce(20e-6, 5e9)), order)
+    assert [stage.spec.ranks for stage in quick.pipeline] == [4]
+    slow = plan_over(1, SHAPE, Candidates(workers, sums=AllReduce(0.1, 5e9)), order)
+    assert not slow.is_grouped
+
+
+def test_a_step_of_more_rows_adds_up_more_bytes() -> None:
+    workers = [Candidate(WorkerMemory(name, 64 * GIB), FAST) for name in "ab"]
+    reduce = AllReduce(5e-3, 1e8)
+    (group,) = combine_groups(SHAPE, Candidates(workers, sums=reduce), [("a", "b")]).workers
+    every = LayerRange(0, LAYERS)
+    more = group.decode_s(SHAPE, every, 8) - decode_s(SHAPE.of_rank(2), group.profile, every, 8)
+    assert more == pytest.approx(SUMS_PER_LAYER * LAYERS * 7 * 16384 / reduce.bandwidth)
+
+
+def test_the_time_of_sums_is_told_apart_from_the_start_of_layers() -> None:
+    reduce = AllReduce(5e-3, 1e8)
+    candidates = Candidates([Candidate(WorkerMemory(name, 64 * GIB), FAST) for name in "ab"], sums=reduce)
+    plan = plan_over(1, SHAPE, candidates, grouped(("a", "b")))
+    spent = SUMS_PER_LAYER * LAYERS * reduce.seconds_of(16384) * 1e3
+    starting = (FAST.step_s + LAYERS * FAST.layer_s) * 1e3
+    (said,) = [reason for reason in plan.reasons if reason.startswith("bound by")]
+    assert said.startswith("bound by the sums of each layer: ")
+    assert f"{starting:.1f} ms to starting layers, {spent:.1f} ms to sums of all ranks" in said
