@@ -138,7 +138,8 @@ def test_a_coordinator_without_it_says_how_long_all_goes_on(coordinators: Coordi
     assert first.authority_problem == third.authority_problem == ""
     assert re.fullmatch(
         r"the authority of cluster lab is on the Mac of mac-1-coordinator: Macs join and API keys are managed there "
-        r"alone, and no certificate is renewed while no coordinator answers there; the first certificate ends 20\d\d-\d\d-\d\d \d\d:\d\d UTC",
+        r"alone, and no certificate is renewed while no coordinator answers there; "
+        r"the first certificate ends 20\d\d-\d\d-\d\d \d\d:\d\d UTC",
         second.authority_problem,
     )
 

@@ -25,19 +25,19 @@ def test_two_standbys_of_one_name_are_told_apart_by_what_they_have() -> None:
 
 
 def test_one_that_is_behind_takes_over_only_where_no_answers_are_lost() -> None:
-    with pytest.raises(NotServing, match="mac-2-coordinator cannot take over .* it is 3 updates behind"):
+    with pytest.raises(NotServing, match=r"mac-2-coordinator cannot take over .* it is 3 updates behind"):
         choose_heir("mac-2", ME, (BEHIND, READY), any_copy=False)
     assert choose_heir("mac-2", ME, (BEHIND, READY), any_copy=True) is BEHIND
 
 
 def test_the_leader_itself_leads_already() -> None:
     for name in ("mac-1", "mac-1-coordinator"):
-        with pytest.raises(InvalidRequest, match="mac-1-coordinator leads already.*standbys are mac-2-coordinator"):
+        with pytest.raises(InvalidRequest, match=r"mac-1-coordinator leads already.*standbys are mac-2-coordinator"):
             choose_heir(name, ME, (BEHIND,), any_copy=False)
 
 
 def test_nobody_of_that_name_follows() -> None:
     with pytest.raises(NotServing, match="no standby named mac-9 follows this coordinator; standbys are mac-2-"):
         choose_heir("mac-9", ME, (BEHIND,), any_copy=False)
-    with pytest.raises(NotServing, match="^no standby follows this coordinator; start one"):
+    with pytest.raises(NotServing, match=r"^no standby follows this coordinator; start one"):
         choose_heir("", ME, (), any_copy=False)
