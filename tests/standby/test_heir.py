@@ -37,7 +37,7 @@ def test_the_leader_itself_leads_already() -> None:
 
 
 def test_nobody_of_that_name_follows() -> None:
-    with pytest.raises(NotServing, match="no standby named mac-9 follows this coordinator; standbys are mac-2-"):
+    with pytest.raises(NotServing, match=r"no standby named mac-9 follows this coordinator; standbys are mac-2-"):
         choose_heir("mac-9", ME, (BEHIND,), any_copy=False)
     with pytest.raises(NotServing, match=r"^no standby follows this coordinator; start one"):
         choose_heir("", ME, (), any_copy=False)
