@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from cluster.core.errors import Busy, ConnectionLost, MacpipeError, NotLeader, NotServing, Unreachable
-from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_FOLLOW_PAUSE_S
+from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_FOLLOW_PAUSE_S, PASS_WAIT_S
 
 _ELSEWHERE: Final = (Unreachable, NotLeader)
 _LATER: Final = (NotServing, Busy)
@@ -33,6 +33,8 @@ class FollowSchedule:
         self._failures = self._pauses = 0
         self._ends_at = 0.0
         self._unreachable = 0
+        self._round_ends_at = self._clock()
+        """Until then, addresses at which no coordinator answers may be those of one that is about to lead."""
 
     def reset(self) -> None:
         """Note that the service answers."""
@@ -41,7 +43,8 @@ class FollowSchedule:
     def pause_s(self, error: MacpipeError, *, patient: bool) -> float | None:
         """Return the seconds until the next try after a failed one; None if ``error`` is the call's result.
 
-        Unless ``patient``, one round of addresses at none of which a coordinator answers is enough.
+        Unless ``patient``, one round of addresses at none of which a coordinator answers is enough; ``PASS_WAIT_S``
+        after one took the call: that one hands over, or was lost, and the next one may not have opened its port yet.
         """
         first = not self._failures
         if not is_elsewhere(error) and (first or not isinstance(error, _LATER)):
@@ -50,7 +53,10 @@ class FollowSchedule:
             self._ends_at = self._clock() + FOLLOW_S
         self._failures += 1
         self._unreachable = self._unreachable + 1 if isinstance(error, Unreachable) else 0
-        if self._clock() >= self._ends_at or (not patient and self._unreachable >= self._addresses):
+        if not never_sent(error):
+            self._round_ends_at = self._clock() + PASS_WAIT_S
+        nobody = self._unreachable >= self._addresses and self._clock() >= self._round_ends_at
+        if self._clock() >= self._ends_at or (nobody and not patient):
             return None
         if self._failures % self._addresses and is_elsewhere(error):
             return 0.0  # only a whole round of addresses is worth a pause

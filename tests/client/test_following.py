@@ -16,7 +16,7 @@ from cluster.client import AsyncClient, Client
 from cluster.client.follow_schedule import FollowSchedule
 from cluster.client.received_answer import ReceivedAnswer
 from cluster.core import errors
-from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_COORDINATORS, MAX_FOLLOW_PAUSE_S
+from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_COORDINATORS, MAX_FOLLOW_PAUSE_S, PASS_WAIT_S
 from cluster.core.known_tokens import TokenDigest
 from cluster.transport.rich_errors import abort
 from cluster.v1 import inference_pb2 as pb
@@ -273,12 +273,18 @@ def test_all_addresses_are_tried_at_once_and_again_after_a_pause_for_a_minute() 
 
 
 def test_an_answer_resets_the_schedule_and_an_impatient_call_makes_one_round() -> None:
-    schedule = FollowSchedule(2, lambda: 0.0)
+    now = 0.0
+    schedule = FollowSchedule(2, lambda: now)
     assert schedule.pause_s(errors.NotServing("no"), patient=True) is None
     assert schedule.pause_s(errors.NotLeader("no"), patient=False) == 0.0
     assert schedule.pause_s(errors.NotServing("no"), patient=False)
-    assert schedule.pause_s(errors.Unreachable("no"), patient=False) is not None
+    for _ in range(4):
+        assert schedule.pause_s(errors.Unreachable("no"), patient=False) is not None, "the next one may come yet"
+    now = PASS_WAIT_S
     assert schedule.pause_s(errors.Unreachable("no"), patient=False) is None
+    never = FollowSchedule(2, lambda: now)
+    assert never.pause_s(errors.Unreachable("no"), patient=False) == 0.0
+    assert never.pause_s(errors.Unreachable("no"), patient=False) is None, "no coordinator was ever there"
     schedule.reset()
     assert schedule.pause_s(errors.Busy("no"), patient=True) is None
     assert schedule.pause_s(errors.WorkerLost("no"), patient=True) is None
