@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -16,7 +18,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from cluster.client import Client
 from integration.daemons import Daemon, free_port, launch, until, wait_serving
-from integration.test_standby import Coordinators, leader_of, undisturbed
+from integration.test_standby import Coordinators, kill, leader_of, named, undisturbed
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
 CHAT = {
@@ -162,3 +164,50 @@ def test_calls_through_a_standby_alone_go_on_after_the_leader_was_killed(pair: W
             if len(said) == 10:
                 leader_of(pair).process.send_signal(signal.SIGKILL)
     assert said == whole
+
+
+def test_new_requests_wait_for_the_model_that_the_next_leader_loads_again(pair: WithHttp) -> None:
+    asked = {**CHAT, "stream": False, "max_tokens": 5}
+    heir, done = named(pair, "heir"), Event()
+
+    def ask_all_the_time() -> list[tuple[int, str]]:
+        answers = []
+        with httpx.Client(base_url=pair.url("heir"), timeout=120) as client:
+            while not done.is_set():
+                for body in (asked, {**asked, "stream": True}):
+                    response = client.post("/v1/chat/completions", json=body)
+                    answers.append((response.status_code, response.text))
+        return answers
+
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask_all_the_time) for _ in range(2)]
+        try:
+            kill(leader_of(pair), named(pair, "cyd"))  # so that the layers are loaded by the workers that are left
+            heir.wait_for("leader: listening")
+            with Client(pair.address("heir"), timeout_s=60) as client:
+                assert client.chat([("user", "What is a hop?")], max_tokens=5).text
+        finally:
+            done.set()
+        answers = [answer for one in asking for answer in one.result()]
+    assert "loading faq again" in heir.said() or "the workers that are left" in heir.said()
+    assert [answer for answer in answers if answer[0] != 200 or '"error"' in answer[1]] == []
+
+
+@pytest.mark.parametrize("ends", ["SIGTERM", "handover"])
+def test_what_a_leader_has_not_accepted_before_it_hands_over_is_answered_by_the_next(pair: WithHttp, ends: str) -> None:
+    addresses = f"{pair.address('lead')},{pair.address('heir')}"
+
+    def ask(number: int) -> str:
+        schema = {"type": "object", "properties": {f"p{number}_{i}": {"type": "string"} for i in range(300)}}
+        with Client(addresses, timeout_s=120) as client:
+            return client.chat([("user", "hop " * 50)], max_tokens=5, json_schema=json.dumps(schema)).finish_reason
+
+    with ThreadPoolExecutor(16) as pool:
+        asking = [pool.submit(ask, number) for number in range(16)]
+        time.sleep(0.3)
+        if ends == "SIGTERM":
+            leader_of(pair).process.send_signal(signal.SIGTERM)
+        else:
+            with Client(pair.address("lead"), timeout_s=20) as admin:
+                admin.hand_over()
+        assert [str(one.result()) for one in asking] == ["length"] * 16
