@@ -9,6 +9,7 @@
 Errors are subclasses of MacpipeError, in ``cluster.core.errors``.
 """
 
+import cluster.client.grpc_log  # noqa: F401  # first: grpc reads its setting when it is imported
 from cluster.client.async_client import AsyncClient
 from cluster.client.async_streams import AsyncLoading, AsyncStream
 from cluster.client.async_training import AsyncTraining

@@ -163,14 +163,14 @@ class TermHolder:
     async def _converse(self, call: TermCall, worker: TermWorker, leadership: Leadership) -> None:
         """Send a call and those that follow from its answer. A worker that does not answer is asked again later."""
         calls = [call]
-        with suppress(MacpipeError):
+        with suppress(MacpipeError, TimeoutError):
             async with asyncio.timeout(GONE_S + FENCE_S):
                 while calls and self._leadership is leadership:
                     answer, _ = await worker.request_term(calls.pop())
                     self.in_sync = max(self.in_sync, answer.in_sync)
                     calls += leadership.on_answer(answer)
                     if call.worker in leadership.workers:
-                        self._led.setdefault(worker.address, worker)
+                        self._led[worker.address] = worker  # it may have been forgotten and found again
 
     async def give_back(self) -> None:
         """End the leases of all led workers, and take no term any more. They refuse this process's calls from now on.

@@ -217,11 +217,10 @@ class WorkerClient:
         request.term = self._term()
         request.keep.extend(keep)
         request.memory_limit = memory_limit
-        call = self._stub.LoadStage(request)
         digests: list[tuple[str, str]] = []
         port = 0
         async with self._map_errors():
-            async for message in _read_with_stall_limit(call, self.name):
+            async for message in _read_with_stall_limit(self._stub.LoadStage(request), self.name):
                 if group_port := decode_group_port(message):
                     yield group_port
                     continue
@@ -433,6 +432,8 @@ async def _map_rpc_errors(name: str, address: str) -> AsyncIterator[None]:
         if task and task.cancelling():
             raise
         raise WorkerLost(f"the channel to worker {name} was closed during a call", worker=name) from None
+    except grpc.aio.UsageError:  # for a call that begins on a closed channel: the worker was forgotten meanwhile
+        raise WorkerLost(f"the channel to worker {name} is closed: it is no more at {address}", worker=name) from None
     except grpc.aio.AioRpcError as e:
         error = from_rpc_error(e, address, peer="worker" if name == address else f"worker {name}")
         if isinstance(error, DeadlineExceeded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,11 +31,12 @@ class Clock:
 
 @dataclass
 class Worker:
-    """A worker with a record of its own. It does not answer while ``gone``."""
+    """A worker with a record of its own. It never answers while it ``hangs``, and cannot be reached while ``gone``."""
 
     name: str
     clock: Clock
     gone: bool = False
+    hangs: bool = False
     in_sync: InSyncSet = NOT_NAMED
     asked: list[TermRequest] = field(default_factory=list)
 
@@ -48,6 +50,8 @@ class Worker:
     async def request_term(self, call: TermCall) -> tuple[TermAnswer, str]:
         await asyncio.sleep(0)
         self.asked.append(call.request)
+        if self.hangs:
+            await asyncio.Event().wait()
         if self.gone:
             raise WorkerLost(f"worker {self.name} does not answer", worker=self.name)
         denial = None
@@ -183,6 +187,33 @@ async def test_with_standbys_spares_are_renewed_and_asked_before_they_are_taken(
     assert set(cyd.asked) == {TermRequest.ASK}, "who is led by another is left alone"
     assert numbers(workers) == [1, 1, 9]
     assert bob.record.has_lease()
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_never_answers_is_asked_again_later(
+    workers: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada, bob, _ = workers
+    mine = holder(workers)
+    await mine.take([ada, bob])
+    monkeypatch.setattr("cluster.coordinator.term_holder.GONE_S", 0.0)
+    monkeypatch.setattr("cluster.coordinator.term_holder.FENCE_S", 0.0)
+    unseen: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+    bob.hangs = True
+    ada.clock.now += HEARTBEAT_S
+    await mine.renew([])
+    while mine._asking:
+        await asyncio.sleep(0)
+    gc.collect()
+    assert unseen == [], "no traceback reaches the console"
+    bob.hangs = False
+    bob.asked.clear()
+    ada.clock.now += HEARTBEAT_S
+    monkeypatch.undo()
+    await mine.renew([])
+    await settle()
+    assert bob.asked == [TermRequest.RENEW]
 
 
 @pytest.mark.anyio

@@ -9,9 +9,11 @@ import grpc
 import pytest
 
 from cluster.coordinator.worker_client import WorkerClient, _map_rpc_errors, _read_with_stall_limit
+from cluster.coordinator.worker_messages import SumSeat
 from cluster.core.errors import InvalidRequest, WorkerLost, WorkerRefused
 from cluster.core.limits import KEPT_CORRECTIONS, MAX_ANSWER_BYTES
 from cluster.core.worker import WorkerInfo
+from cluster.membership.terms import Process, Term, TermCall, TermRequest
 from cluster.security.credentials import LocalTrust
 from cluster.transport.grpc_setup import bind, control_server
 from cluster.v1 import worker_pb2 as pb
@@ -29,6 +31,17 @@ def test_a_channel_that_is_closed_under_a_call_is_a_loss_and_no_cancellation() -
     with pytest.raises(WorkerLost, match="worker ada was closed during a call") as caught:
         asyncio.run(call())
     assert caught.value.details == {"worker": "ada"}
+
+
+@pytest.mark.anyio
+async def test_calls_of_a_worker_that_was_forgotten_are_losses() -> None:
+    """A worker that comes back on another port is forgotten at its old one, which some task may still ask."""
+    control = WorkerClient(LocalTrust(), "127.0.0.1:1", "c0" * 8)
+    await control.close()
+    term = TermCall(TermRequest.RENEW, control.address, Term(1, Process("c0" * 8, "1")), 0.0)
+    for call in (control.request_term(term), control.unload(1), control.measure_sums(SumSeat("", 0, 2)).__anext__()):
+        with pytest.raises(WorkerLost, match="is closed: it is no more at"):
+            await call
 
 
 REFUSED = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to host: "
