@@ -53,6 +53,10 @@ def read(properties: Mapping[bytes, bytes | None]) -> Announcement | None:
 
 
 def instance(announcement: Announcement) -> str:
-    """Return a unique DNS label that people can read: the shortened name and the start of the id's hash."""
+    """Return a unique DNS label that people can read: the shortened name and a hash of the cluster and the id.
+
+    Two clusters of one network may hold the same id, in copied state folders. One's goodbye must not hide the other.
+    """
     readable = re.sub(r"[^A-Za-z0-9]+", "-", announcement.name).strip("-")[:40]
-    return f"{readable or 'worker'}-{hashlib.sha256(announcement.id.encode()).hexdigest()[:12]}"
+    unique = hashlib.sha256(f"{announcement.cluster}\n{announcement.id}".encode()).hexdigest()[:12]
+    return f"{readable or 'worker'}-{unique}"
