@@ -39,14 +39,18 @@ class EventBatch:
             deliver(loop, events)
 
 
+EndRequest = Callable[["AnswerQueue"], object]
+
+
 class AnswerQueue:
     """The queue of one answer; iterate over it for the events up to the last ``FinishEvent``.
 
-    Create and read it on one event loop; write it on the thread that owns ``post``. ``end`` ends the request early.
+    Create and read it on one event loop; write it on the thread that owns ``post``. ``end`` ends the request of an
+    answer that nobody reads any more.
     The answer is complete once each of its ``samples`` has a ``FinishEvent``.
     """
 
-    def __init__(self, post: EventBatch, end: Callable[[], object] = lambda: None, samples: int = 1) -> None:
+    def __init__(self, post: EventBatch, end: EndRequest = lambda _: None, samples: int = 1) -> None:
         self._end = end
         self.abandoned = False
         """Whether nobody reads it any more."""
@@ -59,9 +63,9 @@ class AnswerQueue:
     def abandon(self) -> None:
         """End the request: nobody reads its answer any more."""
         self.abandoned = True
-        self._end()
+        self._end(self)
 
-    def move(self, post: EventBatch, end: Callable[[], object]) -> None:
+    def move(self, post: EventBatch, end: EndRequest) -> None:
         """Let another thread write the queue, whose request has moved there.
 
         Call it on the reader's event loop, once the old thread has delivered its last event.

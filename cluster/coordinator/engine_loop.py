@@ -159,9 +159,13 @@ class EngineLoop:
                 self.answers.open(one.request, one.answer, one.tokens, one.known, lambda: self._stages)
         return self.answers.take_over([one for one in moved if one.samples], self._stages)
 
-    def end(self, request_id: str, error: MacpipeError, *, park: bool = False) -> Future[bool]:
+    def end(self, request_id: str, error: MacpipeError) -> Future[bool]:
         """End a request with an error, as ``LiveAnswers.end``. The future resolves to whether the request was live."""
-        return self._inbox.ask(lambda: self.answers.end(request_id, error, park=park))
+        return self._inbox.ask(lambda: self.answers.end(request_id, error))
+
+    def abandon(self, request_id: str, answer: AnswerQueue) -> Future[bool]:
+        """End a request whose ``answer`` nobody reads any more, as ``LiveAnswers.abandon``."""
+        return self._inbox.ask(lambda: self.answers.abandon(request_id, answer))
 
     def detach(self, request_id: str, client: str, error: MacpipeError) -> Future[bool]:
         """End a request that its client resumes, as ``LiveAnswers.detach``."""

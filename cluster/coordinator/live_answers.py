@@ -24,6 +24,7 @@ from cluster.coordinator.journal import AnswerRecorder, AnswerTokens
 from cluster.coordinator.loop_view import AnswerProgress
 from cluster.coordinator.request_timings import LoopTotals, RequestTimings
 from cluster.core.errors import (
+    Aborted,
     Busy,
     InvalidRequest,
     MacpipeError,
@@ -153,6 +154,16 @@ class LiveAnswers:
         self.end(request_id, error, park=True)
         self.flush_journal()
         return True
+
+    def abandon(self, request_id: str, answer: AnswerQueue) -> bool:
+        """End the request of an answer that nobody reads any more; the journal keeps it. Return whether it was live.
+
+        A client that has resumed the request reads another answer meanwhile, and that one goes on.
+        """
+        live = self._resumed.get(request_id) or self._requests.get(request_id)
+        if live is None or live.answer is not answer:
+            return False
+        return self.end(request_id, Aborted("the client disconnected"), park=True)
 
     def end(self, request_id: str, error: MacpipeError, *, park: bool = False) -> bool:
         """End a request and all its samples. ``request_id`` may be the id of a sample. Return whether it was live.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import anyio
 
 from cluster.coordinator.adapter_changes import RingAdapters
-from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.answer_queue import AnswerQueue, EndRequest
 from cluster.coordinator.canary import run_canary
 from cluster.coordinator.draft_assignment import DraftAssignment
 from cluster.coordinator.draft_service import DraftService
@@ -163,8 +163,8 @@ class ModelService:
         """Let the answer of a request that moves here be written by this service's loop."""
         answer.move(self.loop.post, self._abandon(request))
 
-    def _abandon(self, request: Request) -> Callable[[], object]:
-        return lambda: self.loop.end(request.id, Aborted("the client disconnected"), park=True)
+    def _abandon(self, request: Request) -> EndRequest:
+        return lambda answer: self.loop.abandon(request.id, answer)
 
     @property
     def epoch(self) -> Epoch | None:

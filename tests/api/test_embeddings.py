@@ -69,7 +69,7 @@ class States(WorkerlessCoordinator):
         answer.put(FinishEvent(FinishReason.LENGTH, "", Usage(1, 1), 1.0, 0.0))
         batch.deliver()
 
-    def _end(self) -> None:
+    def _end(self, answer: AnswerQueue | None = None) -> None:
         self.live -= 1
 
 

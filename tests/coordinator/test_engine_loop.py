@@ -548,6 +548,26 @@ def test_an_answer_goes_on_however_much_of_it_was_said_before(said: int, skip: i
     run(body)
 
 
+def test_a_reader_that_is_found_gone_late_does_not_end_the_answer_that_its_client_resumed() -> None:
+    """Its call broke, and the client asked again before the broken call was noticed here."""
+
+    async def body(bench: Bench) -> None:
+        request = Request("a", (1,), SamplingParams(), 100_000, resumable=True, client="ada")
+        broken, resumed = AnswerQueue(bench.loop.post), AnswerQueue(bench.loop.post)
+        bench.loop.submit(request, broken)
+        assert isinstance(await anext(broken), Accepted)
+        assert await asyncio.wrap_future(bench.loop.detach("a", "ada", Aborted("resumed")))
+        bench.loop.submit(request, resumed)
+        assert not await asyncio.wrap_future(bench.loop.abandon("a", broken))
+        for _ in range(20):
+            await anext(resumed)
+        assert await asyncio.wrap_future(bench.loop.abandon("a", resumed))
+        with pytest.raises(Aborted, match="disconnected"):
+            await collect(resumed, [])
+
+    run(body)
+
+
 def known(*tokens: int) -> KnownTokens:
     digest = TokenDigest()
     for token in tokens:

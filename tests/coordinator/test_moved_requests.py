@@ -34,7 +34,7 @@ async def move(source: Bench, target: Bench) -> list[MovedRequest]:
     """Move all that is live; what the target gave back."""
     moved = await asyncio.wrap_future(source.loop.hand_over())
     for one in moved:
-        one.answer.move(target.loop.post, lambda one=one: target.loop.end(one.request.id, Aborted("gone")))
+        one.answer.move(target.loop.post, lambda _, one=one: target.loop.end(one.request.id, Aborted("gone")))
     return await asyncio.wrap_future(target.loop.take_over(moved))
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_answered_there_goes_back() -> None:
         target.ask("same", first=41, max_tokens=9)
         (left,) = await move(source, target)
         assert left.request.id == "same"
-        left.answer.move(source.loop.post, lambda: None)
+        left.answer.move(source.loop.post, lambda _: None)
         assert await asyncio.wrap_future(source.loop.take_over([left])) == []
         for bench in (source, target):
             bench.keep_waiting = True
