@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +98,17 @@ def interrupted(pair: Coordinators, leader: Daemon, number: int) -> list[int]:
     return said
 
 
+@contextmanager
+def busy_loops(number: int) -> Iterator[None]:
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait(10)
+
+
 def leader_of(pair: Coordinators) -> Daemon:
     return named(pair, "lead")
 
@@ -174,6 +188,21 @@ def test_two_standbys_agree_on_one_leader(pair: Coordinators) -> None:
     until(lambda: pair.in_sync("heir") + pair.in_sync("third") >= 1)
     led = [state.leadership.leader for name in ("heir", "third") if (state := pair.state(name)) and state.leadership]
     assert len({one.name for one in led if one}) == 1
+
+
+def test_a_live_leader_keeps_the_lead_beside_two_busy_loops(pair: Coordinators) -> None:
+    whole, before = undisturbed(pair), pair.state("lead")
+    with busy_loops(2):
+        for _ in range(8):
+            assert undisturbed(pair) == whole
+            time.sleep(2)  # longer than a lease
+    after = pair.state("lead")
+    assert before
+    assert after
+    assert before.leadership
+    assert after.leadership
+    assert after.leadership.term == before.leadership.term
+    assert "elected" not in named(pair, "heir").said()
 
 
 def test_a_standby_that_hangs_holds_tokens_back_until_it_is_left_out_and_comes_back(pair: Coordinators) -> None:
