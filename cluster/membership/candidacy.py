@@ -54,7 +54,10 @@ class LeaderCandidate:
         """The largest number of an epoch that any worker named with its grant."""
         self._term = NO_TERM
         self._seen = 0
-        """The highest number that any worker has granted."""
+        """The highest number that any worker has granted, or that this process has asked for.
+
+        A number is not asked for twice: what the first try gave back may arrive after the grant of the second.
+        """
         self._began = self._until = clock()
         """When the present phase ends."""
         self._tries = 0
@@ -123,7 +126,8 @@ class LeaderCandidate:
         if self.phase is not CandidatePhase.ASKING or not self._fits(frozenset(self._willing)):
             return []
         self.phase, self._until = CandidatePhase.GATHERING, now + LEASE_S
-        self._term = Term(self._seen + 1, self._process)
+        self._seen += 1
+        self._term = Term(self._seen, self._process)
         self._granted.clear()
         self.in_sync = NOT_NAMED
         self.denials.clear()

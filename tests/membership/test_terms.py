@@ -155,6 +155,21 @@ def test_a_candidate_without_a_full_ring_gives_all_back_even_what_comes_late() -
     assert one.step()[0].request is TermRequest.ASK
 
 
+def test_a_candidate_asks_for_another_number_after_it_gave_one_back() -> None:
+    """Its workers may hear of the return only after the next grant, and must not take that back."""
+    clock, numbers = Clock(), list[int]()
+    one = candidate(clock)
+    for _ in range(2):
+        asked = one.step()
+        one.on_answer(answer(asked[0], NO_TERM))
+        taken = one.on_answer(answer(asked[1], NO_TERM))
+        numbers += {call.term.number for call in taken}
+        clock.now += LEASE_S  # no answer comes
+        one.step()
+        clock.now += 2 * LEASE_S
+    assert numbers == [1, 2]
+
+
 def test_a_leader_counts_from_sending_and_stops_before_its_workers() -> None:
     clock = Clock()
     led = Leadership(FIRST, {"a": clock.now, "b": clock.now - 0.5}, lambda held: len(held) >= 2, clock)
