@@ -81,8 +81,8 @@ class RequestService:
         self.key_usage = key_usage
         self.bodies = ByteBudget()
         """The bytes held by all requests, gRPC and HTTP together."""
-        self._live: dict[str, str] = {}
-        """The client of each live request, by request id."""
+        self._live: dict[AnswerQueue, Request] = {}
+        """The live requests by their answers: an id is read twice if its client resumes it before its call broke."""
         self._answered: set[str] = set()
         """The clients with a key of whose answers something may be kept."""
 
@@ -128,7 +128,7 @@ class RequestService:
 
     async def abort(self, request_id: str, client: str | None) -> None:
         """End a live request of ``client``; of any client if None. Raises ``RequestNotFound``."""
-        if client is not None and self._live.get(request_id) != client:
+        if client is not None and (request_id, client) not in ((one.id, one.client) for one in self._live.values()):
             raise RequestNotFound(f"you have no live request with the id {request_id}; it may have ended")
         await self.coordinator.abort(request_id)
 
@@ -159,12 +159,12 @@ class RequestService:
             except ClusterDamaged as e:  # rejects new requests too; live ones were authorized before
                 log.error("keys: cannot check for revoked keys reason=%s", e.sentence)
                 continue
-            for request_id in [one for one, client in self._live.items() if client in revoked]:
+            for request_id in {one.id for one in self._live.values() if one.client in revoked}:
                 with suppress(RequestNotFound, MacpipeError):
                     await self.coordinator.abort(request_id)
             for client in revoked:  # after its answers have ended, so that none of them is kept
                 self.coordinator.forget_client(client)
-            self._answered -= revoked - set(self._live.values())
+            self._answered -= revoked - {one.client for one in self._live.values()}
 
     @contextmanager
     def _count_errors(self) -> Iterator[None]:
@@ -189,7 +189,7 @@ class RequestService:
     ) -> AsyncGenerator[Accepted | PromptLogprobs | TokenEvent | FinishEvent, None]:
         ended = False
         unfinished = request.samples
-        self._live[request.id] = request.client
+        self._live[answer] = request
         if has_key(request.client):
             self._answered.add(request.client)
         try:
@@ -214,7 +214,7 @@ class RequestService:
                 raise revoked_error() from e
             raise
         finally:
-            self._live.pop(request.id, None)
+            self._live.pop(answer, None)
             if not ended:
                 answer.abandon()
                 self.metrics.count_abandoned()

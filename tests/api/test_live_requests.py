@@ -1,0 +1,62 @@
+"""Which requests are live: a client that resumes one reads another answer, and the old one's reader may end later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.api.metrics import Metrics
+from cluster.api.request_service import RequestService
+from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
+from cluster.coordinator.model_reader import ModelInfo
+from cluster.core.errors import RequestNotFound
+from cluster.core.known_tokens import KnownTokens
+from cluster.core.request import Accepted, Request, SamplingParams, TokenEvent
+from fuzz.targets.asked import served
+from workerless import WorkerlessCoordinator
+
+pytestmark = pytest.mark.anyio
+
+REQUEST = Request("a", (1,), SamplingParams(), 9, resumable=True, client="ada")
+
+
+class Accepting(WorkerlessCoordinator):
+    """A coordinator whose answers have one token, and do not end. It keeps the ids of requests that it aborts."""
+
+    def __init__(self) -> None:
+        self.aborted: list[str] = []
+
+    async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
+        return self._answer()
+
+    def resume(self, request_id: str, known: object, client: str) -> tuple[Request, ModelInfo, AnswerQueue]:
+        return REQUEST, served(), self._answer()
+
+    def _answer(self) -> AnswerQueue:
+        batch = EventBatch()
+        answer = AnswerQueue(batch)
+        answer.put(Accepted())
+        answer.put(TokenEvent(0, 5, "a"))
+        batch.deliver()
+        return answer
+
+    async def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+
+async def test_a_late_end_of_a_broken_call_leaves_the_resumed_request_live() -> None:
+    """So its client can abort it, and it ends if its key is revoked."""
+    coordinator: Any = Accepting()
+    service = RequestService(coordinator, Metrics())
+    broken = await service.submit(REQUEST, served())
+    resumed = await service.resume("a", (KnownTokens(0),), "ada")
+    assert isinstance(await anext(broken.events), TokenEvent)
+    await broken.events.aclose()
+    await service.abort("a", "ada")
+    assert coordinator.aborted == ["a"]
+    with pytest.raises(RequestNotFound, match="no live request"):
+        await service.abort("a", "bob")
+    await resumed.events.aclose()
+    with pytest.raises(RequestNotFound, match="no live request"):
+        await service.abort("a", "ada")
