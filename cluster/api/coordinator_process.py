@@ -250,6 +250,7 @@ class Leading:
         """Stop serving. If another coordinator leads, or a standby is there, leave it what it needs to go on."""
         others, standbys = self.process.others, self.replicator.standbys()
         superseded = others.is_superseded
+        self.upkeep.end()  # a standby that begins to follow now would have it claim to lead again
         others.stand_by()
         if not superseded and not standbys:
             await self.coordinator.close()

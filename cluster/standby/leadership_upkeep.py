@@ -53,12 +53,13 @@ class LeadershipUpkeep:
         """Whether ``file`` has it."""
         self._publishing = asyncio.Lock()
         """Held until what one call found to be new has been sent: another call would not find it any more."""
+        self._publications: set[asyncio.Task[None]] = set()
         self._ending = asyncio.Event()
         self._term, self._since = 0, continuous_seconds()
         self._announced: LeadershipState | None = None
 
     def end(self) -> None:
-        """Have ``run`` return: a standby is to lead."""
+        """Have ``run`` return, and claim to lead no more: a standby is to lead, or another coordinator leads."""
         self._ending.set()
 
     async def run(self) -> None:
@@ -84,8 +85,17 @@ class LeadershipUpkeep:
                     return
 
     async def publish(self) -> None:
-        """Send standbys what changed: who leads, what is served, and files. Call it before one begins to follow."""
+        """Send standbys what changed: who leads, what is served, and files. Call it before one begins to follow.
+
+        What was found to be new is sent even if the caller goes away meanwhile.
+        """
         self._claim()
+        task = asyncio.create_task(self._publish_changed())
+        self._publications.add(task)
+        task.add_done_callback(self._publications.discard)
+        await asyncio.shield(task)
+
+    async def _publish_changed(self) -> None:
         async with self._publishing:
             for name, content in (await anyio.to_thread.run_sync(self._files.read_changed)).items():
                 self._replicator.publish(name, content)
@@ -103,7 +113,9 @@ class LeadershipUpkeep:
         return replace(edit, missing=edit.missing + self._away())
 
     def _claim(self) -> None:
-        """Lead by the present term, and tell the standbys so if that changed."""
+        """Lead by the present term, and tell the standbys so if that changed; after ``end``, do nothing."""
+        if self._ending.is_set():
+            return
         number = self._roster.terms.number
         if number != self._term:
             self._term, self._since = number, continuous_seconds()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedService
 from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.settings import LoadOrder, ModelEntry
-from cluster.core.leadership import CoordinatorName, LeaderClaim
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim
 from cluster.standby import leadership_upkeep as module
 from cluster.standby import other_coordinators
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
@@ -123,3 +124,38 @@ async def test_a_coordinator_that_is_gone_holds_up_neither_leases_nor_what_is_se
         await until(lambda: scene.file.read_bytes() == encode(scene.served) and scene.roster.renewals > before + 5)
         assert scene.sent()[SERVICE_FILE] == encode(scene.served)
     assert set(scene.asked) <= {"mac-2:7700"}
+
+
+@pytest.mark.anyio
+async def test_a_standby_that_begins_to_follow_a_leader_which_stops_does_not_make_it_lead_again(tmp_path: Path) -> None:
+    async with running(tmp_path) as scene:
+        await until(lambda: scene.others.role is CoordinatorRole.LEADER)
+        scene.upkeep.end()
+        scene.others.stand_by()
+        scene.content = b"2"
+        await scene.upkeep.publish()
+        assert (scene.others.role, scene.others.leader) == (CoordinatorRole.STANDBY, None)
+        assert scene.sent()["epoch"] == b"2"
+
+
+@pytest.mark.anyio
+async def test_what_is_new_is_sent_although_the_call_that_found_it_ends(tmp_path: Path) -> None:
+    """Nobody finds it again: a file counts as sent once it was read."""
+    scene, found, may_go_on = Scene(tmp_path), threading.Event(), threading.Event()
+    new = [{"keys.json": b"revoked"}]
+
+    def read_changed() -> dict[str, bytes | None]:
+        changed: Any = new.pop() if new else {}
+        found.set()
+        assert may_go_on.wait(15)
+        return changed
+
+    scene.read_changed = read_changed  # type: ignore[method-assign]
+    call = asyncio.create_task(scene.upkeep.publish())
+    await until(found.is_set)
+    call.cancel()
+    await asyncio.wait((call,))
+    assert call.cancelled()
+    may_go_on.set()
+    await scene.upkeep.publish()
+    assert scene.sent()["keys.json"] == b"revoked"
