@@ -24,7 +24,7 @@ class LoadTurns:
 
         ``give_way`` is called if another load has to wait for this one: it should end.
         """
-        waits = self._lock.locked()
+        waits = self._lock.locked() or bool(self._waiting)  # the turn of one that waits may be about to begin
         if waits:
             if self._give_way:
                 self._give_way()

@@ -53,3 +53,18 @@ async def test_a_load_that_is_given_up_lets_the_next_one_begin() -> None:
             raise ValueError("damaged")
     async with turns.take(last) as waited:
         assert not waited
+
+
+async def test_a_load_that_comes_as_the_turn_passes_on_waits_like_the_others() -> None:
+    turns, order = LoadTurns(), list[str]()
+
+    async def load(name: str) -> None:
+        async with turns.take(LoadWatch(name, "loading {}")) as waited:
+            order.append(f"{name} {waited}")
+
+    async with anyio.create_task_group() as tasks:
+        async with turns.take(LoadWatch("a", "loading {}")):
+            tasks.start_soon(load, "b")
+            await anyio.wait_all_tasks_blocked()
+        await load("c")
+    assert order == ["b True", "c True"]
