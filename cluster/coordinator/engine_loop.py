@@ -26,6 +26,7 @@ from cluster.coordinator.ring import Ring
 from cluster.coordinator.stage_utilization import StageUtilization
 from cluster.coordinator.step_times import StepTimes
 from cluster.core.errors import (
+    Aborted,
     DeadlineExceeded,
     FrameOverdue,
     InvalidGrammar,
@@ -347,8 +348,11 @@ class EngineLoop:
     ) -> None:
         if self._refusal:
             answer.put(self._refusal)
-        else:
-            self.answers.open(request, answer, tokens, known, lambda: self._stages)
+            return
+        if known:  # the client may have resumed it twice, before either was live; its first call broke
+            why = f"the request {request.id} was resumed by another call"
+            self.answers.detach(request.id, request.client, Aborted(why))
+        self.answers.open(request, answer, tokens, known, lambda: self._stages)
 
     def _on_frame(self, message: bytes) -> None:
         if not self._ring:

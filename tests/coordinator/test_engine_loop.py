@@ -28,6 +28,7 @@ from cluster.core.errors import (
     DeadlineExceeded,
     FrameOverdue,
     InvalidGrammar,
+    InvalidRequest,
     MacpipeError,
     NotServing,
     SlowReader,
@@ -564,6 +565,25 @@ def test_a_reader_that_is_found_gone_late_does_not_end_the_answer_that_its_clien
         assert await asyncio.wrap_future(bench.loop.abandon("a", resumed))
         with pytest.raises(Aborted, match="disconnected"):
             await collect(resumed, [])
+
+    run(body)
+
+
+def test_the_later_of_two_calls_that_resume_a_request_at_once_gets_the_answer() -> None:
+    """The first one broke while it waited, say for its model, which is not known here yet."""
+
+    async def body(bench: Bench) -> None:
+        request = Request("a", (1,), SamplingParams(), 100_000, resumable=True, client="ada")
+        broken, resumed, other = (AnswerQueue(bench.loop.post) for _ in range(3))
+        for answer in (broken, resumed):
+            bench.loop.submit(request, answer, ((2, 3),), (known(2),))
+        with pytest.raises(Aborted, match="resumed by another call"):
+            await collect(broken, [])
+        bench.loop.submit(replace(request, client="bob"), other, ((2, 3),), (known(2),))
+        with pytest.raises(InvalidRequest, match="already live"):
+            await collect(other, [])
+        assert isinstance(await anext(resumed), Accepted)
+        assert [event.token for _ in range(3) if isinstance(event := await anext(resumed), TokenEvent)] == [3, 4, 5]
 
     run(body)
 
