@@ -23,7 +23,6 @@ from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
-from cluster.coordinator.state_files import StateFiles
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT
 from cluster.core.text import format_address
 from cluster.discovery.coordinator_announcement import look_for_coordinator
@@ -54,7 +53,6 @@ async def follow(process: CoordinatorProcess, report: Reporter, patience_s: floa
     trust = open_trust(settings.home, settings.cluster, COORDINATOR)
     async with AsyncExitStack() as stack:
         replica = stack.enter_context(ReplicaFolder(settings.home, settings.cluster))
-        own_files = StateFiles(settings.home, settings.cluster)
         reader = ModelReader(Store(settings.home))
         stack.push_async_exit(partial(_close_unless_elected, reader))
         await stack.enter_async_context(_standby_port(process, trust))
@@ -65,7 +63,7 @@ async def follow(process: CoordinatorProcess, report: Reporter, patience_s: floa
         standby = Standby(
             process.others,
             replica,
-            lambda address: FollowStream(address, trust, process.others.me, replica, own_files),
+            lambda address: FollowStream(address, trust, process.others.me, replica),
             create_roster,
             ModelFit(reader),
             await stack.enter_async_context(_find_coordinators(process)),

@@ -12,8 +12,8 @@ import anyio.to_thread
 import grpc
 
 from cluster.codec.leadership import decode_leadership, encode_coordinator
-from cluster.coordinator.state_files import StateFiles
 from cluster.core.errors import DeadlineExceeded, MacpipeError, Unreachable
+from cluster.core.futures import ignore_error
 from cluster.core.journal_limits import JOURNAL_FSYNC_S
 from cluster.core.leadership import CoordinatorName, LeadershipState
 from cluster.core.limits import GONE_S, HEARTBEAT_S
@@ -35,14 +35,13 @@ _MOST_UNSENT: Final = 256
 class FollowStream:
     """The stream of the leader at ``address`` to the standby ``me``, during an ``async with`` block.
 
-    ``own_files`` are those of this Mac, whose edits the leader is told. Entering raises ``MacpipeError`` if the leader
-    cannot be followed.
+    Entering raises ``MacpipeError`` if the leader cannot be followed.
     """
 
-    def __init__(
-        self, address: str, trust: Trust, me: CoordinatorName, replica: ReplicaFolder, own_files: StateFiles
-    ) -> None:
-        self._address, self._me, self._replica, self._own_files = address, me, replica, own_files
+    def __init__(self, address: str, trust: Trust, me: CoordinatorName, replica: ReplicaFolder) -> None:
+        self._address, self._me, self._replica = address, me, replica
+        self._own_files = replica.own_files()
+        """Their edits are told to the leader; all of them at first, since the leader before may not have got one."""
         self._channel = control_channel(trust, address, COORDINATOR)
         self.heard_at = continuous_seconds()
         """When the leader was heard last, in seconds of the continuous clock."""
@@ -124,10 +123,20 @@ class FollowStream:
             case "stopping":
                 self.handover = update.stopping.handover
             case kind:
-                await anyio.to_thread.run_sync(self._replica.apply, update)
+                await self._apply(update)
                 if kind == "leadership":
                     self.leadership = decode_leadership(update.leadership)
         await self._requests.put(pb.FollowRequest(stored=update.number))
+
+    async def _apply(self, update: pb.FollowResponse) -> None:
+        """Apply an update in a thread, to its end also if cancelled: the next stream writes to the same replica."""
+        applying = asyncio.ensure_future(anyio.to_thread.run_sync(self._replica.apply, update))
+        applying.add_done_callback(ignore_error)
+        try:
+            await asyncio.shield(applying)
+        except asyncio.CancelledError:
+            await asyncio.wait((applying,))
+            raise
 
     async def _send_edits(self) -> None:
         """Sync the journal now and then, and tell the leader what somebody edited on this Mac."""

@@ -14,7 +14,7 @@ from typing import Final
 from cluster.coordinator.identity import state_folder
 from cluster.coordinator.replica_mark import ReplicaMark
 from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedService
-from cluster.coordinator.state_files import ID_FILE, KEYS_FILE, MEMBERS_FILE, state_files
+from cluster.coordinator.state_files import ID_FILE, KEYS_FILE, MEMBERS_FILE, StateFiles, state_files
 from cluster.core.errors import InvalidOption, StaleTerm, Unreachable
 from cluster.core.term_limits import MAX_TERM
 from cluster.membership.in_sync import InSyncSet
@@ -84,6 +84,10 @@ class ReplicaFolder:
             return ReplicatedService.decode(path.read_bytes())
         except OSError as e:
             raise InvalidOption(f"the leader's settings cannot be read from {path}: {e.strerror}") from e
+
+    def own_files(self) -> StateFiles:
+        """Return the files of this Mac's coordinator, of which none was looked at yet."""
+        return StateFiles(self._shared.home, self._shared.cluster)
 
     def may_edit(self, name: str) -> bool:
         """Return whether commands on this Mac edit the file with this name, so that the leader must be told."""

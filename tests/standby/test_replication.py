@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cluster.api.grpc import follow_call
 from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
 from cluster.coordinator.identity import hold_identity, state_folder
@@ -27,13 +29,17 @@ from cluster.core.leadership import CoordinatorName, CoordinatorRole, Leadership
 from cluster.core.request import Accepted, Request, SamplingParams, TokenEvent
 from cluster.membership.in_sync import InSyncSet
 from cluster.membership.terms import Process
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import LocalTrust
+from cluster.security.members import Members
+from cluster.security.roles import Role
 from cluster.standby.follow_stream import FollowStream
 from cluster.standby.replica_folder import ReplicaFolder
 from cluster.transport.grpc_setup import bind, public_server
 from cluster.v1 import leader_pb2 as pb
 from cluster.v1.leader_pb2_grpc import add_LeaderServiceServicer_to_server
 from disks import FailingDisk
+from parties import Lead
 
 CLUSTER = "default"
 STANDBY = CoordinatorName("mac-2", "b1", ("127.0.0.1:7701",))
@@ -145,7 +151,7 @@ async def leading(
 @asynccontextmanager
 async def following(home: Path, address: str) -> AsyncIterator[tuple[FollowStream, ReplicaFolder]]:
     with ReplicaFolder(home, CLUSTER) as replica:
-        async with FollowStream(address, LocalTrust(), STANDBY, replica, StateFiles(home, CLUSTER)) as stream:
+        async with FollowStream(address, LocalTrust(), STANDBY, replica) as stream:
             yield stream, replica
 
 
@@ -351,3 +357,70 @@ async def test_a_standby_does_not_go_back_to_an_earlier_term_or_share_a_running_
         with pytest.raises(InvalidOption, match="mac-2 was copied from its leader's"):
             async with following(one.with_name("copied"), address):
                 pass
+
+
+@pytest.mark.anyio
+async def test_a_stream_that_is_left_has_stored_the_update_that_it_was_storing(
+    homes: Homes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one writes to the same folder: an earlier stream's end must not complete a later copy."""
+    one, two = homes
+    disk, storing, happened = threading.Event(), threading.Event(), list[str]()
+    apply = ReplicaFolder.apply
+
+    def apply_slowly(replica: ReplicaFolder, update: pb.FollowResponse) -> None:
+        if update.HasField("complete"):
+            storing.set()
+            assert disk.wait(15)
+            happened.append("stored")
+        apply(replica, update)
+
+    monkeypatch.setattr(ReplicaFolder, "apply", apply_slowly)
+    async with leading(one) as (_, address):
+
+        async def follow_briefly() -> None:
+            async with following(two, address):
+                await until(storing.is_set)
+            happened.append("left")
+
+        brief = asyncio.create_task(follow_briefly())
+        await until(storing.is_set)
+        asyncio.get_running_loop().call_later(0.1, disk.set)
+        await brief
+    assert happened == ["stored", "left"]
+
+
+@pytest.mark.anyio
+async def test_an_edit_that_a_leader_did_not_get_is_told_to_the_next_one(
+    homes: Homes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = homes
+    lead = Lead.make(one, CLUSTER)
+    for role, name, own_id, home in (
+        (Role.COORDINATOR, "mac-1", "c" * 16, one),
+        (Role.COORDINATOR, "mac-2", "d" * 16, two),
+        (Role.WORKER, "ada", "a" * 16, tmp_path / "ada"),
+    ):
+        lead.admit(role, name, own_id, home)
+
+    def removed(home: Path) -> list[str]:
+        return [one.name for one in Members(ClusterFolder(home, CLUSTER)).all_members() if one.removed]
+
+    lost = asyncio.Event()
+
+    async def lose(home: Path, cluster: str, file: pb.ReplicatedFile) -> None:
+        await asyncio.sleep(0)
+        if b"ada" in file.content and removed(two):
+            lost.set()
+
+    async with leading(one) as (_, address):
+        with monkeypatch.context() as patch:
+            patch.setattr(follow_call, "_adopt", lose)
+            async with following(two, address) as (_, replica):
+                await until(lambda: replica.is_complete)
+                Members(ClusterFolder(two, CLUSTER)).remove("ada")
+                async with asyncio.timeout(15):
+                    await lost.wait()
+        assert removed(one) == []
+        async with following(two, address):
+            await until(lambda: removed(one) == ["ada"])
