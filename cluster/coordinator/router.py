@@ -13,6 +13,7 @@ from typing import Final
 
 from cluster.coordinator.active_requests import MovedRequest
 from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.engine_loop import EngineLoop
 from cluster.coordinator.replica import Replica
 from cluster.core.cluster_state import ServingState
 from cluster.core.errors import MacpipeError, NotServing
@@ -39,7 +40,8 @@ class Router:
         self._routing = asyncio.Lock()
         """Held from the offers for a request until it is sent, so that the next offers know of it."""
         self._moving = asyncio.Lock()
-        self._late: dict[Replica, asyncio.Future[Offer]] = {}
+        self._late: dict[EngineLoop, asyncio.Future[Offer]] = {}
+        """The offers that did not come in time. A loop that is stuck for good never makes its own."""
 
     def ready(self, without: Replica | None = None) -> list[Replica]:
         """Return the replicas that serve; if none does, those that recover, else those that failed to."""
@@ -72,11 +74,12 @@ class Router:
         return offering[choose_replica([offers[replica] for replica in offering])]
 
     async def _gather_offers(self, replicas: Sequence[Replica], request: Request) -> dict[Replica, Offer]:
-        self._late = {replica: late for replica, late in self._late.items() if not late.done()}
+        loops = {replica: replica.service.loop for replica in self._replicas() if replica.service}
+        self._late = {loop: late for loop, late in self._late.items() if not late.done() and loop in loops.values()}
         asked = {
-            replica: asyncio.wrap_future(replica.service.loop.make_offer(request))
+            replica: asyncio.wrap_future(loops[replica].make_offer(request))
             for replica in replicas
-            if replica.service and replica not in self._late
+            if replica in loops and loops[replica] not in self._late
         }
         if not asked:
             return {}
@@ -85,7 +88,7 @@ class Router:
             if not offer.done():
                 log.warning("router: no offer in time holder=%s", replica.holder)
                 offer.add_done_callback(ignore_error)
-                self._late[replica] = offer
+                self._late[loops[replica]] = offer
         return {r: offer.result() for r, offer in asked.items() if offer.done() and not offer.exception()}
 
     # Moves
