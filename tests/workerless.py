@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
+from cluster.coordinator.lead_change import LeadChange
 from cluster.coordinator.model_catalog import ModelCatalog, public_id
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.coordinator.request_timings import ClusterTotals
@@ -29,6 +30,7 @@ class WorkerlessCoordinator:
         return self
 
     is_single = True
+    lead_change = LeadChange()
 
     def leadership(self) -> None:
         """Return None: no term is known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.settings import ServeSettings
 from cluster.coordinator.state_files import StateFiles
-from cluster.core.errors import NotLeader, NotServing
+from cluster.core.errors import MacpipeError, NotLeader, NotServing
 from cluster.core.leadership import CoordinatorName, Replicate, StandbyState
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT, LOOP_STOP_S
 from cluster.discovery.interfaces import interfaces
@@ -219,6 +219,8 @@ class Leading:
     """The names of the models that are loaded at first. Until that is done, a successor is to load them, too."""
     chosen: list[StandbyState] = field(default_factory=list)
     """The standby that was asked to take over, if one was."""
+    loads: AsyncExitStack = field(default_factory=AsyncExitStack)
+    """Ends the loads that run, which requests may wait for."""
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once nothing is recorded any more, before live requests end here."""
 
@@ -253,7 +255,7 @@ class Leading:
         self.upkeep.end()  # a standby that begins to follow now would have it claim to lead again
         others.stand_by()
         if not superseded and not standbys:
-            await self.coordinator.close()
+            await self._close(NotServing("the coordinator is stopping"))
             return
         chosen = {one.name for one in self.chosen}
         heir = None if superseded else max(standbys, key=lambda one: (one.name in chosen, one.in_sync))
@@ -261,7 +263,13 @@ class Leading:
         await self._hold_loops()
         await self.replicator.stop(error, heir.name if heir else "")
         self.leaving.set()
+        self.coordinator.deployments.lead_change.end(error)
         await self.roster.terms.give_back()
+        await self._close(error)
+
+    async def _close(self, error: MacpipeError) -> None:
+        """End the loads, then all requests with ``error``: a load could open the coordinator again."""
+        await self.loads.aclose()
         await self.coordinator.close(error)
 
     async def _hold_loops(self) -> None:

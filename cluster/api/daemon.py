@@ -169,8 +169,8 @@ async def _lead(
         addresses = await stack.enter_async_context(_public_port(leading, trust, services))
         process.listen_on(addresses)
         log.info("leader: listening term=%d address=%s", roster.terms.number, addresses[0])
-        stack.push_async_callback(loads.close)  # before the coordinator closes, which a load could open again
-        stack.push_async_callback(on_demand.close)
+        leading.loads.push_async_callback(loads.close)
+        leading.loads.push_async_callback(on_demand.close)
         tasks.start_soon(_update_health, coordinator, services.checks, on_demand)
         tasks.start_soon(on_demand.run)
         tasks.start_soon(stay_awake, lambda: coordinator.is_busy)

@@ -110,7 +110,8 @@ class RequestService:
             if journal := self.coordinator.journal:
                 await detach_request(journal, self.coordinator.deployments.values(), request_id, client)
             async with self._hold_answerer(request_id, client):
-                request, model_info, answer = self.coordinator.resume(request_id, known, client)
+                with self.coordinator.deployments.lead_change.renamed_errors():
+                    request, model_info, answer = self.coordinator.resume(request_id, known, client)
         return await self._wait_accepted(request, answer, model_info)
 
     @asynccontextmanager
@@ -193,20 +194,21 @@ class RequestService:
         if has_key(request.client):
             self._answered.add(request.client)
         try:
-            async for event in answer:
-                if isinstance(event, PromptLogprobs):
-                    for piece in event.split(PROMPT_PIECE_TOKENS):
-                        yield piece
-                        await asyncio.sleep(0)  # others get their turn between two pieces
-                    continue
-                if isinstance(event, SkippedText):
-                    await answers.skip(event)
-                    continue
-                event = await answers.parse(event)
-                self._count(event, request.client)
-                unfinished -= isinstance(event, FinishEvent)
-                ended = not unfinished  # clients may hang up on reading the last event
-                yield event
+            with self.coordinator.deployments.lead_change.renamed_errors():
+                async for event in answer:
+                    if isinstance(event, PromptLogprobs):
+                        for piece in event.split(PROMPT_PIECE_TOKENS):
+                            yield piece
+                            await asyncio.sleep(0)  # others get their turn between two pieces
+                        continue
+                    if isinstance(event, SkippedText):
+                        await answers.skip(event)
+                        continue
+                    event = await answers.parse(event)
+                    self._count(event, request.client)
+                    unfinished -= isinstance(event, FinishEvent)
+                    ended = not unfinished  # clients may hang up on reading the last event
+                    yield event
         except MacpipeError as e:
             self.metrics.count_error(e)
             ended = True

@@ -299,7 +299,7 @@ class OnDemand:
     async def _refusal(self, entry: ModelEntry, deadline: float | None) -> MacpipeError | None:
         """Wait until a model is loaded. Return why it cannot be served; None if it is.
 
-        Raises ``NotServing`` after ``deadline``: it may yet be loaded.
+        Raises ``NotServing`` after ``deadline``: it may yet be loaded; and as ``LeadChange.require_going``.
         """
         if self._is_replaced(entry):
             return NotServing(f"{entry.name} has lost a worker, and the others cannot take its layers")
@@ -311,10 +311,14 @@ class OnDemand:
         left_s = None if deadline is None else max(deadline - self._clock(), 0.0)
         if not (await asyncio.wait((load,), timeout=left_s))[0]:
             raise self._still_loading(entry)
-        return NotServing("the coordinator is stopping") if load.cancelled() else load.result()
+        error = NotServing("the coordinator is stopping") if load.cancelled() else load.result()
+        if error:
+            self._host.deployments.lead_change.require_going()  # it may have failed since the workers are led elsewhere
+        return error
 
     def _begin(self, entry: ModelEntry) -> asyncio.Task[MacpipeError | None] | None:
         """Return the load of a model that is not served, which begins unless it runs; None so soon after a failure."""
+        self._host.deployments.lead_change.require_going()
         if load := self._loads.get(entry.name):
             return load
         if self._recent_failure(entry):
@@ -340,10 +344,7 @@ class OnDemand:
             doing, retry_s = "another model was loaded a moment ago and stays for a while", pause_s
         else:
             doing, retry_s = self._host.deployments[entry.name].watch.sentence, FAILED_RETRY_S
-        return NotServing(
-            f"{entry.name} is not loaded yet ({doing}); try again in a moment",
-            retry_after_s=retry_s,
-        )
+        return NotServing(f"{entry.name} is not loaded yet ({doing}); try again in a moment", retry_after_s=retry_s)
 
     def _release(self, name: str) -> None:
         self._held_at[name] = self._clock()

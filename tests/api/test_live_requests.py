@@ -1,4 +1,7 @@
-"""Which requests are live: a client that resumes one reads another answer, and the old one's reader may end later."""
+"""Which requests are live, and which follow to the next leader.
+
+A client that resumes a request reads another answer, and the old one's reader may end later.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import pytest
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
+from cluster.coordinator.lead_change import LeadChange
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.core.errors import RequestNotFound
+from cluster.core.errors import NotLeader, NotServing, RequestNotFound
 from cluster.core.known_tokens import KnownTokens
 from cluster.core.request import Accepted, Request, SamplingParams, TokenEvent
 from fuzz.targets.asked import served
@@ -26,11 +30,14 @@ class Accepting(WorkerlessCoordinator):
 
     def __init__(self) -> None:
         self.aborted: list[str] = []
+        self.lead_change = LeadChange()
 
     async def accept(self, request: Request, model_info: ModelInfo) -> AnswerQueue:
         return self._answer()
 
     def resume(self, request_id: str, known: object, client: str) -> tuple[Request, ModelInfo, AnswerQueue]:
+        if request_id != REQUEST.id:
+            raise NotServing("no model is loaded")
         return REQUEST, served(), self._answer()
 
     def _answer(self) -> AnswerQueue:
@@ -39,6 +46,7 @@ class Accepting(WorkerlessCoordinator):
         answer.put(Accepted())
         answer.put(TokenEvent(0, 5, "a"))
         batch.deliver()
+        self.answer = answer
         return answer
 
     async def abort(self, request_id: str) -> None:
@@ -60,3 +68,17 @@ async def test_a_late_end_of_a_broken_call_leaves_the_resumed_request_live() -> 
     await resumed.events.aclose()
     with pytest.raises(RequestNotFound, match="no live request"):
         await service.abort("a", "ada")
+
+
+async def test_answers_that_lose_their_model_as_the_leader_stops_go_on_at_the_next_one() -> None:
+    """Say, while they move from one replica to another, which is closed before they arrive."""
+    coordinator: Any = Accepting()
+    service = RequestService(coordinator, Metrics())
+    running = await service.submit(REQUEST, served())
+    assert isinstance(await anext(running.events), TokenEvent)
+    coordinator.lead_change.end(NotLeader("bob leads now"))
+    coordinator.answer.fail(NotServing("the model is no longer served; send the request again"))
+    with pytest.raises(NotLeader, match="bob leads now"):
+        await anext(running.events)
+    with pytest.raises(NotLeader, match="bob leads now"):
+        await service.resume("b", (KnownTokens(0),), "ada")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
 from cluster.api.http.errors import HANDLERS
 from cluster.api.http.json_response import Json
@@ -21,7 +23,6 @@ from cluster.api.http.origin_policy import OriginPolicy
 from cluster.api.http.passed_answer import PART, PassedAnswer, passed_answer
 from cluster.api.http.server import listen, serve
 from cluster.api.http.sse import EVENTS
-from cluster.api.passing.http_answers import answer_passed
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_http import passing_application
 from cluster.core.errors import Busy, NotServing
@@ -52,10 +53,18 @@ SECOND: tuple[Part, ...] = (
 class Leader(LeaderServiceServicer):
     """A leader whose application tells what it sees, and streams ``pieces``, of which it sends ``most`` at once.
 
-    ``left`` is set once a stream's client has left, ``passed`` has what the standby said of each answer.
+    ``left`` is set once a stream's client has left, ``passed`` has what the standby said of each answer. ``leaving``
+    is set once it leads no more, which is in the midst of its first answer if it ``leaves``.
     """
 
-    def __init__(self, pieces: Sequence[bytes | Part] = PIECES, most: int | None = None, refusals: int = 0) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[bytes | Part] = PIECES,
+        most: int | None = None,
+        refusals: int = 0,
+        *,
+        leaves: bool = False,
+    ) -> None:
         self.left = asyncio.Event()
         self.parts = [piece if isinstance(piece, tuple) else (0, piece) for piece in pieces]
         self.most, self.refusals = most, refusals
@@ -66,10 +75,13 @@ class Leader(LeaderServiceServicer):
             for path, endpoint in paths.items()
         ]
         app = Starlette(routes=routes, exception_handlers=HANDLERS)
-        self.app = RequestMiddleware(app, lambda *_: None, Authorizer(routes)).behind_standby()
+        http = RequestMiddleware(app, lambda *_: None, Authorizer(routes)).behind_standby()
+        others: Any = None
+        self.leaves, self.leaving = leaves, asyncio.Event()
+        self._servicer = LeaderServicer(others, Path(), "", http=http, leaving=self.leaving)
 
     async def PassHttp(self, request_iterator: Any, context: Any) -> None:
-        await answer_passed(self.app, request_iterator, context)
+        await self._servicer.PassHttp(request_iterator, context)
 
     async def echo(self, request: Request) -> Json:
         seen = {
@@ -89,6 +101,9 @@ class Leader(LeaderServiceServicer):
         passed = passed_answer(request)
         assert passed
         self.passed.append(passed)
+        if self.leaves:
+            self.leaving.set()
+            raise NotServing("the coordinator is stopping")
         if self.refusals:
             self.refusals -= 1
             raise NotServing("the model is being loaded")
@@ -262,6 +277,20 @@ async def test_what_may_have_changed_something_is_not_sent_to_the_next_leader() 
         with pytest.raises(httpx.RemoteProtocolError):
             await read(client, service, first, "/other")
     assert not second.passed
+
+
+async def test_an_error_of_a_leader_that_leads_no_more_is_not_the_response() -> None:
+    leader = Leader(leaves=True)
+    service = Service(leader, Leader())
+    await service.begin()
+    async with standby(service) as client:
+        asked = asyncio.create_task(client.post(CHAT, json={"stream": True}))
+        async with asyncio.timeout(15):
+            await leader.leaving.wait()
+        await service.end()
+        await service.begin()
+        response = await asked
+        assert (response.status_code, [one.request_id for one in leader.passed]) == (200, [leader.passed[0].request_id])
 
 
 async def test_a_new_request_waits_a_moment_for_a_leader() -> None:

@@ -26,6 +26,7 @@ from cluster.core.errors import (
     ModelTooLarge,
     NotLeader,
     NotServing,
+    StaleTerm,
     WorkerLost,
 )
 from cluster.core.load_limits import FAILED_RETRY_S, LOAD_TRIES, MIN_RESIDENT_S, REFUSED_RETRY_S
@@ -552,6 +553,37 @@ async def test_requests_that_were_not_accepted_follow_to_the_next_leader() -> No
     with pytest.raises(ModelNotFound):
         async with cluster.demand.hold("chat"):
             raise ModelNotFound("the request's own error stays")
+
+
+async def test_requests_that_wait_for_a_load_follow_to_the_next_leader() -> None:
+    cluster = MemoryCluster(entry("chat", fallback="title"), entry("title"), entry("code"))
+    change, elsewhere = cluster.deployments.lead_change, NotLeader("bob leads now")
+    cluster.gate.clear()
+    asked = [("chat", None), ("chat", 60.0), ("code", None)]  # the last one waits until the turn comes to its load
+    waiting = [asyncio.create_task(cluster.ask(name, wait_s)) for name, wait_s in asked]
+    waiting.append(asyncio.create_task(cluster.demand.await_ready("chat", 60.0)))
+    while not cluster.begun:
+        await asyncio.sleep(0)
+    change.end(elsewhere)
+    await cluster.demand.close()
+    assert await asyncio.gather(*waiting, return_exceptions=True) == [elsewhere] * 4
+    for name in ("chat", "title"):
+        with pytest.raises(NotLeader, match="bob leads now"):
+            await cluster.ask(name)
+    assert cluster.begun == ["chat"], "none begins any more"
+
+
+async def test_requests_follow_if_their_load_fails_since_the_workers_are_led_elsewhere() -> None:
+    cluster = three()
+    cluster.gate.clear()
+    cluster.failing["chat"] = StaleTerm("the call is of term 3, but this worker has granted term 4")
+    waiting = asyncio.create_task(cluster.ask("chat"))
+    while not cluster.begun:
+        await asyncio.sleep(0)
+    cluster.deployments.lead_change.end(NotLeader("bob leads now"))
+    cluster.gate.set()
+    with pytest.raises(NotLeader, match="bob leads now"):
+        await waiting
 
 
 async def test_a_tokenizer_is_read_without_a_load() -> None:

@@ -82,7 +82,7 @@ class LeaderServicer(LeaderServiceServicer):
     ) -> None:
         if self._http is None:
             await abort(context, NotLeader("this coordinator stands by; ask the one that leads"))
-        answering = asyncio.ensure_future(answer_passed(self._http, request_iterator, context))
+        answering = asyncio.ensure_future(answer_passed(self._http, request_iterator, context, self._leaving))
         leaving = asyncio.ensure_future(self._leaving.wait())
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)

@@ -20,17 +20,19 @@ from cluster.v1 import leader_pb2 as pb
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-async def answer_passed(app: ASGIApp | None, requests: AsyncIterator[pb.PassHttpRequest], context: Context) -> None:
+async def answer_passed(
+    app: ASGIApp | None, requests: AsyncIterator[pb.PassHttpRequest], context: Context, leaving: asyncio.Event
+) -> None:
     """Let ``app`` answer one passed request. The standby has checked Host and Origin.
 
-    Without ``app`` this process does not lead.
+    Without ``app`` this process does not lead. Nothing is sent once ``leaving`` is set: the caller ends the call then.
     """
     try:
         first = await anext(requests, None)
         if first is None or not first.HasField("head"):
             raise InvalidRequest("a passed HTTP request begins with its head")
         passed = _passed_answer(first.head)
-        exchange = _Exchange(requests, context, passed)
+        exchange = _Exchange(requests, context, passed, leaving)
         if app is None:
             raise NotLeader("this coordinator stands by; ask the one that leads")
         await app({**_scope(first.head), PASSED: passed}, exchange.receive, exchange.send)
@@ -43,8 +45,14 @@ async def answer_passed(app: ASGIApp | None, requests: AsyncIterator[pb.PassHttp
 class _Exchange:
     """One request and its response, as the application sees them."""
 
-    def __init__(self, requests: AsyncIterator[pb.PassHttpRequest], context: Context, passed: PassedAnswer) -> None:
-        self._requests, self._context = requests, context
+    def __init__(
+        self,
+        requests: AsyncIterator[pb.PassHttpRequest],
+        context: Context,
+        passed: PassedAnswer,
+        leaving: asyncio.Event,
+    ) -> None:
+        self._requests, self._context, self._leaving = requests, context, leaving
         self._known = KnownEvents(passed) if passed.events else None
         self._body_ended = False
 
@@ -56,6 +64,8 @@ class _Exchange:
         return {"type": "http.request", "body": part.body if part else b"", "more_body": not self._body_ended}
 
     async def send(self, message: Message) -> None:
+        if self._leaving.is_set():
+            await asyncio.Event().wait()  # an error of this leader; the standby asks the next one
         if message["type"] == "http.response.start":
             if message["status"] != HTTPStatus.OK:
                 self._known = None  # no answer follows
