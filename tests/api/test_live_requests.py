@@ -5,10 +5,14 @@ A client that resumes a request reads another answer, and the old one's reader m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from starlette.requests import Request as HttpRequest
 
+from cluster.api.http.chat_submission import submit_prepared
+from cluster.api.http.passed_answer import PASSED, KnownPart, PassedAnswer
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.answer_queue import AnswerQueue, EventBatch
@@ -36,6 +40,8 @@ class Accepting(WorkerlessCoordinator):
         return self._answer()
 
     def resume(self, request_id: str, known: object, client: str) -> tuple[Request, ModelInfo, AnswerQueue]:
+        if request_id == "unknown":
+            raise RequestNotFound("request unknown has no answer that can be resumed")
         if request_id != REQUEST.id:
             raise NotServing("no model is loaded")
         return REQUEST, served(), self._answer()
@@ -82,3 +88,20 @@ async def test_answers_that_lose_their_model_as_the_leader_stops_go_on_at_the_ne
         await anext(running.events)
     with pytest.raises(NotLeader, match="bob leads now"):
         await service.resume("b", (KnownTokens(0),), "ada")
+
+
+async def test_a_passed_request_that_no_journal_has_is_answered_anew_unless_its_client_has_some_of_the_answer() -> None:
+    """Its stream may have begun as it waited for its model, at a leader that was lost before it accepted it."""
+    coordinator: Any = Accepting()
+    service, prepared = RequestService(coordinator, Metrics()), replace(REQUEST, id="unknown")
+
+    def passed(*parts: int) -> HttpRequest:
+        known = {part: KnownPart(2, b"") for part in parts}
+        return HttpRequest({"type": "http", PASSED: PassedAnswer("unknown", 0.0, resumed=True, known=known)})
+
+    for begun in ((), (0,)):
+        running = await submit_prepared(service, passed(*begun), prepared, served())
+        assert running.request.resumable
+        await running.events.aclose()
+    with pytest.raises(RequestNotFound):
+        await submit_prepared(service, passed(0, 1), prepared, served())

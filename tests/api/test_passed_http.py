@@ -20,7 +20,7 @@ from cluster.api.http.errors import HANDLERS
 from cluster.api.http.json_response import Json
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.origin_policy import OriginPolicy
-from cluster.api.http.passed_answer import PART, PassedAnswer, passed_answer
+from cluster.api.http.passed_answer import PART, SILENCE, PassedAnswer, passed_answer
 from cluster.api.http.server import listen, serve
 from cluster.api.http.sse import EVENTS
 from cluster.api.passing.leader_channel import LeaderChannel
@@ -248,6 +248,18 @@ async def test_samples_go_on_whatever_their_order_is_at_the_next_leader(most: in
         assert [one for one in events if one.startswith(sample)] == wanted
     assert (events[0], events[-1], len(events)) == (b"data: begin", b"data: end", len(SECOND))
     assert second.passed[0].events == most
+
+
+async def test_a_stream_that_waited_for_its_model_begins_its_answer_at_the_next_leader() -> None:
+    begin, idle, rest = (0, b"data: begin\n\n"), (SILENCE, b"data: nothing yet\n\n"), (1, b"data: a1\n\n")
+    first, second = Leader((begin, idle, idle), most=3), Leader((begin, idle, rest))
+    service = Service(first, second)
+    await service.begin()
+    async with standby(service) as client:
+        received = await read(client, service, first)
+    assert received == b"".join(piece for _, piece in (begin, idle, idle, idle, rest))
+    (resumed,) = second.passed
+    assert (resumed.resumed, resumed.events, resumed.is_begun) == (True, 1, False)
 
 
 async def test_a_sample_with_other_events_is_not_continued() -> None:

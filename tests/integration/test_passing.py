@@ -36,6 +36,19 @@ ROUTES: dict[str, dict[str, Any]] = {
 }
 
 
+MODELS = """
+[[model]]
+name = "big"
+source = "faq"
+workers = 3
+
+[[model]]
+name = "wide"
+source = "faq"
+workers = 4
+"""
+
+
 class WithHttp(Coordinators):
     """Coordinators with HTTP ports."""
 
@@ -211,3 +224,50 @@ def test_what_a_leader_has_not_accepted_before_it_hands_over_is_answered_by_the_
             with Client(pair.address("lead"), timeout_s=20) as admin:
                 admin.hand_over()
         assert [str(one.result()) for one in asking] == ["length"] * 16
+
+
+@pytest.mark.parametrize("ends", ["SIGTERM", "handover"])
+def test_requests_that_wait_for_a_load_as_the_leader_hands_over_are_answered_by_the_next(
+    tmp_path: Path, ends: str
+) -> None:
+    """The load waits for a fourth Mac, which comes when another coordinator leads."""
+    file, late, made = tmp_path / "models.toml", free_port(), WithHttp(tmp_path)
+    file.write_text(MODELS)
+    options = ("--models", str(file), "--wait", "120", "--replicate", "sync", *made.peers)
+    asked = {**CHAT, "model": "wide", "max_tokens": 5}
+
+    def ask_both() -> str:
+        with Client(f"{made.address('lead')},{made.address('heir')}", timeout_s=120) as client:
+            return str(client.chat([("user", "What is a hop?")], max_tokens=5, model="wide").finish_reason)
+
+    def ask_http(*, stream: bool) -> str:
+        body = {**asked, "stream": stream}
+        response = httpx.post(f"{made.url('heir')}/v1/chat/completions", json=body, timeout=120)
+        assert response.status_code == 200, response.text
+        return response.text
+
+    try:
+        leader = made.serve("lead", *options, "--peer", f"127.0.0.1:{late}")
+        wait_serving(made.address("lead"), leader)
+        heir = made.serve("heir", "--standby", "--coordinator", made.address("lead"))
+        until(lambda: made.in_sync("lead") == 1)
+        with ThreadPoolExecutor(3) as pool:
+            by_client, whole, stream = (
+                pool.submit(ask_both),
+                pool.submit(ask_http, stream=False),
+                pool.submit(ask_http, stream=True),
+            )
+            with Client(made.address("lead"), timeout_s=20) as admin:
+                time.sleep(3)  # so that all three wait for it
+                if ends == "SIGTERM":
+                    leader.process.send_signal(signal.SIGTERM)
+                else:
+                    admin.hand_over()
+            heir.wait_for("leader: serving")
+            made.cluster.worker("dan", "--port", str(late))
+            assert by_client.result() == "length"
+            assert json.loads(whole.result())["choices"][0]["finish_reason"] == "length"
+            assert '"finish_reason":"length"' in stream.result().replace(" ", "")
+            assert '"error"' not in stream.result()
+    finally:
+        made.cluster.close()

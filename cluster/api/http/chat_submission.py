@@ -102,6 +102,6 @@ async def submit_prepared(
         try:
             return await service.resume(prepared.id, (KnownTokens(0),), prepared.client)
         except RequestNotFound:
-            if passed.events:
+            if passed.is_begun:
                 raise
     return await service.submit(replace(prepared, resumable=True), model_info)

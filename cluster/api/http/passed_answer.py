@@ -24,8 +24,10 @@ PASSED: Final = "macpipe.passed"
 """Key in the ASGI scope: the ``PassedAnswer`` of a request that a standby passed on."""
 PART: Final = "macpipe.part"
 """Key in an ASGI message: the number of the part to which a piece of a stream belongs; 0 without it."""
+SILENCE: Final = 2**32 - 1
+"""The number of what is sent during silence, in place of a part's: it may look like an event of the answer."""
 _SILENCE: Final = (b":", b"event: ping\n")
-"""Beginnings of what is sent during silence."""
+"""Beginnings of what is sent during silence by leaders of earlier versions."""
 _VARIES: Final = b"event: message_start\n"
 """The beginning of an event that tells how much of the prompt was cached, which another leader does not know."""
 
@@ -54,6 +56,11 @@ class PassedAnswer:
     def events(self) -> int:
         """How many events the client has."""
         return sum(part.events for part in self.known.values())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the client has some of what the model said. A stream may begin earlier, while its model is loaded."""
+        return any(part.events for number, part in self.known.items() if number)
 
 
 def passed_answer(request: Request) -> PassedAnswer | None:
@@ -92,7 +99,7 @@ class CountedEvents:
 
     def add(self, piece: bytes, part: int) -> bool:
         """Count a piece. Return whether it counts."""
-        if piece.startswith(_SILENCE):
+        if part == SILENCE or piece.startswith(_SILENCE):
             return False
         self._counts[part] = self._counts.get(part, 0) + 1
         digest = self._hashes.setdefault(part, hashlib.sha256())

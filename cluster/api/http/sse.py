@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.api.http.errors import sentence_of
 from cluster.api.http.json_response import compact
-from cluster.api.http.passed_answer import PART, part_of
+from cluster.api.http.passed_answer import PART, SILENCE, part_of
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.limits import STREAM_COMMENT_S, STREAM_WRITE_TIMEOUT_S
 
@@ -145,7 +145,8 @@ class EventStream(Generic[E]):
             await asyncio.sleep(STREAM_COMMENT_S)
             async with self._sending:
                 if not self._wrote:
-                    await send({"type": "http.response.body", "body": self._encoder.idle(), "more_body": True})
+                    idle = self._encoder.idle()
+                    await send({"type": "http.response.body", "body": idle, "more_body": True, PART: SILENCE})
 
 
 async def while_connected(request: Request, work: Callable[[], Awaitable[T]]) -> T:
