@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
@@ -32,6 +33,7 @@ from cluster.coordinator.state_files import StateFiles
 from cluster.core.errors import MacpipeError, NotLeader, NotServing
 from cluster.core.leadership import CoordinatorName, Replicate, StandbyState
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT, LOOP_STOP_S
+from cluster.core.replication_limits import PREPARED_S, STOP_PREPARED_S
 from cluster.discovery.interfaces import interfaces
 from cluster.discovery.sighting import Source
 from cluster.discovery.static import merge_sources, static_source
@@ -50,6 +52,8 @@ from cluster.standby.other_coordinators import OtherCoordinators
 from cluster.standby.standby import Succession
 
 __all__ = ["CoordinatorProcess", "Leading"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +231,29 @@ class Leading:
     async def hand_over(self, name: str) -> str:
         """Begin to hand over to the standby that ``name`` means, to one in sync for "". Return its name.
 
-        Raises as ``choose_heir``.
+        It is first given time to read what it needs to lead: answers pause for that otherwise. Raises as
+        ``choose_heir``.
         """
-        heir = choose_heir(name, self.process.others.me, self.replicator.standbys(), any_copy=not self.replicator.mode)
+        await self._wait_prepared(self._choose_heir(name), PREPARED_S)
+        heir = self._choose_heir(name)  # it may have left meanwhile
         self.chosen[:] = [heir]
         self.upkeep.end()
         return heir.name
+
+    def _choose_heir(self, name: str) -> StandbyState:
+        me, standbys = self.process.others.me, self.replicator.standbys()
+        return choose_heir(name, me, standbys, any_copy=not self.replicator.mode)
+
+    async def _wait_prepared(self, heir: StandbyState, most_s: float) -> None:
+        if self.replicator.is_prepared(heir):
+            return
+        log.info("handover: waiting until the standby has read the model standby=%s most_s=%.0f", heir.name, most_s)
+        if not await self.replicator.wait_prepared(heir, most_s):
+            log.warning("handover: going on before the standby has read the model standby=%s", heir.name)
+
+    def _best_heir(self, standbys: Sequence[StandbyState]) -> StandbyState:
+        chosen = {one.name for one in self.chosen}
+        return max(standbys, key=lambda one: (one.in_sync, one.name in chosen, self.replicator.is_prepared(one)))
 
     def servicer(self, http: ASGIApp) -> LeaderServicer:
         """Return the service for other coordinators, which pass HTTP requests to this application."""
@@ -250,15 +271,17 @@ class Leading:
 
     async def stop(self) -> None:
         """Stop serving. If another coordinator leads, or a standby is there, leave it what it needs to go on."""
-        others, standbys = self.process.others, self.replicator.standbys()
+        others = self.process.others
+        if not others.is_superseded and not self.chosen and (following := self.replicator.standbys()):
+            await self._wait_prepared(self._best_heir(following), STOP_PREPARED_S)
+        standbys = self.replicator.standbys()
         superseded = others.is_superseded
         self.upkeep.end()  # a standby that begins to follow now would have it claim to lead again
         others.stand_by()
         if not superseded and not standbys:
             await self._close(NotServing("the coordinator is stopping"))
             return
-        chosen = {one.name for one in self.chosen}
-        heir = None if superseded else max(standbys, key=lambda one: (one.name in chosen, one.in_sync))
+        heir = None if superseded else self._best_heir(standbys)
         error = _handed_over(heir) if heir else _superseded(others.leader)
         await self._hold_loops()
         await self.replicator.stop(error, heir.name if heir else "")

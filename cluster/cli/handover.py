@@ -22,7 +22,8 @@ def handover(
 ) -> None:
     """Have a standby lead in place of the coordinator.
 
-    Running answers continue there. The coordinator stands by afterwards.
+    Running answers continue there. The coordinator stands by afterwards. If the standby has only begun to follow, this
+    waits for up to 5 s until it has read the model.
     """
     from cluster.client import Client
 

@@ -32,6 +32,8 @@ class Follower:
         self.name, self.replica = name, replica
         self.has_journal = False
         """Whether records are sent, which follow a whole journal."""
+        self.is_prepared = False
+        """Whether it has read what it needs to lead."""
         self.reached = 0
         """The last batch of records of which it has stored all."""
         self._clock = clock

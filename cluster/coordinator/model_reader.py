@@ -124,6 +124,11 @@ class ModelReader:
                 self._ahead[order] = asyncio.create_task(self._read_for_later(order))
                 self._ahead[order].add_done_callback(ignore_error)  # ``read`` tries again
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether all that ``read_ahead`` was asked for has been read."""
+        return all(one.done() and not one.cancelled() and not one.exception() for one in self._ahead.values())
+
     async def read(self, order: LoadOrder) -> ModelInfo:
         """Read an order's model. The tokenizer is first loaded in a sandboxed process, which rejects a hostile one.
 

@@ -171,6 +171,24 @@ class Replicator:
                 missing.append(dataclasses.replace(state, problem="it has not stored this in time"))
         return StoredEdit(tuple(stored), tuple(missing))
 
+    def note_prepared(self, follower: Follower, *, is_prepared: bool) -> None:
+        """Take note whether a follower has read what it needs to lead."""
+        follower.is_prepared = is_prepared
+        self._progress.set()
+
+    def is_prepared(self, standby: StandbyState) -> bool:
+        """Return whether a standby has read what it needs to lead."""
+        return any(one.is_prepared for one in self._find(standby))
+
+    async def wait_prepared(self, standby: StandbyState, most_s: float) -> bool:
+        """Wait until a standby is prepared, or has left, at most ``most_s``. Return whether it is prepared."""
+        await self._wait_for(lambda: self.is_prepared(standby) or not self._find(standby), most_s)
+        return self.is_prepared(standby)
+
+    def _find(self, standby: StandbyState) -> list[Follower]:
+        known = standby.name, standby.addresses
+        return [one for one in self._followers.values() if (one.name.name, one.name.addresses) == known]
+
     def _encode_leadership(self, leadership: LeadershipState) -> pb.FollowResponse:
         current = dataclasses.replace(leadership, replicate=self.mode, standbys=self.standbys())
         return pb.FollowResponse(leadership=encode_leadership(current))

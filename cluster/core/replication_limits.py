@@ -17,6 +17,10 @@ IN_SYNC_WAIT_S: Final = 20.0
 """How long a standby whose copy lacks something leaves the lead to one whose copy lacks nothing, if that comes back."""
 CONFIRM_S: Final = 5.0
 """How long a command waits for the standbys to store what it edited: one that takes longer is not in sync by then."""
+PREPARED_S: Final = 5.0
+"""How long ``macpipe handover`` waits for a standby to read what it needs to lead: answers pause for that otherwise."""
+STOP_PREPARED_S: Final = 1.0
+"""How long a leader that is told to stop waits for that; less than silence that lets standbys take it for lost."""
 PIECE_BYTES: Final = MIB
 """Size of the pieces in which a whole journal is sent."""
 MAX_UNSTORED_BYTES: Final = 4 * JOURNAL_BYTES

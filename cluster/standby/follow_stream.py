@@ -56,6 +56,8 @@ class FollowStream:
         self._tasks: list[asyncio.Task[None]] = []
         self._requests = asyncio.Queue[pb.FollowRequest | None](_MOST_UNSENT)
         self._is_unsynced = False
+        self._told_prepared = False
+        """What the leader believes of this standby, at first of each."""
 
     async def __aenter__(self) -> FollowStream:
         hello = pb.FollowHello(standby=encode_coordinator(self._me), term=self._replica.term, replica=self._replica.id)
@@ -84,6 +86,12 @@ class FollowStream:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._close()
         self.ended.set()
+
+    def tell_prepared(self, *, is_prepared: bool) -> None:
+        """Tell the leader whether this standby has read what it needs to lead, unless it knows. Call it each beat."""
+        if is_prepared != self._told_prepared and not self._requests.full():
+            self._requests.put_nowait(pb.FollowRequest(prepared=is_prepared))
+            self._told_prepared = is_prepared
 
     async def _send(self) -> AsyncIterator[pb.FollowRequest]:
         while (request := await self._requests.get()) is not None:

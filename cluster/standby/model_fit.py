@@ -30,6 +30,11 @@ class ModelFit:
         self.problem = ""
         """Why the model cannot be read on this Mac, so that it cannot lead; "" if it can."""
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether a load of the model that is loaded first need not wait for its files, or none is loaded."""
+        return self._order is None or (not self.problem and self.reader.is_ahead)
+
     async def prepare(self, service: ReplicatedService) -> None:
         """Read the headers of the model that is loaded first, unless they are known. A failure is noted.
 

@@ -54,6 +54,9 @@ class LeaderStream(Protocol):
     error: MacpipeError | None
     """Why the stream ended; None while it lasts."""
 
+    def tell_prepared(self, *, is_prepared: bool) -> None:
+        """Tell the leader whether this standby has read what it needs to lead."""
+
 
 OpenStream: TypeAlias = Callable[[str], AbstractAsyncContextManager[LeaderStream]]
 """Follows the leader at an address. Raises ``MacpipeError`` if it cannot be followed."""
@@ -210,6 +213,7 @@ class Standby:
                 self._end_problem()
                 with suppress(MacpipeError):
                     await self._fit.prepare(self._replica.service())
+                    stream.tell_prepared(is_prepared=self._fit.is_prepared)
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_S):
                     await stream.ended.wait()

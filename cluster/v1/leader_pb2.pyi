@@ -28,8 +28,11 @@ class FollowRequest(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
+    PREPARED_FIELD_NUMBER: _builtins.int
     stored: _builtins.int
     """The number of an update: it and all before it are stored."""
+    prepared: _builtins.bool
+    """Whether it has read what it needs to lead, such as the tokenizer of the model that is loaded first."""
     @_builtins.property
     def hello(self) -> Global___FollowHello:
         """The first message of the stream, and only the first."""
@@ -44,12 +47,13 @@ class FollowRequest(_message.Message):
         hello: Global___FollowHello | None = ...,
         stored: _builtins.int = ...,
         file: Global___ReplicatedFile | None = ...,
+        prepared: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hello", b"hello", "part", b"part", "stored", b"stored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hello", b"hello", "part", b"part", "prepared", b"prepared", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hello", b"hello", "part", b"part", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "hello", b"hello", "part", b"part", "prepared", b"prepared", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["hello", "stored", "file"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["hello", "stored", "file", "prepared"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -507,7 +511,9 @@ class PassHttpResponse(_message.Message):
     body: _builtins.bytes
     """The next bytes of the body."""
     part_of_answer: _builtins.int
-    """Of a stream: to which part of the answer the bytes belong, as in KnownPart."""
+    """Of a stream: to which part of the answer the bytes belong, as in KnownPart; the highest number for what is sent
+    during silence.
+    """
     @_builtins.property
     def head(self) -> Global___HttpResponseHead:
         """The first message of the stream, and only the first."""

@@ -424,3 +424,23 @@ async def test_an_edit_that_a_leader_did_not_get_is_told_to_the_next_one(
         assert removed(one) == []
         async with following(two, address):
             await until(lambda: removed(one) == ["ada"])
+
+
+@pytest.mark.anyio
+async def test_a_leader_may_wait_until_a_standby_has_read_what_it_needs_to_lead(homes: Homes) -> None:
+    one, two = homes
+    async with leading(one, None) as (leader, address):
+        replicator = leader.replicator
+        async with following(two, address) as (stream, _):
+            (standby,) = replicator.standbys()
+            assert not await replicator.wait_prepared(standby, 0.01)
+            waiting = asyncio.create_task(replicator.wait_prepared(standby, 15.0))
+            stream.tell_prepared(is_prepared=True)
+            assert await waiting
+            assert replicator.is_prepared(standby)
+            stream.tell_prepared(is_prepared=False)  # another model is loaded
+            await until(lambda: not replicator.is_prepared(standby))
+            waiting = asyncio.create_task(replicator.wait_prepared(standby, 60.0))
+        assert not await waiting, "it has left"
+        async with following(two, address):
+            assert not replicator.is_prepared(standby), "a standby that follows anew says so anew"

@@ -49,6 +49,11 @@ class Stream:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     handover: str | None = None
     error: MacpipeError | None = None
+    prepared: bool | None = None
+    """What the standby has told its leader."""
+
+    def tell_prepared(self, *, is_prepared: bool) -> None:
+        self.prepared = is_prepared
 
 
 @dataclass
@@ -87,6 +92,7 @@ class FitsAnyWorkers:
 
     problem = ""
     reader = None
+    is_prepared = False
 
     async def prepare(self, service: ReplicatedService) -> None:
         pass
@@ -327,3 +333,15 @@ def test_the_first_one_in_sync_and_the_chosen_one_go_at_once_and_the_others_afte
     assert patience(None, "mac-3") == GONE_S + LEASE_S
     monkeypatch.setattr(standby._others, "me", CoordinatorName("mac-3", "c", ("mac-3:7700",)))
     assert LEASE_S < GONE_S < patience(None, "mac-2", "mac-3") < GONE_S + LEASE_S
+
+
+@pytest.mark.anyio
+async def test_a_leader_is_told_once_its_standby_has_read_what_it_needs_to_lead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    scene = Scene(fits_any=True)
+    await until(lambda: scene.streams and scene.streams[0].prepared is False)
+    monkeypatch.setattr(FitsAnyWorkers, "is_prepared", True)
+    await until(lambda: scene.streams[0].prepared)
+    await scene.end()

@@ -68,12 +68,14 @@ async def _introduce(replicator: Replicator, requests: AsyncIterator[pb.FollowRe
 async def _read(
     replicator: Replicator, follower: Follower, home: Path, cluster: str, requests: AsyncIterator[pb.FollowRequest]
 ) -> None:
-    """Take what the standby has stored, and what was edited on its Mac."""
+    """Take what the standby has stored, whether it can lead at once, and what was edited on its Mac."""
     try:
         async for request in requests:
             match request.WhichOneof("part"):
                 case "stored":
                     replicator.acknowledge(follower, request.stored)
+                case "prepared":
+                    replicator.note_prepared(follower, is_prepared=request.prepared)
                 case "file":
                     await _adopt(home, cluster, request.file)
     finally:

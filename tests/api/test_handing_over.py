@@ -1,0 +1,130 @@
+"""A leader gives its heir time to read what it needs to lead: some seconds if a person asks, one if it must stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.api import coordinator_process as module
+from cluster.api.coordinator_process import Leading
+from cluster.coordinator.follower import Follower
+from cluster.coordinator.lead_change import LeadChange
+from cluster.coordinator.replicator import Replicator
+from cluster.core.errors import MacpipeError, NotLeader, NotServing
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim
+from cluster.standby.other_coordinators import OtherCoordinators
+
+pytestmark = pytest.mark.anyio
+ME, HEIR, OTHER = (CoordinatorName(f"mac-{i}", f"{i}", (f"mac-{i}:7700",)) for i in (1, 2, 3))
+
+
+class Scene:
+    """A leader without workers or models. ``happened`` has the steps of its end."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+        self.others = OtherCoordinators(ME, self._ask)
+        self.others.lead(3)
+        self.replicator = Replicator(None, "copy")
+        self.lead_change = LeadChange()
+        deployments: Any = SimpleNamespace(values=tuple, lead_change=self.lead_change)
+        coordinator: Any = SimpleNamespace(deployments=deployments, close=self._close)
+        roster: Any = SimpleNamespace(terms=SimpleNamespace(give_back=self._give_back))
+        upkeep: Any = SimpleNamespace(end=lambda: None)
+        process: Any = SimpleNamespace(others=self.others)
+        self.leading = Leading(process, coordinator, roster, self.replicator, upkeep, [])
+        self.leading.loads.push_async_callback(self._end_loads)
+
+    async def _ask(self, address: str, claim: LeaderClaim) -> LeaderClaim:
+        raise AssertionError("nobody is asked")
+
+    async def _end_loads(self) -> None:
+        await asyncio.sleep(0)
+        with suppress(MacpipeError):
+            self.lead_change.require_going()
+            self.happened.append("loads end before their requests know why")
+        self.happened.append("loads ended")
+
+    async def _give_back(self) -> None:
+        await asyncio.sleep(0)
+        self.happened.append("workers given back")
+
+    async def _close(self, error: MacpipeError) -> None:
+        await asyncio.sleep(0)
+        self.happened.append(str(error))
+
+    def follow(self, name: CoordinatorName) -> Follower:
+        follower = self.replicator.follow(name, name.name)
+        follower.acknowledge(follower.newest)
+        return follower
+
+    async def stop(self) -> None:
+        """Stop, with standbys that store all they are sent."""
+        stopping = asyncio.create_task(self.leading.stop())
+        while not stopping.done():
+            for follower in tuple(self.replicator._followers.values()):
+                self.replicator.acknowledge(follower, follower.newest)
+            await asyncio.sleep(0.01)
+        await stopping
+
+
+async def until(is_so: Callable[[], object]) -> None:
+    async with asyncio.timeout(15):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_handover_waits_until_the_standby_has_read_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    caplog.set_level("INFO")
+    follower = scene.follow(HEIR)
+    asked = asyncio.create_task(scene.leading.hand_over("mac-2"))
+    await until(lambda: "handover: waiting until the standby has read the model standby=mac-2" in caplog.text)
+    assert not scene.leading.chosen
+    scene.replicator.note_prepared(follower, is_prepared=True)
+    assert await asked == "mac-2"
+    assert [one.name for one in scene.leading.chosen] == ["mac-2"]
+
+
+async def test_a_handover_goes_on_after_a_while_and_not_to_a_standby_that_has_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene()
+    follower = scene.follow(HEIR)
+    leaving = asyncio.create_task(scene.leading.hand_over("mac-2"))
+    await asyncio.sleep(0)
+    scene.replicator.leave(follower)
+    with pytest.raises(NotServing, match="no standby named mac-2 follows"):
+        await leaving
+    scene.follow(HEIR)
+    monkeypatch.setattr(module, "PREPARED_S", 0.01)
+    assert await scene.leading.hand_over("mac-2") == "mac-2"
+    assert "handover: going on before the standby has read the model standby=mac-2" in caplog.text
+
+
+async def test_a_leader_that_stops_waits_a_moment_and_hands_over_to_a_standby_that_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "STOP_PREPARED_S", 60.0)
+    scene = Scene()
+    scene.follow(HEIR)
+    scene.replicator.note_prepared(scene.follow(OTHER), is_prepared=True)
+    await scene.stop()
+    why = "this coordinator stops; mac-3 takes its place, and the answer goes on there"
+    assert scene.happened == ["workers given back", "loads ended", why]
+    assert scene.others.role is CoordinatorRole.STANDBY
+    with pytest.raises(NotLeader, match="mac-3 takes its place"):
+        scene.lead_change.require_going()
+
+
+async def test_a_leader_that_stops_goes_on_if_no_standby_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STOP_PREPARED_S", 0.01)
+    scene = Scene()
+    scene.follow(HEIR)
+    await scene.stop()
+    assert scene.happened[-1].startswith("this coordinator stops; mac-2 takes its place")
