@@ -70,8 +70,7 @@ if TYPE_CHECKING:
 Message = TypeVar("Message", pb.LoadStageResponse, pb.SetAdaptersResponse)
 _SERIAL_BYTES = 20
 """Maximum size of a certificate's serial number."""
-
-
+_CLOSED = "the channel to worker {} is closed: it is no more at {}"
 _RETIRED = 4
 """Maximum number of replaced connections that stay open for the calls still running on them."""
 
@@ -98,6 +97,7 @@ class WorkerClient:
         self._coordinator, self._instance, self._term = coordinator, instance, term
         self._trust, self._revoked = trust, revoked
         self._retired: list[grpc.aio.Channel] = []
+        self._closed = False
         self._clock_ahead_s = 0.0
         self._ping_s = PING_S
         self._dial(WORKER)
@@ -109,7 +109,9 @@ class WorkerClient:
         self._unverified_stub = WorkerServiceStub(self._channel)
 
     async def _redial(self, peer: str) -> None:
-        """Reconnect. Running calls keep their old connection until ``_RETIRED`` more reconnects."""
+        """Reconnect; running calls keep one of ``_RETIRED`` old connections. Raises ``WorkerLost`` after ``close``."""
+        if self._closed:
+            raise WorkerLost(_CLOSED.format(self.name, self.address), worker=self.name)
         self._retired.append(self._channel)
         self._dial(peer)
         if len(self._retired) > _RETIRED:
@@ -158,7 +160,7 @@ class WorkerClient:
             coordinator=self._coordinator,
             instance=self._instance,
             term=self._term(),
-            revoked=_serials(self._revoked()),
+            revoked=[serial.to_bytes(_SERIAL_BYTES) for serial in sorted(self._revoked())[:MAX_REVOKED]],
         )
         asked_at = time.time()
         async with self._map_errors():
@@ -415,6 +417,8 @@ class WorkerClient:
             await self._stub.InstallCertificate(fresh, timeout=CONTROL_TIMEOUT_S)
 
     async def close(self) -> None:
+        """Close all connections. Calls raise ``WorkerLost`` from then on, also those that run."""
+        self._closed = True
         for channel in (*self._retired, self._channel):
             await channel.close(None)
 
@@ -433,7 +437,7 @@ async def _map_rpc_errors(name: str, address: str) -> AsyncIterator[None]:
             raise
         raise WorkerLost(f"the channel to worker {name} was closed during a call", worker=name) from None
     except grpc.aio.UsageError:  # for a call that begins on a closed channel: the worker was forgotten meanwhile
-        raise WorkerLost(f"the channel to worker {name} is closed: it is no more at {address}", worker=name) from None
+        raise WorkerLost(_CLOSED.format(name, address), worker=name) from None
     except grpc.aio.AioRpcError as e:
         error = from_rpc_error(e, address, peer="worker" if name == address else f"worker {name}")
         if isinstance(error, DeadlineExceeded):
@@ -492,7 +496,3 @@ def _party_of(worker_id: str) -> str:
     if not ID.fullmatch(worker_id):
         raise WorkerReplaced("the worker reports an id that is not one of macpipe's")
     return worker_of(worker_id)
-
-
-def _serials(revoked: Iterable[int]) -> list[bytes]:
-    return [serial.to_bytes(_SERIAL_BYTES) for serial in sorted(revoked)[:MAX_REVOKED]]

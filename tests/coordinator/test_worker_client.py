@@ -44,6 +44,19 @@ async def test_calls_of_a_worker_that_was_forgotten_are_losses() -> None:
             await call
 
 
+@pytest.mark.anyio
+async def test_a_worker_that_was_forgotten_is_not_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next connection would stay open: nobody closes a client twice."""
+    trust = LocalTrust()
+    control = WorkerClient(trust, "127.0.0.1:1", "c0" * 8)
+    await control.close()
+    with pytest.raises(WorkerLost, match="is closed: it is no more at"):
+        await control.describe(60.0)  # with the patience for a slow worker, which needs other pings
+    monkeypatch.setattr(LocalTrust, "serial", 7)  # the certificate was renewed
+    with pytest.raises(WorkerLost, match="is closed: it is no more at"):
+        await control.describe()
+
+
 REFUSED = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to host: "
 
 
