@@ -117,7 +117,7 @@ class Roster:
         async with anyio.create_task_group() as tasks:
             for address in addresses:
                 tasks.start_soon(self._ask, address, answers)
-        await self._forget(self._controls.keys() - addresses)
+        await self._forget(self._controls.keys() - self.addresses())  # a load may have begun on another one meanwhile
         # reachable members come last, so they replace unreachable ones of the same process
         by_reachable = sorted(answers.values(), key=lambda m: m.reachable)
         unique = {(m.info.id or m.info.control_address, m.info.instance): m for m in by_reachable}
@@ -348,8 +348,9 @@ class Roster:
             await self._forget(self._controls.keys() - self.addresses())
 
     async def _forget(self, addresses: AbstractSet[str]) -> None:
-        for address in tuple(addresses):
-            await self._controls.pop(address).close()
+        gone = [self._controls.pop(address) for address in tuple(addresses)]
+        for control in gone:
+            await control.close()
 
     async def close(self) -> None:
         await self._forget(self._controls.keys())

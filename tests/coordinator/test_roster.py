@@ -13,6 +13,7 @@ import pytest
 from cluster import __version__
 from cluster.coordinator.roster import MLX_LM, Roster
 from cluster.coordinator.settings import LoadOrder
+from cluster.coordinator.worker_client import WorkerClient
 from cluster.coordinator.worker_gathering import gather_remaining, gather_workers
 from cluster.core.errors import MacpipeError, NoPlan, NoWorkers, VersionMismatch, WorkerLost
 from cluster.core.limits import DESCRIBE_TIMEOUT_S, GIB, HEARTBEAT_S
@@ -127,6 +128,31 @@ async def test_a_worker_that_did_not_answer_in_the_election_holds_up_nobody_unti
         ADA.control_address: [HEARTBEAT_S, DESCRIBE_TIMEOUT_S],
         BOB.control_address: [HEARTBEAT_S, HEARTBEAT_S],
     }
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_a_load_began_to_use_during_a_refresh_keeps_its_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The refresh waits for a worker that does not answer; the other one was announced too late for it."""
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def describe(control: WorkerClient, timeout_s: float) -> tuple[WorkerInfo, str]:
+        asked.set()
+        await answered.wait()
+        raise WorkerLost(f"worker {control.name} does not answer", worker=control.name)
+
+    monkeypatch.setattr(WorkerClient, "describe", describe)
+    roster = Roster(static_source([ADA.control_address]), "c", "me", LocalTrust())
+    refreshing = asyncio.create_task(roster.refresh())
+    await asked.wait()
+    roster.pin("model", [BOB])
+    used, unused = roster.control(BOB.control_address), roster.control(CYD.control_address)
+    answered.set()
+    await refreshing
+    assert roster.control(BOB.control_address) is used
+    assert roster.control(CYD.control_address) is not unused
+    await roster.close()
 
 
 def test_a_plan_that_waits_for_nobody_does_not_say_that_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
