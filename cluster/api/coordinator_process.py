@@ -188,6 +188,7 @@ class CoordinatorProcess:
                 Journal(self._journal_file, settings.journal or Fsync.NEVER),
                 replication=replicator if mode else None,
                 gated=mode is Replicate.SYNC,
+                lacks_earlier=taken is not None and not (mode and taken.may_resume),
             )
             if mode:
                 replicator.attach(coordinator.journal)

@@ -120,7 +120,7 @@ class AsyncClient:
 
         ``offset`` is the index of the first token to send; for several samples, pass one offset per sample. Not a
         coroutine, but needs a running event loop. Iterating raises RequestNotFound if the request is unknown or the
-        coordinator keeps no journal.
+        coordinator keeps no journal, and AnswerLost if it was begun by an earlier leader whose answers this one lacks.
         """
         request, timeout_s = encoding.encode_resume(request_id, offset), self._timeout_s
         if not self._follows:

@@ -119,7 +119,8 @@ class Client:
         """Stream the rest of an answer after the coordinator restarted.
 
         ``offset`` is the index of the first token to send; for several samples, pass one offset per sample. Iterating
-        raises RequestNotFound if the request is unknown or the coordinator keeps no journal.
+        raises RequestNotFound if the request is unknown or the coordinator keeps no journal, and AnswerLost if it was
+        begun by an earlier leader whose answers this one lacks.
         """
         request, timeout_s = encoding.encode_resume(request_id, offset), self._timeout_s
         if not self._follows:

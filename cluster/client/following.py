@@ -11,7 +11,7 @@ from cluster.client.calls import Pause, StreamCall, Stubs
 from cluster.client.connection import CoordinatorConnection
 from cluster.client.follow_schedule import FollowSchedule, is_elsewhere, never_sent
 from cluster.client.received_answer import ReceivedAnswer, Reply
-from cluster.core.errors import Aborted, DeadlineExceeded, MacpipeError, RequestNotFound
+from cluster.core.errors import Aborted, AnswerLost, DeadlineExceeded, MacpipeError, RequestNotFound
 from cluster.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ class FollowedAnswer:
 
     def _follow(self, error: MacpipeError) -> None:
         """Have the answer continued, here or at another address. Raise ``error`` if it is the answer's end."""
-        if isinstance(error, RequestNotFound) and self._is_new and not self._progress.accepted:
-            self._call = self._begin(self._left_s())  # no coordinator has it
+        if isinstance(error, RequestNotFound | AnswerLost) and self._is_new and not self._progress.accepted:
+            self._call = self._begin(self._left_s())  # no coordinator that leads has it
             return
         pause_s = self._schedule.pause_s(error, patient=self._progress.accepted)
         if pause_s is None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from cluster.coordinator.journal import AnswerTokens, JournaledRequest
 from cluster.coordinator.journal_writer import JournalWriter
-from cluster.core.errors import DeadlineExceeded, InvalidRequest, NotServing, RequestEnded, RequestNotFound
+from cluster.core.errors import AnswerLost, DeadlineExceeded, InvalidRequest, NotServing, RequestEnded, RequestNotFound
 from cluster.core.known_tokens import KnownAnswer, KnownTokens
 from cluster.core.limits import CONTROL_TIMEOUT_S
 from cluster.core.request import Request
@@ -22,12 +22,18 @@ from cluster.core.request import Request
 def take_request(journal: JournalWriter | None, request_id: str, client: str) -> JournaledRequest:
     """Return a request of ``client`` from the journal.
 
-    Raises ``RequestEnded`` if it has ended, ``RequestNotFound`` if the client has none with this id.
+    Raises ``RequestEnded`` if it has ended, ``AnswerLost`` if only an earlier leader may have it, ``RequestNotFound``
+    if the client has none with this id.
     """
     kept = journal.take(request_id, client) if journal else None
     if kept is None:
         if journal and journal.has_ended(request_id, client):
             raise RequestEnded(f"request {request_id} has ended, and its answer is not kept; send it with another id")
+        if journal and journal.lacks_earlier:
+            raise AnswerLost(
+                f"request {request_id} cannot go on: the Mac that leads now does not have all answers of the leader "
+                "before it; send the request again"
+            )
         why = "" if journal else ": this coordinator keeps no journal; serve with --journal"
         raise RequestNotFound(f"request {request_id} has no answer that can be resumed{why}")
     return kept

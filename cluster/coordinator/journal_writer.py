@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -14,8 +15,9 @@ from typing import Final, Protocol
 from cluster.coordinator.event_gate import EventGate
 from cluster.coordinator.journal import Answerer, AnswerTokens, Journal, JournalCopies, JournaledRequest
 from cluster.core.journal_limits import JOURNAL_BATCHES, JOURNAL_RETRY_S
-from cluster.core.limits import LOOP_STOP_S
+from cluster.core.limits import LOOP_STOP_S, RESUME_S
 from cluster.core.request import Request
+from cluster.platform.continuous_clock import continuous_seconds
 
 __all__ = ["JournalReplication", "JournalWriter", "LoopJournal"]
 
@@ -44,6 +46,8 @@ class JournalWriter:
     """Gives each engine loop its own part of one ``Journal``, and writes what they record.
 
     If they have a ``gate``, their events wait there until ``replication`` has stored what they recorded before.
+    ``lacks_earlier``: an earlier leader has answers that are not in this journal. ``clock`` returns seconds, and counts
+    sleep.
     """
 
     def __init__(
@@ -52,10 +56,15 @@ class JournalWriter:
         most_batches: int = JOURNAL_BATCHES,
         replication: JournalReplication | None = None,
         gated: bool = False,
+        *,
+        lacks_earlier: bool = False,
+        clock: Callable[[], float] = continuous_seconds,
     ) -> None:
         self._journal = journal
         self._replication = journal.copies = replication
         self.gate = EventGate(lambda: self._queued) if gated else None
+        self._clock = clock
+        self._lacks_until = clock() + RESUME_S if lacks_earlier else -math.inf
         self._numbering = threading.Lock()
         self._queued = self._applied = 0
         """Numbers of the last batch that was queued, and of the last one that is in the journal."""
@@ -78,6 +87,11 @@ class JournalWriter:
     def has_ended(self, request_id: str, client: str) -> bool:
         """Return whether a request has ended and cannot be resumed, see ``Journal.has_ended``."""
         return self._journal.has_ended(request_id, client)
+
+    @property
+    def lacks_earlier(self) -> bool:
+        """Whether clients may still look here for answers that only an earlier leader has."""
+        return self._clock() < self._lacks_until
 
     def flushed(self) -> Future[None]:
         """Return a future that is done once all records that are queued now count."""

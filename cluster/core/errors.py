@@ -69,6 +69,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     ABORTED = "ABORTED"
     REQUEST_NOT_FOUND = "REQUEST_NOT_FOUND"
+    ANSWER_LOST = "ANSWER_LOST"
     ANSWER_DIFFERS = "ANSWER_DIFFERS"
     REQUEST_ENDED = "REQUEST_ENDED"
     BAD_FRAME = "BAD_FRAME"
@@ -439,6 +440,12 @@ class RequestNotFound(MacpipeError):
     """No live request has this id."""
 
     reason, grpc_status, http_status = Reason.REQUEST_NOT_FOUND, "NOT_FOUND", 404
+
+
+class AnswerLost(MacpipeError):
+    """An answer of an earlier leader cannot go on, since this one does not have it. The request can be sent again."""
+
+    reason, grpc_status, http_status = Reason.ANSWER_LOST, "UNAVAILABLE", 503
 
 
 class AnswerDiffers(MacpipeError):

@@ -135,6 +135,21 @@ def test_an_answer_that_no_coordinator_has_ends_with_that_error(
     assert requests(other) == ["ResumeRequest"]
 
 
+def test_an_answer_that_the_next_leader_lacks_is_lost_unless_it_had_not_begun(
+    ask: Ask, coordinator: Coordinator, other: Coordinator
+) -> None:
+    async def lost(request: Any, context: Any) -> AsyncIterator[Any]:
+        await abort(context, errors.AnswerLost("send the request again"))
+        yield
+
+    coordinator.script.answer, other.script.rest = breaks_after(3), lost
+    with pytest.raises(errors.AnswerLost, match="send the request again"):
+        ask(both(coordinator, other), "generate", "Why?")
+    coordinator.script.answer = breaks_after(0)
+    assert ask(both(coordinator, other), "generate", "Why?").text == "Macs pass layers on."
+    assert requests(other) == ["ResumeRequest", "ResumeRequest", "GenerateRequest"]
+
+
 def test_a_coordinator_with_other_tokens_continues_nothing(
     ask: Ask, coordinator: Coordinator, other: Coordinator
 ) -> None:

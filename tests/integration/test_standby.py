@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.client import Client, ClusterState
-from cluster.core.errors import MacpipeError, NotServing
+from cluster.core.errors import AnswerLost, MacpipeError, NotServing, RequestNotFound
 from integration.daemons import Cluster, Daemon, free_port, launch, until, wait_serving
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
@@ -82,8 +82,8 @@ def pair(tmp_path: Path) -> Iterator[Coordinators]:
         made.cluster.close()
 
 
-def undisturbed(pair: Coordinators) -> list[int]:
-    with Client(pair.address("lead"), timeout_s=60) as client:
+def undisturbed(pair: Coordinators, name: str = "lead") -> list[int]:
+    with Client(pair.address(name), timeout_s=60) as client:
         return [token.token for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True)]
 
 
@@ -246,6 +246,23 @@ def test_a_standby_that_missed_tokens_leaves_the_lead_to_the_leader_that_comes_b
         stand_by(pair, "lead", "heir")
 
     assert read(pair, lose_both) == whole
+
+
+def test_a_standby_that_missed_tokens_and_leads_ends_the_old_answers_since_it_lacks_them(pair: Coordinators) -> None:
+    with Client(pair.address("lead"), timeout_s=60) as client, pytest.raises(RequestNotFound):
+        list(client.resume("nobodys"))
+
+    def lose_both() -> None:
+        kill(named(pair, "heir"))
+        until(lambda: pair.in_sync("lead") == 0)
+        with Client(pair.address("lead"), timeout_s=60) as client:
+            client.generate(PROMPT, max_tokens=3)  # the leader goes on alone
+        kill(leader_of(pair))
+        stand_by(pair, "heir", "lead")
+
+    with pytest.raises(AnswerLost, match="send the request again"):
+        read(pair, lose_both)
+    assert len(undisturbed(pair, "heir")) == TOKENS
 
 
 def test_a_leader_that_missed_tokens_stands_by_though_it_is_started_with_its_model(pair: Coordinators) -> None:

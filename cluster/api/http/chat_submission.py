@@ -19,7 +19,7 @@ from cluster.api.request_service import RequestService, RunningRequest
 from cluster.api.request_validation import chat_request, generate_request
 from cluster.api.requests import ChatParams, GenerateParams, rename_fields
 from cluster.coordinator.model_reader import ModelInfo
-from cluster.core.errors import RequestNotFound
+from cluster.core.errors import AnswerLost, RequestNotFound
 from cluster.core.known_tokens import KnownTokens
 from cluster.core.request import FinishEvent, TokenEvent
 from cluster.core.request import Request as InferenceRequest
@@ -101,7 +101,7 @@ async def submit_prepared(
     if passed.resumed:
         try:
             return await service.resume(prepared.id, (KnownTokens(0),), prepared.client)
-        except RequestNotFound:
+        except (RequestNotFound, AnswerLost):
             if passed.is_begun:
                 raise
     return await service.submit(replace(prepared, resumable=True), model_info)
