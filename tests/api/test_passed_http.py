@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.http.authorization import Access, Authorizer, DeclaredRoute
-from cluster.api.http.errors import HANDLERS
+from cluster.api.http.errors import HANDLERS, openai_error
 from cluster.api.http.json_response import Json
 from cluster.api.http.middleware import RequestMiddleware
 from cluster.api.http.origin_policy import OriginPolicy
 from cluster.api.http.passed_answer import PART, SILENCE, PassedAnswer, passed_answer
 from cluster.api.http.server import listen, serve
-from cluster.api.http.sse import EVENTS
+from cluster.api.http.sse import COMMENT, EVENTS, EventStream, event
+from cluster.api.passing.http_answers import answer_passed
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_http import passing_application
-from cluster.core.errors import Busy, NotServing
+from cluster.core.errors import AnswerLost, Busy, MacpipeError, NotServing
 from cluster.core.leadership import CoordinatorName
 from cluster.security.credentials import LocalTrust
 from cluster.transport.byte_budget import ByteBudget
@@ -39,6 +41,9 @@ ORIGINS = OriginPolicy(frozenset({"mac-2.local"}), frozenset({"https://chat.exam
 PIECES = (b"data: 1\n\n", b": still working\n\n", b"data: 2\n\n", b"event: ping\ndata: {}\n\n", b"data: 3\n\n")
 WHOLE = b"data: 1\n\ndata: 2\n\ndata: 3\n\n"
 CHAT = "/v1/chat/completions"
+ROUTES = (CHAT, "/v1/messages", "/api/chat")
+ANTHROPIC_LOST = b'{"type":"error","error":{"type":"overloaded_error","message":"lost"}}'
+LOADING = NotServing("the model is being loaded")
 
 
 Part = tuple[int, bytes]
@@ -50,11 +55,30 @@ SECOND: tuple[Part, ...] = (
 """An answer of two samples as two leaders stream it: the samples' events come in another order."""
 
 
+class Encoder:
+    """The format of a stream that begins before its answer."""
+
+    def begin(self) -> Iterator[bytes]:
+        yield FIRST[0][1]
+
+    def encode(self, e: object) -> Iterator[bytes]:
+        yield from ()
+
+    end = begin
+
+    def idle(self) -> bytes:
+        return COMMENT
+
+    def fail(self, error: MacpipeError) -> bytes:
+        return event(openai_error(error))
+
+
 class Leader(LeaderServiceServicer):
     """A leader whose application tells what it sees, and streams ``pieces``, of which it sends ``most`` at once.
 
-    ``left`` is set once a stream's client has left, ``passed`` has what the standby said of each answer. ``leaving``
-    is set once it leads no more, which is in the midst of its first answer if it ``leaves``.
+    It refuses the first ``refusals`` streams, and with ``late`` any that has begun. ``left`` is set once a stream's
+    client has left, ``passed`` has what the standby said of each answer. ``leaving`` is set once it leads no more,
+    which is in the midst of its first answer if it ``leaves``.
     """
 
     def __init__(
@@ -62,14 +86,16 @@ class Leader(LeaderServiceServicer):
         pieces: Sequence[bytes | Part] = PIECES,
         most: int | None = None,
         refusals: int = 0,
+        refusal: MacpipeError = LOADING,
         *,
+        late: bool = False,
         leaves: bool = False,
     ) -> None:
         self.left = asyncio.Event()
         self.parts = [piece if isinstance(piece, tuple) else (0, piece) for piece in pieces]
-        self.most, self.refusals = most, refusals
+        self.most, self.refusals, self.refusal, self.late = most, refusals, refusal, late
         self.passed: list[PassedAnswer] = []
-        paths = {"/echo": self.echo, "/busy": self.busy, CHAT: self.stream, "/other": self.stream}
+        paths = {"/echo": self.echo, "/busy": self.busy, **dict.fromkeys((*ROUTES, "/other"), self.stream)}
         routes = [
             DeclaredRoute(path, endpoint, access=Access.INFERENCE, methods=["GET", "POST"])
             for path, endpoint in paths.items()
@@ -106,9 +132,15 @@ class Leader(LeaderServiceServicer):
             raise NotServing("the coordinator is stopping")
         if self.refusals:
             self.refusals -= 1
-            raise NotServing("the model is being loaded")
-
+            raise self.refusal
+        if self.late:
+            return EventStream(self._refuse(), Encoder(), "r", early=True)
         return self._send_parts
+
+    @asynccontextmanager
+    async def _refuse(self) -> AsyncIterator[AsyncIterator[Any]]:
+        raise self.refusal
+        yield
 
     async def _send_parts(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", EVENTS)]})
@@ -220,6 +252,12 @@ async def read(client: httpx.AsyncClient, service: Service, first: Leader, path:
     return received
 
 
+def openai_end(received: bytes) -> dict[str, Any]:
+    """The error in the last event of a stream in OpenAI's format."""
+    error: dict[str, Any] = json.loads(received.split(b"\n\n")[-2].removeprefix(b"data: "))["error"]
+    return error
+
+
 @pytest.mark.parametrize("most", [1, 2, 4])
 async def test_a_stream_goes_on_at_the_next_leader_behind_what_the_client_has(most: int) -> None:
     first, second = Leader(most=most), Leader(refusals=1)
@@ -267,8 +305,9 @@ async def test_a_sample_with_other_events_is_not_continued() -> None:
     service = Service(first := Leader(FIRST, 3), Leader(other))
     await service.begin()
     async with standby(service) as client:
-        with pytest.raises(httpx.RemoteProtocolError):
-            await read(client, service, first)
+        received = await read(client, service, first)
+    assert b"b9" not in received
+    assert openai_end(received)["code"] == "answer_differs"
 
 
 @pytest.mark.parametrize("pieces", [(b"data: 9\n\n", *PIECES[1:]), ()], ids=["others", "fewer"])
@@ -277,8 +316,40 @@ async def test_a_leader_with_another_answer_does_not_continue_it(pieces: Sequenc
     service = Service(first, Leader(pieces))
     await service.begin()
     async with standby(service) as client:
-        with pytest.raises(httpx.RemoteProtocolError):
-            await read(client, service, first)
+        received = await read(client, service, first)
+    assert received.startswith(b"".join(PIECES[:3]))
+    assert openai_end(received)["code"] == "answer_differs"
+
+
+@pytest.mark.parametrize(
+    ("path", "end"),
+    [
+        (CHAT, b'data: {"error":{"message":"lost","type":"server_error","param":null,"code":"answer_lost"}}\n\n'),
+        (
+            "/v1/messages",
+            b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"lost"}}\n\n',
+        ),
+        ("/api/chat", b'{"error":"lost"}\n'),
+    ],
+)
+async def test_a_stream_that_the_next_leader_lacks_ends_with_the_reason(path: str, end: bytes) -> None:
+    first, second = Leader(most=1), Leader(refusals=1, refusal=AnswerLost("lost"))
+    service = Service(first, second)
+    await service.begin()
+    async with standby(service) as client:
+        assert await read(client, service, first, path) == PIECES[0] + end
+    assert len(second.passed) == 1, "it is not asked again"
+
+
+async def test_a_stream_that_waits_for_its_model_at_the_next_leader_ends_with_the_reason_once() -> None:
+    first, second = Leader(FIRST, most=2), Leader(late=True, refusal=AnswerLost("lost"))
+    service = Service(first, second)
+    await service.begin()
+    async with standby(service) as client:
+        received = await read(client, service, first)
+    assert received.startswith(FIRST[0][1] + FIRST[1][1])
+    assert received.count(b"data: ") == 3
+    assert openai_end(received)["code"] == "answer_lost"
 
 
 async def test_what_may_have_changed_something_is_not_sent_to_the_next_leader() -> None:
@@ -286,8 +357,8 @@ async def test_what_may_have_changed_something_is_not_sent_to_the_next_leader() 
     service = Service(first, second)
     await service.begin()
     async with standby(service) as client:
-        with pytest.raises(httpx.RemoteProtocolError):
-            await read(client, service, first, "/other")
+        received = await read(client, service, first, "/other")
+    assert openai_end(received)["code"] == "connection_lost"
     assert not second.passed
 
 

@@ -14,8 +14,10 @@ from typing import Any, Final
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from cluster.api.http.json_response import Json
+from cluster.api.http.passed_answer import ERROR
 from cluster.core.errors import MacpipeError, PromptTooLong
 from cluster.core.limits import UNAVAILABLE_S
 from cluster.core.text import with_subject
@@ -104,28 +106,45 @@ def _code(error: MacpipeError) -> str:
     return error.details.get("code", error.reason.lower())
 
 
-def error_response(path: str, error: MacpipeError) -> Json:
-    """Return the response that ends a request with ``error``; ``path`` selects the format."""
+class ErrorResponse(Json):
+    """The response that ends a request with an error. Its messages carry the error for whoever passes them on."""
+
+    def __init__(self, body: Mapping[str, Any], error: MacpipeError, headers: Mapping[str, str]) -> None:
+        super().__init__(body, error.http_status, headers)
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_error(message: Message) -> None:
+            await send({**message, ERROR: self._error})
+
+        await super().__call__(scope, receive, send_with_error)
+
+
+def error_body(path: str, error: MacpipeError) -> dict[str, Any]:
+    """Return what ``error`` is as JSON; ``path`` selects the format."""
     if path in OLLAMA_ROUTES:
-        body = ollama_error(error)
-    else:
-        body = anthropic_error(error) if path.startswith(ANTHROPIC_ROUTES) else openai_error(error)
+        return ollama_error(error)
+    return anthropic_error(error) if path.startswith(ANTHROPIC_ROUTES) else openai_error(error)
+
+
+def error_response(path: str, error: MacpipeError) -> ErrorResponse:
+    """Return the response that ends a request with ``error``; ``path`` selects the format."""
     headers = {}
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     retry_after_s = UNAVAILABLE_S if error.retry_after_s is None else error.retry_after_s
     if error.http_status in _RETRYABLE or error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
-    return Json(body, error.http_status, headers)
+    return ErrorResponse(error_body(path, error), error, headers)
 
 
-async def on_macpipe_error(request: Request, error: Exception) -> Json:
+async def on_macpipe_error(request: Request, error: Exception) -> ErrorResponse:
     """Handle a ``MacpipeError`` for Starlette."""
     assert isinstance(error, MacpipeError)
     return error_response(request.url.path, error)
 
 
-async def on_http_exception(request: Request, error: Exception) -> Json:
+async def on_http_exception(request: Request, error: Exception) -> ErrorResponse:
     """Handle an error of Starlette's router: an unknown route, or a wrong method."""
     assert isinstance(error, HTTPException)
     path = request.url.path
@@ -141,7 +160,7 @@ async def on_http_exception(request: Request, error: Exception) -> Json:
     return response
 
 
-async def on_fault(request: Request, error: Exception) -> Json:
+async def on_fault(request: Request, error: Exception) -> ErrorResponse:
     """Handle every other exception, which is a bug in macpipe."""
     return error_response(request.url.path, internal_error(error, request.scope["request_id"]))
 

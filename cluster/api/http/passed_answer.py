@@ -26,6 +26,8 @@ PART: Final = "macpipe.part"
 """Key in an ASGI message: the number of the part to which a piece of a stream belongs; 0 without it."""
 SILENCE: Final = 2**32 - 1
 """The number of what is sent during silence, in place of a part's: it may look like an event of the answer."""
+ERROR: Final = "macpipe.error"
+"""Key in an ASGI message: the ``MacpipeError`` that a response, or the end of a stream, tells the client."""
 _SILENCE: Final = (b":", b"event: ping\n")
 """Beginnings of what is sent during silence by leaders of earlier versions."""
 _VARIES: Final = b"event: message_start\n"
@@ -125,6 +127,11 @@ class KnownEvents:
         """The parts of which the client has more than has come."""
         self._found = CountedEvents()
         self._differs = False
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the client has more than has come."""
+        return bool(self._left)
 
     def is_known(self, piece: bytes, part: int) -> bool:
         """Return whether the client has the next piece. Raises ``AnswerDiffers`` if it has others."""

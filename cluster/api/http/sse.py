@@ -7,16 +7,16 @@ disconnects. However it ends, the answer is closed, which ends the request behin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Final, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from cluster.api.http.errors import sentence_of
+from cluster.api.http.errors import ANTHROPIC_ROUTES, OLLAMA_ROUTES, error_body, sentence_of
 from cluster.api.http.json_response import compact
-from cluster.api.http.passed_answer import PART, SILENCE, part_of
+from cluster.api.http.passed_answer import ERROR, PART, SILENCE, part_of
 from cluster.core.errors import Aborted, MacpipeError
 from cluster.core.limits import STREAM_COMMENT_S, STREAM_WRITE_TIMEOUT_S
 
@@ -38,6 +38,14 @@ def json_line(data: object) -> bytes:
 def event(data: object, name: str = "") -> bytes:
     """Return one encoded event; ``name`` is for APIs that name their events."""
     return (f"event: {name}\n" if name else "").encode() + f"data: {compact(data)}\n\n".encode()
+
+
+def error_event(path: str, error: MacpipeError) -> bytes:
+    """Return the end of a stream of the route ``path``, of which no more is known than that ``error`` ended it."""
+    body = error_body(path, error)
+    if path in OLLAMA_ROUTES:
+        return json_line(body)
+    return event(body, "error" if path.startswith(ANTHROPIC_ROUTES) else "")
 
 
 class StreamEncoder(Protocol[E_contra]):
@@ -120,23 +128,24 @@ class EventStream(Generic[E]):
 
     async def _send_next(self, step: Callable[[], Awaitable[Iterable[bytes]]], send: Send) -> bool:
         """Send what the next step of the stream returns. Return whether more may follow."""
-        more, self._part = False, 0
+        more, self._part, about = False, 0, {}
         try:
             pieces = await step()
             more = True
         except StopAsyncIteration:
             pieces = self._encoder.end()
-        except Exception as error:  # any: the client must be told why its answer ends
-            pieces = [self._encoder.fail(sentence_of(error, self._request_id))]
-        await self._send_pieces(pieces, send)
+        except Exception as e:  # any: the client must be told why its answer ends
+            error = sentence_of(e, self._request_id)
+            pieces, about = [self._encoder.fail(error)], {ERROR: error}
+        await self._send_pieces(pieces, {PART: self._part, **about}, send)
         return more
 
-    async def _send_pieces(self, pieces: Iterable[bytes], send: Send) -> None:
+    async def _send_pieces(self, pieces: Iterable[bytes], about: Mapping[str, object], send: Send) -> None:
         async with self._sending:
             for piece in filter(None, pieces):
                 self._wrote = True
                 async with asyncio.timeout(STREAM_WRITE_TIMEOUT_S):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True, PART: self._part})
+                    await send({"type": "http.response.body", "body": piece, "more_body": True, **about})
 
     async def _comment(self, send: Send) -> None:
         """Send something during silence. The lock keeps it out of the pieces of an event, which may be numbered."""

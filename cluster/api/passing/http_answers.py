@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import grpc
 from starlette.types import ASGIApp, Message, Scope
 
-from cluster.api.http.passed_answer import PART, PASSED, KnownEvents, KnownPart, PassedAnswer
+from cluster.api.http.passed_answer import ERROR, PART, PASSED, KnownEvents, KnownPart, PassedAnswer
 from cluster.core.errors import InvalidRequest, MacpipeError, NotLeader
 from cluster.core.limits import LINGER_S
 from cluster.transport.rich_errors import abort
@@ -54,6 +54,8 @@ class _Exchange:
     ) -> None:
         self._requests, self._context, self._leaving = requests, context, leaving
         self._known = KnownEvents(passed) if passed.events else None
+        self._failure: MacpipeError | None = None
+        """Why the answer ended before it had the events of its client."""
         self._body_ended = False
 
     async def receive(self) -> Message:
@@ -64,9 +66,12 @@ class _Exchange:
         return {"type": "http.request", "body": part.body if part else b"", "more_body": not self._body_ended}
 
     async def send(self, message: Message) -> None:
+        """Send the next part of the response; none of an error while the client has more than has come."""
         if self._leaving.is_set():
             await asyncio.Event().wait()  # an error of this leader; the standby asks the next one
-        if message["type"] == "http.response.start":
+        if ERROR in message and self._known and self._known.is_behind:
+            self._failure = message[ERROR]
+        elif message["type"] == "http.response.start":
             if message["status"] != HTTPStatus.OK:
                 self._known = None  # no answer follows
             headers = [pb.HttpHeader(name=bytes(name), value=bytes(value)) for name, value in message["headers"]]
@@ -85,7 +90,9 @@ class _Exchange:
                     await self.receive()
 
     def close(self) -> None:
-        """Raise ``AnswerDiffers`` if a resumed stream has not had the events of its client."""
+        """Raise the error that ended a resumed stream, or ``AnswerDiffers``, if it has not had its client's events."""
+        if self._failure:
+            raise self._failure
         if self._known:
             self._known.close()
 

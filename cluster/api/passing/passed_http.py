@@ -1,7 +1,7 @@
 """The HTTP port of a standby: it checks Host and Origin, and has the coordinator that leads answer everything else.
 
 If the leader is lost, the standby sends the request to the next one. A stream goes on there behind the events that the
-client has; any other response must not have begun.
+client has, or ends with an event that tells why not; any other response must not have begun.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from cluster.api.http.errors import error_response
 from cluster.api.http.middleware import ambiguity_error, is_ambiguous
 from cluster.api.http.origin_policy import OriginPolicy
 from cluster.api.http.passed_answer import CountedEvents
-from cluster.api.http.sse import EVENTS, JSON_LINES
+from cluster.api.http.sse import EVENTS, JSON_LINES, error_event
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_calls import LOST, never_reached
-from cluster.core.errors import Aborted, ConnectionLost, MacpipeError, NotLeader, NotServing
+from cluster.core.errors import Aborted, AnswerLost, ConnectionLost, MacpipeError, NotLeader, NotServing
 from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_FOLLOW_PAUSE_S, PASS_WAIT_S
 from cluster.transport.byte_budget import ByteBudget, Charge
 from cluster.transport.rich_errors import STATUS_METADATA_KEY, from_rpc_error
@@ -96,6 +96,8 @@ class PassedHttp:
         except MacpipeError as e:
             if not reply.started:
                 await error_response(scope["path"], e)(scope, receive, send)
+            elif reply.can_continue:
+                await reply.fail(error_event(scope["path"], e))
 
     async def _pass_on(self, request: _PassedRequest, reply: _PassedReply) -> None:
         """Have whoever leads answer. Raises ``MacpipeError`` if nobody does, or not to the end."""
@@ -179,7 +181,7 @@ class _PassedReply:
         headers = [(header.name, header.value) for header in head.headers]
         if self.started:
             if head.status != HTTPStatus.OK:
-                raise Aborted("the coordinator that leads now cannot continue the answer")
+                raise AnswerLost("the coordinator that leads now cannot continue the answer; send the request again")
             return
         self.started = True
         self._streams = head.status == HTTPStatus.OK and any(
@@ -192,6 +194,10 @@ class _PassedReply:
         if not self.started:
             raise ConnectionLost("the coordinator that leads sent no response; send the request again")
         await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, event: bytes) -> None:
+        """End a stream with an event that tells why."""
+        await self._send({"type": "http.response.body", "body": event})
 
 
 class _PassedRequest:
