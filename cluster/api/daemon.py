@@ -62,6 +62,7 @@ from cluster.platform.sleep import stay_awake
 from cluster.security.cluster_choice import remember_coordinator
 from cluster.security.credentials import open_trust
 from cluster.security.members import require_roster
+from cluster.security.removal import await_removal, require_member
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
 from cluster.standby.own_certificates import OwnCertificates
@@ -117,6 +118,8 @@ async def _run(settings: ServeSettings, report: Reporter, file: ModelsFile | Non
         if not settings.peers_only:
             source = merge_sources(source, await stack.enter_async_context(browse(settings.cluster)))
         trust = open_trust(settings.home, settings.cluster, COORDINATOR)
+        require_member(trust, settings.cluster, COORDINATOR)
+        tasks.start_soon(await_removal, trust, settings.cluster, COORDINATOR)
         certificates = OwnCertificates(trust, hosts_certified_elsewhere(settings))
         await certificates.renew_by_any(settings.coordinators)
         http, front = http_port(settings), HttpFront()

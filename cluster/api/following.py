@@ -23,12 +23,14 @@ from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.reporter import Reporter
 from cluster.coordinator.roster import Roster
+from cluster.core.errors import MemberRemoved
 from cluster.core.limits import DEFAULT_COORDINATOR_PORT
 from cluster.core.text import format_address
 from cluster.discovery.coordinator_announcement import look_for_coordinator
 from cluster.discovery.interfaces import LOOPBACK
 from cluster.security.cluster_choice import remembered_coordinator
 from cluster.security.credentials import open_trust
+from cluster.security.removal import removed_error
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.follow_stream import FollowStream
 from cluster.standby.model_fit import ModelFit
@@ -47,7 +49,8 @@ log = logging.getLogger(__name__)
 async def follow(process: CoordinatorProcess, report: Reporter, patience_s: float) -> Succession:
     """Follow whoever leads. Return once this process has been elected; its gRPC port is closed then.
 
-    Do not stand for election in the first ``patience_s`` seconds.
+    Do not stand for election in the first ``patience_s`` seconds. Raises ``MemberRemoved`` once this Mac was removed
+    from the cluster.
     """
     settings = process.settings
     trust = open_trust(settings.home, settings.cluster, COORDINATOR)
@@ -70,7 +73,10 @@ async def follow(process: CoordinatorProcess, report: Reporter, patience_s: floa
             process.lag,
         )
         report.problem(f"standing by for cluster {settings.cluster} on {process.others.me.addresses[0]}")
-        return await standby.run(patience_s)
+        try:
+            return await standby.run(patience_s)
+        except MemberRemoved as e:
+            raise removed_error(settings.cluster, COORDINATOR, e.sentence) from None
 
 
 async def _close_unless_elected(

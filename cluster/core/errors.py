@@ -19,6 +19,7 @@ class Reason(StrEnum):
     TOO_LARGE = "TOO_LARGE"
     FORBIDDEN = "FORBIDDEN"
     UNAUTHENTICATED = "UNAUTHENTICATED"
+    MEMBER_REMOVED = "MEMBER_REMOVED"
     TOKEN_REFUSED = "TOKEN_REFUSED"  # noqa: S105  # a name
     TOKEN_UNKNOWN = "TOKEN_UNKNOWN"  # noqa: S105
     NO_CLUSTER = "NO_CLUSTER"
@@ -143,6 +144,12 @@ class Unauthenticated(MacpipeError):
     """The caller did not authenticate: it has no certificate of this cluster, or an unusable one."""
 
     reason, grpc_status, http_status = Reason.UNAUTHENTICATED, "UNAUTHENTICATED", 401
+
+
+class MemberRemoved(Unauthenticated):
+    """The caller was removed from the cluster: its certificate is revoked."""
+
+    reason = Reason.MEMBER_REMOVED
 
 
 class TokenRefused(MacpipeError):

@@ -27,22 +27,24 @@ from cluster.security.passed_caller import (
     passed_certificate,
 )
 from cluster.security.roles import Party, Role
-from cluster.security.trust import AuthContext, Trust
+from cluster.security.trust import REMOVED_METADATA, AuthContext, Trust
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
-Refusal = tuple[grpc.StatusCode, str]
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+Refusal = tuple[grpc.StatusCode, str, Metadata]
+"""Status, message and trailing metadata of a call that is refused."""
 
 
 def authorize(trust: Trust, method: str, shown: AuthContext) -> Party | Refusal:
-    """Return the caller of ``method`` if it may call it; else the status and the message of the refusal."""
+    """Return the caller of ``method`` if it may call it, else the refusal."""
     party = trust.party(shown)
     if party is None:
-        return grpc.StatusCode.UNAUTHENTICATED, "this needs a valid certificate of the cluster; see `macpipe join`"
+        return grpc.StatusCode.UNAUTHENTICATED, "this needs a valid certificate of the cluster; see `macpipe join`", ()
     if refusal := _find_revocation(trust, party):
         return refusal
     if not is_allowed(method, party.role):
-        return grpc.StatusCode.PERMISSION_DENIED, _explain_role(method, party)
+        return grpc.StatusCode.PERMISSION_DENIED, _explain_role(method, party), ()
     return party
 
 
@@ -65,8 +67,9 @@ def _find_revocation(trust: Trust, party: Party) -> Refusal | None:
         if not trust.revoked(party.serial):
             return None
     except MacpipeError as e:
-        return grpc.StatusCode.UNAVAILABLE, e.sentence
-    return grpc.StatusCode.UNAUTHENTICATED, f"{party.name} was removed from this cluster"
+        return grpc.StatusCode.UNAVAILABLE, e.sentence, ()
+    why = f"{party.name} was removed from this cluster"
+    return grpc.StatusCode.UNAUTHENTICATED, why, ((REMOVED_METADATA, "1"),)
 
 
 class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its typing stub alone
@@ -101,7 +104,9 @@ class AuthorizationInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg
         """Allow the call and register it, so that ``_sweep`` can cancel it when its party is removed."""
         party = authorize(self._trust, method, connection_certificate(context))
         if not isinstance(party, Party):
-            context.abort(*party)
+            status, why, trailing = party
+            context.set_trailing_metadata(trailing)
+            context.abort(status, why)
         self._open[context] = party
         if not context.add_callback(lambda: self._forget(context)):
             self._forget(context)
@@ -158,7 +163,7 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
         """Return why a party may not assert another caller; None if it may."""
         standby = self._trust.party(shown)
         if standby is None or not is_coordinator(standby):
-            return grpc.StatusCode.PERMISSION_DENIED, "only a coordinator may pass on the calls of others"
+            return grpc.StatusCode.PERMISSION_DENIED, "only a coordinator may pass on the calls of others", ()
         return _find_revocation(self._trust, standby)
 
     async def _run_while_admitted(self, party: Party, context: Context, work: Awaitable[None]) -> None:

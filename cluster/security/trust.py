@@ -22,6 +22,8 @@ ChannelOptions = list[tuple[str, Any]]
 AuthContext = Mapping[str, Iterable[bytes]]
 """The peer's ``auth_context``, as gRPC gives it."""
 COORDINATOR: Final = "coordinator"
+REMOVED_METADATA: Final = "x-macpipe-removed"
+"""Trailing metadata of a refusal: whoever made this connection was removed from the cluster."""
 WORKER: Final = "worker"
 """As a peer name: any worker of the cluster."""
 ADMIN: Final = "admin"

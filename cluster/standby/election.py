@@ -11,7 +11,7 @@ from typing import Final, Protocol, TypeAlias
 import anyio
 
 from cluster.coordinator.term_holder import TermWorker
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import MacpipeError, MemberRemoved
 from cluster.core.limits import GONE_S, HEARTBEAT_S
 from cluster.core.term_limits import ASK_AGAIN_S
 from cluster.core.worker import WorkerInfo
@@ -73,22 +73,28 @@ class Election:
         """The latest set of copies in sync that any worker was told."""
         self._refusals: dict[str, str] = {}
         """Why each worker could not be asked, or would not grant a term, by address."""
-        self._led = asyncio.Event()
+        self._removal: MemberRemoved | None = None
+        """A worker's word that this Mac was removed from the cluster."""
+        self._decided = asyncio.Event()
         self._asking: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> Leadership:
         """Return the leadership once it is won, which may be never. If cancelled, give back what was granted.
 
-        The other workers have one more heartbeat's time to answer: ``in_sync`` is then what all of them know.
+        The other workers have one more heartbeat's time to answer: ``in_sync`` is then what all of them know. Raises
+        ``MemberRemoved`` once a worker says that this Mac was removed from the cluster.
         """
         try:
-            while not self._led.is_set():
+            while not self._decided.is_set():
                 self._candidate.workers = frozenset(self._roster.addresses())
                 self._start(self._candidate.step())
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ASK_AGAIN_S / 2):
-                        await self._led.wait()
+                        await self._decided.wait()
+            if self._removal:
+                await self.withdraw()
+                raise self._removal
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=HEARTBEAT_S)
         except asyncio.CancelledError:
@@ -158,6 +164,9 @@ class Election:
             answer, refusal = await worker.request_term(call)
         except MacpipeError as e:
             self._refusals[call.worker] = e.sentence
+            if isinstance(e, MemberRemoved):
+                self._removal = e
+                self._decided.set()
             return  # it is asked again in the next round
         finally:
             if asks:
@@ -170,7 +179,7 @@ class Election:
         self.newest_epoch = max(self.newest_epoch, answer.newest_epoch)
         self._start(self._candidate.on_answer(answer))
         if self._candidate.leadership:
-            self._led.set()
+            self._decided.set()
 
     async def _describe(self, worker: CandidateWorker) -> bool:
         """Ask a worker what it is. Return whether it may be led. Raises as ``describe``."""

@@ -13,7 +13,7 @@ from typing import Final, Protocol, TypeAlias
 from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.roster import Roster
-from cluster.core.errors import MacpipeError, NoWorkers, Reason
+from cluster.core.errors import MacpipeError, MemberRemoved, NoWorkers, Reason
 from cluster.core.leadership import CoordinatorName, LeadershipState, Replicate
 from cluster.core.limits import GONE_S, HEARTBEAT_S
 from cluster.core.replication_limits import IN_SYNC_WAIT_S
@@ -146,7 +146,11 @@ class Standby:
         self._reported.clear()
 
     async def run(self, patience_s: float = 0.0) -> Succession:
-        """Return once this process has been elected. Look only for a leader in the first ``patience_s`` seconds."""
+        """Return once this process has been elected. Look only for a leader in the first ``patience_s`` seconds.
+
+        Raises ``MemberRemoved`` once a leader, another coordinator or a worker says that it was removed from the
+        cluster. Who does not answer ends no standby.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self._wait_for_leader()
@@ -170,7 +174,12 @@ class Standby:
         return MacpipeError.of(failures[0].reason, f"{failures[0].sentence}; {error.sentence}") if failures else error
 
     async def _find_leader(self) -> CoordinatorName | None:
-        return await self._others.find_leader((*self._others.addresses, *self._addresses()))
+        """Return who leads; None if nobody does. Raises ``MemberRemoved`` if those that answer refuse this Mac so."""
+        leader = await self._others.find_leader((*self._others.addresses, *self._addresses()))
+        removal = next((one for one in self._others.failures if isinstance(one, MemberRemoved)), None)
+        if removal and not leader:
+            raise removal
+        return leader
 
     async def _follow(self, leader: CoordinatorName) -> bool:
         """Follow a leader. Return whether it is lost: it has been silent for as long as it may be, and nobody leads."""
@@ -181,6 +190,8 @@ class Standby:
                     log.info("standby: following leader=%s address=%s", leader.name, address)
                     self._leaderless_since, self._in_sync = None, NOT_NAMED
                     await self._watch(stream)
+            except MemberRemoved:
+                raise
             except MacpipeError as e:
                 self._note_problem(f"cannot follow {leader.name}", e)
             if stream:
@@ -192,6 +203,8 @@ class Standby:
             return False
         if stream.handover is not None:
             log.info("standby: the leader stops leader=%s", leader.name)
+        elif isinstance(stream.error, MemberRemoved):
+            raise stream.error
         elif stream.error:
             self._note_problem(f"cannot follow {leader.name} any more", stream.error)
         if stream.handover is None and not self._replica.is_complete:
@@ -250,6 +263,7 @@ class Standby:
                 why = NoWorkers(self._fit.problem or waits or election.problem)
                 self._note_problem("no leader answers, and this Mac cannot take its place yet", self._why_alone(why))
             if not running.done():
+                watching.result()
                 return None
             leadership = running.result()
             if not self._may_lead(service, election.in_sync):  # of workers that answered after the first grants

@@ -26,12 +26,14 @@ from cluster.core.errors import (
     Forbidden,
     InvalidRequest,
     MacpipeError,
+    MemberRemoved,
     OtherParty,
     PortClosed,
     Unauthenticated,
     Unreachable,
     VersionMismatch,
 )
+from cluster.security.trust import REMOVED_METADATA
 
 DOMAIN: Final = "macpipe"
 COORDINATOR: Final = "coordinator"
@@ -149,7 +151,8 @@ def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> Macpip
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"the call to the {peer} at {address} timed out")
         case grpc.StatusCode.UNAUTHENTICATED:
-            return Unauthenticated(f"the {peer} at {address} refused this Mac: {details}")
+            kind = MemberRemoved if _was_removed(error) else Unauthenticated
+            return kind(f"the {peer} at {address} refused this Mac: {details}")
         case grpc.StatusCode.PERMISSION_DENIED:
             return Forbidden(details or f"the {peer} at {address} does not allow this")
         case grpc.StatusCode.CANCELLED:
@@ -166,6 +169,11 @@ def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> Macpip
             return InvalidRequest(details or f"the {peer} at {address} refused the request")
         case _:
             return MacpipeError(f"the {peer} at {address} failed: {details or code.name}", code=code.name)
+
+
+def _was_removed(error: grpc.RpcError) -> bool:
+    trailing: Any = error.trailing_metadata() or ()
+    return any(key == REMOVED_METADATA for key, _ in trailing)
 
 
 _NOT_HTTP2: Final = ("Trying to connect an http1.x server", "Failed parsing HTTP/2")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from cluster import __version__
-from cluster.core.errors import MacpipeError, Unauthenticated
+from cluster.core.errors import MacpipeError
 from cluster.core.limits import DRAIN_S
 from cluster.platform.private_files import protect_home
 from cluster.platform.process import first_error
@@ -45,6 +45,7 @@ async def _run(settings: WorkerSettings) -> None:
     from cluster.platform.power import PowerMeter
     from cluster.platform.sleep import stay_awake
     from cluster.security.credentials import open_trust
+    from cluster.security.removal import require_member
     from cluster.security.trust import WORKER
     from cluster.transport.grpc_setup import bind, control_server
     from cluster.worker.engine_launcher import EngineLauncher, engine_command
@@ -65,8 +66,7 @@ async def _run(settings: WorkerSettings) -> None:
         if not settings.host:
             host = best_address(interfaces()) if trust.me else LOOPBACK
             settings = replace(settings, host=host, every_address=bool(trust.me))
-        if trust.revoked(trust.serial):
-            raise _removed_error(settings.cluster)
+        require_member(trust, settings.cluster, WORKER)
         await anyio.to_thread.run_sync(
             prepare_folder, prefix_folder(settings.home, settings.name), settings.prefix_disk
         )
@@ -117,8 +117,10 @@ async def _drain_and_stop(scope: anyio.CancelScope, servicer: WorkerServicer) ->
 
 
 async def _serve(settings: WorkerSettings, servicer: WorkerServicer, server: grpc.aio.Server, port: int) -> None:
-    """Serve the control port and announce it until cancelled. Raises Unauthenticated if removed from the cluster."""
+    """Serve the control port and announce it until cancelled. Raises MemberRemoved if removed from the cluster."""
     from cluster.discovery.announce import announce
+    from cluster.security.removal import removed_error
+    from cluster.security.trust import WORKER
     from cluster.v1.store_pb2_grpc import add_StoreServiceServicer_to_server
     from cluster.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 
@@ -137,17 +139,10 @@ async def _serve(settings: WorkerSettings, servicer: WorkerServicer, server: grp
         async with announcement:
             _print_ready(settings, port, servicer)
             await servicer.removed.wait()
-            raise _removed_error(settings.cluster)
+            raise removed_error(settings.cluster, WORKER)
     finally:
         with anyio.CancelScope(shield=True):
             await server.stop(grace=None)
-
-
-def _removed_error(cluster: str) -> Unauthenticated:
-    return Unauthenticated(
-        f"this Mac was removed from the cluster {cluster}; to let it in again, run `macpipe token create` on the "
-        "coordinator's Mac, and here the `macpipe join` line that it prints"
-    )
 
 
 def _print_ready(settings: WorkerSettings, port: int, servicer: WorkerServicer) -> None:

@@ -99,6 +99,57 @@ def test_what_is_removed_and_revoked_is_confirmed_by_the_standbys(tmp_path: Path
     assert "no coordinator of cluster default says that it leads" in standbys["problem"]
 
 
+def test_a_standby_that_is_removed_ends_and_says_what_to_do(tmp_path: Path) -> None:
+    first, second, third = (Mac(tmp_path, f"mac-{number}") for number in (1, 2, 3))
+    first.run("init", "--name", "mac-1", "--macs", "0")
+    follow, admitting = (
+        ("--standby", "--coordinator", f"127.0.0.1:{first.port}"),
+        ("--peer", f"127.0.0.1:{first.join_port}"),
+    )
+    with first.serve("faq", "--wait", "200"):
+        for mac in (second, third):
+            token = first.token("coordinator")
+            until(lambda mac=mac, token=token: _joined(mac, token, *admitting))
+        with second.serve(*follow) as standby:
+            standby.wait_for("standing by")
+            until(lambda: ClusterFolder(second.home, "default").members.is_file())
+            for mac in (second, third):
+                first.run("remove", f"{mac.name}-coordinator")
+            assert standby.process.wait(15) == 1
+            assert _what_to_do(standby)
+        with third.serve(*follow) as told_by_the_leader:
+            assert told_by_the_leader.process.wait(30) == 1
+            assert "mac-3-coordinator was removed from this cluster" in told_by_the_leader.said()
+            assert _what_to_do(told_by_the_leader)
+    with second.serve(*follow) as told_by_its_list:
+        assert told_by_its_list.process.wait(30) == 1
+        assert _what_to_do(told_by_its_list)
+
+
+def test_a_leader_that_is_removed_on_a_standbys_mac_ends_so_that_the_standby_can_lead(tmp_path: Path) -> None:
+    first, second = Mac(tmp_path, "mac-1"), Mac(tmp_path, "mac-2")
+    first.run("init", "--name", "mac-1", "--macs", "0")
+    with first.serve("faq", "--wait", "200"):
+        token = first.token("coordinator")
+        until(lambda: _joined(second, token, "--peer", f"127.0.0.1:{first.join_port}"))
+        with second.serve("--standby", "--coordinator", f"127.0.0.1:{first.port}") as standby:
+            standby.wait_for("following leader")  # it has the list of members then
+    with (
+        second.serve("faq", "--wait", "200") as leader,
+        first.serve("--standby", "--coordinator", f"127.0.0.1:{second.port}") as standby,
+    ):
+        standby.wait_for("following leader")
+        first.run("remove", "mac-2-coordinator")
+        assert leader.process.wait(30) == 1
+        assert _what_to_do(leader)
+        standby.wait_for("the leader stops")
+
+
+def _what_to_do(ended: Daemon) -> bool:
+    said = ended.said()
+    return "this Mac was removed from the cluster default" in said and "`macpipe token create --role coord" in said
+
+
 def _joined(mac: Mac, token: str, *options: str) -> bool:
     try:
         mac.run("join", token, "--name", mac.name, *options)

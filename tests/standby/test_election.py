@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from cluster.core.errors import WorkerLost
+from cluster.core.errors import MacpipeError, WorkerLost
 from cluster.core.term_limits import LEASE_S
 from cluster.core.worker import HeldSlice, WorkerInfo
 from cluster.membership.in_sync import NOT_NAMED, InSyncSet
@@ -30,11 +30,12 @@ class Clock:
 
 @dataclass
 class Worker:
-    """A worker with a record of its own. It does not answer while ``gone``."""
+    """A worker with a record of its own. It does not answer while ``gone``, and with ``refusal`` if there is one."""
 
     name: str
     clock: Clock
     gone: bool = False
+    refusal: MacpipeError | None = None
     in_sync: InSyncSet = NOT_NAMED
     newest_epoch: int = 0
     described: int = 0
@@ -53,6 +54,8 @@ class Worker:
         self.described += 1
         if self.gone:
             raise WorkerLost(f"worker {self.name} does not answer", worker=self.name)
+        if self.refusal:
+            raise self.refusal
         return self.info, ""
 
     async def request_term(self, call: TermCall) -> tuple[TermAnswer, str]:

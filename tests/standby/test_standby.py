@@ -13,7 +13,15 @@ import pytest
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.coordinator.term_holder import TermHolder
-from cluster.core.errors import DiskFull, Forbidden, InvalidOption, MacpipeError, Unreachable
+from cluster.core.errors import (
+    DiskFull,
+    Forbidden,
+    InvalidOption,
+    MacpipeError,
+    MemberRemoved,
+    Unauthenticated,
+    Unreachable,
+)
 from cluster.core.leadership import (
     CoordinatorName,
     CoordinatorRole,
@@ -108,6 +116,8 @@ class Scene:
         self.leads = True
         self.refusal: MacpipeError | None = None
         """Why the leader, which answers, is not followed."""
+        self.no_leader: MacpipeError = Unreachable("nobody answers")
+        """How other coordinators answer while there is no leader."""
         self.told: list[str] = []
         """What the standby has told the leader of its problem."""
         self.streams: list[Stream] = []
@@ -123,7 +133,7 @@ class Scene:
 
     async def _ask(self, address: str, claim: LeaderClaim) -> LeaderClaim:
         if not self.leads:
-            raise Unreachable("nobody answers")
+            raise self.no_leader
         self.told.append(claim.problem)
         return LeaderClaim(LEADER, CoordinatorRole.LEADER, 5, LEADER)
 
@@ -302,6 +312,42 @@ async def test_one_that_cannot_follow_says_why_once_and_comes_back(caplog: pytes
     await until(lambda: "cannot follow mac-1 any more: the disk is full again" in scene.told)
     await until(lambda: len(scene.streams) == 2)
     assert scene.standby.problem, "a copy that is not complete is no end of it"
+    await scene.end()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("place", ["at first", "meanwhile", "by any coordinator", "by a worker"])
+async def test_one_that_was_removed_from_its_cluster_ends(place: str) -> None:
+    scene, removal = Scene(), MemberRemoved("mac-2 was removed from this cluster")
+    if place == "at first":
+        scene.refusal = removal
+    else:
+        await until(lambda: scene.streams)
+        (stream,) = scene.streams
+        if place == "meanwhile":
+            stream.error = removal
+        elif place == "by a worker":
+            scene.leads, scene.roster.all[1].refusal = False, removal
+        else:
+            scene.leads, scene.no_leader = False, removal
+        stream.ended.set()
+    with pytest.raises(MemberRemoved, match="mac-2 was removed"):
+        await scene.elected()
+    assert scene.roster.asked is (place == "by a worker")
+    assert scene.roster.closed is scene.roster.asked
+    assert not any(worker.record.has_lease() for worker in scene.roster.all), "what was granted is given back"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("why", [Unreachable("nobody answers"), Unauthenticated("this needs a valid certificate")])
+async def test_one_that_nobody_lets_in_or_answers_stays(why: MacpipeError) -> None:
+    scene = Scene(leased=True)
+    scene.leads, scene.no_leader = False, why
+    for worker in scene.roster.all:
+        worker.refusal = why
+    await until(lambda: scene.roster.asked and scene.standby.problem)
+    assert why.sentence in scene.standby.problem
+    assert not scene.running.done()
     await scene.end()
 
 
