@@ -43,6 +43,7 @@ from cluster.cli.remove import remove
 from cluster.cli.report import report
 from cluster.cli.serve import serve
 from cluster.cli.service import service
+from cluster.cli.standby_options import ServeCommand
 from cluster.cli.status import status
 from cluster.cli.store import store
 from cluster.cli.token import token
@@ -104,10 +105,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH},
 )
 for command in (
-    *(demo, init, join, worker, plan, serve, pull, convert, fuse, generate, chat, embed, status, ps, load, unload),
+    *(demo, init, join, worker, plan, pull, convert, fuse, generate, chat, embed, status, ps, load, unload),
     *(drain, handover, lora, top, trace, bench, doctor, report),
 ):
     app.command(cls=Command)(command)
+app.command(cls=ServeCommand)(serve)
 app.add_typer(token, name="token")
 app.add_typer(authority)
 app.add_typer(key)

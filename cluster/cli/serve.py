@@ -117,7 +117,8 @@ StandsBy = Annotated[
     typer.Option(
         "--standby",
         is_eager=True,
-        help="Follow the coordinator that leads, and take its place if it is lost. Serves the same models.",
+        help="Follow the coordinator that leads, and take its place if it is lost, with its models and settings. "
+        "--peer and --peers-only count once it leads.",
     ),
 ]
 Leaders = Annotated[

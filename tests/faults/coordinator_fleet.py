@@ -122,9 +122,10 @@ class CoordinatorFleet:
         peers = [word for one in self.macs for word in ("--peer", f"{one.host.address}:{WORKER_PORT}")]
         others = [f"{one.host.address}:{GRPC_PORT}" for one in self.coordinators if one is not mac]
         first = mac is self.macs[0]
-        role = (MODEL, "--workers", str(self.stages)) if first else ("--standby", "--coordinator", *others)
+        leads = (MODEL, "--workers", str(self.stages), "--journal", "always", "--replicate", self.replicate)
+        role = leads if first else ("--standby", "--coordinator", *others)
         common = ("--http", self.http, "--port", str(GRPC_PORT), "--join-port", "0", "--peers-only", *peers)
-        mac.start("coordinator", "serve", *role, *common, "--journal", "always", "--replicate", self.replicate)
+        mac.start("coordinator", "serve", *role, *common)
 
     # Breaking
 
