@@ -270,19 +270,23 @@ class Leading:
             self.upkeep.confirm,
         )
 
-    async def stop(self) -> None:
-        """Stop serving. If another coordinator leads, or a standby is there, leave it what it needs to go on."""
+    async def stop(self, problem: NotLeader | None = None) -> None:
+        """Stop serving. If another coordinator leads, or a standby is there, leave it what it needs to go on.
+
+        ``problem`` is why this process must not lead, if that ended it.
+        """
         others = self.process.others
         if not others.is_superseded and not self.chosen and (following := self.replicator.standbys()):
             await self._wait_prepared(self._best_heir(following), STOP_PREPARED_S)
         standbys = self.replicator.standbys()
         superseded = others.is_superseded
+        heir = self._best_heir(standbys) if standbys and not superseded else None
+        self._log_step_down(heir, problem)
         self.upkeep.end()  # a standby that begins to follow now would have it claim to lead again
         others.stand_by()
-        if not superseded and not standbys:
+        if not superseded and not heir:
             await self._close(NotServing("the coordinator is stopping"))
             return
-        heir = None if superseded else self._best_heir(standbys)
         error = _handed_over(heir) if heir else _superseded(others.leader)
         await self._hold_loops()
         await self.replicator.stop(error, heir.name if heir else "")
@@ -295,6 +299,17 @@ class Leading:
         """End the loads, then all requests with ``error``: a load could open the coordinator again."""
         await self.loads.aclose()
         await self.coordinator.close(error)
+
+    def _log_step_down(self, heir: StandbyState | None, problem: NotLeader | None) -> None:
+        """Log why this process leads no more, and who does as far as it is known; nothing if it just ends."""
+        others, term = self.process.others, self.roster.terms.number
+        why = problem.sentence if problem else ""
+        if others.is_superseded and others.leader:
+            values = (why or "higher term", term, others.leader.name, others.term)
+            log.warning("leader: stepped down reason=%s term=%d leader=%s term_of_leader=%d", *values)
+        elif heir or self.chosen or problem:
+            why = why or ("handover" if self.chosen else "stopped")
+            log.warning("leader: stepped down reason=%s term=%d leader=%s", why, term, heir.name if heir else "unknown")
 
     async def _hold_loops(self) -> None:
         """Have no token come any more, and all records of those that came be written."""

@@ -301,12 +301,16 @@ async def _public_port(leading: Leading, trust: Trust, services: Services) -> As
     reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), server)
     addresses = bind_public(server, settings, trust)
     await server.start()
+    problem: NotLeader | None = None
     try:
         async with _announced(leading.process, *parse_address(addresses[-1])):
             yield addresses
+    except NotLeader as e:
+        problem = e
+        raise
     finally:
         with anyio.CancelScope(shield=True):
-            await leading.stop()
+            await leading.stop(problem)
             await server.stop(grace=SHUTDOWN_GRACE_S)
 
 
