@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp
 
 from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.http.port_settings import HttpPort
+from cluster.api.metrics import ProcessMetrics
 from cluster.api.ports import HttpFront, addresses_for_others, url_for_others
 from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.coordinator import Coordinator
@@ -77,7 +79,8 @@ class ClusterNames:
 class CoordinatorProcess:
     """One process. ``source`` has the workers' announcements, and ``trust`` is the one with which it asks others.
 
-    ``front`` answers at its HTTP port. ``names`` is None without a cluster. ``lag`` is that of this machine.
+    ``front`` answers at its HTTP port. ``names`` is None without a cluster. ``lag`` is that of this machine, and
+    ``metrics`` are those of the process itself.
     """
 
     settings: ServeSettings
@@ -88,6 +91,7 @@ class CoordinatorProcess:
     names: ClusterNames | None
     others: OtherCoordinators
     lag: Lag
+    metrics: ProcessMetrics
 
     @staticmethod
     def create(
@@ -102,7 +106,8 @@ class CoordinatorProcess:
         name = names.own if names else alone
         file = state_folder(settings.home, settings.cluster) / "coordinators"
         others = OtherCoordinators(CoordinatorName(name, secrets.token_hex(8)), ask_over(trust), file)
-        return CoordinatorProcess(settings, source, trust, http, front, names, others, TimerLag().start())
+        lag, metrics = TimerLag().start(), ProcessMetrics(time.time())
+        return CoordinatorProcess(settings, source, trust, http, front, names, others, lag, metrics)
 
     def authority_addresses(self) -> tuple[str, ...]:
         """Return where the authority's holder may answer gRPC: where it was heard, else where the leader is."""

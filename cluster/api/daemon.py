@@ -160,7 +160,8 @@ async def _lead(
         coordinator.make_way = on_demand.make_way
         if taken and taken.had_loaded_default:
             coordinator.deployments.lead_change.begin_return()
-        service = RequestService(coordinator, Metrics(), key_usage, on_demand=on_demand, strict=settings.strict)
+        metrics = Metrics(process.metrics)
+        service = RequestService(coordinator, metrics, key_usage, on_demand=on_demand, strict=settings.strict)
         tasks.start_soon(service.end_revoked)
         loads, feed = BackgroundLoad(coordinator, tracker, on_demand), ClusterFeed()
         app = application(service, process.http.sites, loads, feed, settings.order)

@@ -14,6 +14,7 @@ from cluster.api.coordinator_process import CoordinatorProcess
 from cluster.api.grpc.authority_service import add_authority_service
 from cluster.api.grpc.inference_service import client_name
 from cluster.api.grpc.leader_service import LeaderServicer
+from cluster.api.http.standby_metrics import METRICS, standby_metrics
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_calls import PassedCalls
 from cluster.api.passing.passed_http import passing_application
@@ -58,7 +59,6 @@ async def follow(process: CoordinatorProcess, report: Reporter, patience_s: floa
         replica = stack.enter_context(ReplicaFolder(settings.home, settings.cluster))
         reader = ModelReader(Store(settings.home))
         stack.push_async_exit(partial(_close_unless_elected, reader))
-        await stack.enter_async_context(_standby_port(process, trust))
 
         def create_roster(service: ReplicatedService) -> Roster:
             return process.create_roster(read_coordinator_id(settings.home, settings.cluster), service)
@@ -72,6 +72,7 @@ async def follow(process: CoordinatorProcess, report: Reporter, patience_s: floa
             await stack.enter_async_context(_find_coordinators(process)),
             process.lag,
         )
+        await stack.enter_async_context(_standby_port(process, trust, standby))
         report.problem(f"standing by for cluster {settings.cluster} on {process.others.me.addresses[0]}")
         try:
             return await standby.run(patience_s)
@@ -102,8 +103,11 @@ async def _find_coordinators(process: CoordinatorProcess) -> AsyncIterator[Calla
 
 
 @asynccontextmanager
-async def _standby_port(process: CoordinatorProcess, trust: Trust) -> AsyncIterator[None]:
-    """Answer other coordinators, and pass the calls and requests of clients on to the one that leads."""
+async def _standby_port(process: CoordinatorProcess, trust: Trust, standby: Standby) -> AsyncIterator[None]:
+    """Answer other coordinators, and pass the calls and requests of clients on to the one that leads.
+
+    What is asked about this process itself is answered here.
+    """
     settings = process.settings
     leader = LeaderChannel(trust, lambda: process.others.leader, lambda: process.others.problem)
     server = public_server(trust)
@@ -113,7 +117,9 @@ async def _standby_port(process: CoordinatorProcess, trust: Trust) -> AsyncItera
     addresses = bind_public(server, settings, trust)
     await server.start()
     process.listen_on(addresses)
-    process.front.answer_by(passing_application(leader, process.http.sites))
+    http = process.http
+    metrics = standby_metrics(lambda: standby.state, process.metrics, http.keys, http.sites)
+    process.front.answer_by(passing_application(leader, http.sites, own={METRICS: metrics}))
     try:
         yield
     finally:

@@ -1,7 +1,12 @@
-"""Prometheus metrics: counts and latencies of requests, and gauges of the ring's state. They never hold any text."""
+"""Prometheus metrics of one coordinator: of what it serves while it leads, of its copy while it stands by.
+
+They are counts and latencies of requests, and gauges of the ring's state. They never hold any text.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import TypeAlias
@@ -16,10 +21,11 @@ from cluster.coordinator.loop_view import LoopView
 from cluster.coordinator.request_timings import ClusterTotals
 from cluster.core.cluster_state import DeploymentState, RequestState, ServingState
 from cluster.core.errors import Aborted, MacpipeError
-from cluster.core.leadership import CoordinatorRole, LeadershipState
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, FollowingState, LeadershipState
 from cluster.core.plan import Plan
 from cluster.core.request import FinishEvent
 from cluster.core.worker import WorkerState
+from cluster.platform.process import resident_bytes
 from cluster.scheduler.disk_prefixes import ReadOutcome
 
 Values: TypeAlias = Iterable[tuple[list[str], float]]
@@ -28,10 +34,26 @@ _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 
 
-class Metrics:
-    """The metrics of one coordinator, over gRPC and HTTP."""
+class ProcessMetrics:
+    """The standard metrics of this process, which was ``started_at`` in seconds since 1970.
 
-    def __init__(self) -> None:
+    The collector that comes with prometheus-client has them on Linux only.
+    """
+
+    def __init__(self, started_at: float) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_ProcessCollector(started_at))
+
+    def exposition(self) -> bytes:
+        """Return them in Prometheus' text format. May block for milliseconds."""
+        return generate_latest(self._registry)
+
+
+class Metrics:
+    """The metrics of a coordinator while it leads, over gRPC and HTTP. ``process`` has those of its process."""
+
+    def __init__(self, process: ProcessMetrics | None = None) -> None:
+        self.process = process or ProcessMetrics(time.time())
         # Nobody reads the "_created" series, which double the number of lines.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
@@ -52,6 +74,8 @@ class Metrics:
             buckets=_TPOT_S,
             registry=registry,
         )
+        self._led: tuple[int, float] | None = None
+        """The term of the last exposition, and when it began, in seconds since 1970."""
 
     def count_finished(self, event: FinishEvent) -> None:
         """Count a complete sample of an answer."""
@@ -101,8 +125,24 @@ class Metrics:
         gauges.register(_StateCollector(state, plan, loop, journal, workers, totals or ClusterTotals()))
         gauges.register(_ModelCollector(deployments))
         if leadership:
-            gauges.register(_LeadershipCollector(leadership))
+            gauges.register(_LeaderCollector(leadership, self._began_at(leadership)))
         return generate_latest(self._registry) + generate_latest(gauges)
+
+    def _began_at(self, leadership: LeadershipState) -> float:
+        """Return when the term began: the same until the next one, also if the clock is set."""
+        if self._led is None or self._led[0] != leadership.term:
+            self._led = leadership.term, time.time() - leadership.since_seconds
+        return self._led[1]
+
+
+def standby_exposition(following: FollowingState) -> bytes:
+    """Return the metrics of a coordinator that stands by, in Prometheus' text format.
+
+    What the leader tells of itself, its workers and its standbys is left out, so that no sum counts it twice.
+    """
+    gauges = CollectorRegistry()
+    gauges.register(_StandbyCollector(following))
+    return generate_latest(gauges)
 
 
 class _StateCollector(Collector):
@@ -124,7 +164,7 @@ class _StateCollector(Collector):
         self._journal = journal
 
     def collect(self) -> Iterator[Metric]:
-        yield _gauge("macpipe_info", "The macpipe version.", ["version"], [([__version__], 1)])
+        yield _info()
         states = [([s.value], float(s is self._state)) for s in ServingState]
         yield _gauge("macpipe_state", "1 for the coordinator's current state.", ["state"], states)
         if self._journal:
@@ -285,17 +325,17 @@ class _ModelCollector(Collector):
         yield _gauge("macpipe_model_requests_live", "The model's live requests, by phase.", ["model", "phase"], live)
 
 
-class _LeadershipCollector(Collector):
-    """Collects the gauges of a leader and its standbys."""
+class _LeaderCollector(Collector):
+    """Collects the gauges of a leader, by a term that ``began_at`` a time, and of its standbys."""
 
-    def __init__(self, leadership: LeadershipState) -> None:
-        self._leadership = leadership
+    def __init__(self, leadership: LeadershipState, began_at: float) -> None:
+        self._leadership, self._began_at = leadership, began_at
 
     def collect(self) -> Iterator[Metric]:
         state = self._leadership
-        leads = float(state.role is CoordinatorRole.LEADER)
-        yield _gauge("macpipe_leader", "1 while this coordinator leads.", [], [([], leads)])
-        yield _gauge("macpipe_leader_term", "The term of the leader.", [], [([], float(state.term))])
+        yield from _lead(state.role, state.term, state.leader)
+        text = "When the leader's term began, in seconds since 1970."
+        yield _gauge("macpipe_leader_since_timestamp_seconds", text, [], [([], self._began_at)])
         follows: Values = [([one.name], float(not one.away)) for one in state.standbys]
         text = "1 while the standby follows; a standby that was lost is shown for ten minutes."
         yield _gauge("macpipe_standby_follows", text, ["standby"], follows)
@@ -304,6 +344,50 @@ class _LeadershipCollector(Collector):
         yield _gauge("macpipe_standby_in_sync", text, ["standby"], in_sync)
         behind: Values = [([one.name], float(one.behind)) for one in state.standbys]
         yield _gauge("macpipe_standby_behind", "Updates that the standby has not stored yet.", ["standby"], behind)
+
+
+class _StandbyCollector(Collector):
+    """Collects the gauges of a coordinator that stands by."""
+
+    def __init__(self, following: FollowingState) -> None:
+        self._following = following
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._following
+        yield _info()
+        yield from _lead(CoordinatorRole.STANDBY, state.term, state.leader)
+        text = "1 while this coordinator stands by and follows the leader."
+        yield _gauge("macpipe_follows_leader", text, [], [([], float(state.follows))])
+        text = "1 while this coordinator follows and has every record of live requests, as the leader says."
+        yield _gauge("macpipe_in_sync_with_leader", text, [], [([], float(state.in_sync))])
+
+
+class _ProcessCollector(Collector):
+    """Collects what the operating system says of this process, under the names that Prometheus recommends."""
+
+    def __init__(self, started_at: float) -> None:
+        self._started_at = started_at
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Start time of the process since unix epoch in seconds."
+        yield _gauge("process_start_time_seconds", text, [], [([], self._started_at)])
+        text = "Total user and system CPU time spent in seconds."
+        yield CounterMetricFamily("process_cpu_seconds", text, value=time.process_time())
+        if resident := resident_bytes(os.getpid()):
+            yield _gauge("process_resident_memory_bytes", "Resident memory size in bytes.", [], [([], float(resident))])
+
+
+def _info() -> Metric:
+    return _gauge("macpipe_info", "The macpipe version.", ["version"], [([__version__], 1)])
+
+
+def _lead(role: CoordinatorRole, term: int, leader: CoordinatorName | None) -> Iterator[Metric]:
+    """Yield whether this coordinator leads, and who does as far as it knows."""
+    leads = float(role is CoordinatorRole.LEADER)
+    yield _gauge("macpipe_leader", "1 while this coordinator leads, 0 while it stands by.", [], [([], leads)])
+    yield _gauge("macpipe_leader_term", "The term of the leader.", [], [([], float(term))])
+    named: Values = [([leader.name], 1)] if leader else []
+    yield _gauge("macpipe_leader_info", "The name of the coordinator that leads.", ["leader"], named)
 
 
 def _counter(name: str, text: str, labels: list[str], values: Values) -> Metric:

@@ -67,6 +67,19 @@ class LeadershipState:
 
 
 @dataclass(frozen=True, slots=True)
+class FollowingState:
+    """What a standby knows of itself: the highest term, and the leader, None while nobody is known to lead.
+
+    ``follows``: it gets what the leader does. ``in_sync``: by the leader's last word, it has every record that left.
+    """
+
+    term: int = 0
+    leader: CoordinatorName | None = None
+    follows: bool = False
+    in_sync: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LeaderClaim:
     """What one coordinator tells another: what it is, and who leads as far as it knows.
 

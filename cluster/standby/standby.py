@@ -14,7 +14,7 @@ from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.roster import Roster
 from cluster.core.errors import MacpipeError, MemberRemoved, NoWorkers, Reason
-from cluster.core.leadership import CoordinatorName, LeadershipState, Replicate
+from cluster.core.leadership import CoordinatorName, FollowingState, LeadershipState, Replicate
 from cluster.core.limits import GONE_S, HEARTBEAT_S
 from cluster.core.replication_limits import IN_SYNC_WAIT_S
 from cluster.core.term_limits import LEASE_S
@@ -131,6 +131,14 @@ class Standby:
     def problem(self) -> str:
         """Why this standby does not follow, or cannot lead; "" if nothing is wrong."""
         return self._others.problem
+
+    @property
+    def state(self) -> FollowingState:
+        """Whether this standby follows, and how far it is."""
+        others, told = self._others, self.leadership
+        me = others.me
+        own = [one for one in told.standbys if (one.name, one.addresses) == (me.name, me.addresses)] if told else []
+        return FollowingState(others.term, others.leader, told is not None, any(one.in_sync for one in own))
 
     def _note_problem(self, what: str, error: MacpipeError) -> None:
         """Tell whoever asks what cannot be done, and the log, unless the log has it for the same reason already."""

@@ -16,9 +16,16 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.api.metrics import Metrics
+from cluster.api.metrics import Metrics, standby_exposition
 from cluster.coordinator.request_timings import ClusterTotals
 from cluster.core.cluster_state import DeploymentState, GuessCounts, ServingState
+from cluster.core.leadership import (
+    CoordinatorName,
+    CoordinatorRole,
+    FollowingState,
+    LeadershipState,
+    StandbyState,
+)
 from cluster.core.request import FinishEvent, FinishReason, Usage
 from cluster.core.worker import WorkerState
 from coordinator.test_snapshot import LOOP, PLAN
@@ -29,6 +36,7 @@ RULES: list[dict[str, Any]] = yaml.safe_load((GRAFANA / "alerts.yml").read_text(
 WORKER = WorkerState(
     *("id", "ada", "1", "", "", "", "", "", 64, 48), power_watts=40.0, energy_joules=900.0, prefix_disk_limit=9
 )
+LEADER = CoordinatorName("mac-1", "a")
 OF_PROMETHEUS = {"instance", "job", "le", "alertname"}
 
 
@@ -43,8 +51,8 @@ def queries() -> dict[str, str]:
 
 
 @cache
-def exposed() -> dict[str, set[str]]:
-    """The labels of each series of a coordinator that has something to tell of everything."""
+def pages() -> dict[CoordinatorRole, bytes]:
+    """What a leader that has something to tell of everything answers, and its standby."""
     metrics = Metrics()
     usage = Usage(9, 4)
     metrics.count_finished(FinishEvent(FinishReason.STOP, "", usage, 50.0, 10.0))
@@ -53,11 +61,24 @@ def exposed() -> dict[str, set[str]]:
     journal: Any = type("Journal", (), {"problem": ""})
     models = (DeploymentState("big", "org/Big", ServingState.SERVING),)
     totals = ClusterTotals(5, 4, 3, 1)
-    text = metrics.exposition(ServingState.SERVING, PLAN, loop, journal, (WORKER,), totals, models).decode()
+    standbys = (StandbyState("mac-2", in_sync=True),)
+    leadership = LeadershipState(CoordinatorRole.LEADER, 4, LEADER, standbys=standbys)
+    page = metrics.exposition(ServingState.SERVING, PLAN, loop, journal, (WORKER,), totals, models, leadership)
+    of_process = metrics.process.exposition()
+    return {
+        CoordinatorRole.LEADER: page + of_process,
+        CoordinatorRole.STANDBY: standby_exposition(FollowingState(4, LEADER)) + of_process,
+    }
+
+
+@cache
+def exposed() -> dict[str, set[str]]:
+    """The labels of each series of these pages."""
     found: dict[str, set[str]] = defaultdict(set)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found[sample.name] |= sample.labels.keys()
+    for page in pages().values():
+        for family in text_string_to_metric_families(page.decode()):
+            for sample in family.samples:
+                found[sample.name] |= sample.labels.keys()
     return dict(found)
 
 
@@ -128,6 +149,15 @@ def test_promtool_accepts_the_rules_and_each_fires_when_it_should(command: str) 
         pytest.skip("promtool is not installed; it comes with Debian's prometheus")
     arguments = [promtool, *command.split()]
     done = subprocess.run(arguments, cwd=GRAFANA, capture_output=True, text=True, timeout=15, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("role", pages())
+def test_promtool_accepts_the_names_and_texts_of_all_metrics(role: CoordinatorRole) -> None:
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool is not installed; it comes with Debian's prometheus")
+    command = [promtool, "check", "metrics"]
+    done = subprocess.run(command, input=pages()[role], capture_output=True, timeout=15, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

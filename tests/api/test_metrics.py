@@ -1,12 +1,22 @@
-"""The metrics of guesses: counters by source, and by the stage whose compute wrong ones wasted."""
+"""The metrics of guesses: counters by source, and by the stage whose compute wrong ones wasted; and of who leads."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
-from cluster.api.metrics import Metrics
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.api.metrics import Metrics, ProcessMetrics, standby_exposition
 from cluster.core.cluster_state import DeploymentState, GuessCounts, ReplicaState, RequestState, ServingState
-from cluster.core.leadership import CoordinatorRole, LeadershipState, StandbyState
+from cluster.core.leadership import (
+    CoordinatorName,
+    CoordinatorRole,
+    FollowingState,
+    LeadershipState,
+    StandbyState,
+)
 from coordinator.test_snapshot import LOOP, PLAN
 
 
@@ -81,3 +91,50 @@ def test_a_leader_shows_its_term_and_how_far_its_standbys_are() -> None:
     assert {'macpipe_standby_follows{standby="mac-2"} 1.0', 'macpipe_standby_follows{standby="mac-3"} 0.0'} <= set(
         lines
     )
+
+
+LEADER = CoordinatorName("mac-1", "a")
+
+
+def values(text: bytes) -> dict[str, float]:
+    """The value of each series without labels."""
+    families = text_string_to_metric_families(text.decode())
+    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+
+
+def test_a_leader_names_itself_and_since_when_the_same_until_the_next_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, now = Metrics(), 1_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+
+    def page(term: int, seconds: float) -> bytes:
+        state = LeadershipState(CoordinatorRole.LEADER, term, LEADER, since_seconds=seconds)
+        return metrics.exposition(ServingState.SERVING, None, None, leadership=state)
+
+    assert b'macpipe_leader_info{leader="mac-1"} 1.0' in page(4, 60.0)
+    assert values(page(4, 60.0))["macpipe_leader_since_timestamp_seconds"] == 999_940.0
+    assert values(page(4, 61.5))["macpipe_leader_since_timestamp_seconds"] == 999_940.0
+    assert values(page(5, 0.25))["macpipe_leader_since_timestamp_seconds"] == 999_999.75
+
+
+def test_a_standby_tells_of_itself_alone() -> None:
+    lines = standby_exposition(FollowingState(4, LEADER, follows=True, in_sync=True)).decode().splitlines()
+    assert {
+        "macpipe_leader 0.0",
+        "macpipe_leader_term 4.0",
+        'macpipe_leader_info{leader="mac-1"} 1.0',
+        "macpipe_follows_leader 1.0",
+        "macpipe_in_sync_with_leader 1.0",
+    } < set(lines)
+    names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    of_lead = {"macpipe_leader", "macpipe_leader_term", "macpipe_leader_info"}
+    assert names == {*of_lead, "macpipe_info", "macpipe_follows_leader", "macpipe_in_sync_with_leader"}
+    alone = standby_exposition(FollowingState(4))
+    assert values(alone)["macpipe_follows_leader"] == values(alone)["macpipe_in_sync_with_leader"] == 0.0
+    assert b"macpipe_leader_info{" not in alone
+
+
+def test_the_process_tells_its_start_its_processor_time_and_its_memory() -> None:
+    found = values(ProcessMetrics(started_at=5.5).exposition())
+    assert found["process_start_time_seconds"] == 5.5
+    assert 0 < found["process_cpu_seconds_total"] <= time.process_time()
+    assert found["process_resident_memory_bytes"] > 2**20

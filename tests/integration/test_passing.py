@@ -110,6 +110,22 @@ def test_a_stream_through_a_standby_goes_on_after_the_leader_was_killed(pair: Wi
         assert client.get("/health").status_code == 200
 
 
+def test_each_coordinator_answers_metrics_about_itself(pair: WithHttp) -> None:
+    def lines(name: str) -> set[str]:
+        with httpx.Client(base_url=pair.url(name), timeout=20) as client:
+            return set(client.get("/metrics").text.splitlines())
+
+    until(lambda: "macpipe_in_sync_with_leader 1.0" in lines("heir"))
+    assert "macpipe_leader 0.0" in lines("heir")
+    assert not [
+        line for line in lines("heir") if line.startswith(("macpipe_worker", "macpipe_state", "macpipe_standby"))
+    ]
+    assert "macpipe_leader 1.0" in lines("lead")
+    assert [one for one in lines("lead") if one.startswith("macpipe_standby_in_sync{") and one.endswith(" 1.0")]
+    kill(leader_of(pair))
+    until(lambda: "macpipe_leader 1.0" in lines("heir"))
+
+
 def test_several_samples_through_a_standby_go_on_each_with_its_own_tokens(pair: WithHttp) -> None:
     route, asked = "/v1/completions", {**ROUTES["/v1/completions"], "n": 3, "temperature": 1.0, "seed": 5}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import anyio.to_thread
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
@@ -74,7 +75,8 @@ class Health:
             await describe_deployments(coordinator.deployments),
             coordinator.leadership(),
         )
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+        of_process = await anyio.to_thread.run_sync(self.service.metrics.process.exposition)
+        return Response(text + of_process, media_type=CONTENT_TYPE_LATEST)
 
     async def root(self, request: Request) -> Response:
         """Return a short text for clients that probe the address first."""

@@ -1,4 +1,5 @@
-"""The HTTP port of a standby: it checks Host and Origin, and has the coordinator that leads answer everything else.
+"""The HTTP port of a standby: it checks Host and Origin, and has the coordinator that leads answer all that is not
+about the standby itself.
 
 If the leader is lost, the standby sends the request to the next one. A stream goes on there behind the events that the
 client has, or ends with an event that tells why not; any other response must not have begun.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -57,15 +58,24 @@ _STREAMS: Final = frozenset({EVENTS, JSON_LINES})
 
 
 def passing_application(
-    leader: LeaderChannel, origins: OriginPolicy, bodies: ByteBudget | None = None, wait_s: float = PASS_WAIT_S
+    leader: LeaderChannel,
+    origins: OriginPolicy,
+    bodies: ByteBudget | None = None,
+    wait_s: float = PASS_WAIT_S,
+    own: Mapping[str, ASGIApp] | None = None,
 ) -> ASGIApp:
     """Return the HTTP application of a standby. ``bodies`` counts the requests that it holds.
 
-    A new request waits ``wait_s`` seconds for somebody to lead.
+    A new request waits ``wait_s`` seconds for somebody to lead. ``own`` are the applications, by their paths, that
+    answer for the standby itself and check whatever they need.
     """
+    own = own or {}
     passed = origins.with_cors(PassedHttp(leader, bodies or ByteBudget(), wait_s))
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if app := own.get(scope["path"]):
+            await app(scope, receive, send)
+            return
         headers = Headers(scope=scope)
         if is_ambiguous(scope, headers):
             refusal = error_response(scope["path"], ambiguity_error())
