@@ -206,9 +206,9 @@ class EngineLoop:
         """Queue the loss of a stream of an epoch's ring."""
         self._inbox.put(lambda: self._on_stream_lost(epoch, WorkerLost(f"{worker}: {why}", worker=worker)))
 
-    def suspect(self, cause: MacpipeError) -> None:
-        """Treat the current ring as lost, even if its streams are open."""
-        self._inbox.put(lambda: self._suspect(cause))
+    def suspect(self, cause: WorkerLost) -> None:
+        """Treat the current ring as lost, even if its streams are open, if the worker that ``cause`` names is in it."""
+        self._inbox.put(lambda: self._suspect_worker(cause))
 
     def refuse(self, error: MacpipeError) -> None:
         """End every live request, and every new one until ``continue_on``, with ``error``."""
@@ -385,6 +385,10 @@ class EngineLoop:
         self._loss = (epoch, loss)  # the ring may be open but not in use yet; _continue_on checks this
         if epoch == self._plan.epoch:
             self._suspect(loss)
+
+    def _suspect_worker(self, cause: WorkerLost) -> None:
+        if any(stage.worker == cause.details["worker"] for stage in self._plan.stages):
+            self._suspect(cause)
 
     def _suspect(self, cause: MacpipeError) -> None:
         """Close the ring and report its loss, once per ring."""

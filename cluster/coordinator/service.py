@@ -256,9 +256,8 @@ class ModelService:
         """Handle a changed belief: if a worker that holds a stage is gone, treat the ring as lost."""
         if self.recovery:
             self.recovery.notice_change()
-        if belief.worker in self._stage_workers() and belief.standing is Standing.GONE:
-            cause = WorkerLost(f"worker {belief.worker}: {belief.why}", worker=belief.worker)
-            self.loop.suspect(cause)
+        if belief.standing is Standing.GONE:  # of the loop's ring, which is not that of ``plan`` as an epoch changes
+            self.loop.suspect(WorkerLost(f"worker {belief.worker}: {belief.why}", worker=belief.worker))
         if self._draft and belief.worker == self._draft.worker and belief.standing is Standing.GONE:
             self._draft.lose(f"worker {belief.worker}: {belief.why}")
 

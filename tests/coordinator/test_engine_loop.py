@@ -588,6 +588,24 @@ def test_the_later_of_two_calls_that_resume_a_request_at_once_gets_the_answer() 
     run(body)
 
 
+def test_a_ring_is_lost_with_a_worker_of_its_own_and_not_with_one_of_the_ring_before() -> None:
+    """A recovery may be done with a worker before it is believed to be gone."""
+
+    async def body(bench: Bench) -> None:
+        bench.keep_waiting = True
+        answer = bench.ask("a", max_tokens=500_000)
+        assert isinstance(await anext(answer), Accepted)
+        bench.loop.suspect(WorkerLost("worker mac-z: silent", worker="mac-z"))
+        await asyncio.wrap_future(bench.loop.view())
+        assert bench.failures == []
+        lost = WorkerLost("worker mac-b: silent", worker="mac-b")
+        bench.loop.suspect(lost)
+        await asyncio.wrap_future(bench.loop.view())
+        assert bench.failures == [lost]
+
+    run(body)
+
+
 def known(*tokens: int) -> KnownTokens:
     digest = TokenDigest()
     for token in tokens:
