@@ -337,7 +337,7 @@ class _LeaderCollector(Collector):
         text = "When the leader's term began, in seconds since 1970."
         yield _gauge("macpipe_leader_since_timestamp_seconds", text, [], [([], self._began_at)])
         follows: Values = [([one.name], float(not one.away)) for one in state.standbys]
-        text = "1 while the standby follows; a standby that was lost is shown for ten minutes."
+        text = "1 while the standby follows; 0 also for a coordinator that was lost, until it is back or removed."
         yield _gauge("macpipe_standby_follows", text, ["standby"], follows)
         in_sync: Values = [([one.name], float(one.in_sync)) for one in state.standbys]
         text = "1 while the standby has every record of live requests."

@@ -25,9 +25,13 @@ def describe_leadership(state: LeadershipState | None) -> list[str]:
 
 
 def _describe_standby(standby: StandbyState, replicate: Replicate | None) -> str:
+    from cluster.cli.screen import format_duration
+
     where = f" at {standby.addresses[0]}" if standby.addresses else ""
     if standby.in_sync and replicate is Replicate.SYNC:
         return f"{where}, in sync: answers go on there if the leader is lost"
+    if standby.silent_seconds:
+        return f"{where}, lost: it has not answered for {format_duration(standby.silent_seconds)}"
     if standby.away:
         return f"{where}, does not follow: {standby.problem}"
     behind = f"{standby.behind} updates behind" if standby.behind else "follows"

@@ -128,10 +128,17 @@ def _encode_standby(standby: StandbyState) -> pb.Leadership.Standby:
         behind=standby.behind,
         problem=standby.problem,
         away=standby.away,
+        silent_seconds=standby.silent_seconds,
     )
 
 
 def _decode_standby(message: pb.Leadership.Standby) -> StandbyState:
     return StandbyState(
-        message.name, tuple(message.addresses), message.in_sync, message.behind, message.problem, message.away
+        name=message.name,
+        addresses=tuple(message.addresses),
+        in_sync=message.in_sync,
+        behind=message.behind,
+        problem=message.problem,
+        away=message.away,
+        silent_seconds=message.silent_seconds,
     )

@@ -141,7 +141,7 @@ class Replicator:
             self._send(_encode_file(name, content))
 
     def announce(self, leadership: LeadershipState) -> None:
-        """Tell the standbys who leads. Its ``standbys`` are replaced by those that follow."""
+        """Tell the standbys who leads. Its ``standbys`` that are not away are replaced by those that follow."""
         self._leadership = leadership
         self._send(self._encode_leadership(leadership))
 
@@ -190,7 +190,10 @@ class Replicator:
         return [one for one in self._followers.values() if (one.name.name, one.name.addresses) == known]
 
     def _encode_leadership(self, leadership: LeadershipState) -> pb.FollowResponse:
-        current = dataclasses.replace(leadership, replicate=self.mode, standbys=self.standbys())
+        following = self.standbys()
+        names = {one.name for one in following}
+        away = tuple(one for one in leadership.standbys if one.away and one.name not in names)
+        current = dataclasses.replace(leadership, replicate=self.mode, standbys=following + away)
         return pb.FollowResponse(leadership=encode_leadership(current))
 
     def _send(self, update: pb.FollowResponse) -> None:

@@ -37,7 +37,8 @@ class StandbyState:
     """A standby of the leader. ``behind`` is how many updates it has not stored yet.
 
     One in sync has every record that left; only it may resume answers. ``problem`` says why it is not; "" if it is.
-    ``away``: it does not follow now, although it did, or said that it stands by.
+    ``away``: it does not follow now, although it did, or led, or said that it stands by. ``silent_seconds`` is how long
+    it has not answered then; 0 if it does.
     """
 
     name: str
@@ -46,6 +47,7 @@ class StandbyState:
     behind: int = 0
     problem: str = ""
     away: bool = False
+    silent_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

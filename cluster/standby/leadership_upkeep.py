@@ -16,10 +16,12 @@ from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedServi
 from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.roster import Roster
 from cluster.coordinator.state_files import StateFiles
+from cluster.core.errors import ClusterDamaged
 from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeadershipState, StandbyState, StoredEdit
 from cluster.core.limits import HEARTBEAT_S
 from cluster.platform.continuous_clock import continuous_seconds
 from cluster.platform.private_files import replace_file
+from cluster.security.trust import COORDINATOR
 from cluster.standby.other_coordinators import OtherCoordinators
 
 __all__ = ["LeadershipUpkeep"]
@@ -122,7 +124,7 @@ class LeadershipUpkeep:
         self._others.lead(number)
         standbys = self._replicator.standbys()
         self._others.hear_following(CoordinatorName(one.name, "", one.addresses) for one in standbys)
-        now = replace(self._state(), since_seconds=0.0)
+        now = _without_times(self._state())
         if now != self._announced:
             self._announced = now
             self._replicator.announce(self._state())
@@ -151,8 +153,18 @@ class LeadershipUpkeep:
         return self._replicator.standbys() + self._away()
 
     def _away(self) -> tuple[StandbyState, ...]:
-        places = {address for one in self._replicator.standbys() for address in one.addresses}
-        return tuple(one for one in self._others.away() if places.isdisjoint(one.addresses))
+        following = {one.name for one in self._replicator.standbys()}
+        return tuple(one for one in self._others.away(self._members()) if one.name not in following)
+
+    def _members(self) -> frozenset[str] | None:
+        """Return the names of the cluster's coordinators; None without a cluster, or if they cannot be read now."""
+        members = self._roster.trust.members
+        if members is None:
+            return None
+        try:
+            return frozenset(member.name for member in members.current() if member.role == COORDINATOR)
+        except ClusterDamaged:
+            return None
 
     def _state(self) -> LeadershipState:
         return LeadershipState(
@@ -164,3 +176,9 @@ class LeadershipUpkeep:
             self._standbys(),
             tuple(claim.coordinator for claim in self._others.others.values()),
         )
+
+
+def _without_times(state: LeadershipState) -> LeadershipState:
+    """Return what standbys need not be told again only since time has passed."""
+    standbys = tuple(replace(one, silent_seconds=0.0) for one in state.standbys)
+    return replace(state, since_seconds=0.0, standbys=standbys)

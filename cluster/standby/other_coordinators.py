@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -30,7 +30,7 @@ MAX_ADDRESSES: Final = 8
 _MOST_HOPS: Final = 3
 """How often those that are named are asked in turn."""
 _SILENT_S: Final = 2 * GONE_S
-"""A standby that was not heard for this long does not answer."""
+"""A coordinator that was not heard for this long does not answer."""
 _MAX_FILE_BYTES: Final = 64 * 1024
 AskCoordinator: TypeAlias = Callable[[str, LeaderClaim], Awaitable[LeaderClaim]]
 """Tells the coordinator at an address a claim, and returns its own. Raises ``MacpipeError``."""
@@ -38,7 +38,7 @@ AskCoordinator: TypeAlias = Callable[[str, LeaderClaim], Awaitable[LeaderClaim]]
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
-    """A standby that was heard ``at`` some moment, and its problem then."""
+    """A coordinator that was heard ``at`` some moment, and its problem then."""
 
     name: CoordinatorName
     problem: str
@@ -71,8 +71,10 @@ class OtherCoordinators:
         self.problem = ""
         """Why this process neither leads nor follows; "" if nothing is wrong. The others are told."""
         self._known = _read(file)
-        self._standbys: dict[tuple[str, str], _Heard] = {}
-        """The standbys that were heard, by their keys."""
+        self._heard = {one.name: _Heard(one, "", clock() - _SILENT_S) for one in self._known.values()}
+        """When each other one was heard last, by its name: one that came back at another address is the same."""
+        self._beside: tuple[CoordinatorName, ...] = ()
+        """The other standbys of the leader that is followed, as it said last."""
         self._failures: dict[str, MacpipeError] = {}
         """Why coordinators did not answer, by the addresses that were asked last."""
 
@@ -88,8 +90,8 @@ class OtherCoordinators:
     def hears(self, name: str) -> bool:
         """Return whether a coordinator of this name was heard just now, as one that leads or stands by."""
         now = self._clock()
-        standbys = (one.name.name for one in self._standbys.values() if now - one.at <= _SILENT_S)
-        return name in (*standbys, self.leader.name if self.leader else "")
+        heard = (one.name.name for one in self._heard.values() if now - one.at <= _SILENT_S)
+        return name in (*heard, self.leader.name if self.leader else "")
 
     @property
     def claim(self) -> LeaderClaim:
@@ -113,9 +115,11 @@ class OtherCoordinators:
         self.lose(self.me)
 
     def lose(self, leader: CoordinatorName) -> None:
-        """Note that this one does not lead any more."""
+        """Note that this one does not lead any more. Until now, it and those who followed it were heard."""
         if self.leader and self.leader.instance == leader.instance:
-            self.leader = None
+            for one in (*self._beside, leader):
+                self._note(one)
+            self.leader, self._beside = None, ()
 
     def hear(self, claim: LeaderClaim) -> LeaderClaim:
         """Take what an authenticated coordinator says. Return what this process says."""
@@ -127,16 +131,16 @@ class OtherCoordinators:
         else:
             self.others.pop(claim.coordinator.instance, None)
             self.lose(claim.coordinator)
-            self._note_standby(claim.coordinator, claim.problem)
+        self._note(claim.coordinator, claim.problem)
         return self.claim
 
     def _hear_leader(self, claim: LeaderClaim) -> None:
         instance = claim.coordinator.instance
         self.others.pop(instance, None)
-        if claim.coordinator.addresses:
-            self._standbys.pop(_key(claim.coordinator), None)
         if claim.term > self.term or (self.leader is None and claim.term >= self.term):
             log.info("leader: found leader=%s term=%d", claim.coordinator.name, claim.term)
+            if self.leader and self.leader.instance != instance:
+                self.lose(self.leader)
             self.term, self.leader = claim.term, claim.coordinator
             self.changed.set()
         elif self.leader and self.leader.instance != instance:
@@ -160,29 +164,38 @@ class OtherCoordinators:
         following = tuple(found)
         self.remember(following)
         for one in following:
-            self._note_standby(one, "")
+            self._note(one)
 
-    def _note_standby(self, name: CoordinatorName, problem: str) -> None:
-        if name.addresses and name.name:
-            self._standbys.pop(key := _key(name), None)
-            self._standbys[key] = _Heard(_bounded(name), problem[:MAX_SENTENCE_CHARS], self._clock())
-            self._standbys = dict([*self._standbys.items()][-MAX_COORDINATORS:])
+    def _note(self, name: CoordinatorName, problem: str = "", silent_s: float = 0.0) -> None:
+        """Note that this coordinator was heard, so many seconds ago."""
+        if name.addresses and name.name and not self._is_me(name):
+            kept = _bounded(name)
+            self._heard.pop(kept.name, None)
+            self._heard[kept.name] = _Heard(kept, problem[:MAX_SENTENCE_CHARS], self._clock() - silent_s)
+            self._heard = dict([*self._heard.items()][-MAX_COORDINATORS:])
 
-    def away(self) -> tuple[StandbyState, ...]:
-        """Return the standbys that were heard within ``REMEMBER_S``, as if none of them followed now."""
+    def away(self, members: Collection[str] | None = None) -> tuple[StandbyState, ...]:
+        """Return the coordinators that were heard and do not lead, as if none of them followed now.
+
+        ``members`` are the names of the cluster's coordinators: those that were removed are left out. None: there is no
+        cluster from which one could be removed, so those that were silent for ``REMEMBER_S`` are left out.
+        """
         now = self._clock()
-        self._standbys = {key: one for key, one in self._standbys.items() if now - one.at < REMEMBER_S}
+        leading = {claim.coordinator.name for claim in self.others.values()} | {self.me.name}
+        leading |= {self.leader.name} if self.leader else set()
         return tuple(
-            StandbyState(one.name.name, one.name.addresses, problem=_why_away(one, now - one.at), away=True)
-            for _, one in sorted(self._standbys.items())
+            _describe_away(one, now - one.at)
+            for name, one in sorted(self._heard.items())
+            if name not in leading and (now - one.at < REMEMBER_S if members is None else name in members)
         )
 
     def hear_followed(self, state: LeadershipState) -> None:
-        """Remember the leader that is followed, and its other standbys."""
-        standbys = (
-            CoordinatorName(one.name, "", one.addresses) for one in state.standbys if one.addresses != self.me.addresses
-        )
-        self.remember((*standbys, *([state.leader] if state.leader else [])))
+        """Remember the leader that is followed, its other standbys, and those that do not follow it any more."""
+        others = [one for one in state.standbys if one.addresses != self.me.addresses]
+        for one in others:
+            self._note(CoordinatorName(one.name, "", one.addresses), one.problem, one.silent_seconds)
+        self._beside = tuple(CoordinatorName(one.name, "", one.addresses) for one in others if not one.away)
+        self.remember((*self._beside, *([state.leader] if state.leader else [])))
         if state.leader and state.term >= self.term and self.role is CoordinatorRole.STANDBY:
             self.term, self.leader = state.term, state.leader
 
@@ -244,10 +257,12 @@ def _bounded(one: CoordinatorName) -> CoordinatorName:
     return CoordinatorName(one.name[:MAX_FACT_CHARS], "", one.addresses[:MAX_ADDRESSES])
 
 
-def _why_away(heard: _Heard, silent_s: float) -> str:
+def _describe_away(heard: _Heard, silent_s: float) -> StandbyState:
+    """Return the state of a coordinator that neither leads nor follows."""
+    name, addresses = heard.name.name, heard.name.addresses
     if silent_s > _SILENT_S:
-        return "it does not answer"
-    return heard.problem or "it has not begun to follow"
+        return StandbyState(name, addresses, problem="it does not answer", away=True, silent_seconds=silent_s)
+    return StandbyState(name, addresses, problem=heard.problem or "it has not begun to follow", away=True)
 
 
 def _key(one: CoordinatorName) -> tuple[str, str]:

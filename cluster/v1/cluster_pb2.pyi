@@ -963,6 +963,7 @@ class Leadership(_message.Message):
         BEHIND_FIELD_NUMBER: _builtins.int
         PROBLEM_FIELD_NUMBER: _builtins.int
         AWAY_FIELD_NUMBER: _builtins.int
+        SILENT_SECONDS_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         in_sync: _builtins.bool
         """It has every record that left, so it may resume answers."""
@@ -971,7 +972,9 @@ class Leadership(_message.Message):
         problem: _builtins.str
         """Why it is not in sync; empty if it is."""
         away: _builtins.bool
-        """It does not follow now, although it did or said that it stands by."""
+        """It does not follow now, although it did, or led, or said that it stands by."""
+        silent_seconds: _builtins.float
+        """Seconds for which it has not answered; 0 if it does."""
         @_builtins.property
         def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
         def __init__(
@@ -983,10 +986,11 @@ class Leadership(_message.Message):
             behind: _builtins.int = ...,
             problem: _builtins.str = ...,
             away: _builtins.bool = ...,
+            silent_seconds: _builtins.float = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "away", b"away", "behind", b"behind", "in_sync", b"in_sync", "name", b"name", "problem", b"problem"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "away", b"away", "behind", b"behind", "in_sync", b"in_sync", "name", b"name", "problem", b"problem", "silent_seconds", b"silent_seconds"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,6 @@ from cluster.api.http.origin_policy import OriginPolicy
 from cluster.api.http.passed_answer import PART, SILENCE, PassedAnswer, passed_answer
 from cluster.api.http.server import listen, serve
 from cluster.api.http.sse import COMMENT, EVENTS, EventStream, event
-from cluster.api.passing.http_answers import answer_passed
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_http import passing_application
 from cluster.core.errors import AnswerLost, Busy, MacpipeError, NotServing

@@ -431,16 +431,18 @@ def test_status_says_who_leads_and_who_stands_by() -> None:
         StandbyState("mac-3", behind=7),
         StandbyState("mac-4", problem="its copy is not complete yet"),
         StandbyState("mac-5", ("10.0.0.5:7700",), problem="cannot follow mac-1: the disk is full", away=True),
+        StandbyState("mac-6", ("10.0.0.6:7700",), problem="it does not answer", away=True, silent_seconds=720.0),
     )
     leader = CoordinatorName("mac-1", "i", ("10.0.0.1:7700",))
     other = replace(leader, name="x")
     led = LeadershipState(CoordinatorRole.LEADER, 4, leader, 90.0, Replicate.SYNC, standbys, (other,))
-    assert headline(replace(state, leadership=led))[1:7] == [
+    assert headline(replace(state, leadership=led))[1:8] == [
         "leader: mac-1 for 1 min by term 4",
         "standby: mac-2 at 10.0.0.2:7700, in sync: answers go on there if the leader is lost",
         "standby: mac-3, 7 updates behind",
         "standby: mac-4, its copy is not complete yet",
         "standby: mac-5 at 10.0.0.5:7700, does not follow: cannot follow mac-1: the disk is full",
+        "standby: mac-6 at 10.0.0.6:7700, lost: it has not answered for 12 min",
         "problem: x leads too, at 10.0.0.1:7700; the lower term ends once the two reach each other",
     ]
     nobody = replace(led, leader=None, role=CoordinatorRole.STANDBY)

@@ -589,6 +589,7 @@ def test_the_page_shows_who_leads_and_who_stands_by(show: Callable[..., Any]) ->
         StandbyState("mac-2", in_sync=True),
         StandbyState("mac-3", behind=7),
         StandbyState("mac-4", problem="cannot follow mac-1: the disk is full", away=True),
+        StandbyState("mac-5", problem="it does not answer", away=True, silent_seconds=720.0),
     )
     leader = CoordinatorName("mac-1", "i")
     led = LeadershipState(CoordinatorRole.LEADER, 4, leader, 90.0, Replicate.SYNC, standbys)
@@ -600,6 +601,7 @@ def test_the_page_shows_who_leads_and_who_stands_by(show: Callable[..., Any]) ->
         "mac-2 stands by · in sync: answers go on here if the leader is lost",
         "mac-3 stands by · 7 updates behind",
         "mac-4 does not follow · cannot follow mac-1: the disk is full",
+        "mac-5 lost · has not answered for 12 min",
     ]
     page = show(ClusterState("lab", "1", ServingState.IDLE), "cluster")
     page.wait_for_selector("h1")

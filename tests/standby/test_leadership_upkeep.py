@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedServi
 from cluster.coordinator.replicator import Replicator
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim
+from cluster.security.cluster_folder import ClusterFolder
+from cluster.security.members import Members
+from cluster.security.roles import Party, Role
 from cluster.standby import leadership_upkeep as module
 from cluster.standby import other_coordinators
 from cluster.standby.leadership_upkeep import LeadershipUpkeep
@@ -30,6 +34,9 @@ class Roster:
     number = 3
     renewals = 0
 
+    def __init__(self, members: Members | None) -> None:
+        self.trust = SimpleNamespace(members=members)
+
     @property
     def terms(self) -> Roster:
         return self
@@ -44,13 +51,13 @@ class Roster:
 class Scene:
     """A leader whose upkeep runs, with one file of state."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, members: Members | None = None) -> None:
         self.reads = self.services = 0
         self.asked = list[str]()
         self.file = folder / SERVICE_FILE
         self.served = ReplicatedService((ModelEntry("default", LoadOrder("m")),))
         self.content = b"1"
-        self.roster: Any = Roster()
+        self.roster: Any = Roster(members)
         self.others = OtherCoordinators(ME, self._ask)
         self.replicator = Replicator(None, "copy")
         files: Any = self
@@ -159,3 +166,31 @@ async def test_what_is_new_is_sent_although_the_call_that_found_it_ends(tmp_path
     may_go_on.set()
     await scene.upkeep.publish()
     assert scene.sent()["keys.json"] == b"revoked"
+
+
+@pytest.mark.anyio
+async def test_who_was_removed_from_the_cluster_is_not_missed_and_others_are(tmp_path: Path) -> None:
+    folder = ClusterFolder(tmp_path, "lab")
+    members = Members(folder)
+    for number, name in enumerate(("mac-1", "mac-2", "mac-3", "mac-4"), start=1):
+        role = Role.WORKER if name == "mac-4" else Role.COORDINATOR
+        members.admit(Party(role, f"{number:016x}", "c" * 16, name, 2**159 + number), 9e9)
+    scene = Scene(tmp_path, members)
+    for name in ("mac-2", "mac-3", "mac-4"):
+        scene.others.hear(LeaderClaim(CoordinatorName(name, name, (f"{name}:7700",)), CoordinatorRole.STANDBY))
+
+    def missed() -> list[str]:
+        state = scene.upkeep.state
+        assert state
+        return [one.name for one in state.standbys]
+
+    assert missed() == ["mac-2", "mac-3"], "what is called as a worker is, is no coordinator of the cluster"
+    members.remove("mac-2")
+    assert missed() == ["mac-3"]
+    assert [one.name for one in (await scene.upkeep.confirm()).missing] == ["mac-3"]
+    scene.replicator.follow(CoordinatorName("mac-3", "b", ("elsewhere:7700",)), "copy-3")
+    state = scene.upkeep.state
+    assert state
+    assert [(one.name, one.away) for one in state.standbys] == [("mac-3", False)]
+    folder.members.write_text("{")
+    assert missed() == ["mac-3", "mac-2", "mac-4"], "a damaged file removes nobody"

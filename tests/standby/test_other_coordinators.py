@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.core.errors import Unreachable
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim, StandbyState
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim, LeadershipState, StandbyState
 from cluster.core.limits import GONE_S, REMEMBER_S
 from cluster.standby.other_coordinators import MAX_ADDRESSES, MAX_COORDINATORS, OtherCoordinators
 
@@ -131,9 +132,77 @@ async def test_a_leader_knows_for_a_while_who_does_not_follow_and_why() -> None:
     await ada.ask("bob:7700")
     assert await ada.find_leader(["eve:7700", "cyd:7700"]) is None
     assert [failure.sentence for failure in ada.failures] == ["no answer from eve:7700", "no answer from cyd:7700"]
-    assert [one.problem for one in ada.away()] == [bob.problem, "it does not answer"]
+    assert [(one.problem, one.silent_seconds) for one in ada.away()] == [
+        (bob.problem, 0.0),
+        ("it does not answer", 2 * GONE_S + 1),
+    ]
     network.now = REMEMBER_S + 1
     assert [one.name for one in ada.away()] == ["bob"]
+    assert [one.name for one in ada.away({"bob", "cyd"})] == ["bob", "cyd"], "a member, until it is removed"
+    assert [one.name for one in ada.away({"bob"})] == ["bob"]
     bob.lead(5)
     await ada.ask("bob:7700")
     assert not ada.away()
+
+
+def following(leader: OtherCoordinators, *standbys: StandbyState) -> LeadershipState:
+    """What a leader tells those that follow it."""
+    return LeadershipState(CoordinatorRole.LEADER, leader.term, leader.me, standbys=standbys)
+
+
+@pytest.mark.anyio
+async def test_the_next_leader_knows_who_was_lost_with_the_one_before_and_earlier() -> None:
+    network = Network("ada", "bob", "cyd", "dan")
+    ada, bob, cyd, dan = network.all.values()
+    ada.lead(3)
+    await bob.ask("ada:7700")
+    own, beside = (StandbyState(one.me.name, one.me.addresses) for one in (bob, cyd))
+    lost = StandbyState("dan", dan.me.addresses, problem="it does not answer", away=True, silent_seconds=500.0)
+    bob.hear_followed(following(ada, own, beside, lost))
+    network.now = 1000.0
+    bob.lose(ada.me)  # its stream has ended, and it told nothing new before
+    bob.lead(4)
+    assert [(one.name, one.silent_seconds) for one in bob.away({"ada", "cyd", "dan"})] == [
+        ("ada", 0.0),
+        ("cyd", 0.0),
+        ("dan", 1500.0),
+    ]
+    network.now += 60.0
+    assert [one.silent_seconds for one in bob.away({"ada", "cyd", "dan"})] == [60.0, 60.0, 1560.0]
+    bob.hear_following([cyd.me])
+    ada.stand_by()
+    await ada.ask("bob:7700")
+    assert [one.silent_seconds for one in bob.away({"ada", "cyd"})] == [0.0, 0.0], "both are back"
+    cyd.lead(5)
+    await bob.ask("cyd:7700")
+    cyd.stand_by()
+    cyd.problem = "cannot follow bob: the disk is full"
+    await bob.ask("cyd:7700")
+    assert bob.away({"cyd"})[0].problem == cyd.problem
+    bob.hear(LeaderClaim(replace(ada.me, addresses=("elsewhere:7700",)), CoordinatorRole.STANDBY))
+    assert [one.addresses for one in bob.away({"ada"})] == [("elsewhere:7700",)]
+
+
+def test_a_leader_that_starts_again_knows_who_has_not_answered_since(tmp_path: Path) -> None:
+    network = Network("ada", folder=tmp_path)
+    network.all["ada:7700"].remember([CoordinatorName("bob", "1", ("b:1",)), CoordinatorName("bob", "2", ("b:2",))])
+    again = network.start("ada", "2")
+    network.now += 30.0
+    again.lead(3)
+    (lost,) = again.away({"ada", "bob"})
+    assert (lost.name, lost.addresses, lost.silent_seconds > 30.0) == ("bob", ("b:2",), True)
+    assert not again.hears("bob")
+
+
+@pytest.mark.anyio
+async def test_a_leader_that_another_one_replaces_was_heard_until_then() -> None:
+    network = Network("ada", "bob", "cyd")
+    ada, bob, cyd = network.all.values()
+    ada.lead(3)
+    await bob.ask("ada:7700")
+    network.now = 1000.0
+    cyd.lead(4)
+    await bob.ask("cyd:7700")
+    network.now = 1100.0
+    bob.lead(5)
+    assert [(one.name, one.silent_seconds) for one in bob.away({"ada", "cyd"})] == [("ada", 100.0), ("cyd", 100.0)]

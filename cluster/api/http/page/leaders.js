@@ -40,7 +40,8 @@ const leaderFacts = ({ term, since_seconds }) =>
   term ? `leads · for ${duration(since_seconds)} · term ${term}` : "leads · without workers yet";
 
 /** Return the kind of a standby's dot, and what is said of it. */
-function standbyFacts({ away, behind, in_sync, problem }, replicate) {
+function standbyFacts({ away, behind, in_sync, problem, silent_seconds }, replicate) {
+  if (silent_seconds) return ["bad", `lost · has not answered for ${duration(silent_seconds)}`];
   if (away) return ["bad", `does not follow · ${problem}`];
   if (in_sync && replicate === "sync") return ["good", "stands by · in sync: answers go on here if the leader is lost"];
   return ["", `stands by · ${problem || (behind ? `${count(behind, "update")} behind` : "follows")}`];
