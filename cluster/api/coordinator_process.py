@@ -25,6 +25,7 @@ from cluster.coordinator.identity import state_folder
 from cluster.coordinator.in_sync_names import InSyncNames
 from cluster.coordinator.journal import Fsync, Journal
 from cluster.coordinator.journal_writer import JournalWriter
+from cluster.coordinator.lost_workers import KnownWorker
 from cluster.coordinator.model_catalog import DEFAULT
 from cluster.coordinator.replica_mark import ReplicaMark
 from cluster.coordinator.replicated_service import SERVICE_FILE, ReplicatedService
@@ -165,6 +166,7 @@ class CoordinatorProcess:
             return self.create_roster(coordinator_id)
         epochs.learn(taken.newest_epoch)
         taken.roster.inherited_epoch = epochs.last
+        taken.roster.miss(taken.service.known)
         if not taken.may_resume:
             self._journal_file.unlink(missing_ok=True)
         return taken.roster
@@ -342,7 +344,15 @@ def _describe_service(
         settings.max_schema_bytes,
         settings.load_wait_s,
         settings.strict,
+        _known_workers(coordinator, roster),
     )
+
+
+def _known_workers(coordinator: Coordinator, roster: Roster) -> tuple[KnownWorker, ...]:
+    """Return who answers at the roster's addresses, or did until it was lost, sorted by address."""
+    found = [*(entry.info for entry in roster.members), *coordinator.known_workers()]
+    known = {one.control_address: KnownWorker(one.id, one.name, one.control_address) for one in found if one.id}
+    return tuple(known[address] for address in sorted(roster.addresses()) if address in known)
 
 
 def _superseded(leader: CoordinatorName | None) -> NotLeader:

@@ -94,7 +94,7 @@ def describe_state(state: ClusterState, width: int) -> list[str | Table]:
         return [*parts, NO_WORKERS]
     parts += [*([] if state.deployments else [""]), _workers(state, wide=wide), ""]
     if not wide:
-        parts += [f"{worker.name}: {_machine(worker)}" for worker in state.workers]
+        parts += [f"{worker.name}: {machine}" for worker in state.workers if (machine := _machine(worker))]
     parts += [line for _, ring in state.rings for line in describe_links(ring.stages)]
     parts += [f"spare: {spare.worker}: {spare.why}" for spare in idle_spares(state)]
     if powers := [worker for worker in state.workers if worker.power_watts]:

@@ -57,8 +57,13 @@ class HeartbeatMonitor:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def members(self) -> tuple[RosterEntry, ...]:
-        """Return every worker that is asked or left recently, sorted by name, with its believed state."""
-        return tuple(self._entry_of(name) for name in self._table.names())
+        """Return every worker that is asked, left recently or was lost, sorted by name, with its believed state."""
+        found = (*map(self._entry_of, self._table.names()), *self._lost())
+        return tuple(sorted(found, key=lambda entry: entry.info.name))
+
+    def _lost(self) -> tuple[RosterEntry, ...]:
+        """Return the workers that were lost with the leader before. Those that answer are in the table instead."""
+        return tuple(entry for entry in self._roster.lost() if entry.info.name not in self._table)
 
     def duplicates(self) -> tuple[RosterEntry, ...]:
         """Return the workers that use the name or the id of another living worker."""
@@ -68,7 +73,9 @@ class HeartbeatMonitor:
         return self._suspicion.of(worker)
 
     def beliefs(self) -> tuple[Belief, ...]:
-        return tuple(self._suspicion)
+        since = self._roster.lost_since
+        lost = (Belief(entry.info.name, Standing.GONE, since, since, entry.problem) for entry in self._lost())
+        return (*self._suspicion, *lost)
 
     async def wait_for_answers(self) -> tuple[RosterEntry, ...]:
         """Return ``members`` once all workers that are not gone have answered, or after ``STATUS_ASK_S``."""

@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.coordinator.journal import Fsync
+from cluster.coordinator.lost_workers import KnownWorker
 from cluster.coordinator.settings import ModelEntry
 from cluster.core.errors import InvalidOption
 from cluster.core.leadership import Replicate
@@ -25,8 +26,8 @@ class ReplicatedService:
     """The service of one coordinator. Its models' folders must be at the same paths on a standby's Mac.
 
     ``models`` are all that may be served, the default one first. ``loaded`` are the names of those that are loaded, in
-    the order in which another leader loads them. ``workers`` are control addresses. The other fields are as in
-    ``ServeSettings``.
+    the order in which another leader loads them. ``workers`` are control addresses, and ``known`` those of them that
+    have answered. The other fields are as in ``ServeSettings``.
     """
 
     models: tuple[ModelEntry, ...]
@@ -37,6 +38,7 @@ class ReplicatedService:
     max_schema_bytes: int = MAX_SCHEMA_BYTES
     load_wait_s: float = LOAD_WAIT_S
     strict: bool = False
+    known: tuple[KnownWorker, ...] = ()
 
     def encode(self) -> bytes:
         """Return it as JSON."""

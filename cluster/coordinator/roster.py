@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from typing import Final
 import anyio
 
 from cluster import __version__
+from cluster.coordinator.lost_workers import KnownWorker, LostWorkers
 from cluster.coordinator.reporter import LoadReporter
 from cluster.coordinator.term_holder import TermHolder
 from cluster.coordinator.worker_client import WorkerClient
@@ -64,6 +65,7 @@ class Roster:
         """Slices up to this epoch are from the leader before this one, although the workers are led by this one now."""
         self.silent: set[str] = set()
         """Addresses at which no worker answered in this process's election. Nobody waits for one before it answers."""
+        self._lost = LostWorkers()
         self.terms = TermHolder(Process(coordinator, self.instance))
         """The term by which this process leads the workers that it loads."""
         self.hears_coordinator: Callable[[str], bool] = lambda name: False
@@ -135,14 +137,34 @@ class Roster:
             info, problem = await self.control(address).describe(timeout_s)
         except MacpipeError as e:
             pinned = (workers[address] for workers in self._pinned.values() if address in workers)
-            known = next(pinned, None) or _unknown_worker(address)
+            missed = (entry.info for entry in self.lost() if entry.info.control_address == address)
+            known = next(pinned, None) or next(missed, None) or _unknown_worker(address)
             answers[address] = RosterEntry(known, e.sentence, reachable=False, outside=e.details.get(OUTSIDE, ""))
         else:
             self.silent.discard(address)
             answers[address] = self.member(info, problem)
 
+    def miss(self, workers: Iterable[KnownWorker]) -> None:
+        """Name those of these workers of the leader before that did not answer in this process's election."""
+        self._lost.miss(worker for worker in workers if worker.address in self.silent)
+
+    def lost(self) -> tuple[RosterEntry, ...]:
+        """Return the workers of the leader before that have not answered since, without those that were removed."""
+        found = (_unknown_worker(one.address, one.name, one.id) for one in self._lost.all())
+        return tuple(
+            RosterEntry(info, f"worker {info.name} has not answered since this coordinator leads", reachable=False)
+            for info in found
+            if not self.why_not_member(info)
+        )
+
+    @property
+    def lost_since(self) -> float:
+        """When it was found that the workers of ``lost`` do not answer, in seconds of ``time.monotonic``."""
+        return self._lost.since
+
     def member(self, info: WorkerInfo, problem: str) -> RosterEntry:
         """Return the entry of a worker that answered. A worker outside the cluster counts as unreachable."""
+        self._lost.hear(info.id)
         if why := self.why_not_member(info):
             return RosterEntry(info, why, reachable=False, outside="removed")
         return RosterEntry(info, problem or self.why_unusable(info))
@@ -434,11 +456,11 @@ def _outside(members: Sequence[RosterEntry]) -> str:
     return f"{first.problem}{same if others else ''}"
 
 
-def _unknown_worker(address: str) -> WorkerInfo:
-    """Return the description of a worker of which only the address is known."""
+def _unknown_worker(address: str, name: str = "", id: str = "") -> WorkerInfo:  # noqa: A002
+    """Return the description of a worker of which only the address is known, and at most its name and id."""
     return WorkerInfo(
-        id="",
-        name=address,
+        id=id,
+        name=name or address,
         version="",
         cluster="",
         control_address=address,

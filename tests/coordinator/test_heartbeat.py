@@ -15,7 +15,9 @@ import pytest
 from cluster import __version__
 from cluster.coordinator import roster as roster_module
 from cluster.coordinator.heartbeat import HeartbeatMonitor
+from cluster.coordinator.lost_workers import KnownWorker
 from cluster.coordinator.roster import Roster
+from cluster.coordinator.snapshot import describe_workers
 from cluster.coordinator.worker_client import WorkerClient
 from cluster.core.errors import DuplicateId, WorkerLost, WorkerRefused
 from cluster.core.limits import MAX_DEPARTED
@@ -353,3 +355,27 @@ def test_a_worker_of_the_leader_before_is_no_sign_of_a_copied_state_folder(netwo
     assert network.why_unusable(held) == "ada still serves faq for the leader before this one (term 4)"
     assert network.why_unusable(replace(held, model="")).startswith("ada is still kept for the leader before")
     assert "was copied" in network.why_unusable(replace(held, term=7)), "it does not lead by a lower term"
+
+
+def test_a_worker_that_was_lost_with_the_leader_before_is_gone_until_it_is_back(network: Network) -> None:
+    network.start("bob", "b:1")
+    ada = network.start("ada", "a:1", "1")
+    ada.refuses = True
+    network.silent = {"a:1"}
+    network.miss([KnownWorker("1", "ada", "a:1")])
+
+    async def play(watch: HeartbeatMonitor) -> None:
+        def shown() -> list[tuple[str, str, bool]]:
+            found = describe_workers(watch.members(), watch.beliefs())
+            return [(one.name, one.standing, one.reachable) for one in found]
+
+        await until(lambda: shown() == [("ada", "gone", False), ("bob", "up", True)])
+        lost = describe_workers(watch.members(), watch.beliefs())[0]
+        assert lost.problem == "worker ada has not answered since this coordinator leads"
+        assert lost.silent_seconds > 0
+        assert not watch.is_gone("ada"), "nobody lost it here"
+        await watch.ask(("ada",), time.monotonic() + 1e6, 1e6)  # nobody waits for it
+        ada.refuses = False
+        await until(lambda: shown() == [("ada", "up", True), ("bob", "up", True)])
+
+    watched(network, play)

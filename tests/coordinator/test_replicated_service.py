@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.coordinator.journal import Fsync
+from cluster.coordinator.lost_workers import KnownWorker
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.settings import LoadOrder, ModelEntry
 from cluster.core.errors import InvalidOption
@@ -39,6 +40,7 @@ def test_a_service_is_read_as_it_was_written() -> None:
         max_schema_bytes=9,
         load_wait_s=1.5,
         strict=True,
+        known=(KnownWorker("1", "ada", "10.0.0.2:7000"),),
     )
     assert ReplicatedService.decode(service.encode()) == service
     assert ReplicatedService.decode(replace(service, journal=None, replicate=None).encode()).journal is None

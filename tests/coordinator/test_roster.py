@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from cluster import __version__
+from cluster.coordinator.lost_workers import KnownWorker
 from cluster.coordinator.roster import MLX_LM, Roster
 from cluster.coordinator.settings import LoadOrder
 from cluster.coordinator.worker_client import WorkerClient
@@ -20,7 +23,10 @@ from cluster.core.limits import DESCRIBE_TIMEOUT_S, GIB, HEARTBEAT_S
 from cluster.core.plan import LayerRange, LoadProgress, ModelRef, ModelShape, Plan
 from cluster.core.worker import WorkerInfo
 from cluster.discovery.static import static_source
+from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import LocalTrust
+from cluster.security.members import Members
+from cluster.security.roles import Party, Role
 
 ADA = WorkerInfo("1", "ada", __version__, "127.0.0.1:1", "", "", "", f"0 mlx-lm {MLX_LM}", 1, GIB, cluster="c")
 BOB = replace(ADA, id="2", name="bob", control_address="127.0.0.1:2")
@@ -211,3 +217,36 @@ def test_nothing_is_advised_where_every_cause_is_known(monkeypatch: pytest.Monke
     assert error.sentence == (
         "wanted 2 workers of cluster c, found ada; bob is drained; `macpipe drain bob --undo` takes it back"
     )
+
+
+KNOWN = tuple(KnownWorker(one.id, one.name, one.control_address) for one in (ADA, BOB, CYD))
+
+
+def lost(roster: Roster) -> list[str]:
+    return [entry.info.name for entry in roster.lost()]
+
+
+@pytest.mark.anyio
+async def test_who_was_lost_with_the_leader_before_is_named_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    roster = a_roster(monkeypatch, replace(ADA, version=""), replace(BOB, version=""), CYD)
+    roster.silent = {ADA.control_address, BOB.control_address}
+    roster.miss(KNOWN)
+    assert lost(roster) == ["ada", "bob"], "cyd answered in the election"
+    entries = {entry.info.name: entry for entry in await roster.refresh()}
+    assert entries.keys() == {"ada", "bob", "cyd"}
+    assert [entries[name].reachable for name in ("ada", "bob", "cyd")] == [False, False, True]
+    roster.member(replace(ADA, control_address="127.0.0.1:9"), "")
+    assert lost(roster) == ["bob"], "ada is back at another address"
+
+
+def test_who_was_removed_from_the_cluster_is_not_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    members = Members(ClusterFolder(tmp_path, "c"))
+    for worker in (ADA, BOB):
+        members.admit(Party(Role.WORKER, worker.id, "c" * 16, worker.name, 2**159 + int(worker.id)), 9e9)
+    roster = a_roster(monkeypatch, ADA, BOB)
+    roster.trust = cast(Any, SimpleNamespace(members=members))
+    roster.silent = roster.addresses()
+    roster.miss(KNOWN[:2])
+    assert lost(roster) == ["ada", "bob"]
+    members.remove("ada")
+    assert lost(roster) == ["bob"]

@@ -159,6 +159,22 @@ def test_an_answer_goes_on_at_a_standby_after_its_leader_was_killed_which_then_s
     assert undisturbed(pair) == whole, "and back"
 
 
+def test_who_was_lost_with_the_leader_s_mac_is_shown_until_it_is_back(pair: Coordinators) -> None:
+    kill(leader_of(pair), named(pair, "ada"))
+
+    def lost() -> tuple[list[tuple[str, bool]], list[str]]:
+        state = pair.state("heir")
+        if state is None or state.leadership is None:
+            return [], []
+        standbys = [(one.addresses[0], one.silent_seconds > 0) for one in state.leadership.standbys]
+        return standbys, [one.name for one in state.workers if one.standing == "gone" and not one.reachable]
+
+    until(lambda: lost() == ([(pair.address("lead"), True)], ["ada"]))
+    stand_by(pair, "lead", "heir")
+    until(lambda: lost() == ([(pair.address("lead"), False)], ["ada"]))
+    assert "leader: stepped down" not in named(pair, "heir").said()
+
+
 def test_a_leader_that_stops_hands_over_to_its_standby(pair: Coordinators) -> None:
     whole, leader = undisturbed(pair), leader_of(pair)
     assert interrupted(pair, leader, signal.SIGTERM) == whole
