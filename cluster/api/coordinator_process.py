@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,8 @@ from starlette.types import ASGIApp
 from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.http.port_settings import HttpPort
 from cluster.api.metrics import ProcessMetrics
+from cluster.api.passing.leader_channel import LeaderChannel
+from cluster.api.passing.passed_http import passing_application
 from cluster.api.ports import HttpFront, addresses_for_others, url_for_others
 from cluster.coordinator.certificate_issuer import CertificateIssuer
 from cluster.coordinator.coordinator import Coordinator
@@ -131,6 +133,12 @@ class CoordinatorProcess:
             source = merge_sources(static_source(service.workers), source)
         trust = open_trust(settings.home, settings.cluster, COORDINATOR)
         return Roster(source, settings.cluster, coordinator_id, trust)
+
+    def pass_on_http(self, own: Mapping[str, ASGIApp] | None = None) -> LeaderChannel:
+        """Have whoever leads answer at this process's HTTP port, but for the paths in ``own``. Return the channel to it."""
+        leader = LeaderChannel(self.trust, lambda: self.others.leader, lambda: self.others.problem)
+        self.front.answer_by(passing_application(leader, self.http.sites, own=own))
+        return leader
 
     # Leading
 
@@ -291,6 +299,8 @@ class Leading:
         self._log_step_down(heir, problem)
         self.upkeep.end()  # a standby that begins to follow now would have it claim to lead again
         others.stand_by()
+        if self.chosen:  # else the whole process stops, or learns in a moment who leads
+            self.process.pass_on_http()
         if not superseded and not heir:
             await self._close(NotServing("the coordinator is stopping"))
             return

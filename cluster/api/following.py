@@ -15,9 +15,7 @@ from cluster.api.grpc.authority_service import add_authority_service
 from cluster.api.grpc.inference_service import client_name
 from cluster.api.grpc.leader_service import LeaderServicer
 from cluster.api.http.standby_metrics import METRICS, standby_metrics
-from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_calls import PassedCalls
-from cluster.api.passing.passed_http import passing_application
 from cluster.api.ports import bind_public
 from cluster.coordinator.identity import read_coordinator_id
 from cluster.coordinator.model_reader import ModelReader
@@ -109,17 +107,14 @@ async def _standby_port(process: CoordinatorProcess, trust: Trust, standby: Stan
     What is asked about this process itself is answered here.
     """
     settings = process.settings
-    leader = LeaderChannel(trust, lambda: process.others.leader, lambda: process.others.problem)
-    server = public_server(trust)
+    metrics = standby_metrics(lambda: standby.state, process.metrics, process.http.keys, process.http.sites)
+    leader, server = process.pass_on_http({METRICS: metrics}), public_server(trust)
     add_LeaderServiceServicer_to_server(LeaderServicer(process.others, settings.home, settings.cluster), server)
     add_authority_service(server, settings, trust)
     server.add_generic_rpc_handlers((PassedCalls(leader, ByteBudget(), partial(client_name, trust)),))
     addresses = bind_public(server, settings, trust)
     await server.start()
     process.listen_on(addresses)
-    http = process.http
-    metrics = standby_metrics(lambda: standby.state, process.metrics, http.keys, http.sites)
-    process.front.answer_by(passing_application(leader, http.sites, own={METRICS: metrics}))
     try:
         yield
     finally:

@@ -36,12 +36,16 @@ class Scene:
         coordinator: Any = SimpleNamespace(deployments=deployments, close=self._close)
         roster: Any = SimpleNamespace(terms=SimpleNamespace(give_back=self._give_back))
         upkeep: Any = SimpleNamespace(end=lambda: None)
-        process: Any = SimpleNamespace(others=self.others)
+        process: Any = SimpleNamespace(others=self.others, pass_on_http=self._pass_on)
         self.leading = Leading(process, coordinator, roster, self.replicator, upkeep, [])
         self.leading.loads.push_async_callback(self._end_loads)
 
     async def _ask(self, address: str, claim: LeaderClaim) -> LeaderClaim:
         raise AssertionError("nobody is asked")
+
+    def _pass_on(self) -> None:
+        assert self.others.claim.role is CoordinatorRole.STANDBY
+        self.happened.append("new HTTP requests wait for the next leader")
 
     async def _end_loads(self) -> None:
         await asyncio.sleep(0)
@@ -128,3 +132,11 @@ async def test_a_leader_that_stops_goes_on_if_no_standby_is_ready(monkeypatch: p
     scene.follow(HEIR)
     await scene.stop()
     assert scene.happened[-1].startswith("this coordinator stops; mac-2 takes its place")
+
+
+async def test_new_http_requests_wait_for_the_next_leader_while_this_one_hands_over() -> None:
+    scene = Scene()
+    scene.replicator.note_prepared(scene.follow(HEIR), is_prepared=True)
+    await scene.leading.hand_over("")
+    await scene.stop()
+    assert scene.happened[:2] == ["new HTTP requests wait for the next leader", "workers given back"]
