@@ -18,7 +18,7 @@ import anyio
 from cluster.coordinator.served_adapters import ServedAdapters
 from cluster.coordinator.settings import LoadOrder
 from cluster.core.adapter import Adapter, count_adapters, require_adapter_name
-from cluster.core.errors import InvalidGrammar, InvalidOption, MacpipeError, ModelNotFound
+from cluster.core.errors import InvalidGrammar, InvalidOption, MacpipeError, ModelNotFound, NotServing
 from cluster.core.futures import ignore_error
 from cluster.core.limits import MIN_CONTEXT
 from cluster.core.plan import ModelShape, Speculation, TensorMap
@@ -191,7 +191,12 @@ class ModelReader:
         return await self._on_thread(read_adapter, name, adapter_folder(folder), found, model_info.shape)
 
     async def _on_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.wrap_future(self._pool.submit(work, *arguments))
+        """Return the result of ``work``. Raises ``NotServing`` after ``close``, and its errors."""
+        try:
+            future = self._pool.submit(work, *arguments)
+        except RuntimeError:
+            raise NotServing("the coordinator is stopping") from None
+        return await asyncio.wrap_future(future)
 
     async def close(self) -> None:
         """Drop what was read ahead, release the thread's MLX streams and end it."""

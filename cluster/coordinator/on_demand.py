@@ -153,7 +153,7 @@ class OnDemand:
     async def hold_tokenizer(self, requested: str | None) -> AsyncIterator[ModelInfo]:
         """Keep a model's tokenizer within the block. Its weights are not loaded for that, and nothing is evicted.
 
-        Raises ``NotServing`` after ``load_wait_s`` behind others that do so, and as ``ModelReader.read``.
+        Raises ``NotServing`` after ``load_wait_s`` behind others that do so, as ``ModelReader.read``, and as ``hold``.
         """
         if self.is_ready(requested):
             async with self.hold(requested) as held:
@@ -167,12 +167,13 @@ class OnDemand:
             why = f"{entry.name} is not loaded, and others wait for its tokenizer; try again in a moment"
             raise NotServing(why, retry_after_s=FAILED_RETRY_S) from None
         try:
-            model_info = await self._host.deployments[entry.name].read(entry.order)
-            try:
-                yield model_info
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await model_info.close()
+            with self._host.deployments.lead_change.renamed_errors():
+                model_info = await self._host.deployments[entry.name].read(entry.order)
+                try:
+                    yield model_info
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await model_info.close()
         finally:
             self._reading.release()
 

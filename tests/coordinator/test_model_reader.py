@@ -12,7 +12,7 @@ import pytest
 
 from cluster.coordinator.model_reader import ModelInfo, ModelReader
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import ModelNotFound
+from cluster.core.errors import ModelNotFound, NotServing
 from cluster.model.checkpoint import resolve_model
 from cluster.store.store import Store
 
@@ -97,3 +97,12 @@ async def test_what_nobody_needs_any_more_is_closed(tmp_path: Path, order: LoadO
         assert not is_open(ahead)
         assert is_open(other)
     assert not is_open(other)
+
+
+@pytest.mark.anyio
+async def test_nothing_is_read_once_the_coordinator_has_stopped(tmp_path: Path, order: LoadOrder) -> None:
+    async with reading(tmp_path / "home") as reader:
+        pass
+    for work in (reader.read(order), reader.read_shape(order)):
+        with pytest.raises(NotServing, match="the coordinator is stopping"):
+            await work

@@ -586,6 +586,20 @@ async def test_requests_follow_if_their_load_fails_since_the_workers_are_led_els
         await waiting
 
 
+async def test_a_request_for_a_tokenizer_alone_follows_to_the_next_leader() -> None:
+    cluster = three()
+
+    async def read(order: LoadOrder) -> ClosedLater:
+        await asyncio.sleep(0)
+        cluster.deployments.lead_change.end(NotLeader("bob leads now"))
+        raise NotServing("the reader is closed")
+
+    cluster.deployments["code"].read = read  # type: ignore[method-assign]
+    with pytest.raises(NotLeader, match="bob leads now"):
+        async with cluster.demand.hold_tokenizer("code"):
+            raise AssertionError("it is not read")
+
+
 async def test_a_tokenizer_is_read_without_a_load() -> None:
     cluster = three()
     async with cluster.demand.hold_tokenizer("code") as info:
