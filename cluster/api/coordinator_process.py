@@ -135,7 +135,7 @@ class CoordinatorProcess:
         return Roster(source, settings.cluster, coordinator_id, trust)
 
     def pass_on_http(self, own: Mapping[str, ASGIApp] | None = None) -> LeaderChannel:
-        """Have whoever leads answer at this process's HTTP port, but for the paths in ``own``. Return the channel to it."""
+        """Have whoever leads answer at this HTTP port, but for the paths in ``own``. Return the channel to it."""
         leader = LeaderChannel(self.trust, lambda: self.others.leader, lambda: self.others.problem)
         self.front.answer_by(passing_application(leader, self.http.sites, own=own))
         return leader
@@ -308,12 +308,13 @@ class Leading:
         await self._hold_loops()
         await self.replicator.stop(error, heir.name if heir else "")
         self.leaving.set()
-        self.coordinator.deployments.lead_change.end(error)
+        self.coordinator.deployments.lead_change.end(error)  # before loads fail since their workers have gone on
         await self.roster.terms.give_back()
         await self._close(error)
 
     async def _close(self, error: MacpipeError) -> None:
         """End the loads, then all requests with ``error``: a load could open the coordinator again."""
+        self.coordinator.deployments.lead_change.end(error)
         await self.loads.aclose()
         await self.coordinator.close(error)
 

@@ -1,4 +1,4 @@
-"""A leader gives its heir time to read what it needs to lead: some seconds if a person asks, one if it must stop."""
+"""A leader hands over, or steps down: it waits for its heir to be ready, says why in its log, and ends in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.coordinator.follower import Follower
 from cluster.coordinator.lead_change import LeadChange
 from cluster.coordinator.replicator import Replicator
 from cluster.core.errors import MacpipeError, NotLeader, NotServing
-from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim
+from cluster.core.leadership import CoordinatorName, CoordinatorRole, LeaderClaim, StandbyState
 from cluster.standby.other_coordinators import OtherCoordinators
 
 pytestmark = pytest.mark.anyio
@@ -34,7 +34,7 @@ class Scene:
         self.lead_change = LeadChange()
         deployments: Any = SimpleNamespace(values=tuple, lead_change=self.lead_change)
         coordinator: Any = SimpleNamespace(deployments=deployments, close=self._close)
-        roster: Any = SimpleNamespace(terms=SimpleNamespace(give_back=self._give_back))
+        roster: Any = SimpleNamespace(terms=SimpleNamespace(give_back=self._give_back, number=3))
         upkeep: Any = SimpleNamespace(end=lambda: None)
         process: Any = SimpleNamespace(others=self.others, pass_on_http=self._pass_on)
         self.leading = Leading(process, coordinator, roster, self.replicator, upkeep, [])
@@ -62,14 +62,15 @@ class Scene:
         await asyncio.sleep(0)
         self.happened.append(str(error))
 
-    def follow(self, name: CoordinatorName) -> Follower:
+    def follow(self, name: CoordinatorName, *, is_prepared: bool = False) -> Follower:
         follower = self.replicator.follow(name, name.name)
         follower.acknowledge(follower.newest)
+        self.replicator.note_prepared(follower, is_prepared=is_prepared)
         return follower
 
-    async def stop(self) -> None:
+    async def stop(self, problem: NotLeader | None = None) -> None:
         """Stop, with standbys that store all they are sent."""
-        stopping = asyncio.create_task(self.leading.stop())
+        stopping = asyncio.create_task(self.leading.stop(problem))
         while not stopping.done():
             for follower in tuple(self.replicator._followers.values()):
                 self.replicator.acknowledge(follower, follower.newest)
@@ -117,7 +118,7 @@ async def test_a_leader_that_stops_waits_a_moment_and_hands_over_to_a_standby_th
     monkeypatch.setattr(module, "STOP_PREPARED_S", 60.0)
     scene = Scene()
     scene.follow(HEIR)
-    scene.replicator.note_prepared(scene.follow(OTHER), is_prepared=True)
+    scene.follow(OTHER, is_prepared=True)
     await scene.stop()
     why = "this coordinator stops; mac-3 takes its place, and the answer goes on there"
     assert scene.happened == ["workers given back", "loads ended", why]
@@ -136,7 +137,57 @@ async def test_a_leader_that_stops_goes_on_if_no_standby_is_ready(monkeypatch: p
 
 async def test_new_http_requests_wait_for_the_next_leader_while_this_one_hands_over() -> None:
     scene = Scene()
-    scene.replicator.note_prepared(scene.follow(HEIR), is_prepared=True)
+    scene.follow(HEIR, is_prepared=True)
     await scene.leading.hand_over("")
     await scene.stop()
     assert scene.happened[:2] == ["new HTTP requests wait for the next leader", "workers given back"]
+
+
+def said_of_stepping_down(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in caplog.messages if message.startswith("leader: stepped down")]
+
+
+async def test_a_higher_term_is_named_with_who_leads_by_it(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    scene.others.hear(LeaderClaim(HEIR, CoordinatorRole.LEADER, 5, HEIR))
+    await scene.stop()
+    assert said_of_stepping_down(caplog) == [
+        "leader: stepped down reason=higher term term=3 leader=mac-2 term_of_leader=5"
+    ]
+
+
+async def test_a_handover_names_the_standby_that_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    for name in (HEIR, OTHER):
+        scene.follow(name, is_prepared=True)
+    assert await scene.leading.hand_over("mac-3") == "mac-3"
+    await scene.stop()
+    assert said_of_stepping_down(caplog) == ["leader: stepped down reason=handover term=3 leader=mac-3"]
+
+
+async def test_a_leader_that_stops_names_the_standby_that_takes_over(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    scene.follow(HEIR, is_prepared=True)
+    await scene.stop()
+    assert said_of_stepping_down(caplog) == ["leader: stepped down reason=stopped term=3 leader=mac-2"]
+
+
+async def test_why_it_must_not_lead_is_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    await Scene().stop(NotLeader("its journal lacks something"))
+    assert said_of_stepping_down(caplog) == [
+        "leader: stepped down reason=its journal lacks something term=3 leader=unknown"
+    ]
+
+
+async def test_a_handover_whose_standby_has_left_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    scene.leading.chosen[:] = [StandbyState("mac-2")]
+    await scene.stop()
+    assert said_of_stepping_down(caplog) == ["leader: stepped down reason=handover term=3 leader=unknown"]
+
+
+async def test_one_that_just_ends_steps_down_for_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    await scene.stop()
+    assert not caplog.messages
+    assert scene.happened == ["loads ended", "the coordinator is stopping"]

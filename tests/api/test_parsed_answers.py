@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from checkpoints import make_tokenizer
 from cluster.api.metrics import Metrics
 from cluster.api.request_service import RequestService
 from cluster.coordinator.answer_queue import AnswerQueue
+from cluster.coordinator.lead_change import LeadChange
 from cluster.coordinator.model_reader import ModelInfo
 from cluster.core.errors import Aborted
 from cluster.core.known_tokens import KnownTokens
@@ -82,6 +84,7 @@ class Answering:
     journal = None
 
     def __init__(self, text: str, known: int = 0) -> None:
+        self.deployments = SimpleNamespace(lead_change=LeadChange())
         self._tokens = tuple(map(ord, text))
         self._known = known
         self.model: ModelInfo | None = None
