@@ -7,8 +7,8 @@ clients, and standbys, go on to the new one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from cluster.core.errors import MacpipeError, NotServing
 
@@ -20,6 +20,8 @@ class LeadChange:
         self._error: MacpipeError | None = None
         self._settled = asyncio.Event()
         self._settled.set()
+        self._waits: set[asyncio.Timeout] = set()
+        """Of the blocks that ``end`` interrupts."""
 
     @property
     def is_returning(self) -> bool:
@@ -47,11 +49,31 @@ class LeadChange:
         """Have all requests that were not accepted yet end with ``error``: this coordinator stops."""
         self._error = error
         self._settled.set()
+        for wait in [one for one in self._waits if not one.expired()]:
+            wait.reschedule(asyncio.get_running_loop().time())
 
     def require_going(self) -> None:
         """Raise the error of ``end`` after that."""
         if self._error:
             raise self._error
+
+    @asynccontextmanager
+    async def until_end(self) -> AsyncIterator[None]:
+        """Run the block until ``end``, which interrupts it: it raises that error then. Errors are renamed as below.
+
+        What the block waits for, say a grammar that is being checked, may last longer than this process.
+        """
+        try:
+            async with asyncio.timeout(None) as wait:
+                self._waits.add(wait)
+                try:
+                    with self.renamed_errors():
+                        yield
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError:
+            self.require_going()
+            raise
 
     @contextmanager
     def renamed_errors(self) -> Iterator[None]:

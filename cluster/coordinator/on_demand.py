@@ -132,10 +132,10 @@ class OnDemand:
         """Keep a model loaded within the block, and load it first if it is not; or a fallback, if it cannot be served.
 
         ``wait_s`` is how long to wait for the load; None: until it ends. Raises ``NotServing`` after that, the error of
-        the load, as ``Coordinator.served_model``, and as ``LeadChange.renamed_errors``.
+        the load, as ``Coordinator.served_model``, and as ``LeadChange.until_end``.
         """
         change = self._host.deployments.lead_change
-        with change.renamed_errors():
+        async with change.until_end():
             if not self.enabled:
                 await change.wait_returned(self.load_wait_s)
                 yield HeldModel(self._host.served_model(requested or "", adapter))
@@ -167,7 +167,7 @@ class OnDemand:
             why = f"{entry.name} is not loaded, and others wait for its tokenizer; try again in a moment"
             raise NotServing(why, retry_after_s=FAILED_RETRY_S) from None
         try:
-            with self._host.deployments.lead_change.renamed_errors():
+            async with self._host.deployments.lead_change.until_end():
                 model_info = await self._host.deployments[entry.name].read(entry.order)
                 try:
                     yield model_info

@@ -555,6 +555,28 @@ async def test_requests_that_were_not_accepted_follow_to_the_next_leader() -> No
             raise ModelNotFound("the request's own error stays")
 
 
+@pytest.mark.parametrize("names", [("chat",), ("chat", "title")])
+async def test_requests_follow_at_once_whatever_they_wait_for(names: tuple[str, ...]) -> None:
+    """Say, for the check of a large grammar: their leader's port is closed soon."""
+    cluster, held = MemoryCluster(*map(entry, names)), asyncio.Event()
+    cluster.put("chat")
+
+    async def check() -> None:
+        async with cluster.demand.hold("chat"):
+            held.set()
+            await asyncio.Event().wait()
+
+    checking = asyncio.create_task(check())
+    await held.wait()
+    for _ in range(3):
+        cluster.deployments.lead_change.end(NotLeader("bob leads now"))
+        await asyncio.sleep(0)
+    with pytest.raises(NotLeader, match="bob leads now"):
+        await checking
+    assert not cluster.demand._holds
+    assert not cluster.deployments.lead_change._waits
+
+
 async def test_requests_that_wait_for_a_load_follow_to_the_next_leader() -> None:
     cluster = MemoryCluster(entry("chat", fallback="title"), entry("title"), entry("code"))
     change, elsewhere = cluster.deployments.lead_change, NotLeader("bob leads now")
