@@ -76,8 +76,8 @@ class Leader(LeaderServiceServicer):
     """A leader whose application tells what it sees, and streams ``pieces``, of which it sends ``most`` at once.
 
     It refuses the first ``refusals`` streams, and with ``late`` any that has begun. ``left`` is set once a stream's
-    client has left, ``passed`` has what the standby said of each answer. ``leaving`` is set once it leads no more,
-    which is in the midst of its first answer if it ``leaves``.
+    client has left, ``passed`` has what the standby said of each answer, and ``begun`` is set by the first request.
+    ``leaving`` is set once it leads no more, which is in the midst of its first answer if it ``leaves``.
     """
 
     def __init__(
@@ -99,14 +99,15 @@ class Leader(LeaderServiceServicer):
             DeclaredRoute(path, endpoint, access=Access.INFERENCE, methods=["GET", "POST"])
             for path, endpoint in paths.items()
         ]
-        app = Starlette(routes=routes, exception_handlers=HANDLERS)
-        http = RequestMiddleware(app, lambda *_: None, Authorizer(routes)).behind_standby()
+        app: ASGIApp = Starlette(routes=routes, exception_handlers=HANDLERS)
+        app = RequestMiddleware(app, lambda *_: None, Authorizer(routes)).behind_standby()
         others: Any = None
-        self.leaves, self.leaving = leaves, asyncio.Event()
-        self._servicer = LeaderServicer(others, Path(), "", http=http, leaving=self.leaving)
+        self.leaves, self.leaving, self.begun = leaves, asyncio.Event(), asyncio.Event()
+        self.service = LeaderServicer(others, Path(), "default", http=app, leaving=self.leaving)
 
     async def PassHttp(self, request_iterator: Any, context: Any) -> None:
-        await self._servicer.PassHttp(request_iterator, context)
+        self.begun.set()
+        await self.service.PassHttp(request_iterator, context)
 
     async def echo(self, request: Request) -> Json:
         seen = {
@@ -299,13 +300,14 @@ async def test_a_stream_that_waited_for_its_model_begins_its_answer_at_the_next_
     assert (resumed.resumed, resumed.events, resumed.is_begun) == (True, 1, False)
 
 
-async def test_a_sample_with_other_events_is_not_continued() -> None:
+async def test_a_sample_with_other_events_is_not_continued(caplog: pytest.LogCaptureFixture) -> None:
     other = [(part, piece.replace(b"b1", b"b9")) for part, piece in SECOND]
     service = Service(first := Leader(FIRST, 3), Leader(other))
     await service.begin()
     async with standby(service) as client:
         received = await read(client, service, first)
     assert b"b9" not in received
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
     assert openai_end(received)["code"] == "answer_differs"
 
 
@@ -349,6 +351,35 @@ async def test_a_stream_that_waits_for_its_model_at_the_next_leader_ends_with_th
     assert received.startswith(FIRST[0][1] + FIRST[1][1])
     assert received.count(b"data: ") == 3
     assert openai_end(received)["code"] == "answer_lost"
+
+
+@pytest.mark.parametrize("hands_over", [False, True])
+async def test_a_request_whose_body_comes_after_its_leader_was_lost_is_answered_by_the_next(
+    hands_over: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = Leader(), Leader()
+    service, next_leads = Service(first, second), asyncio.Event()
+    await service.begin()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"stream"'
+        await next_leads.wait()
+        yield b": true}"
+
+    async with standby(service) as client:
+        asking = asyncio.create_task(client.post(CHAT, content=body(), headers={"content-type": "application/json"}))
+        await asyncio.wait_for(first.begun.wait(), 10)
+        if hands_over:
+            first.leaving.set()
+            await asyncio.sleep(0.05)
+        await service.end()
+        await service.begin()
+        await asyncio.wait_for(second.begun.wait(), 10)
+        next_leads.set()
+        answered = await asyncio.wait_for(asking, 15)
+    assert answered.content == b"".join(PIECES)
+    assert not first.passed
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_what_may_have_changed_something_is_not_sent_to_the_next_leader() -> None:

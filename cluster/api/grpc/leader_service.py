@@ -87,6 +87,8 @@ class LeaderServicer(LeaderServiceServicer):
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
+                answering.cancel()  # first: what it reads from the aborted call would be an internal error
+                await asyncio.gather(answering, return_exceptions=True)
                 why = "this coordinator leads no more; the answer goes on at the next one"
                 await abort(context, ConnectionLost(why))
             await answering

@@ -126,7 +126,8 @@ class KnownEvents:
         self._left = dict(passed.known)
         """The parts of which the client has more than has come."""
         self._found = CountedEvents()
-        self._differs = False
+        self.differs = False
+        """Whether the answer has other events than the client."""
 
     @property
     def is_behind(self) -> bool:
@@ -134,18 +135,19 @@ class KnownEvents:
         return bool(self._left)
 
     def is_known(self, piece: bytes, part: int) -> bool:
-        """Return whether the client has the next piece. Raises ``AnswerDiffers`` if it has others."""
+        """Return whether the client has the next piece, or would have to have it: see ``differs``."""
+        if self.differs:
+            return True
         wanted = self._left.get(part)
         if wanted is None:
             return False
         if self._found.add(piece, part) and self._found.known(part).events == wanted.events:
             del self._left[part]
             if self._found.known(part) != wanted:
-                self._differs = True
-                self.close()
+                self.differs = True
         return True
 
     def close(self) -> None:
         """Raise ``AnswerDiffers`` if the answer has had others or fewer than the client."""
-        if self._differs or self._left:
+        if self.differs or self._left:
             raise AnswerDiffers("the answer has other events than the client received; send the request again")

@@ -56,11 +56,14 @@ class _Exchange:
         self._known = KnownEvents(passed) if passed.events else None
         self._failure: MacpipeError | None = None
         """Why the answer ended before it had the events of its client."""
+        self._failed = asyncio.Event()
+        """Set once it is known that the answer is no use to the client."""
         self._body_ended = False
 
     async def receive(self) -> Message:
         if self._body_ended:
-            await asyncio.Event().wait()  # a client that leaves cancels the call
+            await self._failed.wait()  # a client that leaves cancels the call
+            return {"type": "http.disconnect"}
         part = await anext(self._requests, None)
         self._body_ended = part is None
         return {"type": "http.request", "body": part.body if part else b"", "more_body": not self._body_ended}
@@ -71,6 +74,7 @@ class _Exchange:
             await asyncio.Event().wait()  # an error of this leader; the standby asks the next one
         if ERROR in message and self._known and self._known.is_behind:
             self._failure = message[ERROR]
+            self._failed.set()
         elif message["type"] == "http.response.start":
             if message["status"] != HTTPStatus.OK:
                 self._known = None  # no answer follows
@@ -81,6 +85,8 @@ class _Exchange:
             part = message.get(PART, 0)
             if not (self._known and self._known.is_known(piece, part)):
                 await self._context.write(pb.PassHttpResponse(body=piece, part_of_answer=part))
+            elif self._known.differs:
+                self._failed.set()
 
     async def drain(self) -> None:
         """Discard the rest of a body that the application did not read, for a while: the standby is sending it."""

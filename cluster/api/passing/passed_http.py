@@ -18,7 +18,7 @@ import grpc
 from grpc import aio
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api.http.caller_identity import client_name
 from cluster.api.http.errors import error_response
@@ -111,6 +111,14 @@ class PassedHttp:
 
     async def _pass_on(self, request: _PassedRequest, reply: _PassedReply) -> None:
         """Have whoever leads answer. Raises ``MacpipeError`` if nobody does, or not to the end."""
+        reading = asyncio.ensure_future(request.read())
+        try:
+            await self._try_leaders(request, reply)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _try_leaders(self, request: _PassedRequest, reply: _PassedReply) -> None:
         pause_s, began = FOLLOW_PAUSE_S, time.monotonic()
         while True:
             try:
@@ -129,8 +137,9 @@ class PassedHttp:
 
     async def _try(self, request: _PassedRequest, reply: _PassedReply) -> None:
         address, channel = self._leader.open()
-        call: Any = LeaderServiceStub(channel).PassHttp(request.parts(reply.events))
-        watching = asyncio.ensure_future(request.cancel_at_disconnect(call))
+        over = asyncio.Event()
+        call: Any = LeaderServiceStub(channel).PassHttp(request.parts(reply.events, over))
+        watching = asyncio.ensure_future(request.cancel_at_end(call))
         try:
             async for response in call:
                 await reply.take(response, request)
@@ -142,11 +151,13 @@ class PassedHttp:
         except asyncio.CancelledError:
             if request.refusal:
                 raise request.refusal from None
-            if not request.disconnected.is_set():
+            if not request.disconnected:
                 raise
             raise Aborted("the client disconnected") from None
         finally:
             watching.cancel()
+            over.set()  # gRPC goes on to wait for a part of the request if the call has ended by itself
+            request.wake()
             call.cancel()
 
     def _explain(self, error: aio.AioRpcError, address: str) -> MacpipeError:
@@ -221,44 +232,69 @@ class _PassedRequest:
         self._head = _head(scope)
         self._body: list[bytes] = []
         self._more = True
-        self._complete = asyncio.Event()
+        self._changed = asyncio.Event()
+        """Set, and replaced, when there is more of the request, or nothing more to wait for."""
         self.is_repeatable = scope["method"] in _SAFE or scope["path"] in _REPEATABLE
         self.resumed = False
         self.refusal: MacpipeError | None = None
-        self.disconnected = asyncio.Event()
+        self.disconnected = False
 
-    async def parts(self, known: CountedEvents) -> AsyncIterator[pb.PassHttpRequest]:
-        """Yield the parts of the request, as they arrive the first time."""
+    async def read(self) -> None:
+        """Take the body as it arrives, once for all leaders, then wait until the client has left.
+
+        Ends early if the request may not be held.
+        """
+        while not self._is_over:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.disconnected = True
+            elif self._more:
+                self._take(message)
+            self.wake()
+
+    def _take(self, message: Message) -> None:
+        piece = message.get("body", b"")
+        try:
+            self._charge.add(len(piece))
+        except MacpipeError as e:
+            self.refusal = e
+            return
+        if piece:
+            self._body.append(piece)
+        self._more = message.get("more_body", False)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether nobody waits for an answer any more, or nothing may be answered."""
+        return self.disconnected or self.refusal is not None
+
+    def wake(self) -> None:
+        """Let those that wait look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def parts(self, known: CountedEvents, over: asyncio.Event) -> AsyncIterator[pb.PassHttpRequest]:
+        """Yield the parts of the request for one leader, until ``over`` is set."""
         head = pb.HttpRequestHead()
         head.CopyFrom(self._head)
         head.resumed = self.resumed
         for part, has in known.all_known.items():
             head.known.add(part=part, events=has.events, digest=has.digest)
         yield pb.PassHttpRequest(head=head)
-        for piece in tuple(self._body):
-            yield pb.PassHttpRequest(body=piece)
-        while self._more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self.disconnected.set()
-                break
-            if piece := message.get("body", b""):
-                try:
-                    self._charge.add(len(piece))
-                except MacpipeError as e:
-                    self.refusal = e
-                    break
-                self._body.append(piece)
-                yield pb.PassHttpRequest(body=piece)
-            self._more = message.get("more_body", False)
-        self._complete.set()
+        sent = 0
+        while not over.is_set():
+            if sent < len(self._body):
+                yield pb.PassHttpRequest(body=self._body[sent])
+                sent += 1
+            elif self._more and not self._is_over:
+                await self._changed.wait()
+            else:
+                return
 
-    async def cancel_at_disconnect(self, call: Any) -> None:
+    async def cancel_at_end(self, call: Any) -> None:
         """Cancel ``call`` once the client has left, or if its request may not be held."""
-        await self._complete.wait()
-        while not (self.disconnected.is_set() or self.refusal):
-            if (await self._receive())["type"] == "http.disconnect":
-                self.disconnected.set()
+        while not self._is_over:
+            await self._changed.wait()
         call.cancel()
 
 
