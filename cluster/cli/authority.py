@@ -66,7 +66,7 @@ def move(
     """Move the authority from this Mac to another.
 
     A coordinator must run there. The key is encrypted for that Mac, and deleted here. From then on that Mac admits
-    others, and renews certificates while it leads.
+    others and renews certificates, also while it stands by.
     """
     from cluster.security.authority import Authority
     from cluster.security.authority_move import find_target

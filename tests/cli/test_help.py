@@ -74,6 +74,7 @@ def test_every_page_names_values_without_their_types() -> None:
         ("generate", "[default: 0; 0 to 2]"),
         ("launch", "launch [OPTIONS] CLIENT [-- ARGS] "),
         ("status", "Print one JSON object. -h"),
+        ("authority move", "that Mac admits others and renews certificates, also while it stands by."),
     ],
 )
 def test_a_page_shows(command: str, shown: str) -> None:
