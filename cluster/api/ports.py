@@ -99,7 +99,7 @@ async def serve_http(
         yield
         return
     if port.problem:
-        report.problem(f"HTTP is off until its certificate comes: {port.problem}")
+        report.problem(port.problem)
         async with _serve_later(settings, front, report):
             yield
         return

@@ -156,13 +156,17 @@ class AuthorityHolder:
     name: str = ""
     first_end: float | None = None
 
+    @property
+    def place(self) -> str:
+        """The Mac where it is, in words."""
+        return f"the Mac of {self.name}" if self.name else "the coordinator's Mac"
+
     def problem(self, cluster: str) -> str:
         """Say what cannot be done where the authority is not, and how long all goes on without it."""
-        where = f"the Mac of {self.name}" if self.name else "the coordinator's Mac"
         ends = f"; the first certificate ends {date_in_words(self.first_end)}" if self.first_end else ""
         return (
-            f"the authority of cluster {cluster} is on {where}: Macs join and API keys are managed there alone, and no"
-            f" certificate is renewed while no coordinator answers there{ends}"
+            f"the authority of cluster {cluster} is on {self.place}: Macs join and API keys are managed there alone,"
+            f" and no certificate is renewed while no coordinator answers there{ends}"
         )
 
 

@@ -74,8 +74,7 @@ class KeptCertificate:
         self._stamp = _stamps(self._files)
         names, ends = read_http_certificate(folder)
         if not names or ends <= clock():
-            problem = find_holder(folder).problem(folder.cluster)
-            raise AuthorityElsewhere(f"HTTPS needs a certificate of this Mac: {problem}")
+            raise AuthorityElsewhere(f"HTTPS needs a certificate from {find_holder(folder).place}")
         self.context.load_cert_chain(*self._files)
 
     def refresh(self) -> None:

@@ -49,8 +49,8 @@ def http_port(settings: ServeSettings) -> HttpPort:
     keys = KeyStore(folder) if folder.exists else None
     try:
         return HttpPort(sites, keys, _certificate(settings, folder, hosts, network))
-    except AuthorityElsewhere as e:
-        return HttpPort(sites, keys, None, e.sentence)
+    except AuthorityElsewhere:
+        return HttpPort(sites, keys, None, f"HTTP is off until its certificate comes from {find_holder(folder).place}")
 
 
 def hosts_certified_elsewhere(settings: ServeSettings) -> tuple[str, ...]:
