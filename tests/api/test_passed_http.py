@@ -26,7 +26,7 @@ from cluster.api.http.server import listen, serve
 from cluster.api.http.sse import COMMENT, EVENTS, EventStream, event
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_http import passing_application
-from cluster.core.errors import AnswerLost, Busy, MacpipeError, NotServing
+from cluster.core.errors import AnswerLost, Busy, InvalidRequest, MacpipeError, NotServing
 from cluster.core.leadership import CoordinatorName
 from cluster.security.credentials import LocalTrust
 from cluster.transport.byte_budget import ByteBudget
@@ -123,7 +123,10 @@ class Leader(LeaderServiceServicer):
         raise Busy("the queue is full", retry_after_s=7.0)
 
     async def stream(self, request: Request) -> ASGIApp:
-        assert await request.json() == {"stream": True}
+        try:
+            assert json.loads(await request.body()) == {"stream": True}
+        except ValueError:
+            raise InvalidRequest("the body is cut off: the call was lost") from None
         passed = passed_answer(request)
         assert passed
         self.passed.append(passed)
