@@ -76,8 +76,8 @@ class Leader(LeaderServiceServicer):
     """A leader whose application tells what it sees, and streams ``pieces``, of which it sends ``most`` at once.
 
     It refuses the first ``refusals`` streams, and with ``late`` any that has begun. ``left`` is set once a stream's
-    client has left, ``passed`` has what the standby said of each answer, and ``begun`` is set by the first request.
-    ``leaving`` is set once it leads no more, which is in the midst of its first answer if it ``leaves``.
+    client has left, ``passed`` has what the standby said of each answer, ``begun`` and ``ended`` are set by the first
+    request. ``leaving`` is set once it leads no more, which is in the midst of its first answer if it ``leaves``.
     """
 
     def __init__(
@@ -102,12 +102,15 @@ class Leader(LeaderServiceServicer):
         app: ASGIApp = Starlette(routes=routes, exception_handlers=HANDLERS)
         app = RequestMiddleware(app, lambda *_: None, Authorizer(routes)).behind_standby()
         others: Any = None
-        self.leaves, self.leaving, self.begun = leaves, asyncio.Event(), asyncio.Event()
+        self.leaves, self.leaving, self.begun, self.ended = leaves, *(asyncio.Event() for _ in range(3))
         self.service = LeaderServicer(others, Path(), "default", http=app, leaving=self.leaving)
 
     async def PassHttp(self, request_iterator: Any, context: Any) -> None:
         self.begun.set()
-        await self.service.PassHttp(request_iterator, context)
+        try:
+            await self.service.PassHttp(request_iterator, context)
+        finally:
+            self.ended.set()
 
     async def echo(self, request: Request) -> Json:
         seen = {
@@ -374,7 +377,8 @@ async def test_a_request_whose_body_comes_after_its_leader_was_lost_is_answered_
         await asyncio.wait_for(first.begun.wait(), 10)
         if hands_over:
             first.leaving.set()
-            await asyncio.sleep(0.05)
+            await asyncio.wait_for(first.ended.wait(), 10)
+            assert not [record for record in caplog.records if record.levelname == "ERROR"]
         await service.end()
         await service.begin()
         await asyncio.wait_for(second.begun.wait(), 10)
@@ -382,7 +386,6 @@ async def test_a_request_whose_body_comes_after_its_leader_was_lost_is_answered_
         answered = await asyncio.wait_for(asking, 15)
     assert answered.content == b"".join(PIECES)
     assert not first.passed
-    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_what_may_have_changed_something_is_not_sent_to_the_next_leader() -> None:
