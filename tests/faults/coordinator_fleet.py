@@ -65,6 +65,13 @@ class Mac:
         for role in self.daemons:
             self.send(role, number)
 
+    def kill(self, *roles: str) -> None:
+        """Kill daemons and their children, and wait until they have ended: what is dying still seems to run."""
+        for role in roles:
+            self.send(role, signal.SIGKILL)
+        for role in roles:
+            self.daemons[role].process.wait(10)
+
     def running(self, role: str) -> bool:
         return bool(self.pids(role))
 
@@ -151,11 +158,11 @@ class CoordinatorFleet:
         """Hit a process, its whole Mac, or the cable of that."""
         match blow:
             case Blow.KILL:
-                mac.send(role, signal.SIGKILL)
+                mac.kill(role)
             case Blow.STOP:
                 mac.send(role, signal.SIGSTOP)
             case Blow.CRASH:
-                mac.send_all(signal.SIGKILL)
+                mac.kill(*mac.daemons)
             case Blow.SLEEP:
                 mac.send_all(signal.SIGSTOP)
             case Blow.CUT:
@@ -243,6 +250,4 @@ class CoordinatorFleet:
         """Kill all processes."""
         for mac in self.macs:
             mac.send_all(signal.SIGCONT)
-            mac.send_all(signal.SIGKILL)
-            for daemon in mac.daemons.values():
-                daemon.process.wait(10)
+            mac.kill(*mac.daemons)
