@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
 import grpc
 
 from cluster.client.deadlines import translate_errors
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import Aborted, ConnectionLost, MacpipeError
 from cluster.security.trust import ChannelOptions
 from cluster.v1 import cluster_pb2_grpc, inference_pb2_grpc
 
@@ -32,12 +33,14 @@ class Stubs:
 
     def __init__(self, address: str, credentials: grpc.ChannelCredentials, options: ChannelOptions) -> None:
         self.address = address
+        self.closed = False
         self._channel = grpc.secure_channel(address, credentials, options=options)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
 
     def close(self) -> None:
         """Close the channel. Running calls end with Aborted."""
+        self.closed = True
         self._channel.close()
 
 
@@ -52,7 +55,7 @@ class UnaryCall(Generic[R]):
     def wait(self) -> R:
         """Return the reply. Raise the call's MacpipeError, and cancel the call if the wait is interrupted."""
         try:
-            with translate_errors(self._stubs.address):
+            with _translate_errors(self._stubs):
                 return self._call.result()
         finally:
             self._call.cancel()  # type: ignore[no-untyped-call]
@@ -64,6 +67,7 @@ class StreamCall(Generic[R]):
     def __init__(self, stubs: Stubs, method: StreamMethod[Q, R], request: Q, timeout_s: float | None) -> None:
         self._stubs = stubs
         self.address = stubs.address
+        self._cancelled = threading.Event()
         self._call = method(request, timeout=timeout_s)
 
     def read(self, within_s: float | None = None) -> R | None:
@@ -93,11 +97,27 @@ class StreamCall(Generic[R]):
 
     def cancel(self) -> None:
         """Cancel the call. Do nothing once it has ended."""
+        self._cancelled.set()
         self._call.cancel()  # type: ignore[no-untyped-call]
 
     def _read(self) -> R | None:
-        with translate_errors(self._stubs.address):
+        with _translate_errors(self._stubs, self._cancelled.is_set):
             return next(iter(self._call), None)
+
+
+@contextmanager
+def _translate_errors(stubs: Stubs, is_cancelled: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Translate gRPC errors, those of a call that this side cancelled into Aborted.
+
+    gRPC gives it the same status as one that a coordinator cancels which stops.
+    """
+    try:
+        with translate_errors(stubs.address):
+            yield
+    except ConnectionLost as error:
+        if is_cancelled() or stubs.closed:
+            raise Aborted(f"the call to the coordinator at {stubs.address} was cancelled") from error
+        raise
 
 
 class Pause:

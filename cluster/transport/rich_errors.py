@@ -19,7 +19,6 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from cluster.core.errors import (
-    Aborted,
     Busy,
     ConnectionLost,
     DeadlineExceeded,
@@ -156,7 +155,7 @@ def _describe_rpc_error(error: grpc.RpcError, address: str, peer: str) -> Macpip
         case grpc.StatusCode.PERMISSION_DENIED:
             return Forbidden(details or f"the {peer} at {address} does not allow this")
         case grpc.StatusCode.CANCELLED:
-            return Aborted(f"the call to the {peer} at {address} was cancelled")
+            return ConnectionLost(f"the {peer} at {address} ended the call, as one does that stops")
         case grpc.StatusCode.UNIMPLEMENTED:
             return VersionMismatch(
                 f"the server at {address} does not implement this call; check that it is a {peer} of the same version"

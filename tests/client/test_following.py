@@ -63,13 +63,15 @@ def digest(*tokens: int) -> bytes:
     return found.digest()
 
 
-def breaks_after(count: int) -> Callable[[Any, Any], AsyncIterator[Any]]:
+def breaks_after(
+    count: int, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
     """A whole answer, but the connection breaks after so many events."""
 
     async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
         for event in answer_of(request)[:count]:
             yield event
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "recvmsg: Connection reset by peer")
+        await context.abort(code, "recvmsg: Connection reset by peer")
 
     return answer
 
@@ -101,6 +103,14 @@ def test_an_answer_continues_at_the_next_coordinator(
     assert sent.resumable
     assert len(sent.request_id) == 32
     assert resumed == pb.ResumeRequest(request_id=sent.request_id, offsets=[2], digests=[digest(100, 101)])
+
+
+def test_an_answer_continues_if_a_coordinator_that_stops_cancels_its_call(
+    ask: Ask, coordinator: Coordinator, other: Coordinator
+) -> None:
+    coordinator.script.answer, other.script.rest = breaks_after(3, grpc.StatusCode.CANCELLED), rest
+    assert ask(both(coordinator, other), "generate", "Why?").text == "Macs pass layers on."
+    assert requests(other) == ["ResumeRequest"]
 
 
 def test_it_continues_at_the_same_coordinator_once_that_is_back(ask: Ask, coordinator: Coordinator) -> None:

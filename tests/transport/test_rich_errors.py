@@ -124,7 +124,7 @@ def test_a_newer_reason_keeps_its_sentence_and_its_name() -> None:
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"", Status(code=5, message="elsewhere").SerializeToString()])
 def test_somebody_elses_details_are_not_ours(data: bytes) -> None:
     failure = Failure(grpc.StatusCode.CANCELLED, "gone", ((status.STATUS_METADATA_KEY, data),))
-    assert type(status.from_rpc_error(failure, "mac:1")) is errors.Aborted
+    assert type(status.from_rpc_error(failure, "mac:1")) is errors.ConnectionLost
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_somebody_elses_details_are_not_ours(data: bytes) -> None:
         ("UNAVAILABLE", "errors resolving mac-http1:1: [field:hostname lookup error:address lookup failed for"
          " mac-http1:1: Domain name not found]", errors.Unreachable, ["no coordinator answers", "name not found"]),
         ("DEADLINE_EXCEEDED", "", errors.DeadlineExceeded, ["mac:1", "timed out"]),
-        ("CANCELLED", "", errors.Aborted, ["cancelled"]),
+        ("CANCELLED", "", errors.ConnectionLost, ["mac:1", "ended the call"]),
         ("UNIMPLEMENTED", "", errors.VersionMismatch, ["mac:1", "version"]),
         ("RESOURCE_EXHAUSTED", "Sent message larger than max (5 vs. 4)", errors.InvalidRequest, ["larger"]),
         ("RESOURCE_EXHAUSTED", "", errors.Busy, ["busy"]),
