@@ -6,6 +6,7 @@ Without standbys there is no gate. The module knows events and numbers of batche
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ class EventGate:
         self._newest = newest
         self._lock = threading.Lock()
         self._held = deque[tuple[int, asyncio.AbstractEventLoop, EventsOf]]()
-        self._stored = -1
+        self._stored: float = -1
+        self._last: float = math.inf
         self._ended: MacpipeError | None = None
 
     def deliver(self, loop: asyncio.AbstractEventLoop, events: EventsOf) -> None:
@@ -52,8 +54,13 @@ class EventGate:
     def open_to(self, number: int) -> None:
         """Deliver what waits for batches up to this number. It never goes back."""
         with self._lock:
-            self._stored = max(self._stored, number)
+            self._stored = max(self._stored, min(number, self._last))
             self._release()
+
+    def close_after(self, number: int) -> None:
+        """Deliver nothing behind this batch, whatever is stored: later ones are recorded nowhere."""
+        with self._lock:
+            self._last = number
 
     def end(self, error: MacpipeError) -> None:
         """Deliver no event that is held, or that comes later: its reader gets ``error``, or the error that it held."""

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Final, Protocol
 
 from cluster.coordinator.event_gate import EventGate
@@ -124,10 +125,15 @@ class JournalWriter:
     def freeze(self) -> int:
         """Record nothing any more: live requests are to be resumed from what is recorded by now.
 
-        Return the number of the last batch.
+        Return the number of the last batch. The gate lets no event pass that has its records in a later one.
         """
-        self.queue([lambda _: self._freeze()])
-        return self._queued
+        with self._numbering:
+            with suppress(queue.Full):
+                self._batches.put_nowait([lambda _: self._freeze()])
+                self._queued += 1
+            if self.gate:
+                self.gate.close_after(self._queued)
+            return self._queued
 
     def _freeze(self) -> None:
         self._frozen = True

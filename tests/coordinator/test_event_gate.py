@@ -59,7 +59,7 @@ async def test_events_of_two_threads_pass_in_order_once_their_records_are_stored
     gate.open_to(1)
     await turns()
     assert reader.got == [Accepted()]
-    reader.queue.move(second, lambda: None)
+    reader.queue.move(second, lambda _: None)
     newest[0] = 3
 
     def write() -> None:
@@ -156,6 +156,34 @@ def test_a_batch_has_a_number_and_its_records_are_given_before_it(tmp_path: Path
     (tmp_path / "copy").write_bytes(taken[0])
     for path in (tmp_path / "j", tmp_path / "copy"):
         assert Journal(path).take("a", "me")
+
+
+@pytest.mark.anyio
+async def test_a_request_is_not_accepted_once_nothing_is_recorded_any_more(tmp_path: Path) -> None:
+    """The next leader would not know it, though all copies have stored the batch, which is empty."""
+    elsewhere, why = Elsewhere(), NotLeader("it hands over")
+    writer = JournalWriter(Journal(tmp_path / "j"), replication=elsewhere, gated=True)
+    loop, post = writer.open_loop("m", "f"), EventBatch()
+    assert writer.gate
+    post.gate = writer.gate
+    early, late = Reader(post), Reader(post)
+    for number, (name, reader) in enumerate((("early", early), ("late", late))):
+        loop.record_opened(Request(name, (1, 2), SamplingParams(), 20, client="me"), ())
+        loop.flush()
+        reader.queue.put(Accepted())
+        post.deliver()
+        if not number:
+            writer.freeze()
+    await asyncio.to_thread(elsewhere.wait_for, 3)
+    writer.gate.open_to(3)
+    await turns()
+    assert (early.got, late.got) == ([Accepted()], [])
+    writer.gate.end(why)
+    await turns()
+    assert late.got == [why]
+    writer.close()
+    assert Journal(tmp_path / "j").take("early", "me")
+    assert Journal(tmp_path / "j").take("late", "me") is None
 
 
 def wait(event: threading.Event) -> None:
