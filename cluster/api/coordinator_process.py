@@ -345,10 +345,14 @@ def _describe_service(
 ) -> ReplicatedService:
     """Return what is served now, as another coordinator would go on with it. ``coming`` is loaded soon."""
     served = {model.name: model.order for model in coordinator.deployments.served() if model.order}
-    entries = tuple(replace(one, order=served.get(one.name, one.order)) for one in coordinator.catalog)
+    loading = [deployment.name for deployment in coordinator.deployments.values() if deployment.is_loading]
+    entries, guests = (
+        tuple(replace(one, order=served.get(one.name, one.order)) for one in some)
+        for some in (coordinator.catalog.entries, coordinator.catalog.guests)
+    )
     return ReplicatedService(
         entries,
-        tuple(dict.fromkeys((*coming, *served))),
+        tuple(dict.fromkeys((*coming, *served, *loading))),
         tuple(sorted(roster.addresses())),
         settings.journal,
         settings.replicate,
@@ -356,6 +360,7 @@ def _describe_service(
         settings.load_wait_s,
         settings.strict,
         _known_workers(coordinator, roster),
+        guests,
     )
 
 

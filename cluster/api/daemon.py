@@ -221,6 +221,8 @@ def _coordinator(
         taken.reader if taken else None,
     )
     coordinator.adopt_catalog(_catalog(settings))
+    if taken:
+        coordinator.deployments.expect_guests(taken.service.loaded_guests)
     return coordinator
 
 

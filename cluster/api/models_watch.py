@@ -1,6 +1,7 @@
 """Keep a coordinator's catalog as its file of models says, and load the models that are pinned.
 
-After a restart, also load those that workers still hold, so that their answers can be resumed.
+After a restart, also load those that workers still hold, so that their answers can be resumed. After a take-over, load
+also those that the leader before had loaded although they are not configured.
 """
 
 from __future__ import annotations
@@ -93,10 +94,10 @@ class ModelsWatch:
             self._report.problem(problem)
 
     def _note_pinned(self) -> None:
-        heirs = self._coordinator.inherited.heirs
-        wanted = (entry.name for entry in self._coordinator.catalog if entry.pin or entry.name in heirs)
+        heirs, is_expected = self._coordinator.inherited.heirs, self._coordinator.deployments.is_expected
+        wanted = (one for one in self._coordinator.catalog if one.pin or one.name in heirs or is_expected(one.name))
         self._failures.clear()
-        self._pinned = [name for name in wanted if not self._is_loaded(name)]
+        self._pinned = [entry.name for entry in wanted if not self._is_loaded(entry.name)]
 
     def _is_loaded(self, name: str) -> bool:
         deployment = self._coordinator.deployments.get(name)
@@ -122,6 +123,7 @@ class ModelsWatch:
                         continue
             self._failures.pop(name, None)
             self._pinned.remove(name)
+            self._coordinator.deployments.end_expecting(name)
 
     async def _load(self, entry: ModelEntry) -> None:
         """Load a model. What workers hold from before a restart needs no room."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from cluster.coordinator.copy_keeper import CopyGoal
@@ -40,6 +40,8 @@ class DeploymentTable:
         self.catalog = ModelCatalog(())
         """The models that may be served, and as guests those that are although they are not configured."""
         self.lead_change = LeadChange()
+        self._expected: frozenset[str] = frozenset()
+        """Guests of the leader before that were not loaded again yet."""
 
     def __getitem__(self, name: str) -> Deployment:
         """Return the deployment of a model by its own name, or by ``DEFAULT`` that of the first model."""
@@ -120,6 +122,20 @@ class DeploymentTable:
         self.catalog = ModelCatalog(catalog.entries, tuple(loaded))
         self.forget_unloaded()
 
+    def expect_guests(self, guests: Sequence[ModelEntry]) -> None:
+        """Keep the guests of the leader before, which are to be loaded again, each until ``end_expecting``."""
+        self.catalog = ModelCatalog(self.catalog.entries, guests)
+        self._expected = frozenset(guest.name for guest in self.catalog.guests)
+
+    def is_expected(self, name: str) -> bool:
+        """Return whether a model with this own name is to be loaded again, as the leader before had it."""
+        return name in self._expected
+
+    def end_expecting(self, name: str) -> None:
+        """Forget a guest of the leader before if it is not loaded now."""
+        self._expected -= {name}
+        self.forget_unloaded()
+
     def begin(self, name: str, order: LoadOrder) -> Deployment:
         """Return the deployment that is about to load ``order``, as a guest if its name is not in the catalog."""
         name = self.own_name(name)
@@ -143,6 +159,8 @@ class DeploymentTable:
     def _is_loaded(self, name: str) -> bool:
         """Return whether a model is loaded, is being loaded, or will be loaded again."""
         deployment = self._deployments.get(name)
+        if name in self._expected:
+            return True
         if deployment is None:
             return False
         waits = self._is_training() and deployment.order is not None

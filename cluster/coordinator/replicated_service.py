@@ -25,9 +25,9 @@ SERVICE_FILE: Final = "service.json"
 class ReplicatedService:
     """The service of one coordinator. Its models' folders must be at the same paths on a standby's Mac.
 
-    ``models`` are all that may be served, the default one first. ``loaded`` are the names of those that are loaded, in
-    the order in which another leader loads them. ``workers`` are control addresses, and ``known`` those of them that
-    have answered. The other fields are as in ``ServeSettings``.
+    ``models`` are all that are configured, the default one first; ``guests`` are served besides. ``loaded`` are the
+    names of those that are loaded or being loaded, in the order in which another leader loads them. ``workers`` are
+    control addresses, and ``known`` those of them that have answered. The other fields are as in ``ServeSettings``.
     """
 
     models: tuple[ModelEntry, ...]
@@ -39,6 +39,12 @@ class ReplicatedService:
     load_wait_s: float = LOAD_WAIT_S
     strict: bool = False
     known: tuple[KnownWorker, ...] = ()
+    guests: tuple[ModelEntry, ...] = ()
+
+    @property
+    def loaded_guests(self) -> tuple[ModelEntry, ...]:
+        """The guests that another leader loads."""
+        return tuple(guest for guest in self.guests if guest.name in self.loaded)
 
     def encode(self) -> bytes:
         """Return it as JSON."""

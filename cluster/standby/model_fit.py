@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.coordinator.draft_assignment import draft_order
+from cluster.coordinator.model_catalog import ModelCatalog
 from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.planner import make_plan
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.settings import LoadOrder
-from cluster.core.errors import MacpipeError
+from cluster.core.errors import InvalidOption, MacpipeError
 from cluster.core.plan import ModelShape
 from cluster.core.worker import WorkerInfo
 
@@ -28,20 +29,25 @@ class ModelFit:
         self._order: LoadOrder | None = None
         self._shape: ModelShape | None = None
         self.problem = ""
-        """Why the model cannot be read on this Mac, so that it cannot lead; "" if it can."""
+        """Why the models cannot be served by this Mac, so that it cannot lead; "" if they can."""
 
     @property
     def is_prepared(self) -> bool:
         """Whether a load of the model that is loaded first need not wait for its files, or none is loaded."""
-        return self._order is None or (not self.problem and self.reader.is_ahead)
+        return not self.problem and (self._order is None or self.reader.is_ahead)
 
     async def prepare(self, service: ReplicatedService) -> None:
         """Read the headers of the model that is loaded first, unless they are known. A failure is noted.
 
         Without one, begin to read the rest of what a leader needs of the model, and of its draft model.
         """
+        try:
+            ModelCatalog(service.models, service.guests)
+        except InvalidOption as e:  # of a leader of another version
+            self._order, self._shape, self.problem = None, None, f"this Mac could not serve these models: {e.sentence}"
+            return
         first = next(iter(service.loaded), "")
-        order = next((entry.order for entry in service.models if entry.name == first), None)
+        order = next((entry.order for entry in (*service.models, *service.guests) if entry.name == first), None)
         if order == self._order and not self.problem:
             return
         self._order, self._shape, self.problem = order, None, ""
@@ -57,8 +63,10 @@ class ModelFit:
 
     def __call__(self, workers: Sequence[WorkerInfo]) -> bool:
         """Return whether these workers can hold the model, in as many pieces as it takes."""
-        if self._order is None or not workers:
-            return bool(workers)
+        if not workers or self.problem:
+            return False
+        if self._order is None:
+            return True
         if self._shape is None:
             return False
         try:

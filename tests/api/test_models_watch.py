@@ -17,19 +17,26 @@ pytestmark = pytest.mark.anyio
 
 
 class PinnedModel:
-    """A coordinator with one pinned model, which is not loaded while there is an error."""
+    """A coordinator with one model, pinned or expected, which is not loaded while there is an error."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pin: bool = True) -> None:
+        self.expected = set() if pin else {"big"}
         self.now, self.tries, self.loaded = 100.0, 0, False
         self.error: MacpipeError | None = None
         self.told = list[str]()
         coordinator: Any = SimpleNamespace(
-            catalog=ModelCatalog([ModelEntry("big", LoadOrder("org/big"), pin=True)]),
+            catalog=ModelCatalog([ModelEntry("big", LoadOrder("org/big"), pin=pin)]),
             deployments=self,
             inherited=SimpleNamespace(heirs=()),
         )
         report: Any = SimpleNamespace(problem=self.told.append)
         self.watch = ModelsWatch(coordinator, None, report, self, lambda: self.now)  # type: ignore[arg-type]
+
+    def is_expected(self, name: str) -> bool:
+        return name in self.expected
+
+    def end_expecting(self, name: str) -> None:
+        self.expected.discard(name)
 
     def get(self, name: str) -> Any:
         return SimpleNamespace(model_info="big" if self.loaded else None)
@@ -72,3 +79,14 @@ async def test_a_pinned_model_whose_load_somebody_ended_is_not_loaded_again() ->
     model.now += FAILED_RETRY_S
     await model.watch._load_noted()
     assert (model.loaded, model.tries, model.told) == (False, 1, [])
+
+
+@pytest.mark.parametrize("error", [None, DoesNotFit("it lacks 9 bytes")])
+async def test_what_the_leader_before_had_loaded_is_tried_once(error: MacpipeError | None) -> None:
+    model = PinnedModel(pin=False)
+    model.error = error
+    await model.watch.load_pinned()
+    model.now += 4 * FAILED_RETRY_S
+    await model.watch._load_noted()
+    assert (model.loaded, model.tries, model.expected) == (error is None, 1, set())
+    assert len(model.told) == (error is not None)

@@ -190,6 +190,25 @@ def test_what_is_loaded_stays_when_it_leaves_the_file() -> None:
     assert [entry.name for entry in table.catalog] == ["big"]
 
 
+def test_guests_of_the_leader_before_stay_until_they_were_loaded_again() -> None:
+    first = ModelEntry(DEFAULT, LoadOrder("org/Big"))
+    table = Table(first)
+    table.expect_guests([SMALL])
+    table.forget_unloaded()
+    assert table.is_expected("small")
+    kept = JournaledRequest(Request("r", (1,), SamplingParams(), 5), 0.0, [[]], Answerer("small", "f", 1))
+    with pytest.raises(NotServing, match="not loaded now"):
+        table.find_answerer(kept)
+    loaded = table.load("small", "org/Small")
+    table.end_expecting("small")
+    assert table.resolve("small")[0].model_info is loaded
+    table.expect_guests([SMALL])
+    gone: Any = table["small"]
+    gone.unload()
+    table.end_expecting("small")
+    assert [entry.name for entry in table.catalog] == [DEFAULT]
+
+
 def test_what_to_unload_must_be_named_if_several_models_are_loaded() -> None:
     table = Table(BIG, SMALL)
     assert table.choose("") == []

@@ -41,8 +41,10 @@ def test_a_service_is_read_as_it_was_written() -> None:
         load_wait_s=1.5,
         strict=True,
         known=(KnownWorker("1", "ada", "10.0.0.2:7000"),),
+        guests=(ModelEntry("guest", LoadOrder("faq-draft")), ModelEntry("unloaded", LoadOrder("faq"))),
     )
     assert ReplicatedService.decode(service.encode()) == service
+    assert [guest.name for guest in replace(service, loaded=("large", "guest")).loaded_guests] == ["guest"]
     assert ReplicatedService.decode(replace(service, journal=None, replicate=None).encode()).journal is None
 
 

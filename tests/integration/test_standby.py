@@ -206,6 +206,22 @@ def test_two_standbys_agree_on_one_leader(pair: Coordinators) -> None:
     assert len({one.name for one in led if one}) == 1
 
 
+def test_a_model_that_was_loaded_beside_the_first_one_is_there_at_the_next_leader(pair: Coordinators) -> None:
+    with Client(pair.address("lead"), timeout_s=60) as client:
+        client.load("faq-draft", name="small", workers=1).wait()
+        whole = client.generate(PROMPT, max_tokens=9, model="small").tokens
+        loading = iter(client.load("faq", name="third"))
+        next(loading)  # it has begun
+        time.sleep(0.6)  # for the standby to hear of it
+        kill(leader_of(pair))
+    heir = named(pair, "heir")
+    wait_serving(pair.address("heir"), heir)
+    with Client(pair.address("heir"), timeout_s=60) as client:
+        until(lambda: {"small", "third"} <= {model.id for model in client.models()})
+        assert client.generate(PROMPT, max_tokens=9, model="small").tokens == whole
+        assert client.generate(PROMPT, max_tokens=3, model="third").tokens
+
+
 def test_a_live_leader_keeps_the_lead_beside_two_busy_loops(pair: Coordinators) -> None:
     whole, before = undisturbed(pair), pair.state("lead")
     with busy_loops(2):
