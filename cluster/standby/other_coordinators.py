@@ -221,7 +221,6 @@ class OtherCoordinators:
         """
         asked = dict[str, None]()  # in order
         found = list[LeaderClaim]()
-        self._failures.clear()
         coming = [*dict.fromkeys(addresses)][:MAX_COORDINATORS]
         for _ in range(_MOST_HOPS):
             asked.update(dict.fromkeys(coming))

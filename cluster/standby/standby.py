@@ -13,7 +13,7 @@ from typing import Final, Protocol, TypeAlias
 from cluster.coordinator.model_reader import ModelReader
 from cluster.coordinator.replicated_service import ReplicatedService
 from cluster.coordinator.roster import Roster
-from cluster.core.errors import MacpipeError, MemberRemoved, NoWorkers, Reason
+from cluster.core.errors import MacpipeError, MemberRemoved, NoWorkers
 from cluster.core.leadership import CoordinatorName, FollowingState, LeadershipState, Replicate
 from cluster.core.limits import GONE_S, HEARTBEAT_S
 from cluster.core.replication_limits import IN_SYNC_WAIT_S
@@ -35,6 +35,10 @@ LOOK_S: Final = 2 * HEARTBEAT_S
 """How often a standby looks for a leader while none is known."""
 ALIVE_S: Final = 0.2
 """A leader of which only the stream broke answers within this time, and is followed again."""
+SAY_AGAIN_S: Final = 60.0
+"""How often at most the log has one problem: two that alternate, such as two ways not to answer, fill no log."""
+_MOST_SAID: Final = 16
+"""Most problems of which it is known when the log had them."""
 _LACKS_RECORDS: Final = (
     f"its copy lacks part of the answers; for {IN_SYNC_WAIT_S:.0f} s it waits for a Mac that has all"
 )
@@ -120,8 +124,9 @@ class Standby:
         self._addresses, self._lag = addresses, lag
         self.leadership: LeadershipState | None = None
         """What the leader said last; None while none is followed."""
-        self._reported = set[tuple[str, Reason]]()
-        """The problems that are in the log already, until this standby follows again."""
+        self._said = dict[str, float]()
+        """When the log had each problem, in seconds of the continuous clock, the last one last; none while it follows.
+        """
         self._leaderless_since: float | None = None
         """When nobody was found to lead, in seconds of the continuous clock; None while somebody does."""
         self._in_sync = NOT_NAMED
@@ -141,17 +146,21 @@ class Standby:
         return FollowingState(others.term, others.leader, told is not None, any(one.in_sync for one in own))
 
     def _note_problem(self, what: str, error: MacpipeError) -> None:
-        """Tell whoever asks what cannot be done, and the log, unless the log has it for the same reason already."""
-        self._others.problem = f"{what}: {error.sentence}"
-        if (what, error.reason) not in self._reported:
-            self._reported.add((what, error.reason))
-            log.warning("standby: not following reason=%s", self._others.problem)
+        """Tell whoever asks what cannot be done, and the log, unless that is the last problem that it has."""
+        self._others.problem = problem = f"{what}: {error.sentence}"
+        now, said_at = continuous_seconds(), self._said.get(problem)
+        is_last = problem == next(reversed(self._said), None)
+        if not is_last and (said_at is None or now - said_at >= SAY_AGAIN_S):
+            self._said.pop(problem, None)
+            self._said[problem] = now
+            self._said = dict([*self._said.items()][-_MOST_SAID:])
+            log.warning("standby: not following reason=%s", problem)
 
     def _end_problem(self) -> None:
-        if self._reported:
+        if self._said:
             log.info("standby: follows again")
         self._others.problem = ""
-        self._reported.clear()
+        self._said.clear()
 
     async def run(self, patience_s: float = 0.0) -> Succession:
         """Return once this process has been elected. Look only for a leader in the first ``patience_s`` seconds.
@@ -267,8 +276,9 @@ class Standby:
         both = (running, watching)
         try:
             while not (await asyncio.wait(both, timeout=2 * LOOK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
-                waits = "" if self._may_lead(service, election.in_sync) else _LACKS_RECORDS
-                why = NoWorkers(self._fit.problem or waits or election.problem)
+                # without an answer, it is not known which copies are in sync
+                waits = election.found and not self._may_lead(service, election.in_sync)
+                why = NoWorkers(self._fit.problem or (_LACKS_RECORDS if waits else election.problem))
                 self._note_problem("no leader answers, and this Mac cannot take its place yet", self._why_alone(why))
             if not running.done():
                 watching.result()

@@ -361,6 +361,51 @@ async def test_one_that_nobody_answers_says_who_refused_it_and_why_it_is_not_ele
     await scene.end()
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The problems that a standby has logged."""
+    return [message for message in caplog.messages if message.startswith("standby: not following")]
+
+
+@pytest.mark.anyio
+async def test_one_that_no_worker_answers_logs_which_ones_and_each_other_reason_that_follows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scene = Scene(fits_any=True)
+    scene.leads, scene.replica.content = False, replace(SERVICE, loaded=("default",))
+    for worker in scene.roster.all:
+        worker.gone = True
+    start = "standby: not following reason=no leader answers, and this Mac cannot take its place yet: nobody answers; "
+    names = "; ".join(f"worker {name} does not answer" for name in ("ada", "bob", "cyd"))
+    await until(lambda: start + names in said(caplog))
+    for _ in range(3):
+        scene.standby._others.problem = ""
+        await until(lambda: scene.standby.problem)
+    assert said(caplog).count(start + names) == 1
+    assert said(caplog)[-1] == start + names
+    assert not any("its copy lacks" in one for one in said(caplog)), "nobody named the copies in sync"
+    scene.roster.all[0].gone, scene.roster.all[0].in_sync = False, InSyncSet(5, 3, ("other",))
+    await until(lambda: "its copy lacks part of the answers" in said(caplog)[-1])
+    assert not scene.running.done()
+    await scene.end()
+
+
+def test_problems_that_alternate_fill_no_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module, "continuous_seconds", lambda: now)
+    standby = Standby(OtherCoordinators(ME, None), Replica(), None, None, None)  # type: ignore[arg-type]
+    silent, refused = Unreachable("the call timed out"), Unreachable("the connection was refused")
+    for _ in range(100):
+        for problem in (silent, refused):
+            now += 1
+            standby._note_problem("cannot follow", problem)
+            assert standby.problem == f"cannot follow: {problem.sentence}"
+    assert len(said(caplog)) == 8, "each once a minute"
+    now += module.SAY_AGAIN_S
+    for _ in range(2):
+        standby._note_problem("cannot follow", silent)
+    assert len(said(caplog)) == 9
+
+
 def test_the_first_one_in_sync_and_the_chosen_one_go_at_once_and_the_others_after_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
