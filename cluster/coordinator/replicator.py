@@ -107,7 +107,6 @@ class Replicator:
         elif not self._journal.copy(lambda content: self._call(self._send_copy, follower, content)):
             del self._followers[replica]
             raise Busy("the leader's journal is behind; follow again")
-        log.info("replication: standby follows name=%s replica=%s", name.name, replica)
         return follower
 
     def _send_copy(self, follower: Follower, content: bytes) -> None:
@@ -120,13 +119,17 @@ class Replicator:
         follower.close()
         if self._followers.get(follower.replica) is follower:
             del self._followers[follower.replica]
-            log.info("replication: standby left name=%s replica=%s", follower.name.name, follower.replica)
+            if follower.is_complete:  # one that cannot store its copy says why itself, and tries again and again
+                log.info("replication: standby left name=%s replica=%s", follower.name.name, follower.replica)
             self._changed.set()
             self._progress.set()
 
     def acknowledge(self, follower: Follower, number: int) -> None:
         """Take note that a follower has stored its updates up to this number."""
+        was_complete = follower.is_complete
         follower.acknowledge(number)
+        if follower.is_complete and not was_complete:
+            log.info("replication: standby follows name=%s replica=%s", follower.name.name, follower.replica)
         self._progress.set()
         if self._followers.get(follower.replica) is follower:
             self._reached[follower.replica] = follower.reached

@@ -64,6 +64,8 @@ class OtherCoordinators:
         """The highest term of a leader that this process knows; its own while it leads."""
         self.leader: CoordinatorName | None = None
         """Who leads by that term; None if nobody is known to."""
+        self._said = ("", 0)
+        """The process that the log had last as the leader, and its term."""
         self.changed = asyncio.Event()
         """Set when somebody leads, or is said to. The waiter clears it."""
         self.others: dict[str, LeaderClaim] = {}
@@ -138,7 +140,9 @@ class OtherCoordinators:
         instance = claim.coordinator.instance
         self.others.pop(instance, None)
         if claim.term > self.term or (self.leader is None and claim.term >= self.term):
-            log.info("leader: found leader=%s term=%d", claim.coordinator.name, claim.term)
+            if self._said != (instance, claim.term):  # one whose stream ended is found again and again
+                log.info("leader: found leader=%s term=%d", claim.coordinator.name, claim.term)
+                self._said = instance, claim.term
             if self.leader and self.leader.instance != instance:
                 self.lose(self.leader)
             self.term, self.leader = claim.term, claim.coordinator

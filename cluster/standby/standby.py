@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 2 * HEARTBEAT_S
 """How often a standby looks for a leader while none is known."""
+MAX_COPY_PAUSE_S: Final = 5.0
+"""Longest pause of a standby whose copies end before they are whole. The first is ``LOOK_S``, and each is twice the
+last."""
 ALIVE_S: Final = 0.2
 """A leader of which only the stream broke answers within this time, and is followed again."""
 SAY_AGAIN_S: Final = 60.0
@@ -127,6 +130,9 @@ class Standby:
         self._said = dict[str, float]()
         """When the log had each problem, in seconds of the continuous clock, the last one last; none while it follows.
         """
+        self._followed = ("", "")
+        """The leader's process that the log had last as followed, and its address."""
+        self._copy_pause_s = LOOK_S
         self._leaderless_since: float | None = None
         """When nobody was found to lead, in seconds of the continuous clock; None while somebody does."""
         self._in_sync = NOT_NAMED
@@ -161,6 +167,13 @@ class Standby:
             log.info("standby: follows again")
         self._others.problem = ""
         self._said.clear()
+        self._copy_pause_s = LOOK_S
+
+    def _note_followed(self, leader: CoordinatorName, address: str) -> None:
+        """Tell the log who is followed, but not again and again while copies of one leader end with a problem."""
+        if not self._said or (leader.instance, address) != self._followed:
+            log.info("standby: following leader=%s address=%s", leader.name, address)
+        self._followed = leader.instance, address
 
     async def run(self, patience_s: float = 0.0) -> Succession:
         """Return once this process has been elected. Look only for a leader in the first ``patience_s`` seconds.
@@ -204,7 +217,7 @@ class Standby:
         for address in leader.addresses:
             try:
                 async with self._open_stream(address) as stream:
-                    log.info("standby: following leader=%s address=%s", leader.name, address)
+                    self._note_followed(leader, address)
                     self._leaderless_since, self._in_sync = None, NOT_NAMED
                     await self._watch(stream)
             except MemberRemoved:
@@ -225,7 +238,8 @@ class Standby:
         elif stream.error:
             self._note_problem(f"cannot follow {leader.name} any more", stream.error)
         if stream.handover is None and not self._replica.is_complete:
-            await asyncio.sleep(LOOK_S)  # another copy will most likely end as this one did
+            await asyncio.sleep(self._copy_pause_s)  # another copy will most likely end as this one did
+            self._copy_pause_s = min(2 * self._copy_pause_s, MAX_COPY_PAUSE_S)
         wait_s = self._patience_s(stream) - (continuous_seconds() - stream.heard_at)
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s if stream.handover is not None else max(wait_s, ALIVE_S)):

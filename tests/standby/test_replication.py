@@ -444,3 +444,27 @@ async def test_a_leader_may_wait_until_a_standby_has_read_what_it_needs_to_lead(
         assert not await waiting, "it has left"
         async with following(two, address):
             assert not replicator.is_prepared(standby), "a standby that follows anew says so anew"
+
+
+@pytest.mark.anyio
+async def test_the_log_has_a_standby_once_it_has_a_whole_copy_and_when_it_leaves(
+    homes: Homes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cluster.coordinator.replicator")
+
+    def said() -> list[str]:
+        return [message for message in caplog.messages if message.startswith("replication: standby")]
+
+    async with leading(homes[0]) as (leader, _):
+        for _attempt in range(3):  # its disk is full
+            follower = leader.replicator.follow(STANDBY, "b")
+            leader.replicator.acknowledge(follower, 1)
+            leader.replicator.leave(follower)
+        assert said() == []
+        follower = leader.replicator.follow(STANDBY, "b")
+        await until(lambda: follower.has_journal)
+        leader.replicator.acknowledge(follower, follower.newest)
+        assert said() == ["replication: standby follows name=mac-2 replica=b"]
+        leader.replicator.acknowledge(follower, follower.newest)
+        leader.replicator.leave(follower)
+        assert said()[1:] == ["replication: standby left name=mac-2 replica=b"]

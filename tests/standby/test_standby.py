@@ -316,6 +316,32 @@ async def test_one_that_cannot_follow_says_why_once_and_comes_back(caplog: pytes
 
 
 @pytest.mark.anyio
+async def test_one_whose_copies_end_says_so_once_and_tries_less_and_less_often(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "cluster.standby")
+    monkeypatch.setattr(module, "MAX_COPY_PAUSE_S", 0.05)
+    scene = Scene()
+    scene.replica.is_complete = False
+    for number in range(4):
+        await until(lambda: scene.streams[number:])  # noqa: B023
+        scene.streams[number].error = DiskFull("the disk is full")
+        scene.streams[number].ended.set()
+    await until(lambda: scene.streams[4:])
+    assert scene.standby._copy_pause_s == 0.05
+    assert caplog.messages == [
+        "leader: found leader=mac-1 term=5",
+        "standby: following leader=mac-1 address=mac-1:7700",
+        "standby: not following reason=cannot follow mac-1 any more: the disk is full",
+    ]
+    scene.replica.is_complete = True
+    await until(lambda: not scene.standby.problem)
+    assert caplog.messages[3:] == ["standby: follows again"]
+    assert scene.standby._copy_pause_s == module.LOOK_S
+    await scene.end()
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("place", ["at first", "meanwhile", "by any coordinator", "by a worker"])
 async def test_one_that_was_removed_from_its_cluster_ends(place: str) -> None:
     scene, removal = Scene(), MemberRemoved("mac-2 was removed from this cluster")
