@@ -14,7 +14,7 @@ from cluster.api.coordinator_process import CoordinatorProcess
 from cluster.api.grpc.authority_service import add_authority_service
 from cluster.api.grpc.inference_service import client_name
 from cluster.api.grpc.leader_service import LeaderServicer
-from cluster.api.http.standby_metrics import METRICS, standby_metrics
+from cluster.api.http.standby_routes import standby_routes
 from cluster.api.passing.passed_calls import PassedCalls
 from cluster.api.ports import bind_public
 from cluster.coordinator.identity import read_coordinator_id
@@ -107,8 +107,8 @@ async def _standby_port(process: CoordinatorProcess, trust: Trust, standby: Stan
     What is asked about this process itself is answered here.
     """
     settings = process.settings
-    metrics = standby_metrics(lambda: standby.state, process.metrics, process.http.keys, process.http.sites)
-    leader, server = process.pass_on_http({METRICS: metrics}), public_server(trust)
+    own = standby_routes(lambda: standby.state, process.metrics, process.http.keys, process.http.sites)
+    leader, server = process.pass_on_http(own), public_server(trust)
     add_LeaderServiceServicer_to_server(LeaderServicer(process.others, settings.home, settings.cluster), server)
     add_authority_service(server, settings, trust)
     server.add_generic_rpc_handlers((PassedCalls(leader, ByteBudget(), partial(client_name, trust)),))

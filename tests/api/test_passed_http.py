@@ -24,10 +24,12 @@ from cluster.api.http.origin_policy import OriginPolicy
 from cluster.api.http.passed_answer import PART, SILENCE, PassedAnswer, passed_answer
 from cluster.api.http.server import listen, serve
 from cluster.api.http.sse import COMMENT, EVENTS, EventStream, event
+from cluster.api.http.standby_routes import standby_routes
+from cluster.api.metrics import ProcessMetrics
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_http import passing_application
 from cluster.core.errors import AnswerLost, Busy, InvalidRequest, MacpipeError, NotServing
-from cluster.core.leadership import CoordinatorName
+from cluster.core.leadership import CoordinatorName, FollowingState
 from cluster.security.credentials import LocalTrust
 from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.grpc_setup import bind, public_server
@@ -94,7 +96,12 @@ class Leader(LeaderServiceServicer):
         self.parts = [piece if isinstance(piece, tuple) else (0, piece) for piece in pieces]
         self.most, self.refusals, self.refusal, self.late = most, refusals, refusal, late
         self.passed: list[PassedAnswer] = []
-        paths = {"/echo": self.echo, "/busy": self.busy, **dict.fromkeys((*ROUTES, "/other"), self.stream)}
+        paths = {
+            "/echo": self.echo,
+            "/health": self.echo,
+            "/busy": self.busy,
+            **dict.fromkeys((*ROUTES, "/other"), self.stream),
+        }
         routes = [
             DeclaredRoute(path, endpoint, access=Access.INFERENCE, methods=["GET", "POST"])
             for path, endpoint in paths.items()
@@ -184,10 +191,11 @@ class Service:
 
 
 @asynccontextmanager
-async def standby(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+async def standby(service: Service, wait_s: float = 0.2) -> AsyncIterator[httpx.AsyncClient]:
     """A standby's HTTP port before a service, on real sockets."""
     channel = LeaderChannel(LocalTrust(), lambda: service.name)
-    app = passing_application(channel, ORIGINS, ByteBudget(), wait_s=0.2)
+    own = standby_routes(lambda: FollowingState(0, None, False, False), ProcessMetrics(0.0), None, ORIGINS)
+    app = passing_application(channel, ORIGINS, ByteBudget(), wait_s, own)
     async with (
         serve(app, listen("127.0.0.1", 0)) as port,
         httpx.AsyncClient(base_url=f"http://{port}", timeout=60) as client,
@@ -421,3 +429,20 @@ async def test_a_new_request_waits_a_moment_for_a_leader() -> None:
         assert float(response.headers["retry-after"]) > 0
         await service.begin()
         assert (await client.get("/echo")).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_standby_lives_without_a_leader_and_says_at_once_that_nothing_is_served(method: str) -> None:
+    service = Service(Leader())
+    async with standby(service, wait_s=3600) as client:
+        live = await client.request(method, "/live")
+        assert live.status_code == 200
+        assert method == "HEAD" or live.json()["status"] == "live"
+        assert (await client.request(method, "/metrics")).status_code == 200
+        assert (await client.request(method, "/live", headers={"host": "evil.example"})).status_code == 403
+        for path in ("/health", "/ready"):
+            assert (await client.request(method, path)).status_code == 503
+        await service.begin()
+        if method == "GET":
+            served = await client.get("/health")
+            assert (served.status_code, served.json()["method"]) == (200, "GET"), "the leader tells whether it serves"

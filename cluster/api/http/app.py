@@ -19,7 +19,7 @@ from cluster.api.http.chat import Chat
 from cluster.api.http.completions import Completions
 from cluster.api.http.embeddings import EmbeddingRoutes
 from cluster.api.http.errors import HANDLERS
-from cluster.api.http.health import Health
+from cluster.api.http.health import Health, answer_live
 from cluster.api.http.json_response import Json
 from cluster.api.http.live import Live
 from cluster.api.http.login import Login
@@ -86,7 +86,7 @@ def table(service: RequestService) -> list[DeclaredRoute]:
     return [
         *_get("/health", health.ready, Access.ANYONE),
         *_get("/ready", health.ready, Access.ANYONE),
-        *_get("/live", health.live, Access.ANYONE),
+        *_get("/live", answer_live, Access.ANYONE),
         *_get("/api/hello", health.hello, Access.ANYONE),
         *_get("/metrics", health.metrics, Access.ADMIN),
         *_get("/openapi.json", openapi),

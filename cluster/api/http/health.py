@@ -53,10 +53,6 @@ class Health:
             facts |= {"model": self.names.id_of(model_info), "context_length": model_info.shape.max_context}
         return _ready(ready, facts)
 
-    async def live(self, request: Request) -> Json:
-        """Return 200 as long as this process answers."""
-        return Json({"status": "live", **({"version": __version__} if request.scope.get(TRUSTED) else {})})
-
     async def hello(self, request: Request) -> Response:
         """Return 200 without content: Claude Code asks whether the address answers."""
         return Response()
@@ -88,6 +84,11 @@ class Health:
             "See /health, /v1/models, /openapi.json. A browser shows the page of this cluster here.\n",
             media_type="text/plain",
         )
+
+
+async def answer_live(request: Request) -> Json:
+    """Return 200 as long as this process answers."""
+    return Json({"status": "live", **({"version": __version__} if request.scope.get(TRUSTED) else {})})
 
 
 def _ready(ready: bool, facts: dict[str, Any]) -> Json:

@@ -41,7 +41,7 @@ READINGS: Final[tuple[tuple[str, str], ...]] = (
         "200 while a token can pass through every stage, or a request would load the model; else 503 and the reason.",
     ),
     ("/ready", "The same as /health."),
-    ("/live", "200 as long as the coordinator's process answers."),
+    ("/live", "200 as long as the coordinator's process answers, also that of a standby."),
     ("/api/hello", "200 without content as long as the coordinator's process answers."),
     ("/api/tags", "Lists the models, in Ollama's format."),
     ("/api/ps", "Lists the models in memory, in Ollama's format."),

@@ -53,6 +53,8 @@ _REPEATABLE: Final = frozenset(
     }
 )
 """Routes whose requests may be sent again: they change nothing, or are answered once under their id."""
+_PROBES: Final = frozenset({"/health", "/ready"})
+"""Routes whose requests ask whether requests are answered now, so they do not wait for somebody to lead."""
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _STREAMS: Final = frozenset({EVENTS, JSON_LINES})
 
@@ -129,6 +131,7 @@ class PassedHttp:
                     began = time.monotonic() if not request.resumed else began
                     request.resumed = True
                 longest = FOLLOW_S if request.resumed else self._wait_s
+                longest = 0.0 if request.is_probe else longest
                 again = reply.can_continue and (request.is_repeatable or not request.resumed)
                 if not again or time.monotonic() - began >= longest:
                     raise
@@ -234,6 +237,7 @@ class _PassedRequest:
         self._more = True
         self._changed = asyncio.Event()
         """Set, and replaced, when there is more of the request, or nothing more to wait for."""
+        self.is_probe = scope["path"] in _PROBES
         self.is_repeatable = scope["method"] in _SAFE or scope["path"] in _REPEATABLE
         self.resumed = False
         self.refusal: MacpipeError | None = None
