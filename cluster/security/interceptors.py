@@ -27,7 +27,7 @@ from cluster.security.passed_caller import (
     passed_certificate,
 )
 from cluster.security.roles import Party, Role
-from cluster.security.trust import REMOVED_METADATA, AuthContext, Trust
+from cluster.security.trust import PASSER_REMOVED_METADATA, REMOVED_METADATA, AuthContext, Trust
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
@@ -164,7 +164,10 @@ class AioAuthorizationInterceptor(aio.ServerInterceptor):  # type: ignore[type-a
         standby = self._trust.party(shown)
         if standby is None or not is_coordinator(standby):
             return grpc.StatusCode.PERMISSION_DENIED, "only a coordinator may pass on the calls of others", ()
-        return _find_revocation(self._trust, standby)
+        if not (refusal := _find_revocation(self._trust, standby)):
+            return None
+        _, why, removed = refusal
+        return grpc.StatusCode.UNAVAILABLE, why, ((PASSER_REMOVED_METADATA, "1"),) if removed else ()
 
     async def _run_while_admitted(self, party: Party, context: Context, work: Awaitable[None]) -> None:
         """Run one stream. If its party is revoked meanwhile, abort it with the reason."""

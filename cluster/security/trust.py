@@ -24,6 +24,8 @@ AuthContext = Mapping[str, Iterable[bytes]]
 COORDINATOR: Final = "coordinator"
 REMOVED_METADATA: Final = "x-macpipe-removed"
 """Trailing metadata of a refusal: whoever made this connection was removed from the cluster."""
+PASSER_REMOVED_METADATA: Final = "x-macpipe-passer-removed"
+"""Trailing metadata of a refusal: the standby that passed the call on was removed from the cluster, not its caller."""
 WORKER: Final = "worker"
 """As a peer name: any worker of the cluster."""
 ADMIN: Final = "admin"

@@ -133,6 +133,7 @@ class Standby:
         self._followed = ("", "")
         """The leader's process that the log had last as followed, and its address."""
         self._copy_pause_s = LOOK_S
+        """How long to wait after a copy that ends before it is whole."""
         self._leaderless_since: float | None = None
         """When nobody was found to lead, in seconds of the continuous clock; None while somebody does."""
         self._in_sync = NOT_NAMED

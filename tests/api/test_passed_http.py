@@ -31,9 +31,12 @@ from cluster.api.passing.passed_http import passing_application
 from cluster.core.errors import AnswerLost, Busy, InvalidRequest, MacpipeError, NotServing
 from cluster.core.leadership import CoordinatorName, FollowingState
 from cluster.security.credentials import LocalTrust
+from cluster.security.roles import Role
+from cluster.security.trust import Trust
 from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.grpc_setup import bind, public_server
 from cluster.v1.leader_pb2_grpc import LeaderServiceServicer, add_LeaderServiceServicer_to_server
+from parties import Lead
 
 pytestmark = pytest.mark.anyio
 ORIGINS = OriginPolicy(frozenset({"mac-2.local"}), frozenset({"https://chat.example"}))
@@ -170,16 +173,16 @@ class Leader(LeaderServiceServicer):
 class Service:
     """The leaders that a standby may know, one after the other. ``end`` stops the one that leads."""
 
-    def __init__(self, *leaders: Leader) -> None:
-        self._leaders = list(leaders)
+    def __init__(self, *leaders: Leader, trust: Trust | None = None) -> None:
+        self._leaders, self._trust = list(leaders), trust or LocalTrust()
         self._server: Any = None
         self.name: CoordinatorName | None = None
 
     async def begin(self) -> None:
         """Have the next leader lead."""
-        self._server = public_server(LocalTrust())
+        self._server = public_server(self._trust)
         add_LeaderServiceServicer_to_server(self._leaders.pop(0), self._server)
-        address = f"127.0.0.1:{bind(self._server, LocalTrust(), '127.0.0.1', 0)}"
+        address = f"127.0.0.1:{bind(self._server, self._trust, '127.0.0.1', 0)}"
         await self._server.start()
         self.name = CoordinatorName("mac-1", address, (address,))
 
@@ -191,9 +194,11 @@ class Service:
 
 
 @asynccontextmanager
-async def standby(service: Service, wait_s: float = 0.2) -> AsyncIterator[httpx.AsyncClient]:
+async def standby(
+    service: Service, wait_s: float = 0.2, trust: Trust | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
     """A standby's HTTP port before a service, on real sockets."""
-    channel = LeaderChannel(LocalTrust(), lambda: service.name)
+    channel = LeaderChannel(trust or LocalTrust(), lambda: service.name)
     own = standby_routes(lambda: FollowingState(0, None, False, False), ProcessMetrics(0.0), None, ORIGINS)
     app = passing_application(channel, ORIGINS, ByteBudget(), wait_s, own)
     async with (
@@ -446,3 +451,17 @@ async def test_a_standby_lives_without_a_leader_and_says_at_once_that_nothing_is
         if method == "GET":
             served = await client.get("/health")
             assert (served.status_code, served.json()["method"]) == (200, "GET"), "the leader tells whether it serves"
+
+
+async def test_a_standby_that_was_removed_says_so_and_blames_no_client(tmp_path: Path) -> None:
+    lead = Lead.make(tmp_path / "mac-1")
+    lead.admit_coordinator()
+    lead.admit(Role.COORDINATOR, "mac-2", f"{2:016x}", tmp_path / "mac-2")
+    service = Service(Leader(), trust=lead.trust(Role.COORDINATOR))
+    await service.begin()
+    async with standby(service, wait_s=3600, trust=lead.trust(Role.COORDINATOR, "", tmp_path / "mac-2")) as client:
+        assert (await client.get("/echo")).status_code == 200
+        lead.members.remove("mac-2")
+        refused = await client.get("/echo", headers={"authorization": "Bearer mpk_1"})
+        assert refused.status_code == 503
+        assert "this coordinator was removed" in refused.json()["error"]["message"]

@@ -13,6 +13,15 @@ from cluster.security.trust import COORDINATOR, Trust
 from cluster.transport.grpc_setup import passing_channel
 
 
+class StandbyRemoved(NotLeader):
+    """The leader refuses this standby, whatever its callers ask: it was removed from the cluster."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this coordinator was removed from the cluster and ends; ask another one", retry_after_s=RETRY_AFTER_S
+        )
+
+
 class LeaderChannel:
     """Dials whoever ``leader`` names, at the first of its addresses that was not found unreachable last.
 

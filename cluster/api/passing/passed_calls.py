@@ -13,9 +13,10 @@ from typing import Any, Final, TypeAlias
 import grpc
 from grpc import aio
 
-from cluster.api.passing.leader_channel import LeaderChannel
+from cluster.api.passing.leader_channel import LeaderChannel, StandbyRemoved
 from cluster.core.errors import ConnectionLost, MacpipeError, NotLeader
 from cluster.security.passed_caller import CALLER_METADATA, is_passed, presented_certificate
+from cluster.security.trust import PASSER_REMOVED_METADATA
 from cluster.transport.byte_budget import ByteBudget
 from cluster.transport.rich_errors import STATUS_METADATA_KEY, abort, from_rpc_error
 from cluster.v1 import cluster_pb2, inference_pb2
@@ -115,6 +116,8 @@ class PassedCalls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic 
         """End the call as the leader did; if the leader is lost, so that the client looks for the next one."""
         trailing: Any = error.trailing_metadata() or ()
         carried = tuple((key, value) for key, value in trailing if key == STATUS_METADATA_KEY)
+        if any(key == PASSER_REMOVED_METADATA for key, _ in trailing):
+            await abort(context, StandbyRemoved())
         if carried or error.code() not in LOST:
             await context.abort(error.code(), error.details() or "", carried)
         if error.code() is grpc.StatusCode.UNAVAILABLE and never_reached(error, address):

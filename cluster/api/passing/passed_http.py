@@ -26,9 +26,9 @@ from cluster.api.http.middleware import ambiguity_error, is_ambiguous
 from cluster.api.http.origin_policy import OriginPolicy
 from cluster.api.http.passed_answer import CountedEvents
 from cluster.api.http.sse import EVENTS, JSON_LINES, error_event
-from cluster.api.passing.leader_channel import LeaderChannel
+from cluster.api.passing.leader_channel import LeaderChannel, StandbyRemoved
 from cluster.api.passing.passed_calls import LOST, never_reached
-from cluster.core.errors import Aborted, AnswerLost, ConnectionLost, MacpipeError, NotLeader, NotServing
+from cluster.core.errors import Aborted, AnswerLost, ConnectionLost, MacpipeError, MemberRemoved, NotLeader, NotServing
 from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_FOLLOW_PAUSE_S, PASS_WAIT_S
 from cluster.transport.byte_budget import ByteBudget, Charge
 from cluster.transport.rich_errors import STATUS_METADATA_KEY, from_rpc_error
@@ -126,6 +126,8 @@ class PassedHttp:
             try:
                 await self._try(request, reply)
                 return
+            except StandbyRemoved:
+                raise
             except (NotLeader, ConnectionLost, NotServing) as e:
                 if isinstance(e, ConnectionLost):
                     began = time.monotonic() if not request.resumed else began
@@ -167,6 +169,8 @@ class PassedHttp:
         known = from_rpc_error(error, address)
         trailing: Any = error.trailing_metadata() or ()
         carried = any(key == STATUS_METADATA_KEY for key, _ in trailing)
+        if isinstance(known, MemberRemoved) and not carried:
+            return StandbyRemoved()  # the leader has not looked at the client's key
         if carried or error.code() not in LOST:
             return known
         if error.code() is grpc.StatusCode.UNAVAILABLE and never_reached(error, address):
