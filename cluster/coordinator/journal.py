@@ -128,7 +128,7 @@ class Journal:
         self._path, self._fsync = path, fsync
         self._clock, self._monotonic = clock, monotonic
         self.problem = ""
-        """Why the journal is off, as a sentence; empty while it is on."""
+        """Why the journal is off; empty while it is on."""
         self._ended = EndedRequests(clock)
         found = _read_live(path, clock(), self._ended)
         self._previous = {i: k for i, k in found.items() if not self._is_expired(k)}
@@ -371,10 +371,7 @@ class Journal:
         why = error.strerror or type(error).__name__
         if not self.problem:
             log.error("journal: switched off reason=%s path=%s", why, self._path)
-        self.problem = (
-            f"the journal is off, since {self._path} cannot be written ({why}): answers continue, but cannot be resumed"
-            f" if the coordinator ends now; the journal is retried every {JOURNAL_RETRY_S:.0f} s"
-        )
+        self.problem = f"the journal is off, since {self._path} cannot be written ({why})"
         self._retry_at = self._monotonic() + JOURNAL_RETRY_S
 
     def _switch_on(self) -> None:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _Record = Callable[[Journal], None]
 _MOST_AT_ONCE: Final = 64
 """Most batches between two writes, so that no record waits for long."""
+_ENDS_WITH_THIS: Final = "answers continue, but cannot be resumed if the coordinator ends now"
+_ELSEWHERE: Final = "answers continue, and a standby that is in sync can resume them"
 _TOO_SLOW: Final = (
     "the journal is off, since its disk does not keep up: answers continue, but those that are live now cannot be "
     "resumed if the coordinator ends"
@@ -35,6 +37,10 @@ _TOO_SLOW: Final = (
 
 class JournalReplication(JournalCopies, Protocol):
     """Has the journal stored on other machines. Called on the journal's thread."""
+
+    @property
+    def has_standby_in_sync(self) -> bool:
+        """Whether another machine has all that clients saw. Any thread may ask."""
 
     def written(self, number: int, problem: str) -> None:
         """Take note that all batches up to ``number`` are written here, or why they are not.
@@ -78,8 +84,12 @@ class JournalWriter:
     @property
     def problem(self) -> str:
         """Why the journal is off, as a sentence; empty while it is on."""
+        if self._journal.problem:
+            is_elsewhere = self._replication is not None and self._replication.has_standby_in_sync
+            risk = _ELSEWHERE if is_elsewhere else _ENDS_WITH_THIS
+            return f"{self._journal.problem}: {risk}; the journal is retried every {JOURNAL_RETRY_S:.0f} s"
         too_slow = time.monotonic() - self._dropped_at < JOURNAL_RETRY_S
-        return self._journal.problem or (_TOO_SLOW if too_slow else "")
+        return _TOO_SLOW if too_slow else ""
 
     def take(self, request_id: str, client: str) -> JournaledRequest | None:
         """Return a request of the previous coordinator, see ``Journal.take``."""

@@ -50,6 +50,8 @@ class Replicator:
         self._files: dict[str, bytes | None] = {}
         self._leadership: LeadershipState | None = None
         self._followers: dict[str, Follower] = {}
+        self._names_of = {replica: "this coordinator"}
+        """Whose each copy is that follows, or may be in sync."""
         self._handed = 0
         """The last batch whose records were sent to all followers."""
         self._reached = {replica: 0}
@@ -70,6 +72,11 @@ class Replicator:
     def in_sync(self) -> frozenset[str]:
         """The ids of the copies that the workers name."""
         return self._named
+
+    @property
+    def has_standby_in_sync(self) -> bool:
+        """Whether another Mac has all that clients saw."""
+        return bool(self._named - {self._replica})
 
     def attach(self, journal: JournalWriter) -> None:
         """Replicate this journal, whose ``replication`` this is. Call it before its first record."""
@@ -97,6 +104,7 @@ class Replicator:
         if len(self._followers) >= MAX_STANDBYS:
             raise Busy(f"this leader has {MAX_STANDBYS} standbys, and takes no more")
         follower = self._followers[replica] = Follower(name, replica, self._clock)
+        self._names_of[replica] = name.name
         if self._leadership:
             follower.put(self._encode_leadership(self._leadership))
         for file, content in self._files.items():
@@ -311,12 +319,22 @@ class Replicator:
             self._is_untold = True
             return
         self._is_untold = False
-        log.info("replication: copies in sync changed copies=%d before=%d", len(found), len(self._named))
+        self._log_change(found)
         self._named = self._naming = found
         self._reached = {copy: batch for copy, batch in self._reached.items() if copy in self._kept()}
+        self._names_of = {copy: name for copy, name in self._names_of.items() if copy in self._kept()}
         self._release()
         if self._leadership:
             self.announce(self._leadership)
+
+    def _log_change(self, found: frozenset[str]) -> None:
+        """Log whose copies are in sync now. One that left is a warning: it could not go on with the answers."""
+        joined, left = (
+            ",".join(sorted(self._names_of.get(copy, copy) for copy in copies)) or "none"
+            for copies in (found - self._named, self._named - found)
+        )
+        level = logging.INFO if found >= self._named else logging.WARNING
+        log.log(level, "replication: copies in sync changed copies=%d joined=%s left=%s", len(found), joined, left)
 
     def _kept(self) -> set[str]:
         return {self._replica, *self._named, *self._followers}

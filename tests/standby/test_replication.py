@@ -251,7 +251,9 @@ async def test_a_standby_has_the_leaders_state_and_each_record_before_its_event_
 
 
 @pytest.mark.anyio
-async def test_events_wait_for_a_standby_until_all_workers_know_that_it_is_left_out(homes: Homes) -> None:
+async def test_events_wait_for_a_standby_until_all_workers_know_that_it_is_left_out(
+    homes: Homes, caplog: pytest.LogCaptureFixture
+) -> None:
     one, two = homes
     async with leading(one) as (leader, address), AsyncExitStack() as stack:
         leader.accept("a")
@@ -264,6 +266,7 @@ async def test_events_wait_for_a_standby_until_all_workers_know_that_it_is_left_
         assert leader.tokens == []
         leader.worker.gone = False
         await until(lambda: leader.tokens == [7])
+        assert "replication: copies in sync changed copies=1 joined=none left=mac-2" in caplog.messages, "a warning"
         assert leader.worker.told[-1].replicas == (leader.replica,)
         assert resumable(two, "a") in ([[]], [[7]])
         assert not replica.is_in_sync(leader.worker.told[-1])
@@ -333,6 +336,8 @@ async def test_a_leader_whose_own_disk_fails_is_left_out_and_its_standby_is_not(
         await until(lambda: leader.replicator.in_sync == {replica.id})
         leader.say("a", 9)
         await until(lambda: leader.tokens == [7, 8, 9])
+        assert "the journal is off" in leader.journal.problem
+        assert "a standby that is in sync can resume them" in leader.journal.problem
         assert leader.worker.told[-1].replicas == (replica.id,)
         failing_disk.fsync_fails = False
     assert resumable(two, "a") == [[7, 8, 9]]
