@@ -34,7 +34,13 @@ def take_request(journal: JournalWriter | None, request_id: str, client: str) ->
                 f"request {request_id} cannot go on: the Mac that leads now does not have all answers of the leader "
                 "before it; send the request again"
             )
-        why = "" if journal else ": this coordinator keeps no journal; serve with --journal"
+        why = (
+            ""
+            if journal
+            else (
+                ": this coordinator keeps no journal; serve with --journal, or with --replicate to go on at a standby"
+            )
+        )
         raise RequestNotFound(f"request {request_id} has no answer that can be resumed{why}")
     return kept
 

@@ -159,7 +159,10 @@ class Members:
         if member.role is not Role.COORDINATOR:
             return
         if member == _authority_holder(rows):
-            raise InvalidOption(f"{member.name} holds the cluster's authority, and cannot be removed")
+            raise InvalidOption(
+                f"{member.name} holds the cluster's authority, and cannot be removed; move that to another coordinator"
+                " first, with `macpipe authority move NAME` on its Mac"
+            )
         own = self._folder.keyring(Role.COORDINATOR)
         if own is not None and own.party.id == member.id:
             raise InvalidOption(f"{member.name} is this Mac's own coordinator; remove it on another coordinator's Mac")

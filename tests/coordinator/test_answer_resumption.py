@@ -40,6 +40,6 @@ def test_such_a_leader_knows_its_own_answers(tmp_path: Path) -> None:
 
 
 def test_an_unknown_request_is_not_found_by_a_leader_that_has_all_answers(tmp_path: Path) -> None:
-    for journal in (JournalWriter(Journal(tmp_path / "journal")), None):
-        with pytest.raises(RequestNotFound):
+    for journal, why in ((JournalWriter(Journal(tmp_path / "journal")), "resumed$"), (None, "or with --replicate")):
+        with pytest.raises(RequestNotFound, match=why):
             take_request(journal, "nobodys", "me")
