@@ -47,6 +47,7 @@ from cluster.platform.paths import short_host_name
 from cluster.security.authority import read_authority
 from cluster.security.cluster_folder import ClusterFolder
 from cluster.security.credentials import open_trust
+from cluster.security.removal import was_removed
 from cluster.security.roles import Role
 from cluster.security.trust import COORDINATOR, Trust
 from cluster.standby.authority_holder import AuthorityClient
@@ -326,7 +327,8 @@ class Leading:
             values = (why or "higher term", term, others.leader.name, others.term)
             log.warning("leader: stepped down reason=%s term=%d leader=%s term_of_leader=%d", *values)
         elif heir or self.chosen or problem:
-            why = why or ("handover" if self.chosen else "stopped")
+            ended = "removed" if was_removed(self.process.trust) else "stopped"
+            why = why or ("handover" if self.chosen else ended)
             log.warning("leader: stepped down reason=%s term=%d leader=%s", why, term, heir.name if heir else "unknown")
 
     async def _hold_loops(self) -> None:

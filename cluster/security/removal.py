@@ -9,7 +9,7 @@ from cluster.core.errors import MacpipeError, MemberRemoved
 from cluster.security.limits import REVOCATION_LOOK_S
 from cluster.security.trust import COORDINATOR, Trust
 
-__all__ = ["await_removal", "removed_error", "require_member"]
+__all__ = ["await_removal", "removed_error", "require_member", "was_removed"]
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,14 @@ def removed_error(cluster: str, role: str, why: str = "") -> MemberRemoved:
         f"this Mac was removed from the cluster {cluster}{f' ({why})' if why else ''}; to let it in again, run "
         f"`{token}` on the Mac with the cluster's authority, and here the `macpipe join` line that it prints"
     )
+
+
+def was_removed(trust: Trust) -> bool:
+    """Return whether this process's own certificate is revoked. A list that cannot be read removes nobody."""
+    try:
+        return trust.revoked(trust.serial)
+    except MacpipeError:
+        return False
 
 
 def require_member(trust: Trust, cluster: str, role: str) -> None:

@@ -119,8 +119,9 @@ class OtherCoordinators:
     def lose(self, leader: CoordinatorName) -> None:
         """Note that this one does not lead any more. Until now, it and those who followed it were heard."""
         if self.leader and self.leader.instance == leader.instance:
-            for one in (*self._beside, leader):
+            for one in self._beside:
                 self._note(one)
+            self._note(leader, "it led before, and was not heard since")
             self.leader, self._beside = None, ()
 
     def hear(self, claim: LeaderClaim) -> LeaderClaim:

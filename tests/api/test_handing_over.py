@@ -36,7 +36,9 @@ class Scene:
         coordinator: Any = SimpleNamespace(deployments=deployments, close=self._close)
         roster: Any = SimpleNamespace(terms=SimpleNamespace(give_back=self._give_back, number=3))
         upkeep: Any = SimpleNamespace(end=lambda: None)
-        process: Any = SimpleNamespace(others=self.others, pass_on_http=self._pass_on)
+        self.is_removed = False
+        trust = SimpleNamespace(serial=7, revoked=lambda serial: self.is_removed)
+        process: Any = SimpleNamespace(others=self.others, pass_on_http=self._pass_on, trust=trust)
         self.leading = Leading(process, coordinator, roster, self.replicator, upkeep, [])
         self.leading.loads.push_async_callback(self._end_loads)
 
@@ -170,6 +172,14 @@ async def test_a_leader_that_stops_names_the_standby_that_takes_over(caplog: pyt
     scene.follow(HEIR, is_prepared=True)
     await scene.stop()
     assert said_of_stepping_down(caplog) == ["leader: stepped down reason=stopped term=3 leader=mac-2"]
+
+
+async def test_a_leader_that_was_removed_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    scene.is_removed = True
+    scene.follow(HEIR, is_prepared=True)
+    await scene.stop()
+    assert said_of_stepping_down(caplog) == ["leader: stepped down reason=removed term=3 leader=mac-2"]
 
 
 async def test_why_it_must_not_lead_is_the_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -162,6 +162,10 @@ async def test_the_next_leader_knows_who_was_lost_with_the_one_before_and_earlie
     network.now = 1000.0
     bob.lose(ada.me)  # its stream has ended, and it told nothing new before
     bob.lead(4)
+    assert [one.problem for one in bob.away({"ada", "cyd"})] == [
+        "it led before, and was not heard since",
+        "it has not begun to follow",
+    ]
     assert [(one.name, one.silent_seconds) for one in bob.away({"ada", "cyd", "dan"})] == [
         ("ada", 0.0),
         ("cyd", 0.0),
@@ -172,7 +176,9 @@ async def test_the_next_leader_knows_who_was_lost_with_the_one_before_and_earlie
     bob.hear_following([cyd.me])
     ada.stand_by()
     await ada.ask("bob:7700")
-    assert [one.silent_seconds for one in bob.away({"ada", "cyd"})] == [0.0, 0.0], "both are back"
+    assert [(one.problem, one.silent_seconds) for one in bob.away({"ada", "cyd"})] == [
+        ("it has not begun to follow", 0.0)
+    ] * 2, "both are back"
     cyd.lead(5)
     await bob.ask("cyd:7700")
     cyd.stand_by()
