@@ -56,7 +56,8 @@ class AsyncClient:
     ``coordinator`` may name several addresses, as in ``mac-1,mac-2:7700``, of a leader and its standbys. The client
     then calls the first that answers. If a coordinator is lost, it looks for the one that leads for up to 60 s, and the
     streams of answers continue there; they need a coordinator with ``--journal``. Calls that change something are not
-    sent twice.
+    sent twice. With one address, answers alone go on so: at that address, which may be a standby's, and for 10 s if
+    nobody answers there any more.
 
     ``timeout_s`` is the default deadline of a call. Without it, answers have no deadline, ``plan`` has 60 s, and other
     calls have 10 s. ``drain`` never has a deadline. ``load`` has none either, but ends if it makes no progress. Every
@@ -86,8 +87,6 @@ class AsyncClient:
         """Stream the answer of ``generate`` token by token. Not a coroutine, but needs a running event loop."""
         request = encoding.encode_generate(prompt, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
-        if not self._follows:
-            return AsyncStream(self._connection.stream(lambda to: to.inference.Generate, request, timeout_s))
         encoding.make_resumable(request)
 
         def begin(left_s: float | None) -> AsyncStreamCall[inference_pb2.GenerateResponse]:
@@ -106,8 +105,6 @@ class AsyncClient:
         """Stream the answer of ``chat`` token by token. Not a coroutine, but needs a running event loop."""
         request = encoding.encode_chat(messages, options)
         timeout_s = answer_timeout_s(options, self._timeout_s)
-        if not self._follows:
-            return AsyncStream(self._connection.stream(lambda to: to.inference.Chat, request, timeout_s))
         encoding.make_resumable(request)
 
         def begin(left_s: float | None) -> AsyncStreamCall[inference_pb2.ChatResponse]:
@@ -123,8 +120,6 @@ class AsyncClient:
         coordinator keeps no journal, and AnswerLost if it was begun by an earlier leader whose answers this one lacks.
         """
         request, timeout_s = encoding.encode_resume(request_id, offset), self._timeout_s
-        if not self._follows:
-            return AsyncStream(self._connection.stream(lambda to: to.inference.Resume, request, timeout_s), offset)
 
         def begin(left_s: float | None) -> AsyncStreamCall[inference_pb2.GenerateResponse]:
             return self._connection.stream(lambda to: to.inference.Resume, request, left_s)

@@ -17,11 +17,8 @@ from cluster.client.results import AcceptedRequest, Completion, Token
 from cluster.client.transcript import PartialAnswer
 from cluster.core.cluster_state import ClusterState
 from cluster.core.plan import LoadProgress
-from cluster.v1 import cluster_pb2, inference_pb2
+from cluster.v1 import cluster_pb2
 
-AnswerCall = (
-    AsyncStreamCall[inference_pb2.GenerateResponse] | AsyncStreamCall[inference_pb2.ChatResponse] | AsyncFollowedAnswer
-)
 LoadCall = AsyncStreamCall[cluster_pb2.LoadModelResponse] | AsyncFoundCall[cluster_pb2.LoadModelResponse]
 
 
@@ -33,7 +30,7 @@ class AsyncStream(PartialAnswer):
     ends without an error is complete.
     """
 
-    def __init__(self, call: AnswerCall, offset: int | Sequence[int] = 0) -> None:
+    def __init__(self, call: AsyncFollowedAnswer, offset: int | Sequence[int] = 0) -> None:
         super().__init__(offset)
         self._call = call
 

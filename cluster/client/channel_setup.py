@@ -23,7 +23,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),  # also the timeout of one connection attempt
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", round(CONNECT_TIMEOUT_S * 1000)),
+    ("grpc.max_reconnect_backoff_ms", round(MAX_FOLLOW_PAUSE_S * 1000)),  # one that hands over opens its port anew
     ("grpc.enable_http_proxy", 0),  # the cluster is on the local network: ignore http_proxy
 )
 
@@ -31,7 +31,6 @@ _IMPATIENT: Final = {
     "grpc.keepalive_timeout_ms": FOLLOW_PING_MS,
     "grpc.http2.ping_timeout_ms": FOLLOW_PING_MS,
     "grpc.min_reconnect_backoff_ms": FOLLOW_CONNECT_MS,
-    "grpc.max_reconnect_backoff_ms": round(MAX_FOLLOW_PAUSE_S * 1000),
 }
 _IMPATIENT_OPTIONS: Final = tuple((name, _IMPATIENT.get(name, value)) for name, value in CHANNEL_OPTIONS)
 

@@ -45,6 +45,7 @@ class FollowSchedule:
 
         Unless ``patient``, one round of addresses at none of which a coordinator answers is enough; ``PASS_WAIT_S``
         after one took the call: that one hands over, or was lost, and the next one may not have opened its port yet.
+        One address is not worth more patience: its coordinator hands over and opens its port anew, or is gone.
         """
         first = not self._failures
         if not is_elsewhere(error) and (first or not isinstance(error, _LATER)):
@@ -56,7 +57,7 @@ class FollowSchedule:
         if not never_sent(error):
             self._round_ends_at = self._clock() + PASS_WAIT_S
         nobody = self._unreachable >= self._addresses and self._clock() >= self._round_ends_at
-        if self._clock() >= self._ends_at or (nobody and not patient):
+        if self._clock() >= self._ends_at or (nobody and not (patient and self._addresses > 1)):
             return None
         if self._failures % self._addresses and is_elsewhere(error):
             return 0.0  # only a whole round of addresses is worth a pause

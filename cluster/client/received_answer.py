@@ -21,6 +21,8 @@ class ReceivedAnswer:
     def __init__(self, request_id: str, offset: int | Sequence[int] = 0) -> None:
         self._request_id = request_id
         self._accepted: inference_pb2.PromptInfo | None = None
+        self._resumes = False
+        """Whether the answer begins anew with a prompt event that is known."""
         self._offsets = list(offset) if isinstance(offset, Sequence) else [offset]
         self._counts = list(self._offsets) if any(self._offsets) else []
         self._digests: list[TokenDigest] = []
@@ -33,7 +35,8 @@ class ReceivedAnswer:
         return self._accepted is not None
 
     def resume_request(self) -> inference_pb2.ResumeRequest:
-        """Return the request for the rest of the answer."""
+        """Return the request for the rest of the answer, which is taken next."""
+        self._resumes = True
         return inference_pb2.ResumeRequest(
             request_id=self._request_id,
             offsets=self._counts,
@@ -67,7 +70,8 @@ class ReceivedAnswer:
             return reply
         if (info.prompt_tokens, info.seed, info.samples) != (known.prompt_tokens, known.seed, known.samples):
             raise AnswerDiffers(f"another request with the id {self._request_id} was resumed; send the request again")
-        return None
+        resumes, self._resumes = self._resumes, False
+        return None if resumes else reply
 
     def _take_prompt_tokens(self, reply: inference_pb2.GenerateResponse) -> inference_pb2.GenerateResponse | None:
         """Return the piece without the prompt's tokens that came before: a resumed answer begins with the first."""

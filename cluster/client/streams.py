@@ -18,9 +18,8 @@ from cluster.client.results import AcceptedRequest, Completion, Token
 from cluster.client.transcript import PartialAnswer
 from cluster.core.cluster_state import ClusterState
 from cluster.core.plan import LoadProgress
-from cluster.v1 import cluster_pb2, inference_pb2
+from cluster.v1 import cluster_pb2
 
-AnswerCall = StreamCall[inference_pb2.GenerateResponse] | StreamCall[inference_pb2.ChatResponse] | FollowedAnswer
 LoadCall = StreamCall[cluster_pb2.LoadModelResponse] | FoundCall[cluster_pb2.LoadModelResponse]
 
 
@@ -31,7 +30,7 @@ class Stream(PartialAnswer):
     MacpipeError that ended the answer early. An answer that ends without an error is complete.
     """
 
-    def __init__(self, call: AnswerCall, offset: int | Sequence[int] = 0) -> None:
+    def __init__(self, call: FollowedAnswer, offset: int | Sequence[int] = 0) -> None:
         super().__init__(offset)
         self._call = call
 

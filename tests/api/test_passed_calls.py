@@ -18,6 +18,7 @@ from cluster.api.grpc.inference_service import IGNORED_METADATA, client_name
 from cluster.api.passing.leader_channel import LeaderChannel
 from cluster.api.passing.passed_calls import PassedCalls
 from cluster.client import Client
+from cluster.client.deadlines import translate_errors
 from cluster.core import errors
 from cluster.core.leadership import CoordinatorName
 from cluster.security.credentials import LocalTrust
@@ -165,8 +166,10 @@ def test_a_leader_that_is_lost_during_a_call_is_told(
     standby: StandingBy, script: Coordinator, status: grpc.StatusCode
 ) -> None:
     script.script.answer = breaking(status)  # type: ignore[method-assign]
-    with Client(standby.address) as client, pytest.raises(errors.ConnectionLost, match="was lost"):
-        client.generate("Why?")
+    with grpc.secure_channel(standby.address, grpc.local_channel_credentials()) as channel:
+        call = InferenceServiceStub(channel).Generate(inference_pb2.GenerateRequest(text="Why?"))
+        with pytest.raises(errors.ConnectionLost, match="was lost"), translate_errors(standby.address):
+            list(call)
 
 
 def test_the_leaders_other_address_is_used_if_one_does_not_answer(leader: Coordinator) -> None:

@@ -24,6 +24,7 @@ from cluster.client import (
     LoadProgress,
     Stream,
     Token,
+    follow_schedule,
 )
 from cluster.core import errors
 from cluster.core.request import StageFigures
@@ -378,12 +379,15 @@ def test_nobody_there_is_unreachable_and_says_what_to_do() -> None:
         assert "--coordinator" in refused.value.sentence
 
 
-def test_a_coordinator_that_goes_away_ends_the_answer(coordinator: Coordinator) -> None:
+def test_a_coordinator_that_goes_away_ends_the_answer(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_schedule, "PASS_WAIT_S", 0.2)
     coordinator.script.answer = endless
     with Client(coordinator.address) as client, client.stream("Why?") as stream:
         stream.wait_accepted()
         coordinator.stop()
-        with pytest.raises(errors.MacpipeError):
+        with pytest.raises(errors.Unreachable):
             list(stream)
 
 

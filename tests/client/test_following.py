@@ -1,10 +1,11 @@
-"""Clients with several addresses: they find who leads, and their answers continue there."""
+"""Clients whose coordinator is lost or hands over: they find who leads, and their answers continue there."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -134,6 +135,46 @@ def test_a_request_that_was_lost_before_it_was_accepted_is_sent_anew_if_no_coord
     assert ask(both(coordinator, other), "generate", "Why?", request_id="mine").text == "Macs pass layers on."
     assert requests(other) == ["ResumeRequest", "GenerateRequest"]
     assert other.script.seen[0] == pb.ResumeRequest(request_id="mine")
+
+
+def test_a_request_to_a_single_address_is_sent_again_once_somebody_leads(ask: Ask, coordinator: Coordinator) -> None:
+    async def refuses(request: Any, context: Any) -> AsyncIterator[Any]:
+        coordinator.script.answer = Script().answer
+        await abort(context, errors.NotLeader("mac-2 takes its place"))
+        yield
+
+    for method, prompt in (("generate", "Why?"), ("chat", [("user", "Why?")])):
+        coordinator.script.answer = refuses
+        assert ask(coordinator.address, method, prompt).text == "Macs pass layers on."
+    assert requests(coordinator) == [
+        *("GenerateRequest", "ResumeRequest", "GenerateRequest"),
+        *("ChatRequest", "ResumeRequest", "ChatRequest"),
+    ]
+
+
+def test_an_answer_continues_at_a_single_address_that_is_bound_anew(ask: Ask, coordinator: Coordinator) -> None:
+    """Nobody listens there for a moment, as when a leader that has handed over begins to stand by."""
+    refused = threading.Event()
+
+    async def hands_over(request: Any, context: Any) -> AsyncIterator[Any]:
+        for event in answer_of(request)[:3]:
+            yield event
+        refused.set()
+        await abort(context, errors.NotLeader("mac-2 takes its place"))
+
+    coordinator.script.answer = hands_over
+    port = int(coordinator.address.rpartition(":")[2])
+    done: list[str] = []
+    asking = threading.Thread(target=lambda: done.append(ask(coordinator.address, "generate", "Why?").text))
+    asking.start()
+    assert refused.wait(10)
+    coordinator.stop()
+    time.sleep(0.5)  # in which calls are refused
+    with Coordinator(port) as again:
+        again.script.rest = rest
+        asking.join(10)
+        assert done == ["Macs pass layers on."]
+        assert requests(again) == ["ResumeRequest"]
 
 
 def test_an_answer_that_no_coordinator_has_ends_with_that_error(
@@ -315,6 +356,27 @@ def test_an_answer_resets_the_schedule_and_an_impatient_call_makes_one_round() -
     assert schedule.pause_s(errors.WorkerLost("no"), patient=True) is None
 
 
+@pytest.mark.parametrize("lost", [errors.ConnectionLost("gone"), errors.NotLeader("it stops")])
+def test_nobody_at_a_single_address_is_told_at_once_unless_a_coordinator_was_there(lost: errors.MacpipeError) -> None:
+    now = 0.0
+    assert FollowSchedule(1, lambda: now).pause_s(errors.Unreachable("no"), patient=False) is None
+    schedule = FollowSchedule(1, lambda: now)
+    assert schedule.pause_s(lost, patient=True)
+    now = PASS_WAIT_S - 0.1
+    assert schedule.pause_s(errors.Unreachable("no"), patient=True)
+    now = PASS_WAIT_S
+    assert schedule.pause_s(errors.Unreachable("no"), patient=True) is None
+
+
+def test_a_single_coordinator_is_asked_for_a_minute_who_leads() -> None:
+    now = 0.0
+    schedule = FollowSchedule(1, lambda: now)
+    while now < FOLLOW_S:
+        assert schedule.pause_s(errors.NotLeader("nobody leads"), patient=False)
+        now += 1.0
+    assert schedule.pause_s(errors.NotLeader("nobody leads"), patient=False) is None
+
+
 def test_what_came_before_is_left_out_of_a_resumed_answer() -> None:
     def piece(start: int, *tokens: int) -> pb.GenerateResponse:
         return pb.GenerateResponse(
@@ -327,6 +389,7 @@ def test_what_came_before_is_left_out_of_a_resumed_answer() -> None:
         assert progress.take(event) is event
     assert progress.resume_request() == pb.ResumeRequest(request_id="r", offsets=[1], digests=[digest(100)])
     assert progress.take(prompt_event()) is None
+    assert progress.take(prompt_event()) == prompt_event(), "one call has one prompt"
     assert progress.take(piece(0, 1)) is None
     assert progress.take(piece(1, 2, 3)) == piece(2, 3)
     assert progress.take(finish_event(1)) is None

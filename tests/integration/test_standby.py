@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,16 +182,18 @@ def test_a_leader_that_stops_hands_over_to_its_standby(pair: Coordinators) -> No
 
 
 def test_a_leader_that_is_told_to_hands_over_and_stands_by(pair: Coordinators) -> None:
-    whole, said = undisturbed(pair), list[int]()
-    with Client(f"{pair.address('lead')},{pair.address('heir')}", timeout_s=120) as client:
-        for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
-            said.append(token.token)
-            if len(said) == 10:
-                with Client(pair.address("lead"), timeout_s=20) as admin:
-                    with pytest.raises(NotServing, match="no standby named nobody"):
-                        admin.hand_over("nobody")
-                    assert admin.hand_over().endswith(f":{pair.ports['heir']}")
-    assert said == whole
+    """Whichever coordinators a client knows, its answer goes on."""
+    whole, lead, heir = undisturbed(pair), pair.address("lead"), pair.address("heir")
+    with ExitStack() as open_ones:
+        clients = [open_ones.enter_context(Client(known, timeout_s=120)) for known in (f"{lead},{heir}", lead, heir)]
+        readers = [iter(client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True)) for client in clients]
+        said = [[next(reader).token for _ in range(10)] for reader in readers]
+        with Client(lead, timeout_s=20) as admin:
+            with pytest.raises(NotServing, match="no standby named nobody"):
+                admin.hand_over("nobody")
+            assert admin.hand_over().endswith(f":{pair.ports['heir']}")
+        for tokens, reader in zip(said, readers, strict=True):
+            assert [*tokens, *(token.token for token in reader)] == whole
     until(lambda: pair.in_sync("heir") == 1)
     assert leader_of(pair).process.poll() is None
 
