@@ -82,9 +82,9 @@ def pair(tmp_path: Path) -> Iterator[Coordinators]:
         made.cluster.close()
 
 
-def undisturbed(pair: Coordinators, name: str = "lead") -> list[int]:
+def undisturbed(pair: Coordinators, name: str = "lead", count: int = TOKENS) -> list[int]:
     with Client(pair.address(name), timeout_s=60) as client:
-        return [token.token for token in client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True)]
+        return [token.token for token in client.stream(PROMPT, max_tokens=count, ignore_eos=True)]
 
 
 def interrupted(pair: Coordinators, leader: Daemon, number: int) -> list[int]:
@@ -183,17 +183,18 @@ def test_a_leader_that_stops_hands_over_to_its_standby(pair: Coordinators) -> No
 
 def test_a_leader_that_is_told_to_hands_over_and_stands_by(pair: Coordinators) -> None:
     """Whichever coordinators a client knows, its answer goes on."""
-    whole, lead, heir = undisturbed(pair), pair.address("lead"), pair.address("heir")
-    with ExitStack() as open_ones:
+    count, lead, heir = 400, pair.address("lead"), pair.address("heir")
+    whole = undisturbed(pair, count=count)
+    with ExitStack() as open_ones, Client(lead, timeout_s=20) as admin:
+        with pytest.raises(NotServing, match="no standby named nobody"):
+            admin.hand_over("nobody")
         clients = [open_ones.enter_context(Client(known, timeout_s=120)) for known in (f"{lead},{heir}", lead, heir)]
-        readers = [iter(client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True)) for client in clients]
-        said = [[next(reader).token for _ in range(10)] for reader in readers]
-        with Client(lead, timeout_s=20) as admin:
-            with pytest.raises(NotServing, match="no standby named nobody"):
-                admin.hand_over("nobody")
-            assert admin.hand_over().endswith(f":{pair.ports['heir']}")
+        readers = [iter(client.stream(PROMPT, max_tokens=count, ignore_eos=True)) for client in clients]
+        said = [[next(reader).token] for reader in readers]
+        assert admin.hand_over().endswith(f":{pair.ports['heir']}")
         for tokens, reader in zip(said, readers, strict=True):
-            assert [*tokens, *(token.token for token in reader)] == whole
+            tokens.extend(token.token for token in reader)
+            assert tokens == whole
     until(lambda: pair.in_sync("heir") == 1)
     assert leader_of(pair).process.poll() is None
 
