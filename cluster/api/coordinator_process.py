@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 import anyio
 from starlette.types import ASGIApp
@@ -60,6 +61,9 @@ from cluster.standby.standby import Succession
 __all__ = ["CoordinatorProcess", "Leading"]
 
 log = logging.getLogger(__name__)
+
+_GO_ON: Final = "send the request again, or resume the answer there"
+"""What a client does whose coordinator does not lead any more: over HTTP the first, over gRPC either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,10 +381,10 @@ def _superseded(leader: CoordinatorName | None) -> NotLeader:
     """Return the error of requests to a coordinator that was replaced."""
     addresses = leader.addresses if leader else ()
     name = leader.name if leader else "another coordinator"
-    return NotLeader(f"{name} leads now; the answer goes on there", retry_after_s=0.1, leader=",".join(addresses))
+    return NotLeader(f"{name} leads now; {_GO_ON}", retry_after_s=0.1, leader=",".join(addresses))
 
 
 def _handed_over(heir: StandbyState) -> NotLeader:
     """Return the error of requests to a coordinator that stops, since a standby takes its place."""
-    why = f"this coordinator stops; {heir.name} takes its place, and the answer goes on there"
+    why = f"this coordinator stops, and {heir.name} takes its place; {_GO_ON}"
     return NotLeader(why, retry_after_s=1.0, leader=",".join(heir.addresses))

@@ -22,8 +22,9 @@ def handover(
 ) -> None:
     """Have a standby lead in place of the coordinator.
 
-    Running answers continue there. The coordinator stands by afterwards. If the standby has only begun to follow, this
-    waits for up to 5 s until it has read the model.
+    Running answers continue there, for gRPC and for HTTP that a standby passes on. HTTP programs that read from this
+    coordinator itself get an error and must send their request again. The coordinator stands by afterwards. If the
+    standby has only begun to follow, this waits for up to 5 s until it has read the model.
     """
     from cluster.client import Client
 

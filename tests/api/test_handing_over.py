@@ -122,10 +122,10 @@ async def test_a_leader_that_stops_waits_a_moment_and_hands_over_to_a_standby_th
     scene.follow(HEIR)
     scene.follow(OTHER, is_prepared=True)
     await scene.stop()
-    why = "this coordinator stops; mac-3 takes its place, and the answer goes on there"
+    why = "this coordinator stops, and mac-3 takes its place; send the request again, or resume the answer there"
     assert scene.happened == ["workers given back", "loads ended", why]
     assert scene.others.role is CoordinatorRole.STANDBY
-    with pytest.raises(NotLeader, match="mac-3 takes its place"):
+    with pytest.raises(NotLeader, match="mac-3 takes its place; send the request again"):
         scene.lead_change.require_going()
 
 
@@ -134,7 +134,7 @@ async def test_a_leader_that_stops_goes_on_if_no_standby_is_ready(monkeypatch: p
     scene = Scene()
     scene.follow(HEIR)
     await scene.stop()
-    assert scene.happened[-1].startswith("this coordinator stops; mac-2 takes its place")
+    assert scene.happened[-1].startswith("this coordinator stops, and mac-2 takes its place; send the request again")
 
 
 async def test_new_http_requests_wait_for_the_next_leader_while_this_one_hands_over() -> None:

@@ -186,13 +186,35 @@ def test_a_whole_response_comes_from_the_next_leader_if_the_leader_was_killed_be
 
 def test_calls_through_a_standby_alone_go_on_after_the_leader_was_killed(pair: WithHttp) -> None:
     whole, said = undisturbed(pair), []
-    with Client(f"{pair.address('heir')},127.0.0.1:1", timeout_s=120) as client:
+    with Client(pair.address("heir"), timeout_s=120) as client:
         assert client.cluster().leadership
         for token in client.stream([5, 6, 7], max_tokens=60, ignore_eos=True):
             said.append(token.token)
             if len(said) == 10:
                 leader_of(pair).process.send_signal(signal.SIGKILL)
     assert said == whole
+
+
+def test_http_answers_from_a_leaders_own_port_end_as_it_hands_over_and_say_to_send_the_request_again(
+    pair: WithHttp,
+) -> None:
+    asked = {**CHAT, "max_tokens": 400, "ignore_eos": True}
+    with httpx.Client(base_url=pair.url("lead"), timeout=120) as client, ThreadPoolExecutor(1) as pool:
+        with client.stream("POST", "/v1/chat/completions", json=asked) as stream:
+            pieces = stream.iter_text()
+            received = next(pieces)
+            waiting = pool.submit(client.post, "/v1/chat/completions", json={**asked, "stream": False})
+            until(lambda: len(state.requests) == 2 if (state := pair.state("lead")) else False)
+            with Client(pair.address("lead"), timeout_s=20) as admin:
+                admin.hand_over()
+            received += "".join(pieces)
+        whole = waiting.result()
+        assert json.loads(received.split("data: ")[-1])["error"]["code"] == "not_leader"
+        assert (whole.status_code, whole.headers["retry-after"]) == (503, "1")
+        for error in (received, whole.text):
+            assert "takes its place; send the request again" in error
+        again = client.post("/v1/chat/completions", json={**CHAT, "stream": False, "max_tokens": 5})
+        assert again.status_code == 200
 
 
 def test_new_requests_wait_for_the_model_that_the_next_leader_loads_again(pair: WithHttp) -> None:
