@@ -88,7 +88,7 @@ class AsyncCoordinatorConnection:
                     raise
                 pause_s = schedule.pause_s(error, patient=False)
                 if pause_s is None:
-                    raise
+                    schedule.end(error)
                 if is_elsewhere(error):
                     self.leave(call.address)
             await AsyncPause().wait(pause_s)

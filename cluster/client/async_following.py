@@ -102,7 +102,7 @@ class AsyncFollowedAnswer:
             return
         pause_s = self._schedule.pause_s(error, patient=self._progress.accepted)
         if pause_s is None:
-            raise error
+            self._schedule.end(error)
         if is_elsewhere(error):
             self._connection.leave(self._call.address)
         if await self._pause.wait(pause_s):

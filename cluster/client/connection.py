@@ -89,7 +89,7 @@ class CoordinatorConnection:
                     raise
                 pause_s = schedule.pause_s(error, patient=False)
                 if pause_s is None:
-                    raise
+                    schedule.end(error)
                 if is_elsewhere(error):
                     self.leave(call.address)
             Pause().wait(pause_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NoReturn
 
 from cluster.core.errors import Busy, ConnectionLost, MacpipeError, NotLeader, NotServing, Unreachable
 from cluster.core.follow_limits import FOLLOW_PAUSE_S, FOLLOW_S, MAX_FOLLOW_PAUSE_S, PASS_WAIT_S
@@ -33,6 +33,8 @@ class FollowSchedule:
         self._failures = self._pauses = 0
         self._ends_at = 0.0
         self._unreachable = 0
+        self._answered: MacpipeError | None = None
+        """The last error that a coordinator sent."""
         self._round_ends_at = self._clock()
         """Until then, addresses at which no coordinator answers may be those of one that is about to lead."""
 
@@ -41,12 +43,14 @@ class FollowSchedule:
         self._failures = self._pauses = self._unreachable = 0
 
     def pause_s(self, error: MacpipeError, *, patient: bool) -> float | None:
-        """Return the seconds until the next try after a failed one; None if ``error`` is the call's result.
+        """Return the seconds until the next try after a failed one; None if there is none: call ``end``.
 
         Unless ``patient``, one round of addresses at none of which a coordinator answers is enough; ``PASS_WAIT_S``
         after one took the call: that one hands over, or was lost, and the next one may not have opened its port yet.
         One address is not worth more patience: its coordinator hands over and opens its port anew, or is gone.
         """
+        if not isinstance(error, Unreachable):
+            self._answered = error
         first = not self._failures
         if not is_elsewhere(error) and (first or not isinstance(error, _LATER)):
             return None
@@ -65,3 +69,11 @@ class FollowSchedule:
         longest: float = min(FOLLOW_PAUSE_S * 2**self._pauses, MAX_FOLLOW_PAUSE_S)
         wished = error.retry_after_s or 0.0 if isinstance(error, Busy) else 0.0
         return max(wished, longest * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
+
+    def end(self, error: MacpipeError) -> NoReturn:
+        """Raise ``error``, after which no try follows; if a coordinator answered in the last round, that one's error.
+
+        A standby says why nobody leads. That another address refuses connections would hide it.
+        """
+        somebody_answered = self._unreachable < self._addresses
+        raise self._answered if self._answered and somebody_answered else error

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from client.scripted import Coordinator, Script, answer_of, finish_event, prompt_event, token_event
-from cluster.client import AsyncClient, Client
+from cluster.client import AsyncClient, Client, follow_schedule
 from cluster.client.follow_schedule import FollowSchedule
 from cluster.client.received_answer import ReceivedAnswer
 from cluster.core import errors
@@ -262,6 +262,17 @@ def test_nobody_at_any_address_is_told_after_one_round(ask: Ask) -> None:
         ask(f"{NOBODY},127.0.0.1:2", "models")
 
 
+@pytest.mark.parametrize("method", ["cluster", "generate"])
+def test_what_a_standby_says_is_told_and_not_that_nobody_answers_elsewhere(
+    ask: Ask, coordinator: Coordinator, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_schedule, "FOLLOW_S", 0.3)
+    coordinator.script.refusal = errors.NotLeader("none leads now; this Mac cannot read the model")
+    given = ["Why?"] if method == "generate" else []
+    with pytest.raises(errors.NotLeader, match="cannot read the model"):
+        ask(f"{NOBODY},{coordinator.address}", method, *given)
+
+
 def test_later_calls_go_where_the_last_one_was_answered(coordinator: Coordinator) -> None:
     with Client(f"{NOBODY},{coordinator.address}") as client:
         assert client.address == NOBODY
@@ -375,6 +386,15 @@ def test_a_single_coordinator_is_asked_for_a_minute_who_leads() -> None:
         assert schedule.pause_s(errors.NotLeader("nobody leads"), patient=False)
         now += 1.0
     assert schedule.pause_s(errors.NotLeader("nobody leads"), patient=False) is None
+
+
+def test_a_call_ends_with_the_last_error_if_no_coordinator_answered_in_the_last_round() -> None:
+    schedule, said, gone = FollowSchedule(2, lambda: 0.0), errors.NotLeader("nobody leads"), errors.Unreachable("no")
+    for error, result in ((gone, gone), (said, said), (gone, said), (gone, gone)):
+        schedule.pause_s(error, patient=True)
+        with pytest.raises(errors.MacpipeError) as raised:
+            schedule.end(error)
+        assert raised.value is result
 
 
 def test_what_came_before_is_left_out_of_a_resumed_answer() -> None:
