@@ -244,7 +244,7 @@ def test_generate_json_has_the_promised_shape(macpipe: Macpipe, coordinator: Coo
             {"worker": "mac-b", "layers": [4, 8], "compute_ms": 8.5, "wire_ms": 0.5, "wait_ms": 0.25},
         ],
         "seed": 7,
-        "request_id": "r1",
+        "request_id": coordinator.script.seen[0].request_id,
         "model": "faq",
     }
     assert done.stdout.count("\n") == 1
