@@ -593,6 +593,6 @@ def test_a_mac_that_does_not_lead_the_cluster_needs_a_certificate_of_its_own(
 ) -> None:
     folder.authority_key.unlink()
     outside = port.http_port(settings("192.0.2.7"))
-    assert "is on the coordinator's Mac" in outside.problem
+    assert "comes from the coordinator's Mac" in outside.problem
     assert outside.certificate is None
     assert {"192.0.2.7", "lab.local"} <= outside.sites.hosts, "known before its certificate comes"
