@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from integration.daemons import alive
 from limits import Limit, kill, seconds, started_within
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -37,7 +38,7 @@ def start_orphan() -> int:
 def wait_for_end(pid: int) -> None:
     """Wait until the process has ended, whoever its parent is."""
     deadline = time.monotonic() + 10
-    while (stat := Path(f"/proc/{pid}/stat")).exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+    while alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -29,6 +29,7 @@ from cluster.sandbox.pool import ProcessPool
 from cluster.sandbox.process import SandboxProcess
 from cluster.sandbox.sandboxed_tokenizer import OPENING, SandboxedTokenizer, prompt_limits
 from effort import chosen
+from integration.daemons import alive
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
@@ -95,18 +96,13 @@ async def hostile_sandbox(anyio_backend: str, hostile: Path) -> AsyncIterator[Sa
         yield text
 
 
-def exists(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def peak_bytes(pid: int) -> int:
     """The most memory that a process ever held; 0 of one that has ended."""
-    if not exists(pid):
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
         return 0
-    peak = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in line)
+    peak = next((line for line in lines if "VmHWM" in line), "VmHWM: 0 kB")  # a zombie has none
     return int(peak.split()[1]) * 1024
 
 
@@ -123,7 +119,7 @@ async def until_computing(pid: int, before: int) -> None:
 
 
 async def until_gone(pid: int) -> None:
-    while exists(pid):
+    while alive(pid):
         await asyncio.sleep(0.01)
 
 
@@ -269,7 +265,7 @@ async def test_closing_ends_a_job_and_every_process(hostile: Path) -> None:
         await job
     with pytest.raises(NotServing):
         await text.encode("hello", 100)
-    assert not any(exists(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
 
 
 async def test_a_job_whose_caller_went_away_still_ends(hostile: Path) -> None:
@@ -293,7 +289,7 @@ async def test_one_that_ends_in_the_middle_of_its_answer_is_given_up(hostile: Pa
         while len(process._child._reader._buffer) <= MIB:  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
         await process.stop()
-        assert not exists(process.pid)
+        assert not alive(process.pid)
 
 
 @pytest.mark.parametrize("times", chosen([1, 3], 1))
